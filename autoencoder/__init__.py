@@ -1,0 +1,1 @@
+"""A KL autoencoder: images to latents and back. Knows nothing of diffusion or of training infrastructure."""

@@ -1,0 +1,101 @@
+"""Every knob of the autoencoder and of its loss, with its range. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+def at_least(config: Any, low: float, *names: str) -> None:
+    """Require each named field to be a finite number ≥ ``low`` (``None`` passes)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value >= low and math.isfinite(value)):
+            raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def between(config: Any, low: float, high: float, *names: str) -> None:
+    """Require each named field to lie in [low, high] (``None`` passes)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{name} must lie between {low} and {high}, got {value}")
+
+
+def one_of(config: Any, choices: tuple[str, ...], *names: str) -> None:
+    """Require each named field to be one of ``choices``."""
+    for name in names:
+        value = getattr(config, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def divisible(channels: tuple[int, ...], groups: int) -> None:
+    """Require every channel count to be a positive multiple of the GroupNorm groups."""
+    if not channels:
+        raise ConfigError("channels must name at least one level")
+    for c in channels:
+        if c < 1 or c % groups:
+            raise ConfigError(f"channels {c} is not a positive multiple of groups {groups}")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The KL autoencoder, expressible as diffusers' AutoencoderKL.
+
+    The reduction factor is ``2 ** (len(channels) - 1)``: each level but the last halves the side.
+    """
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_level: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    groups: int = 32  # GroupNorm groups
+    mid_attention: bool = True  # one self-attention block at the lowest resolution
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "image_channels", "latent_channels", "layers_per_level", "groups")
+        divisible(self.channels, self.groups)
+        if not 2 <= self.factor <= 32:
+            raise ConfigError(f"channels has {len(self.channels)} levels, so the factor is {self.factor}: use 2 to 6 levels (factor 2 to 32)")
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by latent side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+PERCEPTUAL_NETS = ("alex", "vgg")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the stage-1 loss (math.md L8). Every term is a MEAN per element.
+
+    A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the ratio of
+    latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is 2.1e-8 here.
+    """
+
+    l1: float = 1.0
+    lpips: float = 0.0
+    lpips_net: str = "vgg"
+    lpips_weights: str = "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests
+    kl: float = 2.1e-8
+    gan: float = 0.0  # factor on top of the adaptive weight; 0: no discriminator
+    gan_start: int = 0  # generator updates before the discriminator joins
+    gan_ramp: int = 1000  # updates over which its weight then rises from 0 to `gan`
+    disc_channels: int = 64
+    disc_layers: int = 3
+    disc_lr: float | None = None  # null: the autoencoder's
+
+    def __post_init__(self) -> None:
+        at_least(self, 0.0, "l1", "lpips", "kl", "gan", "gan_start", "gan_ramp", "disc_lr")
+        at_least(self, 1, "disc_channels", "disc_layers")
+        one_of(self, PERCEPTUAL_NETS, "lpips_net")
+        if self.l1 == 0.0 and self.lpips == 0.0:
+            raise ConfigError("l1 and lpips are both 0: nothing would be reconstructed")

@@ -1,0 +1,358 @@
+"""Every knob of the pipeline, with its range, and the reading of YAML and `a.b=c` overrides. Imports no torch.
+
+One frozen dataclass per command: ``AutoencoderRun``, ``ClipRun``, ``DiffusionRun``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, at_least, between, divisible, one_of
+
+SOURCES = ("folder", "shapes", "shapes-two", "digits", "textures")
+SCHEDULES = ("linear", "scaled_linear", "cosine")
+TARGETS = ("eps", "x0", "v")
+WEIGHTINGS = ("simple", "min_snr")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+TRACKERS = ("tensorboard", "wandb")
+PRECISIONS = ("no", "bf16", "fp16")
+LR_SCHEDULES = ("constant", "cosine")
+NONE = "none"  # `autoencoder: none` is pixel space, `text: none` is unconditional
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and captions come from, and how an image becomes [c, size, size] in [−1, 1]."""
+
+    source: str = "folder"
+    folder: str | None = None  # for source: folder; holds metadata.jsonl with file_name and text
+    image_size: int = 256
+    image_channels: int = 3
+    size: int | None = None  # procedural sources: number of training images; null: without end
+    crop: str = "center"  # or random
+    flip: bool = False  # mirror left–right with probability ½
+    validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
+    workers: int = 0  # data worker processes per training process
+
+    def __post_init__(self) -> None:
+        one_of(self, SOURCES, "source")
+        one_of(self, ("center", "random"), "crop")
+        at_least(self, 1, "image_size", "image_channels", "size")
+        at_least(self, 0, "workers")
+        between(self, 0.0, 0.5, "validation_fraction")
+        if (self.folder is not None) != (self.source == "folder"):
+            raise ConfigError(f"folder goes with source: folder and with no other, got source {self.source!r} and folder {self.folder!r}")
+        if self.size is not None and self.source in ("folder", "digits"):
+            raise ConfigError(f"size is for procedural sources (shapes, shapes-two, textures), not for {self.source}")
+        if self.flip and self.source in ("shapes-two", "digits"):
+            raise ConfigError(f"flip must be false for {self.source}: a mirrored image no longer fits its caption")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the one training loop needs. Schedules and intervals count optimizer updates."""
+
+    steps: int = 100_000
+    batch_size: int = 64  # the GLOBAL batch of one update
+    micro_batch: int | None = None  # per process and forward pass; null: batch_size / processes
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup: int = 0  # updates of linear rise
+    lr_end: float = 0.0  # cosine: the last learning rate, as a fraction of lr
+    betas: tuple[float, ...] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # global gradient norm; null: none
+    ema_decay: float = 0.9999  # ramped: min(ema_decay, (1 + k) / (10 + k)) at update k
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    log_every: int = 50
+    validate_every: int = 1000
+    validation_size: int = 256
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch_size", "micro_batch", "log_every", "validate_every")
+        at_least(self, 1, "validation_size", "sample_every", "checkpoint_every")
+        at_least(self, 2, "keep_checkpoints")
+        at_least(self, 0.0, "lr", "weight_decay", "warmup", "adam_eps")
+        at_least(self, 1e-12, "clip")
+        between(self, 0.0, 1.0, "lr_end")
+        between(self, 0.0, 0.9999999, "ema_decay")
+        between(self, 0, 2**63 - 1, "seed")
+        one_of(self, PRECISIONS, "mixed_precision")
+        one_of(self, LR_SCHEDULES, "lr_schedule")
+        if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise ConfigError(f"trackers: {tracker!r} is none of {', '.join(TRACKERS)}")
+
+
+@dataclass(frozen=True)
+class AutoencoderRun:
+    """`ldm train-autoencoder`: stage 1."""
+
+    run: str
+    data: DataConfig = field(default_factory=DataConfig)
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _same("data.image_channels", self.data.image_channels, "model.image_channels", self.model.image_channels)
+        _multiple("data.image_size", self.data.image_size, self.model.factor, "the autoencoder's factor")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A small CLIP: transformers' text tower and vision tower of one width."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 2
+    max_length: int = 77  # tokens, start and end included
+    merges: int = 512  # learned BPE merges on top of the 2 × 256 byte symbols
+    patch_size: int = 4
+    projection: int = 64
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "width", "layers", "heads", "patch_size", "projection")
+        at_least(self, 0, "merges")
+        between(self, 4, 77, "max_length")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class ClipRun:
+    """`ldm train-clip`: a text encoder where no pretrained one is at hand."""
+
+    run: str
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ClipConfig = field(default_factory=ClipConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _multiple("data.image_size", self.data.image_size, self.model.patch_size, "model.patch_size")
+        if self.train.micro_batch not in (None, self.train.batch_size):
+            raise ConfigError("train.micro_batch must be null: the contrastive loss compares the whole global batch, so accumulation is refused")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The conditional U-Net, expressible as diffusers' UNet2DConditionModel.
+
+    Channel counts of input and output follow from the latent; the context width from the text encoder.
+    """
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_level: int = 2  # residual blocks per level going down; one more going up
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with self- and cross-attention; the middle always has it
+    heads: tuple[int, ...] = (8,)  # one number, or one per level
+    transformer_layers: int = 1
+    groups: int = 32
+    linear_projection: bool = False  # the transformer's projections as Linear (SD 2) or 1×1 convolution (SD 1)
+    scale_shift: bool = False  # timestep embedding scales and shifts, or is added
+    vector_dim: int | None = None  # width of a vector condition added to the timestep embedding
+    concat_channels: int = 0  # further input channels (mask, low-resolution image, …)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "layers_per_level", "transformer_layers", "groups", "vector_dim")
+        at_least(self, 0, "concat_channels")
+        divisible(self.channels, self.groups)
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.channels):
+                raise ConfigError(f"attention_levels: {level} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+        if len(self.heads) not in (1, len(self.channels)):
+            raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {list(self.heads)}")
+        for level, c in enumerate(self.channels):
+            if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or c % h:
+                raise ConfigError(f"heads: {h} does not divide channels {c} of level {level}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule (math.md F5). ``beta_start`` and ``beta_end``: null takes the published values."""
+
+    name: str = "scaled_linear"
+    num_steps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self, SCHEDULES, "name")
+        at_least(self, 2, "num_steps")
+        between(self, 1e-12, 0.999, "beta_start", "beta_end")
+        if self.name == "cosine" and (self.beta_start, self.beta_end) != (None, None):
+            raise ConfigError("beta_start and beta_end have no meaning for the cosine schedule: leave them out")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the network predicts and how timesteps are weighted (math.md L1, L2)."""
+
+    target: str = "eps"
+    weighting: str = "simple"
+    min_snr_gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        one_of(self, TARGETS, "target")
+        one_of(self, WEIGHTINGS, "weighting")
+        at_least(self, 1e-6, "min_snr_gamma")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn from a trained model."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
+    negative_prompt: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of(self, SAMPLERS, "sampler")
+        at_least(self, 1, "steps")
+        between(self, 0.0, 100.0, "guidance_scale")
+        between(self, 0.0, 1.0, "eta")
+        between(self, 0, 2**63 - 1, "seed")
+
+
+@dataclass(frozen=True)
+class DiffusionRun:
+    """`ldm train-ldm`: stage 2."""
+
+    run: str
+    autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: diffuse the pixels themselves
+    text: str  # a run of train-clip, a CLIP text model by folder or name, or `none`: unconditional
+    data: DataConfig = field(default_factory=DataConfig)
+    cache_latents: bool = True  # posterior moments encoded once, beside the run
+    cache_captions: int = 20_000  # encode captions once when the set has at most so many; 0: always in the step
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    prompts: tuple[str, ...] = ()  # of the grids drawn while training; empty: the first validation captions
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 1.0, "caption_dropout")
+        at_least(self, 0, "cache_captions")
+        if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":
+            raise ConfigError("cache_latents cannot keep random crops: set data.crop=center or cache_latents=false")
+        if self.cache_latents and self.autoencoder != NONE and self.data.source not in ("folder", "digits") and self.data.size is None:
+            raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
+
+
+def _same(name_a: str, a: Any, name_b: str, b: Any) -> None:
+    if a != b:
+        raise ConfigError(f"{name_a} is {a} but {name_b} is {b}: they must be equal")
+
+
+def _multiple(name: str, value: int, factor: int, what: str) -> None:
+    if value % factor:
+        raise ConfigError(f"{name} {value} is not a multiple of {factor} ({what})")
+
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}"))
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"missing key {path}{missing[0]}")
+    try:
+        return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+    except ConfigError as error:
+        text = str(error)
+        if path and text.split(" ")[0].rstrip(":") in fields:
+            text = path + text
+        raise ConfigError(text) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, name + ".")  # type: ignore[arg-type]
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and value is None:
+        return NONE  # YAML reads an empty value as null
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if hint is str and "${" in value:
+        raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
+    return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:
+    """Read a YAML file, apply ``a.b=c`` overrides, and check everything. Raises ConfigError."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = Path(file)
+    if not file.is_file():
+        raise ConfigError(f"no configuration file {file}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(tree, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    return build(cls, values)
+
+
+def save(config: Any, file: str | Path) -> None:
+    """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(to_dict(config)), file)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts and lists, as JSON and YAML hold them."""
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+        for f in dataclasses.fields(config)
+        for v in [getattr(config, f.name)]
+    }
