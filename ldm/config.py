@@ -109,7 +109,7 @@ class AutoencoderRun:
     """`ldm train-autoencoder`: stage 1."""
 
     run: str
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -144,7 +144,7 @@ class ClipRun:
     """`ldm train-clip`: a text encoder where no pretrained one is at hand."""
 
     run: str
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     model: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -241,9 +241,9 @@ class DiffusionRun:
     """`ldm train-ldm`: stage 2."""
 
     run: str
+    data: DataConfig
     autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: diffuse the pixels themselves
     text: str  # a run of train-clip, a CLIP text model by folder or name, or `none`: unconditional
-    data: DataConfig = field(default_factory=DataConfig)
     cache_latents: bool = True  # posterior moments encoded once, beside the run
     cache_captions: int = 20_000  # encode captions once when the set has at most so many; 0: always in the step
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
@@ -310,8 +310,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and value is None:
-        return NONE  # YAML reads an empty value as null
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
     if hint is str and "${" in value:
