@@ -1,0 +1,1 @@
+"""Networks. A network knows no schedule, no guidance and no loss."""

@@ -1,0 +1,52 @@
+"""What a denoiser may be conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The four kinds of condition; each may be absent.
+
+    Attributes:
+        context: [b, l, d], attended to by cross-attention (text).
+        vector: [b, d], added to the timestep embedding (class, pooled text, size).
+        concat: [b, k, h, w], appended to the input channels (mask, low-resolution image).
+        control: residuals added to the skip connections, in the order in which the encoder half makes them; the
+            last one is added to the middle block's output (ControlNet).
+    """
+
+    context: Float[Tensor, "b l d"] | None = None
+    vector: Float[Tensor, "b v"] | None = None
+    concat: Float[Tensor, "b k h w"] | None = None
+    control: tuple[Tensor, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply ``function`` to every tensor present."""
+        return Condition(
+            **{
+                f.name: None if v is None else tuple(function(c) for c in v) if isinstance(v, tuple) else function(v)
+                for f in fields(self)
+                for v in [getattr(self, f.name)]
+            }
+        )
+
+
+def concatenate(a: Condition, b: Condition) -> Condition:
+    """Both conditions as one batch, ``a`` first. They must hold the same kinds."""
+
+    def join(name: str) -> Tensor | tuple[Tensor, ...] | None:
+        first, second = getattr(a, name), getattr(b, name)
+        if (first is None) != (second is None):
+            raise ValueError(f"one condition has {name} and the other has not: they cannot be evaluated in one batch")
+        if isinstance(first, tuple):
+            return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
+        return None if first is None else torch.cat([first, second])
+
+    return Condition(**{f.name: join(f.name) for f in fields(Condition)})  # type: ignore[arg-type]

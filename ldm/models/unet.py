@@ -1,0 +1,142 @@
+"""The conditional U-Net (math.md N1): `model(x_t, t, cond) -> prediction`.
+
+Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.config import UNetConfig
+from ldm.diffusion.condition import Condition
+from ldm.models.layers import Downsample, ResidualBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
+
+
+class Stage(nn.Module):
+    """One level of the U-Net: residual blocks, a transformer after each where the level attends, and a change of size."""
+
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions) if attentions else None
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+
+class UNet(nn.Module):
+    """Predicts ε, x_0 or v from a noisy sample, its timestep and a condition.
+
+    Args:
+        config: widths, depths and attention.
+        in_channels: c of x_t; ``config.concat_channels`` come on top.
+        out_channels: c of the prediction.
+        context_dim: width of the cross-attended context; None: no cross-attention.
+    """
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None) -> None:
+        super().__init__()
+        self.config, self.in_channels, self.out_channels, self.context_dim = config, in_channels, out_channels, context_dim
+        self.gradient_checkpointing = False
+        channels, time_dim, levels = config.channels, 4 * config.channels[0], len(config.channels)
+        heads = config.heads if len(config.heads) > 1 else config.heads * levels
+
+        def resnet(i: int, o: int) -> ResidualBlock:
+            return ResidualBlock(i, o, time_dim, config.groups, config.scale_shift)
+
+        def transformer(level: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                channels[level], heads[level], config.transformer_layers, context_dim, config.groups, config.linear_projection
+            )
+
+        self.conv_in = nn.Conv2d(in_channels + config.concat_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(channels[0], time_dim)
+        self.class_embedding = TimestepMLP(config.vector_dim, time_dim) if config.vector_dim else None
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]  # channels of each skip connection
+        for level, c in enumerate(channels):
+            resnets = [resnet(skips[-1] if i == 0 else c, c) for i in range(config.layers_per_level)]
+            attends = level in config.attention_levels
+            stage = Stage(resnets, [transformer(level) for _ in resnets] if attends else [])
+            skips += [c] * config.layers_per_level
+            if level < levels - 1:
+                stage.downsamplers = nn.ModuleList([Downsample(c)])
+                skips.append(c)
+            self.down_blocks.append(stage)
+
+        self.mid_block = Stage([resnet(channels[-1], channels[-1]), resnet(channels[-1], channels[-1])], [transformer(levels - 1)])
+
+        self.up_blocks = nn.ModuleList()
+        width = channels[-1]
+        for level in reversed(range(levels)):
+            resnets = []
+            for _ in range(config.layers_per_level + 1):
+                resnets.append(resnet(width + skips.pop(), channels[level]))
+                width = channels[level]
+            stage = Stage(resnets, [transformer(level) for _ in resnets] if level in config.attention_levels else [])
+            if level > 0:
+                stage.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(stage)
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition) -> Float[Tensor, "b o h w"]:
+        """The prediction for each sample; ``t`` counts from 0. Raises ValueError where a condition is missing or not expected."""
+        self._check(cond)
+        time = self._embed(t, cond).to(x_t.dtype)
+        context = cond.context
+        h = self.conv_in(x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1))
+        skips = [h]
+        for stage in self.down_blocks:
+            for i, resnet in enumerate(stage.resnets):
+                h = self._run(resnet, h, time)
+                if stage.attentions is not None:
+                    h = self._run(stage.attentions[i], h, context)
+                skips.append(h)
+            if stage.downsamplers is not None:
+                h = stage.downsamplers[0](h)
+                skips.append(h)
+
+        h = self._run(self.mid_block.resnets[0], h, time)
+        h = self._run(self.mid_block.attentions[0], h, context)  # type: ignore[index]
+        h = self._run(self.mid_block.resnets[1], h, time)
+
+        if cond.control is not None:
+            *residuals, middle = cond.control
+            skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
+            h = h + middle
+
+        for stage in self.up_blocks:
+            for i, resnet in enumerate(stage.resnets):
+                h = self._run(resnet, torch.cat([h, skips.pop()], dim=1), time)
+                if stage.attentions is not None:
+                    h = self._run(stage.attentions[i], h, context)
+            if stage.upsamplers is not None:
+                h = stage.upsamplers[0](h, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def _embed(self, t: Tensor, cond: Condition) -> Tensor:
+        time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(self.conv_in.weight.dtype))
+        return time if self.class_embedding is None else time + self.class_embedding(cond.vector)
+
+    def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _check(self, cond: Condition) -> None:
+        for name, given, wanted in (
+            ("context", cond.context is not None, self.context_dim is not None),
+            ("vector", cond.vector is not None, self.class_embedding is not None),
+            ("concat", cond.concat is not None, self.config.concat_channels > 0),
+        ):
+            if given != wanted:
+                raise ValueError(f"this U-Net takes {'a' if wanted else 'no'} {name} condition, and {'one' if given else 'none'} was given")
