@@ -1,0 +1,243 @@
+"""Captioned scenes of one or two coloured shapes, drawn on demand: a data set whose truth is known exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ldm.config import DataConfig
+from ldm.data.sources import DataError, Sample
+from ldm.data.streams import generator
+
+VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
+RGB = tuple[int, int, int]
+# The nearest two of these 14 are 117 apart (white and beige) of the cube's 442.
+COLOURS: dict[str, RGB] = {
+    "red": (210, 10, 45),
+    "green": (20, 170, 55),
+    "blue": (45, 100, 255),
+    "yellow": (242, 240, 0),
+    "orange": (255, 122, 0),
+    "purple": (136, 15, 205),
+    "cyan": (15, 228, 235),
+    "pink": (255, 95, 205),
+}
+BACKGROUNDS: dict[str, RGB] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "navy": (15, 28, 122),
+    "brown": (105, 68, 15),
+    "beige": (245, 205, 150),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+RADII: dict[str | None, float] = {"small": 7.5 / 32, "large": 12 / 32, None: 7 / 48}  # of the side; None: one of two objects
+SIZES = ("small", "large")
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # first → second
+SMALLEST_SIDE = 24
+EPOCH = 2**20  # length of the splits that are no training set
+OFFSETS = {"train": 0, "validation": 2**40, "held_out": 2**41}  # positions of the stream, disjoint
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape; ``size`` is None where captions name none, (x, y) is the pixel whose middle is the shape's."""
+
+    size: str | None
+    colour: str
+    shape: str
+    x: int = 0
+    y: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: one object, or two with the relation of the first to the second."""
+
+    background: str
+    objects: tuple[Object, ...]
+    relation: str | None = None
+
+
+def caption(scene: Scene) -> str:
+    """The one English sentence of a scene."""
+    names = []
+    for o in scene.objects:
+        name = f"{o.size} {o.colour} {o.shape}" if o.size else f"{o.colour} {o.shape}"
+        names.append(("an " if name[0] in "aeiou" else "a ") + name)
+    return f" {scene.relation} ".join(names) + f" on a {scene.background} background"
+
+
+def _one(words: tuple[str, ...] | dict[str, tuple[int, ...]]) -> str:
+    return f"({'|'.join(words)})"
+
+
+_THING = rf"an? {_one(COLOURS)} {_one(SHAPES)}"
+_SINGLE = re.compile(rf"a {_one(SIZES)} {_one(COLOURS)} {_one(SHAPES)} on a {_one(BACKGROUNDS)} background")
+_DOUBLE = re.compile(rf"{_THING} {_one(RELATIONS)} {_THING} on a {_one(BACKGROUNDS)} background")
+
+
+def parse(text: str) -> Scene:
+    """The scene that a caption asks for, its positions left at 0. Raises ValueError for text that ``caption`` does not write."""
+    scene = None
+    if match := _SINGLE.fullmatch(text):
+        size, colour, shape, background = match.groups()
+        scene = Scene(background, (Object(size, colour, shape),))
+    elif match := _DOUBLE.fullmatch(text):
+        colour_1, shape_1, relation, colour_2, shape_2, background = match.groups()
+        scene = Scene(background, (Object(None, colour_1, shape_1), Object(None, colour_2, shape_2)), relation)
+    if scene is None or caption(scene) != text:
+        raise ValueError(f"{text!r} is no caption of a drawn scene, such as 'a small red circle on a white background'")
+    return scene
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points lie in the shape whose bounding box is [−1, 1] wide; y grows downwards."""
+    radius = np.hypot(x, y)
+    if shape == "circle":
+        return radius <= 1
+    if shape == "ring":
+        return (radius <= 1) & (radius >= 0.5)
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.9  # a full one would look larger than the circle
+    if shape == "cross":
+        return (np.maximum(abs(x), abs(y)) <= 1) & (np.minimum(abs(x), abs(y)) <= 0.36)
+    if shape == "triangle":
+        height = math.sqrt(3) / 2  # equilateral, the middle of its height at 0
+        return (y <= height) & (abs(x) <= (y + height) / (2 * height))
+    if shape != "star":
+        raise ValueError(f"unknown shape {shape!r}: known are {', '.join(SHAPES)}")
+    outer = 1 / math.sin(0.4 * math.pi)  # five points, the widest pair at ±1, the middle of the height at 0
+    y = y - outer * (1 - math.cos(0.2 * math.pi)) / 2
+    # Fold into one tenth of the star: from the axis through a point (angle 0) to the notch beside it (36°).
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y) % (0.4 * math.pi)
+    angle = np.minimum(angle, 0.4 * math.pi - angle)
+    inner = 0.45 * outer
+    notch = inner * math.sin(0.2 * math.pi), inner * math.cos(0.2 * math.pi)
+    across, along = radius * np.sin(angle), radius * np.cos(angle)
+    return across * (outer - notch[1]) <= (outer - along) * notch[0]
+
+
+@lru_cache(maxsize=256)
+def coverage(shape: str, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½)."""
+    half, fine = math.ceil(radius - 0.5), 8
+    points = ((np.arange((2 * half + 1) * fine) + 0.5) / fine - half - 0.5) / radius
+    inside = _inside(shape, points[None, :], points[:, None])
+    mask = inside.reshape(2 * half + 1, fine, 2 * half + 1, fine).mean((1, 3), dtype=np.float32)
+    mask.flags.writeable = False  # shared by all callers
+    return mask
+
+
+def draw(scene: Scene, side: int) -> np.ndarray:
+    """The antialiased picture, uint8 [side, side, 3]. Raises ValueError where an object leaves the canvas."""
+    image = np.empty((side, side, 3), dtype=np.float32)
+    image[:] = BACKGROUNDS[scene.background]
+    for o in scene.objects:
+        mask = coverage(o.shape, RADII[o.size] * side)[..., None]
+        half = mask.shape[0] // 2
+        if min(o.x, o.y) < half or max(o.x, o.y) >= side - half:
+            raise ValueError(f"the {o.shape} at ({o.x}, {o.y}) leaves the canvas of {side} pixels")
+        patch = image[o.y - half : o.y + half + 1, o.x - half : o.x + half + 1]
+        patch += mask * (np.array(COLOURS[o.colour], dtype=np.float32) - patch)
+    return np.rint(image).astype(np.uint8)
+
+
+def margin(size: str | None, side: int) -> int:
+    """The smallest coordinate at which an object lies wholly on the canvas; the largest is side − 1 − margin."""
+    return math.ceil(RADII[size] * side - 0.5)
+
+
+# Held out: one value in seven of a weighted sum of the attributes' numbers. 7 is prime and the weights are no multiples of it,
+# so when all attributes but one are fixed, at most every seventh value of that one is held out, and every pair stays in training.
+Look = tuple[str, str]  # colour, shape
+
+
+def _held_out_single(colour: str, shape: str, background: str) -> bool:
+    c, s, b = list(COLOURS).index(colour), SHAPES.index(shape), list(BACKGROUNDS).index(background)
+    return (c + 2 * s + 3 * b) % 7 == 0
+
+
+def _held_out_pair(first: Look, second: Look) -> bool:
+    """Symmetric: A left of B shows the same as B right of A."""
+    return sum(list(COLOURS).index(c) + 2 * SHAPES.index(s) for c, s in (first, second)) % 7 == 0
+
+
+@lru_cache
+def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
+    """Every scene, without positions, of the held-out set or of its complement (which training and validation share)."""
+    looks = tuple(itertools.product(COLOURS, SHAPES))
+    if objects == 1:
+        return tuple(
+            Scene(background, (Object(size, colour, shape),))
+            for (colour, shape), background, size in itertools.product(looks, BACKGROUNDS, SIZES)
+            if _held_out_single(colour, shape, background) == held_out
+        )
+    return tuple(
+        Scene(background, (Object(None, *first), Object(None, *second)), relation)
+        for first, second in itertools.product(looks, looks)
+        if first[0] != second[0] and _held_out_pair(first, second) == held_out
+        for background, relation in itertools.product(BACKGROUNDS, RELATIONS)
+    )
+
+
+def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
+    """The scene with positions drawn: anywhere on the canvas for one object; two lie apart, and mostly along the relation's axis."""
+    low = margin(scene.objects[0].size, side)
+    high = side - 1 - low
+    if len(scene.objects) == 1:
+        x, y = (int(v) for v in rng.integers(low, high + 1, 2))
+        return Scene(scene.background, (_at(scene.objects[0], x, y),))
+    assert scene.relation is not None
+    step = RELATIONS[scene.relation]
+    apart = int(rng.integers(2 * low + 2, high - low + 1))  # along the axis; the shapes never touch
+    aside = int(rng.integers(-(apart // 3), apart // 3 + 1))  # across it: at most a third
+    along_1 = int(rng.integers(low, high - apart + 1))
+    across_1 = int(rng.integers(low + max(0, -aside), high - max(0, aside) + 1))
+    near, far = (along_1, across_1), (along_1 + apart, across_1 + aside)
+    if sum(step) < 0:
+        near, far = far, near
+    if step[0] == 0:
+        near, far = near[::-1], far[::-1]
+    return Scene(scene.background, (_at(scene.objects[0], *near), _at(scene.objects[1], *far)), scene.relation)
+
+
+def _at(o: Object, x: int, y: int) -> Object:
+    return Object(o.size, o.colour, o.shape, x, y)
+
+
+class ShapesSource:
+    """Scenes drawn by index: `objects` is 1 or 2, the side is ``data.image_size``. Raises DataError."""
+
+    def __init__(self, data: DataConfig, split: str, objects: int) -> None:
+        if data.image_channels != 3:
+            raise DataError(f"{data.source} are drawn in colour: image_channels must be 3, got {data.image_channels}")
+        if data.image_size < SMALLEST_SIDE:
+            raise DataError(f"{data.source} cannot be told apart below {SMALLEST_SIDE} pixels: image_size is {data.image_size}")
+        self.side, self.objects = data.image_size, objects
+        self.length: int | None = data.size if split == "train" else EPOCH
+        self._offset = OFFSETS[split]
+        self._combinations = combinations(objects, split == "held_out")
+        facts = [VERSION, COLOURS, BACKGROUNDS, SHAPES, RADII["small"], RADII["large"], RADII[None]]
+        facts += [self.side, objects, split, self.length]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0 or (self.length is not None and index >= self.length):
+            raise IndexError(f"index {index} is outside 0 to {self.length}")
+        rng = generator(0, f"shapes-{self.objects}", self._offset + index)  # not the run's seed: the data set is fixed
+        scene = place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
+        return Sample(draw(scene, self.side), caption(scene), scene)
+
+    def captions(self, limit: int) -> list[str] | None:
+        """Every caption that this split can draw, sorted, or None where there are more than ``limit``."""
+        if len(self._combinations) > limit:
+            return None
+        return sorted(caption(scene) for scene in self._combinations)
