@@ -1,0 +1,173 @@
+"""What a picture of drawn shapes shows: the scene, of all that could have been drawn, that is nearest to it in squared error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, coverage, parse
+
+Reading = Scene  # a picture is read as the scene that it shows; two objects come left to right or top to bottom
+Report = dict[str, dict[str, float]]
+
+ATTRIBUTES = {1: ("background", "size", "colour", "shape", "all"), 2: ("background", "colours", "shapes", "relation", "all")}
+_CHUNK = 2**23  # hypotheses weighed at once
+
+
+class ShapesJudge:
+    """Reads pictures by exhaustive template matching.
+
+    With D = image − b and the coverage M of a shape, drawing it in colour c on background b lowers the squared error
+    |D|² by 2⟨D, M⟩·(c − b) − |M|²|c − b|². ⟨D, M⟩ at every place is a correlation, so no scene is ever drawn. Shapes
+    that do not overlap lower the error independently of each other.
+    """
+
+    def __init__(self, side: int, objects: int) -> None:
+        if objects not in ATTRIBUTES:
+            raise ValueError(f"scenes have 1 or 2 objects, got {objects}")
+        self.side, self.objects = side, objects
+        self._backgrounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255  # [b, 3]
+        self._contrasts = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255 - self._backgrounds[:, None]  # [b, c, 3]
+        self._templates = {
+            size: torch.from_numpy(np.stack([coverage(shape, RADII[size] * side) for shape in SHAPES]))[:, None]  # [s, 1, k, k]
+            for size in (SIZES if objects == 1 else (None,))
+        }
+
+    def read(self, images: np.ndarray) -> list[Reading]:
+        """The nearest scene of each image, uint8 [n, side, side, 3]."""
+        if images.ndim != 4 or images.shape[1:] != (self.side, self.side, 3) or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 [n, {self.side}, {self.side}, 3], got {images.dtype} {list(images.shape)}")
+        one = self._backgrounds.shape[0] * self._contrasts.shape[1] * len(SHAPES)
+        places = max((self.side - t.shape[-1] + 1) ** 2 for t in self._templates.values())
+        step = max(1, _CHUNK // (one * places))
+        readings: list[Reading] = []
+        with torch.inference_mode():
+            for start in range(0, len(images), step):
+                batch = torch.from_numpy(images[start : start + step]).permute(0, 3, 1, 2).float() / 255
+                readings += self._singles(batch) if self.objects == 1 else self._pairs(batch)
+        return readings
+
+    def _error(self, batch: Tensor) -> Tensor:
+        """|image − b|², [n, b]."""
+        return (batch[:, None] - self._backgrounds[:, :, None, None]).square().sum((2, 3, 4))
+
+    def _reductions(self, batch: Tensor, size: str | None) -> Tensor:
+        """By how much each hypothesis lowers the squared error, [n, place, s, b, c]; places row by row."""
+        n, templates = batch.shape[0], self._templates[size]
+        inner = F.conv2d(batch.reshape(-1, 1, self.side, self.side), templates)  # ⟨image, M⟩: [n·3, s, places, places]
+        inner = inner.reshape(n, 3, len(SHAPES), -1).permute(0, 3, 2, 1)  # [n, place, s, 3]
+        area, square = templates.sum((1, 2, 3)), templates.square().sum((1, 2, 3))
+        on_background = (self._backgrounds[:, None] * self._contrasts).sum(-1)  # b·(c − b): [b, c]
+        constant = 2 * area[:, None, None] * on_background + square[:, None, None] * self._contrasts.square().sum(-1)
+        weights = 2 * self._contrasts.reshape(-1, 3).T  # [3, b·c]
+        return (inner @ weights).reshape(*inner.shape[:3], *on_background.shape).sub_(constant)
+
+    def _place(self, place: int, size: str | None) -> tuple[int, int]:
+        kernel = self._templates[size].shape[-1]
+        y, x = divmod(place, self.side - kernel + 1)
+        return x + kernel // 2, y + kernel // 2
+
+    def _singles(self, batch: Tensor) -> list[Reading]:
+        error = self._error(batch)
+        best_error = torch.full((len(batch),), math.inf)
+        readings = [Reading("", ())] * len(batch)
+        for size in self._templates:
+            reduction, place = self._reductions(batch, size).max(1)  # over places: [n, s, b, c]
+            rest = (error[:, None, :, None] - reduction).flatten(1)
+            smallest, which = rest.min(1)
+            for i in torch.nonzero(smallest < best_error).flatten().tolist():
+                s, b, c = (int(v) for v in np.unravel_index(int(which[i]), reduction.shape[1:]))
+                x, y = self._place(int(place[i, s, b, c]), size)
+                readings[i] = Reading(list(BACKGROUNDS)[b], (Object(size, list(COLOURS)[c], SHAPES[s], x, y),))
+            best_error = torch.minimum(best_error, smallest)
+        return readings
+
+    def _pairs(self, batch: Tensor) -> list[Reading]:
+        """For every background the best object, the best second beside it, then each again given the other."""
+        reduction, shape = self._reductions(batch, None).max(2)  # over shapes: [n, place, b, c]
+        reduction = reduction.permute(0, 2, 3, 1)  # [n, b, c, place]
+        first = reduction.flatten(2).argmax(-1)
+        second = self._partner(reduction, first)
+        first = self._partner(reduction, second)
+        second = self._partner(reduction, first)
+        flat = reduction.flatten(2)
+        gain = flat.gather(2, first[..., None]) + flat.gather(2, second[..., None])
+        background = (self._error(batch) - gain[..., 0]).argmin(1).tolist()
+        shape = shape.permute(0, 2, 3, 1).flatten(2)
+        readings = []
+        for i, b in enumerate(background):
+            objects = []
+            for which in (int(first[i, b]), int(second[i, b])):
+                c, place = divmod(which, reduction.shape[-1])
+                objects.append(Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, None)))
+            readings.append(_ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
+        return readings
+
+    def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
+        """The best object of another colour whose square touches the other's nowhere: index into [c · place], [n, b]."""
+        kernel = self._templates[None].shape[-1]
+        width = self.side - kernel + 1
+        place = torch.arange(width * width)
+        at, colour = other % (width * width), other // (width * width)
+        apart = torch.maximum((place % width - at[..., None] % width).abs(), (place // width - at[..., None] // width).abs()) >= kernel
+        allowed = apart[:, :, None] & (torch.arange(reduction.shape[2]) != colour[..., None])[..., None]  # [n, b, c, place]
+        return reduction.masked_fill(~allowed, -math.inf).flatten(2).argmax(-1)
+
+
+def _ordered(background: str, one: Object, two: Object) -> Reading:
+    if abs(one.x - two.x) >= abs(one.y - two.y):
+        return Reading(background, (one, two) if one.x <= two.x else (two, one), "left of")
+    return Reading(background, (one, two) if one.y <= two.y else (two, one), "above")
+
+
+_INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def agreement(reading: Reading, asked: Scene) -> dict[str, bool]:
+    """Which attributes of the caption's scene the picture shows.
+
+    Two objects may come in either order, whichever agrees in more colours and shapes; the relation is then judged in
+    that order. So a picture with the right objects in the wrong places is wrong in its relation alone.
+    """
+    if len(reading.objects) != len(asked.objects):
+        raise ValueError(f"a caption of {len(asked.objects)} object(s) was given for a reading of {len(reading.objects)}")
+    found, relation = reading.objects, reading.relation
+    if relation is not None and _matches(found[::-1], asked.objects) > _matches(found, asked.objects):
+        found, relation = found[::-1], _INVERSE[relation]
+    right = {"background": reading.background == asked.background}
+    colours = all(a.colour == b.colour for a, b in zip(found, asked.objects, strict=True))
+    shapes = all(a.shape == b.shape for a, b in zip(found, asked.objects, strict=True))
+    if len(found) == 1:
+        right |= {"size": found[0].size == asked.objects[0].size, "colour": colours, "shape": shapes}
+    else:
+        right |= {"colours": colours, "shapes": shapes, "relation": relation == asked.relation}
+    return right | {"all": all(right.values())}
+
+
+def _matches(found: Sequence[Object], asked: Sequence[Object]) -> int:
+    return sum((a.colour == b.colour) + (a.shape == b.shape) for a, b in zip(found, asked, strict=True))
+
+
+def score(readings: Sequence[Reading], captions: Sequence[str]) -> Report:
+    """The share of pictures that show what their caption asks for, by attribute, with 95 % intervals.
+
+    Raises ValueError for captions that no drawn scene has, and where the counts differ.
+    """
+    if not readings or len(readings) != len(captions):
+        raise ValueError(f"one caption for each reading, and at least one: got {len(readings)} readings and {len(captions)} captions")
+    rows = [agreement(reading, parse(text)) for reading, text in zip(readings, captions, strict=True)]
+    return {name: proportion(sum(row[name] for row in rows), len(rows)) for name in ATTRIBUTES[len(readings[0].objects)]}
+
+
+def proportion(successes: int, n: int) -> dict[str, float]:
+    """A share with its 95 % interval (Wilson 1927)."""
+    z = 1.959964
+    p, shrink = successes / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {"accuracy": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
