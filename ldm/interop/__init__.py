@@ -1,0 +1,1 @@
+"""Other people's checkpoints: the layouts that our folders share with theirs."""

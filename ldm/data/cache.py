@@ -1,0 +1,103 @@
+"""Posterior moments of a whole set, encoded once: sampling stays random, encoding is not paid again.
+
+The cache is bound to the autoencoder, to the data and to the transform; what does not match is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from autoencoder.model import AutoencoderKL
+from ldm.config import DataConfig
+from ldm.data.images import prepare
+from ldm.data.sources import DataError, Source
+
+MANIFEST = "cache.json"
+SHARD = 4096  # samples in one file
+
+
+def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
+    """What determines every number in a cache."""
+    return {
+        "format": 1,
+        "autoencoder": autoencoder_hash,
+        "data": source.fingerprint,
+        "transform": {"image_size": data.image_size, "crop": data.crop, "flip": data.flip},
+    }
+
+
+class LatentCache:
+    """A cache folder: ``moments(index, mirror)`` and ``text(index)``. Raises DataError unless it was made for ``bound``."""
+
+    def __init__(self, folder: Path, bound: dict[str, Any]) -> None:
+        file = folder / MANIFEST
+        if not file.is_file():
+            raise DataError(f"no latent cache in {folder}: run `ldm cache-latents`")
+        manifest = json.loads(file.read_text())
+        for key, value in bound.items():
+            if manifest.get(key) != value:
+                raise DataError(f"{folder}: this latent cache was made with another {key}: delete the folder, or point to another run")
+        self.folder, self.length = folder, int(manifest["length"])
+        self._texts: list[str] = json.loads((folder / "texts.json").read_text())
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._shards:
+            with safe_open(self.folder / f"moments-{number:05d}.safetensors", "pt") as file:
+                self._shards[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return self._shards[number]
+
+    def moments(self, index: int, mirror: bool = False) -> Tensor:
+        """Mean and log-variance [2c, h, w] of the sample, or of its mirror image."""
+        return self._shard(index // SHARD)["mirrored" if mirror else "plain"][index % SHARD]
+
+    def text(self, index: int) -> str:
+        """The sample's caption."""
+        return self._texts[index]
+
+
+@torch.no_grad()
+def write(
+    folder: Path,
+    bound: dict[str, Any],
+    autoencoder: AutoencoderKL,
+    source: Source,
+    data: DataConfig,
+    device: torch.device,
+    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode every sample of a finite source into ``folder``, which appears whole or not at all. Raises DataError."""
+    if source.length is None:
+        raise DataError("a source without end cannot be cached: set data.size")
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    texts: list[str] = []
+    for start in range(0, source.length, SHARD):
+        stop = min(start + SHARD, source.length)
+        rows: dict[str, list[Tensor]] = {"plain": [], "mirrored": []} if data.flip else {"plain": []}
+        for i in range(start, stop, batch):
+            samples = [source[j] for j in range(i, min(i + batch, stop))]
+            texts += [s.text for s in samples]
+            images = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(device)
+            for name in rows:
+                rows[name].append(autoencoder.encode(images.flip(3) if name == "mirrored" else images).moments.cpu())
+            if progress:
+                progress(len(texts), source.length)
+        shard = {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
+        save_file(shard, temporary / f"moments-{start // SHARD:05d}.safetensors")
+    (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+    (temporary / MANIFEST).write_text(json.dumps({**bound, "length": source.length}, indent=1))
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

@@ -1,0 +1,147 @@
+"""The endless training stream: positions in, samples with all their random draws out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.config import DataConfig
+from ldm.data import streams
+from ldm.data.cache import LatentCache
+from ldm.data.images import prepare
+from ldm.data.sources import Source
+
+WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
+
+Batch = dict[str, Any]  # tensors by name, and `text`: the captions
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers that each sample brings along: standard normal arrays and numbers in [0, 1)."""
+
+    normals: Mapping[str, tuple[int, ...]]
+    uniforms: tuple[str, ...] = ()
+
+
+class Stream(Dataset[Batch]):
+    """Samples by position. Everything random about a sample is a function of (seed, name of the draw, position).
+
+    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``, and the draws.
+    ``validation`` reads the source in order, in the middle crop and unmirrored, with streams of its own.
+    """
+
+    def __init__(
+        self, source: Source, data: DataConfig, seed: int, draws: Draws, cache: LatentCache | None = None, validation: bool = False
+    ) -> None:
+        self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
+        self.prefix = "validation/" if validation else ""
+        self.validation = validation
+        self.order = streams.Order(seed, source.length)
+
+    def __getitem__(self, position: int) -> Batch:
+        draw = f"{self.prefix}%s"
+        index = position if self.validation else self.order[position]
+        flip, crop = self.data.flip and not self.validation, self.data.crop == "random" and not self.validation
+        mirror = flip and streams.uniform(self.seed, draw % "flip", position) < 0.5
+        sample: Batch = {}
+        if self.cache is not None:
+            sample["moments"], sample["text"] = self.cache.moments(index, mirror), self.cache.text(index)
+        else:
+            drawn = self.source[index]
+            y, x = streams.generator(self.seed, draw % "crop", position).random(2) if crop else (0.5, 0.5)
+            sample["image"], sample["text"] = prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror), drawn.text
+        for name, shape in self.draws.normals.items():
+            sample[name] = torch.from_numpy(streams.normal(self.seed, draw % name, position, shape))
+        for name in self.draws.uniforms:
+            sample[name] = torch.tensor(streams.uniform(self.seed, draw % name, position), dtype=torch.float64)
+        return sample
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Stack the tensors of equal names; captions stay a list."""
+    return {
+        name: torch.stack([s[name] for s in samples]) if isinstance(samples[0][name], Tensor) else [s[name] for s in samples]
+        for name in samples[0]
+    }
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one update's global batch is divided: processes × micro-batch × accumulation = batch_size."""
+
+    batch_size: int
+    micro_batch: int
+    processes: int
+    rank: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one process in one update."""
+        return self.batch_size // (self.micro_batch * self.processes)
+
+    def positions(self, update: int) -> Iterator[list[int]]:
+        """The positions of this process's micro-batches in ``update`` (counted from 0)."""
+        share = self.micro_batch * self.processes
+        for i in range(self.accumulation):
+            start = update * self.batch_size + i * share + self.rank * self.micro_batch
+            yield list(range(start, start + self.micro_batch))
+
+
+def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> Split:
+    """Divide the global batch. Raises ValueError where it does not come out even."""
+    if micro_batch is None:
+        if batch_size % processes:
+            raise ValueError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
+        micro_batch = batch_size // processes
+    if batch_size % (micro_batch * processes):
+        raise ValueError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
+    return Split(batch_size, micro_batch, processes, rank)
+
+
+def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Iterator[Batch]:
+    """The micro-batches of updates ``first`` … ``last`` − 1, in order."""
+    return iter(
+        DataLoader(
+            stream,
+            batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=workers,
+            timeout=WORKER_TIMEOUT if workers else 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
+class _Positions:
+    """The batches of positions of a range of updates, made as they are asked for."""
+
+    def __init__(self, split: Split, first: int, last: int) -> None:
+        self.split, self.first, self.last = split, first, last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in range(self.first, self.last):
+            yield from self.split.positions(update)
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.split.accumulation
+
+
+def validation_batches(stream: Stream, size: int, batch_size: int, rank: int, processes: int) -> Iterator[tuple[list[int], Batch]]:
+    """This process's share of positions 0 … size−1 (fewer where the source has fewer), with the positions."""
+    total = size if stream.source.length is None else min(size, stream.source.length)
+    mine = list(range(rank, total, processes))
+    for i in range(0, len(mine), batch_size):
+        positions = mine[i : i + batch_size]
+        yield positions, collate([stream[p] for p in positions])
+
+
+def stratified(positions: list[int], total: int) -> Tensor:
+    """The middles of ``total`` equal parts of [0, 1) that belong to ``positions``, float64."""
+    return torch.from_numpy((np.asarray(positions) + 0.5) / total)

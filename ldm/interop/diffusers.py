@@ -1,0 +1,158 @@
+"""The configuration files of a diffusers pipeline folder: our settings in its words, and back.
+
+Parameter names need no translation: our networks use the names found there. Nothing is imported from diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.config import ConfigError, ScheduleConfig, UNetConfig
+
+DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
+OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of what a StableDiffusionPipeline cannot express
+THEIR_PIPELINE = "StableDiffusionPipeline"
+
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # of schedule.py; cosine has none
+
+
+def model_index(has_autoencoder: bool, has_text: bool) -> dict[str, Any]:
+    """`model_index.json`: which class reads which sub-folder. A pixel or unconditional model carries our own class name."""
+    complete = has_autoencoder and has_text
+    nothing = [None, None]
+    return {
+        "_class_name": THEIR_PIPELINE if complete else OUR_PIPELINE,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": nothing,
+        "image_encoder": nothing,
+        "requires_safety_checker": False,
+        "safety_checker": nothing,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"] if has_text else nothing,
+        "tokenizer": ["transformers", "CLIPTokenizer"] if has_text else nothing,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"] if has_autoencoder else nothing,
+    }
+
+
+def scheduler_to_diffusers(schedule: ScheduleConfig, target: str) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process, target and (trailing) grid."""
+    start, end = _BETAS[schedule.name]
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": schedule.num_steps,
+        "beta_schedule": _BETA_SCHEDULES[schedule.name],
+        "beta_start": start if schedule.beta_start is None else schedule.beta_start,
+        "beta_end": end if schedule.beta_end is None else schedule.beta_end,
+        "trained_betas": None,
+        "prediction_type": _PREDICTIONS[target],
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
+    """The schedule and target of a scheduler_config.json. Raises ConfigError naming what is not offered."""
+    if layout.get("trained_betas") is not None or layout.get("rescale_betas_zero_snr", False):
+        raise ConfigError("scheduler: trained_betas and rescale_betas_zero_snr are not offered")
+    names = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
+    targets = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    beta_schedule, prediction = layout.get("beta_schedule", "linear"), layout.get("prediction_type", "epsilon")
+    if beta_schedule not in names or prediction not in targets:
+        raise ConfigError(f"scheduler: beta_schedule {beta_schedule!r} with prediction_type {prediction!r} is not offered")
+    name = names[beta_schedule]
+    start, end = (None, None) if name == "cosine" else (layout.get("beta_start", 1e-4), layout.get("beta_end", 0.02))
+    return ScheduleConfig(name, layout.get("num_train_timesteps", 1000), start, end), targets[prediction]
+
+
+def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int) -> dict[str, Any]:
+    """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t."""
+    levels = len(config.channels)
+    attends = [level in config.attention_levels for level in range(levels)]
+    heads = list(config.heads if len(config.heads) > 1 else config.heads * levels)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "sample_size": sample_size,
+        "in_channels": in_channels + config.concat_channels,
+        "out_channels": out_channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers_per_level,
+        "cross_attention_dim": context_dim if context_dim is not None else [None] * levels,
+        "attention_head_dim": heads,  # the NUMBER of heads, in spite of its name
+        "transformer_layers_per_block": config.transformer_layers,
+        "norm_num_groups": config.groups,
+        "use_linear_projection": config.linear_projection,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        "class_embed_type": "projection" if config.vector_dim else None,
+        "projection_class_embeddings_input_dim": config.vector_dim,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "act_fn": "silu",
+        "norm_eps": 1e-5,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "center_input_sample": False,
+    }
+
+
+_UNET_FIXED: dict[str, Any] = {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "center_input_sample": False,
+}
+_UNET_READ = {
+    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
+    "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups", "use_linear_projection",
+    "resnet_time_scale_shift", "class_embed_type", "projection_class_embeddings_input_dim", "upcast_attention",
+}  # fmt: skip
+
+
+def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int, int | None]:
+    """(config, in_channels, out_channels, context_dim) of a unet/config.json. Raises ConfigError naming what we cannot express.
+
+    Channels beyond ``out_channels`` are taken as concatenated conditions (inpainting's mask and masked latent).
+    """
+    for key, value in layout.items():
+        if key.startswith("_") or key in _UNET_READ:
+            continue
+        if value != _UNET_FIXED.get(key) and value not in (None, False, 0, 0.0, "default", "positional"):
+            raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here")
+    down, channels = layout["down_block_types"], layout["block_out_channels"]
+    for name in [*down, *layout["up_block_types"]]:
+        if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
+            raise ConfigError(f"unet: block type {name} cannot be expressed here")
+    if layout.get("class_embed_type") not in (None, "projection"):
+        raise ConfigError(f"unet: class_embed_type {layout['class_embed_type']!r} cannot be expressed here")
+    heads, context = layout.get("attention_head_dim", 8), layout.get("cross_attention_dim", 1280)
+    if isinstance(context, list) and len(set(context)) > 1:
+        raise ConfigError(f"unet: cross_attention_dim {context} differs between levels")
+    out_channels = layout.get("out_channels", 4)
+    config = UNetConfig(
+        channels=tuple(channels),
+        layers_per_level=layout.get("layers_per_block", 2),
+        attention_levels=tuple(i for i, name in enumerate(down) if name.startswith("CrossAttn")),
+        heads=tuple(heads) if isinstance(heads, (list, tuple)) else (heads,),
+        transformer_layers=layout.get("transformer_layers_per_block", 1),
+        groups=layout.get("norm_num_groups", 32),
+        linear_projection=layout.get("use_linear_projection", False),
+        scale_shift=layout.get("resnet_time_scale_shift", "default") == "scale_shift",
+        vector_dim=layout.get("projection_class_embeddings_input_dim"),
+        concat_channels=layout.get("in_channels", 4) - out_channels,
+    )
+    return config, out_channels, out_channels, context[0] if isinstance(context, (list, tuple)) else context

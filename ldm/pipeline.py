@@ -1,0 +1,339 @@
+"""Text to images: one folder holds everything, and it is a diffusers pipeline folder.
+
+    pipe = ldm.Pipeline.from_pretrained("runs/demo")
+    images = pipe(["a small red circle on a white background"], steps=20, guidance_scale=3.0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
+from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
+from autoencoder.model import AutoencoderKL
+from autoencoder.posterior import DiagonalGaussian
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig
+from ldm.data import streams
+from ldm.data.images import to_pil, to_uint8
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.samplers import SAMPLERS, check_steps, trailing
+from ldm.diffusion.schedule import Schedule
+from ldm.interop import diffusers as layout
+from ldm.interop.weights import FolderError, file_hash, read_json, read_module, write_json, write_module
+from ldm.models.unet import UNet
+
+if TYPE_CHECKING:
+    from ldm.models.text import TextEncoder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """Image to latent and back, with the scale and shift of a foreign autoencoder (1 and 0 for ours: folded into its weights)."""
+
+    autoencoder: AutoencoderKL
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Float[Tensor, "b c h w"]:
+        """A draw of the normalised latent from a posterior."""
+        return (posterior.sample(noise) - self.shift) * self.scale
+
+    def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
+        """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders."""
+        return self.autoencoder.decode(latent.float() / self.scale + self.shift)
+
+
+@dataclass
+class Pipeline:
+    """A trained model, ready to draw from.
+
+    Attributes:
+        unet, schedule_config, target: the denoiser, its process, and what it predicts.
+        codec: the autoencoder, or None: the samples are images.
+        text: the text encoder, or None: unconditional.
+        sample_size: side of the training images in pixels, the default.
+        defaults: settings for arguments that a call leaves out.
+        null_caption: the caption that stands for no condition.
+        caption_dropout: share of captions dropped in training; None where unknown.
+    """
+
+    unet: UNet
+    schedule_config: ScheduleConfig
+    target: str
+    codec: LatentCodec | None
+    text: TextEncoder | None
+    sample_size: int
+    defaults: SampleConfig = field(default_factory=SampleConfig)
+    null_caption: str = ""
+    caption_dropout: float | None = None
+    hash: str = ""  # sha256 over the weights' files; empty before saving
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule.from_config(self.schedule_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by the side of what is diffused."""
+        return self.codec.autoencoder.config.factor if self.codec else 1
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move every network to ``device``."""
+        self.unet.to(device)
+        self.schedule = self.schedule.to(device)
+        if self.codec:
+            self.codec.autoencoder.to(device)
+        if self.text:
+            self.text.to(device)
+        return self
+
+    def __call__(
+        self, prompts: str | Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
+        seed: int | None = None, negative_prompt: str | None = None, eta: float | None = None, size: int | None = None,
+        batch_size: int = 16, callback: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
+        """One picture per prompt. Image i of a seed starts from the same noise at any batch size.
+
+        Args:
+            prompts: one or several captions (ignored by an unconditional model, where they only count).
+            steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's own defaults hold.
+            size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
+            batch_size: pictures computed together.
+            callback: called with (pictures finished, pictures in all) after each batch.
+
+        Raises:
+            ConfigError: an argument is out of range; the message names it.
+        """
+        given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "seed": seed, "negative_prompt": negative_prompt, "eta": eta}
+        settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pictures = []
+        for images in self.sample(prompts, settings, size=size, batch_size=batch_size):
+            pictures += to_pil(to_uint8(images))
+            if callback:
+                callback(len(pictures), len(prompts))
+        return pictures
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], settings: SampleConfig, *, size: int | None = None, batch_size: int = 16, indices: Sequence[int] | None = None
+    ) -> Iterator[Float[Tensor, "b C H W"]]:
+        """Batches of images in about [−1, 1], in the order of the prompts.
+
+        ``indices``: the number of each image within the seed, which determines its noise (left out: 0, 1, …); a process
+        that draws a share of the images passes theirs.
+        """
+        size = self.sample_size if size is None else size
+        self.check(settings, size)
+        if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
+            warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
+        indices = range(len(prompts)) if indices is None else indices
+        shape = (self.unet.in_channels, size // self.factor, size // self.factor)
+        grid = trailing(self.schedule.num_steps, settings.steps)
+        for i in range(0, len(prompts), batch_size):
+            texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+            cond, null = self.condition(texts), self.condition([settings.negative_prompt or self.null_caption] * len(texts))
+            denoise = classifier_free(self.unet, cond, null, settings.guidance_scale if self.text else 1.0)
+            latent = SAMPLERS[settings.sampler](
+                self.schedule, self.target, denoise, self._noise(settings.seed, "x_T", numbers, shape), grid,
+                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), eta=settings.eta,
+            )  # fmt: skip
+            yield self.codec.decode(latent) if self.codec else latent
+
+    def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
+        noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
+        return torch.from_numpy(noise).to(self.device, self.unet.conv_in.weight.dtype)
+
+    def condition(self, captions: list[str]) -> Condition:
+        """What the U-Net is given for these captions."""
+        if self.text is None:
+            return Condition()
+        return Condition(context=self.text.encode(captions).to(self.device, self.unet.conv_in.weight.dtype))
+
+    def check(self, settings: SampleConfig, size: int) -> None:
+        """Raise ConfigError where the settings do not fit this model."""
+        check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
+
+    def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
+        """Write the model folder.
+
+        ``for_diffusers``: refuse (ConfigError, by name) what a StableDiffusionPipeline cannot express, instead of
+        writing it under our own class name.
+        """
+        folder = Path(folder)
+        index = layout.model_index(self.codec is not None, self.text is not None)
+        if for_diffusers and index["_class_name"] == layout.OUR_PIPELINE:
+            lacking = "autoencoder (a pixel model)" if self.codec is None else "text encoder (an unconditional model)"
+            raise ConfigError(f"{layout.OUR_PIPELINE} without {lacking} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
+        side = self.sample_size // self.factor
+        unet = layout.unet_to_diffusers(self.unet.config, self.unet.in_channels, self.unet.out_channels, self.unet.context_dim, side)
+        write_json(folder / "unet/config.json", unet)
+        write_module(self.unet, folder / "unet" / WEIGHTS)
+        files = ["unet/" + WEIGHTS]
+        if self.codec:
+            vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
+            scale = {"sample_size": self.sample_size, "scaling_factor": self.codec.scale, "shift_factor": self.codec.shift or None}
+            write_json(folder / "vae/config.json", {**vae, **scale})
+            write_module(self.codec.autoencoder, folder / "vae" / WEIGHTS)
+            files.append("vae/" + WEIGHTS)
+        if self.text:
+            self.text.save(folder)
+            files.append("text_encoder/model.safetensors")
+        write_json(folder / "scheduler/scheduler_config.json", layout.scheduler_to_diffusers(self.schedule_config, self.target))
+        self.hash = _hash(folder, files)
+        extra = {
+            "format": 1,
+            "null_caption": self.null_caption,
+            "caption_dropout": self.caption_dropout,
+            "sample_size": self.sample_size,
+            "defaults": dataclasses.asdict(self.defaults),
+            "sha256": {name: file_hash(folder / name) for name in files},
+        }
+        write_json(folder / EXTRA, extra)
+        write_json(folder / "model_index.json", index)  # last: a folder with it is complete
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
+        """Open a run or a model folder, ours or diffusers'. Raises FolderError or ConfigError.
+
+        ``dtype`` is the U-Net's; the autoencoder stays in float32. ``device``: left out, a GPU where there is one.
+        """
+        info = FolderInfo.read(path)
+        folder, unet_config = info.folder, info.unet
+        unet = read_module(lambda: UNet(*unet_config), folder / "unet" / WEIGHTS)
+        files = ["unet/" + WEIGHTS]
+        codec = None
+        if info.autoencoder is not None:
+            codec = load_codec(folder)
+            files.append("vae/" + WEIGHTS)
+        text = None
+        if info.has_text:
+            from ldm.models.text import TextEncoder  # transformers takes seconds to import
+
+            text = TextEncoder.from_pretrained(str(folder))
+            files.append("text_encoder/model.safetensors")
+        pipe = cls(
+            unet.to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
+            info.extra.get("null_caption", ""), info.extra.get("caption_dropout"), _hash(folder, files),
+        )  # fmt: skip
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass(frozen=True)
+class FolderInfo:
+    """What a model folder says of itself, read without its weights."""
+
+    folder: Path
+    unet: tuple[Any, ...]  # UNet's arguments
+    autoencoder: dict[str, Any] | None
+    has_text: bool
+    schedule: ScheduleConfig
+    target: str
+    extra: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> FolderInfo:
+        """Find the model folder of a run, or take the folder itself. Raises FolderError or ConfigError."""
+        folder = find_model(path)
+        index = read_json(folder / "model_index.json")
+        if index.get("_class_name") not in (layout.OUR_PIPELINE, layout.THEIR_PIPELINE):
+            raise ConfigError(f"{folder}: a {index.get('_class_name')} cannot be opened, only {layout.THEIR_PIPELINE} and {layout.OUR_PIPELINE}")
+        schedule, target = layout.scheduler_from_diffusers(read_json(folder / "scheduler/scheduler_config.json"))
+        has_vae, has_text = (bool(index.get(key) and index[key][0]) for key in ("vae", "text_encoder"))
+        return cls(
+            folder,
+            layout.unet_from_diffusers(read_json(folder / "unet/config.json")),
+            read_json(folder / "vae/config.json") if has_vae else None,
+            has_text,
+            schedule,
+            target,
+            read_json(folder / EXTRA) if (folder / EXTRA).exists() else {},
+        )
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by the side of what is diffused."""
+        return autoencoder_from_diffusers(self.autoencoder).factor if self.autoencoder else 1
+
+    @property
+    def sample_size(self) -> int:
+        """Side of the training images in pixels."""
+        return self.extra.get("sample_size") or read_json(self.folder / "unet/config.json").get("sample_size", 64) * self.factor
+
+    @property
+    def defaults(self) -> SampleConfig:
+        """Sampling settings for what a caller leaves out."""
+        return SampleConfig(**self.extra.get("defaults", {}))
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder of a run directory, or the folder itself. Raises FolderError saying what is there instead."""
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    if not path.exists():
+        raise FolderError(f"no run or model folder {path}")
+    if (path / "config.yaml").is_file():
+        raise FolderError(f"{path} is a run without a diffusion model yet: train one with `ldm train-ldm`, or let it finish")
+    raise FolderError(f"{path} holds no model_index.json, neither itself nor in model/")
+
+
+def find_autoencoder(path: str | Path) -> Path:
+    """The folder with an autoencoder's config.json: of a run, of a model folder, or itself. Raises FolderError."""
+    path = Path(path)
+    for folder in (path / "model/vae", path / "vae", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if not path.exists():
+        raise FolderError(f"no autoencoder {path}: train one with `ldm train-autoencoder`, or name a folder that holds one")
+    raise FolderError(f"{path} holds no autoencoder, neither in model/vae nor in vae/: let its training finish")
+
+
+def load_codec(path: str | Path) -> LatentCodec:
+    """The autoencoder of a run or folder, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
+    folder = find_autoencoder(path)
+    layout_ = read_json(folder / "config.json")
+    config = autoencoder_from_diffusers(layout_)
+    autoencoder = read_module(lambda: AutoencoderKL(config), folder / WEIGHTS).float()
+    return LatentCodec(autoencoder, layout_.get("scaling_factor", 0.18215), layout_.get("shift_factor") or 0.0)
+
+
+def autoencoder_hash(path: str | Path) -> str:
+    """sha256 of the autoencoder's weights file."""
+    return file_hash(find_autoencoder(path) / WEIGHTS)
+
+
+def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: int) -> None:
+    """Raise ConfigError unless the settings fit a model of T = ``num_steps`` and this autoencoder factor."""
+    try:
+        check_steps(num_steps, settings.steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if size < factor or size % factor:
+        raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+
+
+def _hash(folder: Path, files: list[str]) -> str:
+    import hashlib
+
+    return hashlib.sha256("".join(file_hash(folder / name) for name in files).encode()).hexdigest()

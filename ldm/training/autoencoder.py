@@ -1,0 +1,227 @@
+"""Stage 1: the step, validation and export of the autoencoder (math.md L8, N2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.layout import to_diffusers
+from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms
+from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, psnr, ssim
+from autoencoder.model import AutoencoderKL
+from autoencoder.perceptual import PerceptualLoss
+from autoencoder.posterior import DiagonalGaussian
+from ldm.config import AutoencoderRun, ConfigError
+from ldm.data.images import prepare, to_uint8
+from ldm.data.sources import open_source
+from ldm.data.stream import Batch, Draws, Stream, validation_batches
+from ldm.evaluation.plots import grid
+from ldm.interop.weights import write_json, write_module
+from ldm.training.loop import seeded
+from ldm.training.run import RunDirectory
+
+NOISE_LEVELS = (0.1, 0.3, 1.0)  # latent standard deviations at which decoding under noise is measured
+STATISTICS_SIZE = 8192  # training images at most from which the latent statistics are measured
+PICTURES = 8
+
+
+class AutoencoderTask:
+    """Trains ``autoencoder`` and, where the loss has an adversarial term, ``discriminator``."""
+
+    averaged = "autoencoder"
+
+    def __init__(self, config: AutoencoderRun) -> None:
+        self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
+        side = config.data.image_size // model.factor
+        self.latent_shape = (model.latent_channels, side, side)
+        self.networks: dict[str, nn.Module] = {"autoencoder": seeded(seed, lambda: AutoencoderKL(model))}
+        if loss.gan > 0:
+            make = PatchDiscriminator
+            self.networks["discriminator"] = seeded(seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers))
+        self.wrapped = self.networks
+        self.source = open_source(config.data, "train")
+        draws = Draws({"posterior": self.latent_shape})
+        self.stream = Stream(self.source, config.data, seed, draws)
+        draws = Draws({"noise": self.latent_shape})
+        self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
+        self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights) if loss.lpips > 0 else None
+        self._check_sizes()
+        self._adaptive = torch.zeros(())  # of the update before; 0 until measured
+        self._last_layer: dict[str, Tensor] = {}
+
+    def _check_sizes(self) -> None:
+        """Run the losses once on an empty picture, so that one too small for them is refused before training."""
+        data = self.config.data
+        blank = torch.zeros(1, data.image_channels, data.image_size, data.image_size)
+        try:
+            for module, inputs in ((self.perceptual, (blank, blank)), (self.networks.get("discriminator"), (blank,))):
+                if module is not None:
+                    with torch.no_grad():
+                        module(*inputs)
+        except ValueError as error:
+            raise ConfigError(f"data.image_size: {error}") from None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know once, before training."""
+        if self.perceptual is None:
+            return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
+        return [] if self.perceptual.meaningful else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
+
+    def lr_scale(self, network: str) -> float:
+        train, loss = self.config.train, self.config.loss
+        return loss.disc_lr / train.lr if network == "discriminator" and loss.disc_lr is not None else 1.0
+
+    def to(self, device: torch.device) -> None:
+        self._adaptive = self._adaptive.to(device)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        loss, image = self.config.loss, batch["image"]
+        reconstruction, posterior = self.wrapped["autoencoder"](image, batch["posterior"])
+        terms = reconstruction_terms(reconstruction, image, posterior, loss, self.perceptual)
+        # The terms on pixels meet at the reconstruction: their gradients there are taken once and go back together.
+        pixels = loss.l1 * terms["l1"] + loss.lpips * terms.get("lpips", 0.0)
+        (gradient,) = torch.autograd.grad(pixels, reconstruction)
+        metrics = {name: term.detach() for name, term in terms.items()}
+        adversarial = loss.gan > 0 and update >= loss.gan_start
+        if adversarial:
+            generator, gan_gradient = self._generator_gradient(reconstruction)
+            self._keep_last_layer(reconstruction, {"rec": gradient, "gan": gan_gradient})
+            gradient = gradient + gan_factor(update, loss) * self._adaptive * gan_gradient
+            metrics["generator"] = generator
+        backward((reconstruction * gradient.detach()).sum() + loss.kl * terms["kl"])
+        if adversarial:
+            metrics |= self._discriminator_step(image, reconstruction.detach(), backward)
+            metrics["adaptive_weight"] = self._adaptive.clone()
+        return metrics
+
+    def _generator_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's hinge and its gradient at the reconstruction; the discriminator gets none."""
+        discriminator = self.networks["discriminator"].requires_grad_(False)
+        hinge = generator_hinge(discriminator(reconstruction))
+        (gradient,) = torch.autograd.grad(hinge, reconstruction)
+        discriminator.requires_grad_(True)
+        return hinge.detach(), gradient
+
+    def _keep_last_layer(self, reconstruction: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Add up the gradients that each term alone sends to the decoder's last layer, over the micro-batches."""
+        network = self.networks["autoencoder"]
+        assert isinstance(network, AutoencoderKL)
+        for name, gradient in gradients.items():
+            (at_layer,) = torch.autograd.grad(reconstruction, network.last_layer, gradient, retain_graph=True)
+            self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
+
+    def _discriminator_step(self, image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        real_logits, fake_logits = self.wrapped["discriminator"](torch.cat([image, fake])).chunk(2)
+        hinge = discriminator_hinge(real_logits, fake_logits)
+        backward(hinge)
+        return {"discriminator": hinge.detach(), "logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """The adversarial weight of the next update, from this one's gradients over the global batch."""
+        if self._last_layer:
+            averaged = {name: reduce(gradient) for name, gradient in self._last_layer.items()}
+            self._adaptive = adaptive_weight(averaged["rec"], averaged["gan"])
+            self._last_layer = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"adaptive_weight": float(self._adaptive)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._adaptive = torch.full_like(self._adaptive, state["adaptive_weight"])
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """PSNR, SSIM, LPIPS, KL in nats per dimension, active channels, and PSNR of decoding under latent noise."""
+        network, device = self.networks["autoencoder"], self._adaptive.device
+        assert isinstance(network, AutoencoderKL)
+
+        def total(value: Tensor) -> Tensor:
+            return gather(value.double()[None]).sum(0)
+
+        figures: dict[str, Tensor] = {}
+        moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64, device=device)  # Σ mean, Σ mean², Σ variance
+        kept: list[tuple[Tensor, DiagonalGaussian, Tensor]] = []
+        train = self.config.train
+        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, rank, processes):
+            image = batch["image"].to(device)
+            reconstruction, posterior = network(image)
+            kept.append((image, posterior, batch["noise"].to(device)))
+            mean = posterior.mean.double()
+            moments += torch.stack([mean.sum(0), mean.square().sum(0), posterior.std.double().square().sum(0)])
+            clipped = reconstruction.clamp(-1, 1)
+            sums = {"count": torch.tensor(len(image)), "psnr": psnr(clipped, image), "kl": posterior.kl().mean((1, 2, 3))}
+            sums["l1"] = (reconstruction - image).abs().mean((1, 2, 3))
+            sums["high_frequency"] = _energy(clipped, image)
+            if image.shape[-1] >= 11:
+                sums["ssim"] = ssim(clipped, image)
+            if self.perceptual is not None and self.perceptual.meaningful:
+                sums["lpips"] = self.perceptual(clipped, image)
+            _add(figures, sums)
+        moments = total(moments)
+        n = float(total(torch.as_tensor(figures["count"], device=device)))
+        variance, std = _statistics(moments, n)
+        for level in NOISE_LEVELS:
+            scale = (level * std).float()[:, None, None]
+            for image, posterior, noise in kept:
+                decoded = network.decode(posterior.mean + scale * noise).clamp(-1, 1)
+                _add(figures, {f"psnr_noise_{level:g}": psnr(decoded, image)})
+        means = {name: float(total(value)) / n for name, value in figures.items() if name != "count"}
+        means.setdefault("lpips", None)  # type: ignore[arg-type]
+        return {**means, "active_channels": int((variance > ACTIVE_VARIANCE).sum())}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Originals above their reconstructions."""
+        samples = [self.validation[i]["image"] for i in range(PICTURES)]
+        image = torch.stack(samples).to(self._adaptive.device)
+        reconstruction = self.networks["autoencoder"](image)[0]
+        return {"reconstructions": grid(to_uint8(torch.cat([image, reconstruction])), PICTURES)}
+
+    def export(self, run: RunDirectory) -> None:
+        """Write ``model/vae`` with the latent statistics of the training set folded in."""
+        network = copy.deepcopy(self.networks["autoencoder"])
+        assert isinstance(network, AutoencoderKL)
+        mean, std = self.latent_statistics(network)
+        network.fold_statistics(mean, std)
+        write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")
+        write_json(run.model / "vae/config.json", {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size})
+
+    @torch.no_grad()
+    def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and standard deviation of the latents of training images, [c] each, float64."""
+        length = self.source.length if self.source.length is not None else STATISTICS_SIZE
+        device, moments = self._adaptive.device, torch.zeros(3, *self.latent_shape, dtype=torch.float64)
+        count = min(length, STATISTICS_SIZE)
+        for i in range(0, count, 64):
+            images = [prepare(self.source[j].image, self.config.data.image_size) for j in range(i, min(i + 64, count))]
+            posterior = network.encode(torch.stack(images).to(device))
+            mean, var = posterior.mean.double().cpu(), posterior.std.double().cpu().square()
+            moments += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
+        mean, square, var = (moments / count).mean((2, 3))
+        return mean, (square - mean.square() + var).sqrt()
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double().sum()
+
+
+def _statistics(moments: Tensor, n: float) -> tuple[Tensor, Tensor]:
+    """Per channel: the variance of the posterior mean over the set (averaged over positions), and the latent's deviation."""
+    mean, square, var = moments / n
+    over_set = (square - mean.square()).mean((1, 2))
+    centre = mean.mean((1, 2))
+    return over_set, (square.mean((1, 2)) - centre.square() + var.mean((1, 2))).sqrt()
+
+
+def _energy(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """High-frequency energy ratio, 1 where the original has none."""
+    ratio = high_frequency_energy(reconstruction, image)
+    return torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))

@@ -1,0 +1,214 @@
+"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from autoencoder.posterior import DiagonalGaussian
+from ldm.config import NONE, ConfigError, DiffusionRun
+from ldm.data import cache
+from ldm.data.images import to_uint8
+from ldm.data.sources import Source, open_source
+from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.objective import Objective, uniform_timesteps
+from ldm.diffusion.schedule import Schedule
+from ldm.evaluation.plots import grid
+from ldm.models.unet import UNet
+from ldm.pipeline import Pipeline, autoencoder_hash, load_codec
+from ldm.training.loop import seeded
+from ldm.training.run import RunDirectory
+
+PICTURES = 8
+BINS = 10  # parts of 1…T for which the validation loss is reported apart
+
+
+class DiffusionTask:
+    """Trains ``unet`` on latents (or pixels) of the data, given its captions."""
+
+    averaged = "unet"
+
+    def __init__(self, config: DiffusionRun, say: Callable[[str], None]) -> None:
+        self.config, data, seed = config, config.data, config.train.seed
+        self.codec = load_codec(config.autoencoder) if config.autoencoder != NONE else None
+        self._check_data()
+        self.text = self._text_encoder()
+        channels, side = self._latent()
+        self.source = open_source(data, "train")
+        validation = open_source(data, "validation")
+        context_dim = self.text.width if self.text else None
+        self.networks: dict[str, nn.Module] = {"unet": seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))}
+        self.wrapped = self.networks
+        self.schedule = Schedule.from_config(config.schedule)
+        self.objective = Objective(config.objective, self.schedule)
+        normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
+        self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
+        self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
+        self._table = self._caption_table(say)
+        self.device = torch.device("cpu")
+        self.prompts = list(config.prompts) or [validation[i].text for i in range(min(PICTURES, validation.length or PICTURES))]
+
+    def _check_data(self) -> None:
+        if self.codec is None:
+            return
+        model, data = self.codec.autoencoder.config, self.config.data
+        if model.image_channels != data.image_channels:
+            raise ConfigError(f"data.image_channels is {data.image_channels} but the autoencoder takes {model.image_channels}")
+        if data.image_size % model.factor:
+            raise ConfigError(f"data.image_size {data.image_size} is not a multiple of {model.factor} (the autoencoder's factor)")
+
+    def _latent(self) -> tuple[int, int]:
+        """Channels and side of what is diffused."""
+        data = self.config.data
+        if self.codec is None:
+            return data.image_channels, data.image_size
+        model = self.codec.autoencoder.config
+        return model.latent_channels, data.image_size // model.factor
+
+    def _text_encoder(self) -> Any:
+        if self.config.text == NONE:
+            return None
+        from ldm.models.text import TextEncoder  # transformers takes seconds to import
+
+        path = Path(self.config.text)
+        try:
+            return TextEncoder.from_pretrained(path / "model" if (path / "model/text_encoder").is_dir() else self.config.text)
+        except ValueError as error:
+            raise ConfigError(f"text: {error}") from None
+
+    def _cache(self, say: Callable[[str], None]) -> cache.LatentCache | None:
+        """The latent cache beside the run, written first where there is none yet."""
+        if self.codec is None or not self.config.cache_latents:
+            return None
+        with PartialState().main_process_first():
+            return ensure_cache(self.config, self.codec.autoencoder, self.source, say)
+
+    def _caption_table(self, say: Callable[[str], None]) -> Any:
+        if self.text is None or not self.config.cache_captions:
+            return None
+        captions = self.source.captions(self.config.cache_captions)
+        if captions is None:
+            return None
+        from ldm.models.text import CaptionTable
+
+        table = CaptionTable(self.text, captions, 256)
+        if table.truncated:
+            say(f"{table.truncated} of {len(table)} captions are longer than {self.text.max_length} tokens and were cut")
+        return table
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know once, before training."""
+        parameters = sum(p.numel() for p in self.networks["unet"].parameters())
+        what = "pixels" if self.codec is None else "latents"
+        return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
+
+    def lr_scale(self, network: str) -> float:
+        return 1.0
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.schedule = self.schedule.to(device)
+        self.objective = Objective(self.config.objective, self.schedule)
+        if self.codec is not None:
+            self.codec.autoencoder.to(device)
+        if self.text is not None:
+            self.text.to(device)
+            self._table = self._caption_table(lambda _: None)  # on the device
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        x0, eps = self._x0(batch), batch["eps"]
+        t = uniform_timesteps(batch["t"], self.schedule.num_steps)
+        dropped = (batch["drop"] < self.config.caption_dropout).tolist()
+        cond = self._condition(["" if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
+        loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
+        backward(loss)
+        return {"loss": loss.detach()}
+
+    def _x0(self, batch: Batch) -> Tensor:
+        """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
+        if self.codec is None:
+            return batch["image"]
+        with torch.no_grad():
+            cached = "moments" in batch
+            posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else self.codec.autoencoder.encode(batch["image"])
+            return self.codec.latent(posterior, batch["posterior"])
+
+    def _condition(self, captions: list[str]) -> Condition:
+        if self.text is None:
+            return Condition()
+        return Condition(context=self._table[captions] if self._table is not None else self.text.encode(captions))
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Nothing depends on the whole global batch."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """There is none."""
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
+        train, unweighted = self.config.train, Objective(self.config.objective.__class__(self.config.objective.target), self.schedule)
+        total = train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
+        sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, Σ loss, Σ loss²
+        for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
+            moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            # a stride through the strata, so that neighbours in the data do not share a part of 1…T
+            strata = [p * _stride(total) % total for p in positions]
+            t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
+            cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
+            loss = unweighted.loss(self.networks["unet"], self._x0(moved), moved["eps"], t, cond).double()
+            bins = t * BINS // self.schedule.num_steps
+            sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
+        sums = gather(sums[None]).sum(0).cpu()
+        count, first, second = sums
+        n, mean = count.sum(), first.sum() / count.sum()
+        error = ((second.sum() / n - mean.square()).clamp(min=0) / n).sqrt()
+        return {"loss": float(mean), "loss_error": float(error), "loss_by_t": (first / count).tolist()}
+
+    def pipeline(self) -> Pipeline:
+        """The model as it stands."""
+        config, unet = self.config, self.networks["unet"]
+        assert isinstance(unet, UNet)
+        return Pipeline(
+            unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
+            caption_dropout=config.caption_dropout if self.text else None,
+        ).to(self.device)  # fmt: skip
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Samples of fixed prompts from fixed noise."""
+        images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample)))
+        return {"samples": grid(to_uint8(images), PICTURES)}
+
+    def export(self, run: RunDirectory) -> None:
+        """Write ``model/``: the whole pipeline."""
+        self.pipeline().save_pretrained(run.model)
+
+
+def ensure_cache(config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None]) -> cache.LatentCache:
+    """Open the run's latent cache, and write it before where it is missing. Raises DataError for one that does not match."""
+    folder = Path(config.run) / "latents"
+    bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
+    if not (folder / cache.MANIFEST).is_file():
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        say(f"encoding {source.length} images into {folder}")
+        cache.write(folder, bound, autoencoder.to(device), source, config.data, device)
+        autoencoder.to("cpu")
+    return cache.LatentCache(folder, bound)
+
+
+def _stride(total: int) -> int:
+    """A step coprime to ``total``, near its golden section."""
+    step = max(1, round(total * 0.618))
+    while np.gcd(step, total) != 1:
+        step += 1
+    return step

@@ -1,0 +1,350 @@
+"""The one training loop, on accelerate: accumulation, clipping, EMA, checkpoints, resume, validation, trackers.
+
+What is trained is a Task: it owns networks and says what one micro-batch contributes. The loop owns the rest. An
+update depends on its number alone (data and noise are functions of position), so a resumed run needs only its step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ldm.config import TrainConfig
+from ldm.data.stream import Batch, Split, Stream, batches, split_batch
+from ldm.training import checkpoint
+from ldm.training.ema import EMA
+from ldm.training.run import RunDirectory
+from ldm.training.trackers import open_trackers
+
+MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
+_log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what was saved."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; its state is saved and the same command goes on."""
+
+
+class Reporter(Protocol):
+    """Where a person is told what happens."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None: ...
+
+
+class Task(Protocol):
+    """What one stage trains."""
+
+    networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
+    wrapped: dict[str, nn.Module]  # set by the loop: on the device, in DistributedDataParallel where several processes are
+    averaged: str  # the network that the EMA follows
+    stream: Stream
+
+    def lr_scale(self, network: str) -> float:
+        """Learning rate of a network relative to the run's."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move frozen networks and tables."""
+        ...
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
+        ...
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON state of the task beyond its networks."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``state()``."""
+        ...
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """Figures on the validation set, with the EMA weights in place; every process takes part."""
+        ...
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
+        ...
+
+    def export(self, run: RunDirectory) -> None:
+        """Write what the stage is for (the model folder), with the EMA weights in place; main process only."""
+        ...
+
+
+def learning_rate(config: TrainConfig, update: int) -> float:
+    """The rate of update ``update`` (from 0): linear warm-up, then constant or a cosine down to ``lr_end``."""
+    if update < config.warmup:
+        return config.lr * (update + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (update - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Loop:
+    """Training of one task in one run directory."""
+
+    def __init__(self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter) -> None:
+        self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
+        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
+        self.main = self.accelerator.is_main_process
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.split: Split = split_batch(config.batch_size, config.micro_batch, processes, rank)
+        _set_backends(config)
+        self.step = 0
+        self.run = RunDirectory(path) if self.main else None
+        self._stop: int | None = None
+        self._nonfinite = torch.zeros((), device=self.accelerator.device)
+        self._prepare(path)
+
+    def _prepare(self, path: str) -> None:
+        config, task, device = self.config, self.task, self.accelerator.device
+        if self.run:
+            self.run.start(self.run_config)
+        for network in task.networks.values():
+            network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+            if hasattr(network, "gradient_checkpointing"):
+                network.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
+        task.to(device)
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                network.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+            )  # type: ignore[arg-type]
+            for name, network in task.networks.items()
+        }
+        self.ema = EMA(task.networks[task.averaged], config.ema_decay)
+        self._resume(path)
+        if config.compile:
+            for network in task.networks.values():
+                network.compile()
+        task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
+
+    def _resume(self, path: str) -> None:
+        """Take over the newest intact checkpoint, if there is one."""
+        from pathlib import Path
+
+        found, problems = checkpoint.newest_valid(Path(path) / "checkpoints")
+        for problem in problems:
+            self.reporter.say(f"skipped a damaged checkpoint: {problem}")
+        if found is None:
+            return
+        tensors, state = checkpoint.load(found, verify=False)
+        for name, network in self.task.networks.items():
+            network.load_state_dict(tensors[f"model_{name}"])
+            checkpoint.restore_optimizer(self.optimizers[name], [n for n, _ in network.named_parameters()], tensors[f"optimizer_{name}"])
+        self.ema.load(tensors["ema"])
+        self.task.load_state(state["task"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        if self.run:
+            self.run.cut_back(self.step)
+        self.reporter.say(f"going on from update {self.step} ({found})")
+
+    def _checkpoint(self, writer: checkpoint.BackgroundWriter) -> None:
+        tensors: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
+        for name, network in self.task.networks.items():
+            tensors[f"model_{name}"] = network.state_dict()
+            tensors[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], [n for n, _ in network.named_parameters()])
+        scaler = self.accelerator.scaler
+        state = {"step": self.step, "task": self.task.state(), "scaler": scaler.state_dict() if scaler is not None else None}
+        writer.submit(self.step, tensors, state, self.run_config)
+
+    def train(self) -> None:
+        """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot go on."""
+        config, processes = self.config, self.accelerator.num_processes
+        if self.step >= config.steps:
+            self.reporter.say(f"already trained to update {self.step} of {config.steps}")
+            self._finish("done", export=not (self.run is None or self.run.model.exists()))
+            return
+        self.reporter.say(
+            f"global batch {config.batch_size} = {processes} process{'es' if processes > 1 else ''} × {self.split.micro_batch}"
+            f" × {self.split.accumulation} accumulation, learning rate {config.lr:g}, {config.steps} updates"
+        )
+        with ExitStack() as stack:
+            stack.enter_context(_signals(self))
+            writer = stack.enter_context(checkpoint.BackgroundWriter(self.run.checkpoints, config.keep_checkpoints)) if self.run else None
+            trackers = open_trackers(config.trackers, self.run.path) if self.run else None
+            if trackers:
+                stack.callback(trackers.close)
+            self._updates(writer, trackers)
+            interrupted = self._agreed_stop()
+            if writer:
+                self._checkpoint(writer)
+        if interrupted and self.step < config.steps:
+            self._finish("interrupted", export=False)
+            raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command goes on")
+        self._finish("done", export=True)
+
+    def _updates(self, writer: checkpoint.BackgroundWriter | None, trackers: Any) -> None:
+        config = self.config
+        feed = batches(self.task.stream, self.split, self.step, config.steps, self.workers)
+        started, first = time.monotonic(), self.step
+        while self.step < config.steps and not self._agreed_stop():
+            metrics = self._update(feed)
+            self.step += 1
+            last = self.step == config.steps
+            values: dict[str, Any] = {}
+            if self.step % config.log_every == 0 or last:
+                values |= self._logged(metrics, (self.step - first) / (time.monotonic() - started))
+            if self.step % config.validate_every == 0 or last:
+                values |= self._validated()
+            if values and self.run:
+                self.run.log(self.step, values)
+                trackers.scalars(self.step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+                self.reporter.progress(self.step, config.steps, values)
+                self.run.status("running", self.step, config.steps)
+            if (self.step % config.sample_every == 0 or last) and self.run:
+                self._draw(trackers)
+            if self.step % config.checkpoint_every == 0 and not last and writer:
+                self._checkpoint(writer)
+
+    def _update(self, feed: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimizer update from ``accumulation`` micro-batches; returns their mean metrics, still on the device."""
+        config, task, n = self.config, self.task, self.split.accumulation
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = learning_rate(config, self.step) * task.lr_scale(name)
+            optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for i in range(n):
+            batch = {k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(feed).items()}
+            with ExitStack() as stack:
+                if i < n - 1:  # gradients are exchanged once, with the last micro-batch
+                    for network in task.wrapped.values():
+                        stack.enter_context(self.accelerator.no_sync(network))
+                metrics = task.micro_step(batch, self.step, lambda loss: self.accelerator.backward(loss / n))
+            sums = {k: v / n + sums.get(k, 0.0) for k, v in metrics.items()}
+        finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        for name, optimizer in self.optimizers.items():
+            norm = self._step(optimizer, list(task.networks[name].parameters()))
+            finite &= torch.isfinite(norm)
+            sums[f"grad_norm_{name}"] = norm
+        self._nonfinite = torch.where(finite, torch.zeros_like(self._nonfinite), self._nonfinite + 1)
+        self.ema.update(self.step)
+        task.after_update(self.step, lambda tensor: self.accelerator.reduce(tensor, "mean"))
+        return sums
+
+    def _step(self, optimizer: torch.optim.AdamW, parameters: list[nn.Parameter]) -> Tensor:
+        """Clip and step. A non-finite gradient leaves weights and moments as they are, decided on the device."""
+        if optimizer.param_groups[0]["lr"] == 0.0 or all(p.grad is None for p in parameters):
+            return torch.zeros((), device=self.accelerator.device)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip is not None else math.inf)
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
+            optimizer.step()
+        return norm.detach()
+
+    def _logged(self, metrics: dict[str, Tensor], per_second: float) -> dict[str, Any]:
+        values = {k: float(self.accelerator.reduce(v.float(), "mean")) for k, v in metrics.items()}
+        if (skipped := int(self._nonfinite)) >= MAX_NONFINITE:
+            raise TrainingError(f"the gradient was not finite in the last {skipped} updates: lower train.lr, or check the data; weights are those before")
+        return {**values, "lr": learning_rate(self.config, self.step - 1), "updates_per_second": per_second}
+
+    def _validated(self) -> dict[str, Any]:
+        network = self.task.networks[self.task.averaged]
+        with self.ema.swap(network), _evaluating(self.task.networks), torch.no_grad():
+            figures = self.task.validate(
+                self.step, self.accelerator.gather, self.accelerator.process_index, self.accelerator.num_processes
+            )
+        return {f"validation/{k}": v for k, v in figures.items()}
+
+    def _draw(self, trackers: Any) -> None:
+        from PIL import Image
+
+        assert self.run is not None
+        with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
+            pictures = self.task.pictures()
+        self.run.samples.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(self.run.samples / f"{name}-{self.step:08d}.png")
+            trackers.image(self.step, name, picture)
+
+    def _finish(self, state: str, export: bool) -> None:
+        if self.run:
+            if export:
+                with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
+                    self.task.export(self.run)
+            self.run.status(state, self.step, self.config.steps)
+            self.run.close()
+        self.accelerator.wait_for_everyone()
+
+    def _agreed_stop(self) -> bool:
+        """Whether any process was asked to stop: the same answer on all of them."""
+        asked = torch.tensor(float(self._stop is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0) if self.accelerator.num_processes > 1 else self._stop is not None
+
+
+@contextmanager
+def _signals(loop: Loop) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the loop at the end of the update; a second one stops at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if loop._stop is not None:
+            raise KeyboardInterrupt
+        loop._stop = number
+        loop.reporter.say("stopping after this update (once more: at once)")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
+    training = {name: network.training for name, network in networks.items()}
+    try:
+        for network in networks.values():
+            network.eval()
+        yield
+    finally:
+        for name, network in networks.items():
+            network.train(training[name])
+
+
+def _set_backends(config: TrainConfig) -> None:
+    torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return make()
