@@ -88,7 +88,7 @@ def test_swap_puts_the_average_in_and_the_weights_back(fails: bool) -> None:
 def test_swap_into_a_wrong_model_leaves_it_as_it_was() -> None:
     ema, other = EMA(Scale(2.0), decay=0.9), nn.Linear(2, 2)
     before = other.weight.detach().clone()
-    with pytest.raises(CheckpointError, match="EMA: weight of the model|EMA: bias of the model"), ema.swap(other):
+    with pytest.raises(CheckpointError, match="is missing"), ema.swap(other):
         pass
     assert torch.equal(other.weight, before)
 

@@ -1,0 +1,73 @@
+# Every target does its own set-up: a .venv beside this file, made once. PYTHON=/path/to/python uses that environment
+# instead and installs nothing.
+
+HERE := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+WORKERS ?= 2# processes of the test suite
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(HERE)
+else
+PY := $(HERE)/.venv/bin/python
+READY := .venv/installed
+endif
+
+LDM := $(PY) -m ldm.cli.main
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo digits demo-two textures test slow check format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %s: Python 3.11 or newer is needed" % sys.version.split()[0])'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e ".[test,peers,digits]"
+	touch $@
+
+install: $(READY) ## make the environment (.venv)
+
+demo: $(READY) ## train the demo on drawn shapes and evaluate it (CPU)
+	$(LDM) train-autoencoder configs/demo/autoencoder.yaml
+	$(LDM) train-clip configs/demo/clip.yaml
+	$(LDM) train-ldm configs/demo/ldm.yaml
+	$(LDM) evaluate runs/demo
+
+digits: $(READY) ## the same on handwritten digits
+	$(LDM) train-autoencoder configs/digits/autoencoder.yaml
+	$(LDM) train-clip configs/digits/clip.yaml
+	$(LDM) train-ldm configs/digits/ldm.yaml
+	$(LDM) evaluate runs/digits
+
+demo-two: $(READY) ## the same on scenes of two shapes
+	$(LDM) train-autoencoder configs/demo-two/autoencoder.yaml
+	$(LDM) train-clip configs/demo-two/clip.yaml
+	$(LDM) train-ldm configs/demo-two/ldm.yaml
+	$(LDM) evaluate runs/demo-two
+
+textures: $(READY) ## two autoencoders, without and with adversarial loss, compared
+	$(LDM) train-autoencoder configs/textures/l1.yaml
+	$(LDM) train-autoencoder configs/textures/gan.yaml
+	$(PY) scripts/compare_autoencoders.py runs/textures/l1 runs/textures/gan
+
+test: $(READY) ## run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+
+slow: $(READY) ## run the tests marked slow
+	$(PY) -m pytest -m slow
+
+check: $(READY) ## formatting, lint and types, then the tests
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(MAKE) test
+
+format: $(READY) ## format the code and mend what lint can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## delete build leftovers; runs/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find autoencoder ldm scripts tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

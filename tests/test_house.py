@@ -1,0 +1,177 @@
+"""The house rules: imports go down only, heavy and unsafe things stay in their room, packages import lightly."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+
+from ldm.training.trackers import Trackers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ORDER = (  # top to bottom: a room imports from itself and from rooms below
+    "scripts",
+    "ldm.cli",
+    "ldm.training",
+    "ldm.evaluation",
+    "ldm.pipeline",
+    "ldm.interop",
+    "ldm.data",
+    "ldm.models",
+    "ldm.diffusion",
+    "ldm.config",
+    "autoencoder",
+)
+PACKAGES = ("autoencoder", "ldm", "scripts")
+ONLY_IN = {  # a foreign package, and the paths that may import it
+    "accelerate": ("ldm/training/", "ldm/cli/"),
+    "transformers": ("ldm/models/text.py",),
+    "tokenizers": ("ldm/models/text.py",),
+    "lpips": ("autoencoder/perceptual.py",),
+    "diffusers": (),
+    "pickle": ("autoencoder/perceptual.py",),  # the name of its error
+    **dict.fromkeys(("_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), ()),
+}
+MAY_TORCH_LOAD = "autoencoder/perceptual.py"  # the published LPIPS backbone is such a file; read with weights_only
+DIFFUSION_MAY = {"torch", "jaxtyping", "ldm.config", "ldm.diffusion", *sys.stdlib_module_names}
+SHAPELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def room(module: str) -> str | None:
+    """The entry of ORDER that a module belongs to; None for what is not ours, and for `ldm` itself."""
+    return next((r for r in ORDER if module == r or module.startswith(r + ".")), None)
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports, inside functions too; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, str(argument.value)) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+
+
+def unsafe_loads(tree: ast.Module) -> Iterator[int]:
+    """Lines that call torch.load, by whatever route, or let numpy unpickle."""
+    for node in ast.walk(tree):
+        is_attribute = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+        is_name = isinstance(node, ast.ImportFrom) and node.module == "torch" and any(a.name == "load" for a in node.names)
+        is_numpy = isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
+        if is_attribute or is_name or is_numpy:
+            yield node.lineno
+
+
+def violations(root: Path) -> list[str]:
+    """Every breach of the rules in the product under ``root``, as `file:line: what`."""
+    found = []
+    for file in sorted(f for package in PACKAGES for f in (root / package).rglob("*.py")):
+        path = file.relative_to(root).as_posix()
+        parts = file.relative_to(root).with_suffix("").parts
+        package = ".".join(parts[:-1])
+        module = package if parts[-1] == "__init__" else ".".join(parts)
+        tree = ast.parse(file.read_text(), path)
+        if bad := SHAPELESS & set(parts):
+            found.append(f"{path}:1: {bad.pop()} says nothing of what is inside")
+        found += [f"{path}:{line}: {fault}" for line, name in imported(tree, package) for fault in faults(path, module, name)]
+        if path != MAY_TORCH_LOAD:
+            found += [f"{path}:{line}: unpickles" for line in unsafe_loads(tree)]
+    return found
+
+
+def faults(path: str, module: str, name: str) -> Iterator[str]:
+    """What is wrong with ``module`` importing ``name``."""
+    if name == "ldm.Pipeline":
+        name = "ldm.pipeline.Pipeline"
+    here = "ldm.pipeline" if module == "ldm" else room(module)  # the lazy `from ldm import Pipeline`
+    there = room(name)
+    if here and there and ORDER.index(there) < ORDER.index(here):
+        yield f"{module} may not import upward from {there}"
+    top = name.split(".")[0]
+    if top in ONLY_IN and not path.startswith(ONLY_IN[top] or "-"):
+        yield f"{top} may be imported only in {', '.join(ONLY_IN[top]) or 'tests'}"
+    if here == "ldm.diffusion" and not {top, there} & DIFFUSION_MAY:
+        yield f"the mathematics may not import {name}"
+
+
+def test_the_house_is_in_order() -> None:
+    assert violations(ROOT) == []
+
+
+def test_every_module_has_a_room() -> None:
+    files = [f.relative_to(ROOT).with_suffix("") for f in (ROOT / "ldm").rglob("*.py")]
+    modules = {".".join(f.parts[:-1] if f.name == "__init__" else f.parts) for f in files} - {"ldm"}
+    assert len(modules) > 10 and [m for m in sorted(modules) if room(m) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "expected"),
+    [
+        ("ldm/data/x.py", "def f():\n    from ldm.training import loop", "x.py:2: ldm.data.x may not import upward from ldm.training"),
+        ("ldm/data/x.py", "from ..training.loop import train", "upward from ldm.training"),
+        ("ldm/data/x.py", "from .. import training", "upward from ldm.training"),
+        ("ldm/data/x.py", "from importlib import import_module\nimport_module('ldm.cli.main')", "x.py:2: ldm.data.x may not import upward"),
+        ("ldm/models/__init__.py", "from ldm import Pipeline", "upward from ldm.pipeline"),
+        ("ldm/config.py", "import ldm.diffusion.schedule as s", "upward from ldm.diffusion"),
+        ("ldm/__init__.py", "import ldm.cli", "upward from ldm.cli"),
+        ("ldm/cli/x.py", "import scripts.train", "upward from scripts"),
+        ("autoencoder/x.py", "import ldm.config", "upward from ldm.config"),
+        ("ldm/diffusion/x.py", "import numpy", "the mathematics may not import numpy"),
+        ("ldm/diffusion/x.py", "from autoencoder.config import ConfigError", "the mathematics may not import autoencoder"),
+        ("ldm/data/x.py", "import accelerate", "accelerate may be imported only in"),
+        ("ldm/cli/x.py", "from transformers import CLIPTextModel", "transformers may be imported only in ldm/models/text.py"),
+        ("ldm/evaluation/x.py", "import lpips", "lpips may be imported only in autoencoder/perceptual.py"),
+        ("ldm/interop/x.py", "from diffusers import UNet2DConditionModel", "diffusers may be imported only in tests"),
+        ("ldm/utils/x.py", "", "utils says nothing"),
+        ("ldm/data/x.py", "import pickle", "pickle may be imported only in autoencoder/perceptual.py"),
+        ("ldm/data/x.py", "import torch\ntorch.load('f')", "x.py:2: unpickles"),
+        ("ldm/data/x.py", "from torch import load", "unpickles"),
+        ("ldm/data/x.py", "import numpy as np\nnp.load('f', allow_pickle=True)", "unpickles"),
+    ],
+)
+def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expected: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(code + "\n")
+    assert any(expected in found for found in violations(tmp_path)), violations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("ldm/training/x.py", "import accelerate\nfrom ldm import __version__, config\nfrom . import ema\nfrom ldm.data import sources"),
+        (
+            "ldm/diffusion/x.py",
+            "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\nfrom ldm.config import X\nfrom . import y",
+        ),
+        ("ldm/interop/diffusers.py", "from ldm.interop import diffusers"),
+        ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, path: str, code: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(code + "\n")
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["ldm", "ldm.config", "autoencoder", "autoencoder.config"])
+def test_light_imports_bring_no_torch(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'accelerate', 'torchvision', 'matplotlib', 'numpy'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_annotations_are_enforced_in_the_tests() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Trackers({}).image(0, "grid", np.zeros((2, 2), dtype=np.uint8))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Trackers({}).image(0, "grid", np.zeros((2, 2, 3), dtype=np.float32))
+    Trackers({}).image(0, "grid", np.zeros((2, 2, 3), dtype=np.uint8))
