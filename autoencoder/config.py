@@ -10,6 +10,8 @@ from typing import Any
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or at odds with another one."""
 
+    exit_code = 2
+
 
 def at_least(config: Any, low: float, *names: str) -> None:
     """Require each named field to be a finite number ≥ ``low`` (``None`` passes)."""

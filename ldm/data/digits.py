@@ -26,7 +26,10 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 class DigitsSource:
-    """Captions are like "a handwritten digit seven"; bright ink on black, ``truth`` is the int; every fifth is for validation. Raises DataError."""
+    """Bright ink on black, captioned "a handwritten digit seven"; ``truth`` is the int. Raises DataError.
+
+    Every fifth is for validation, the others for training; both sets are finite.
+    """
 
     def __init__(self, data: DataConfig, split: str) -> None:
         if data.image_channels not in (1, 3):

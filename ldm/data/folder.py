@@ -172,6 +172,5 @@ def _eight_bits(image: Image, channels: int, path: Path) -> np.ndarray:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(
-        image.convert("RGB").convert("L") if channels == 1 and image.mode == "CMYK" else image.convert("L" if channels == 1 else "RGB")
-    )
+    image = image.convert("RGB")  # first, because Pillow has no way from every mode to grey
+    return np.array(image.convert("L") if channels == 1 else image)

@@ -180,10 +180,12 @@ def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
             for (colour, shape), background, size in itertools.product(looks, BACKGROUNDS, SIZES)
             if _held_out_single(colour, shape, background) == held_out
         )
+    things = {look: Object(None, *look) for look in looks}
     return tuple(
-        Scene(background, (Object(None, *first), Object(None, *second)), relation)
+        Scene(background, pair, relation)
         for first, second in itertools.product(looks, looks)
         if first[0] != second[0] and _held_out_pair(first, second) == held_out
+        for pair in [(things[first], things[second])]
         for background, relation in itertools.product(BACKGROUNDS, RELATIONS)
     )
 

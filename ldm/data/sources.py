@@ -14,6 +14,8 @@ from ldm.config import DataConfig
 class DataError(RuntimeError):
     """The data on disk is not as it should be; the message names the file or row."""
 
+    exit_code = 3
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -18,7 +18,7 @@ class DigitJudge:
         images, labels = self._real("train")
         from sklearn.svm import SVC
 
-        self._model = SVC(C=10.0, gamma=0.001).fit(self._features(images), labels)
+        self._model = SVC(C=10.0, gamma=0.001).fit(self._features(images), labels)  # type: ignore[arg-type]  # the stub forgets numbers
 
     def _real(self, split: str) -> tuple[np.ndarray, list[int]]:
         source = DigitsSource(DataConfig(source="digits", image_size=self.side, image_channels=1), split)

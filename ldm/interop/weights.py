@@ -20,6 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 class FolderError(RuntimeError):
     """A model folder is incomplete or does not fit together; the message names the file or tensor."""
 
+    exit_code = 4
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises FolderError naming the file."""

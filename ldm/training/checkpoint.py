@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, is damaged, or does not fit; the message names the file or the tensor."""
 
+    exit_code = 4
+
 
 def snapshot(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     """Copy every tensor into its own contiguous CPU memory, so that the next update cannot change it."""

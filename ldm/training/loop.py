@@ -34,9 +34,13 @@ _log = logging.getLogger(__name__)
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what was saved."""
 
+    exit_code = 5
+
 
 class Interrupted(RuntimeError):
     """The run was asked to stop; its state is saved and the same command goes on."""
+
+    exit_code = 75
 
 
 class Reporter(Protocol):

@@ -44,6 +44,8 @@ os.register_at_fork(after_in_child=_let_go)
 class RunError(RuntimeError):
     """A run directory is in use, damaged, or belongs to another configuration; the message names it."""
 
+    exit_code = 2
+
 
 class RunDirectory:
     """A run's folder, created where needed and locked for as long as this object is open.

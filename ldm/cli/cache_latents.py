@@ -1,0 +1,25 @@
+"""Encode the images of a diffusion run once, into RUN/latents. train-ldm does it by itself where it is missing."""
+
+from __future__ import annotations
+
+import argparse
+
+from ldm import config
+from ldm.cli import training
+from ldm.cli.console import Console
+
+add_arguments = training.add_arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the cache, or check the one that is there."""
+    settings = config.load(config.DiffusionRun, arguments.config, arguments.overrides)
+    if settings.autoencoder == config.NONE or not settings.cache_latents:
+        raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")
+    from ldm.data.sources import open_source
+    from ldm.pipeline import load_codec
+    from ldm.training.diffusion import ensure_cache
+
+    console = Console()
+    cache = ensure_cache(settings, load_codec(settings.autoencoder).autoencoder, open_source(settings.data, "train"), console.say)
+    console.say(f"{cache.length} images in {cache.folder}")

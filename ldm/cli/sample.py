@@ -1,0 +1,127 @@
+"""Draw images from a run or a model folder (ours or diffusers').
+
+  ldm sample runs/demo --prompt "a small red circle on a white background" --count 4
+
+Each PNG carries its settings (`ldm` in its metadata); grid-*.png shows all of them. Settings left out are the
+model's own. Image i of a seed starts from the same noise at any batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.console import Console
+from ldm.config import SAMPLERS, ConfigError, SampleConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to draw, and how."""
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
+    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    parser.add_argument("--prompts-file", help="a text file with one caption a line")
+    parser.add_argument("--count", type=int, default=1, help="images per caption (default 1)")
+    parser.add_argument("--size", type=int, help="side in pixels, a multiple of the autoencoder's factor")
+    parser.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
+    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
+    parser.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
+    parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
+    parser.add_argument("--negative-prompt", help="what to steer away from")
+    parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
+    parser.add_argument("--batch-size", type=int, default=16, help="images computed together (default 16)")
+    parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, then load, draw and save."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed")
+        if getattr(arguments, name) is not None
+    }
+    SampleConfig(**given)  # ranges, before anything slow
+    prompts = _prompts(arguments)
+    from ldm.pipeline import FolderInfo, Pipeline, check_sampling
+
+    info = FolderInfo.read(arguments.model)
+    settings = dataclasses.replace(info.defaults, **given)
+    size = info.sample_size if arguments.size is None else arguments.size
+    check_sampling(settings, size, info.schedule.num_steps, info.factor)
+    if not prompts:
+        if info.has_text:
+            raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
+        prompts = [""] * arguments.count
+    console, device = Console(), _device(arguments.device)
+    pipe = Pipeline.from_pretrained(info.folder, device)
+    _draw(pipe, prompts, settings, size, arguments, console)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    for name in ("count", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    prompts = list(arguments.prompt)
+    if arguments.prompts_file is not None:
+        try:
+            lines = Path(arguments.prompts_file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts-file {arguments.prompts_file}: cannot be read: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
+    return [prompt for prompt in prompts for _ in range(arguments.count)]
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _draw(pipe: Any, prompts: list[str], settings: SampleConfig, size: int, arguments: argparse.Namespace, console: Console) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from ldm.data.images import to_pil, to_uint8
+    from ldm.evaluation.plots import grid
+
+    out, drawn = Path(arguments.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
+    for images in pipe.sample(prompts, settings, size=size, batch_size=arguments.batch_size):
+        arrays = to_uint8(images)
+        for picture in to_pil(arrays):
+            i = sum(len(a) for a in drawn)
+            drawn.append(np.asarray(picture)[None])
+            about = {"prompt": prompts[i], **dataclasses.asdict(settings), "index": i, "size": size, "model": pipe.hash}
+            file = out / f"{first + i:05d}-{_slug(prompts[i])}.png"
+            picture.save(file, pnginfo=_metadata(about))
+        console.progress(len(drawn), len(prompts), {})
+    sheet = np.concatenate([a if a.ndim == 4 else a[..., None] for a in drawn])
+    if len(prompts) > 1:
+        columns = arguments.count if arguments.count > 1 else min(8, len(prompts))
+        about = {"prompts": prompts, **dataclasses.asdict(settings), "size": size, "model": pipe.hash}
+        Image.fromarray(grid(sheet, columns)).save(out / f"grid-{first:05d}.png", pnginfo=_metadata(about))
+    console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {out}/ from {first:05d}")
+
+
+def _metadata(about: dict[str, Any]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("ldm", json.dumps(about, ensure_ascii=False))
+    return info
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "empty"

@@ -1,0 +1,173 @@
+"""`report.json` of a run: samples judged against their captions, reconstructions as the ceiling, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from autoencoder.metrics import psnr
+from ldm import config as configuration
+from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
+from ldm.data.images import prepare, to_uint8
+from ldm.data.sources import Source, open_source
+from ldm.evaluation import judge as shapes
+from ldm.evaluation import plots
+from ldm.interop.weights import read_json, write_json
+from ldm.pipeline import Pipeline
+
+EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.0)
+SHOWN = 32  # images in the picture of a report
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+Say = Callable[[str], None]
+Scores = dict[str, dict[str, float]]
+
+
+class Judge(Protocol):
+    """Reads pictures and compares them with what their captions ask for."""
+
+    name: str  # the key of its figures in the report
+    splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source); the first is seen in training
+
+    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+        """For each picture, which attributes are as asked; `all` among them."""
+        ...
+
+
+class _Shapes:
+    splits = (("seen", "validation"), ("held_out", "held_out"))
+
+    def __init__(self, side: int, objects: int) -> None:
+        self.name, self._judge = {1: "single", 2: "two"}[objects], shapes.ShapesJudge(side, objects)
+
+    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+        from ldm.data.shapes import parse
+
+        return [shapes.agreement(r, parse(c)) for r, c in zip(self._judge.read(images), captions, strict=True)]
+
+
+class _Digits:
+    name, splits = "digits", (("seen", "validation"),)
+
+    def __init__(self, side: int) -> None:
+        from ldm.evaluation.digits import DigitJudge
+
+        self._judge = DigitJudge(side)
+        self.about = {"classifier_on_held_out_real_digits": self._judge.held_out_accuracy}
+
+    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+        from ldm.data.digits import caption
+
+        return [{"all": caption(d) == c} for d, c in zip(self._judge.read(images), captions, strict=True)]
+
+
+JUDGES: dict[str, Callable[[int], Judge]] = {
+    "shapes": lambda side: _Shapes(side, 1),
+    "shapes-two": lambda side: _Shapes(side, 2),
+    "digits": _Digits,
+}
+
+
+def evaluate(run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say) -> dict[str, Any]:
+    """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
+
+    Raises ConfigError for data that no judge reads, FolderError for a run without a model.
+    """
+    started = time.monotonic()
+    config = configuration.load(DiffusionRun, run / "config.yaml")
+    data = config.data
+    if data.source not in JUDGES:
+        raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
+    judge = JUDGES[data.source](data.image_size)
+    pipe = Pipeline.from_pretrained(run)
+    settings = config.sample
+    tried = None
+    if tune:
+        settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say)
+    report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
+    if tried is not None:
+        report["tuned_on_seen"] = tried
+    for i, (name, split) in enumerate(judge.splits):
+        captions = _captions(open_source(data, split), images)
+        chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
+        drawn = _draw(pipe, captions, chosen, batch_size, progress, range(i * images, (i + 1) * images))
+        rows = judge.right(drawn, captions)
+        report["judge"][judge.name][name] = _proportions(rows)
+        if i == len(judge.splits) - 1:
+            _picture(run, drawn, captions, rows, name, chosen)
+    report |= getattr(judge, "about", {})
+    if pipe.codec is not None:
+        report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size)
+    report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
+    report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
+    write_json(run / "report.json", report)
+    names = ("loss", "validation/loss", "lr", "grad_norm_unet")
+    plots.curves(run / "metrics.jsonl", run / "curves.png", names)
+    return report
+
+
+def _captions(source: Source, n: int) -> list[str]:
+    """The captions of the first ``n`` samples, from the start again where there are fewer."""
+    return [source[i % (source.length or n)].text for i in range(n)]
+
+
+def _draw(pipe: Pipeline, captions: list[str], settings: SampleConfig, batch: int, progress: Progress | None, indices: range) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for images in pipe.sample(captions, settings, batch_size=batch, indices=indices):
+        parts.append(to_uint8(images))
+        if progress:
+            progress(sum(map(len, parts)), len(captions), {})
+    return np.concatenate(parts)
+
+
+def _tune(
+    pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say
+) -> tuple[SampleConfig, list[dict[str, float]]]:
+    """The guidance scale that is best on seen captions, with a seed that the report does not use."""
+    captions, tried = _captions(seen, n), []
+    for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
+        settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
+        rows = judge.right(_draw(pipe, captions, settings, batch, None, range(n)), captions)
+        tried.append({"guidance_scale": scale, "all": sum(row["all"] for row in rows) / n})
+        say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
+    best = max(tried, key=lambda row: row["all"])  # the first, so the weakest guidance, where several are equal
+    return dataclasses.replace(start, guidance_scale=best["guidance_scale"]), tried
+
+
+def _proportions(rows: list[dict[str, bool]]) -> Scores:
+    return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
+
+
+@torch.no_grad()
+def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int) -> dict[str, Any]:
+    """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
+    assert pipe.codec is not None
+    source, rows, decibels = open_source(data, judge.splits[0][1]), [], []
+    n = min(n, source.length or n)
+    for start in range(0, n, batch):
+        samples = [source[i] for i in range(start, min(start + batch, n))]
+        image = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(pipe.device)
+        decoded = pipe.codec.autoencoder(image)[0].clamp(-1, 1)
+        decibels += psnr(decoded, image).tolist()
+        rows += judge.right(to_uint8(decoded), [s.text for s in samples])
+    return {"psnr": float(np.mean(decibels)), "judge": _proportions(rows)}
+
+
+def _picture(run: Path, drawn: np.ndarray, captions: list[str], rows: Iterable[dict[str, bool]], name: str, settings: SampleConfig) -> None:
+    wrong = [not row["all"] for row in rows]
+    title = f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+    plots.captioned(drawn[:SHOWN], captions[:SHOWN], run / "samples.png", wrong=wrong[:SHOWN], title=title)
+
+
+def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:
+    """Wall time of each stage, over all of its resumes, as the runs themselves recorded it."""
+    stages = {"autoencoder": Path(config.autoencoder), "text": Path(config.text), "diffusion": run}
+    return {name: round(read_json(path / "status.json")["seconds"], 1) for name, path in stages.items() if (path / "status.json").is_file()}
+

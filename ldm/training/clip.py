@@ -1,0 +1,145 @@
+"""The text stage: a small CLIP trained by contrast on the run's own images and captions (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.config import ClipRun
+from ldm.data.images import to_uint8
+from ldm.data.sources import open_source
+from ldm.data.stream import Batch, Draws, Stream, validation_batches
+from ldm.evaluation.plots import grid
+from ldm.models.text import (
+    build_clip,
+    contrastive_loss,
+    from_clip,
+    left_right_accuracy,
+    retrieval_top1,
+    same_captions,
+    swap_relation,
+    train_tokenizer,
+)
+from ldm.training.loop import seeded
+from ldm.training.run import RunDirectory
+
+TOKENIZER_CAPTIONS = 20_000  # captions at most from which the merges are learned
+PICTURES = 8
+
+
+class ClipTask:
+    """Trains ``clip``: a text tower and a vision tower."""
+
+    averaged = "clip"
+
+    def __init__(self, config: ClipRun) -> None:
+        self.config, data, seed = config, config.data, config.train.seed
+        source = open_source(data, "train")
+        self.tokenizer = train_tokenizer(_captions(source), config.model.merges, config.model.max_length)
+        self.networks: dict[str, nn.Module] = {
+            "clip": seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
+        }
+        self.wrapped = self.networks
+        self.stream = Stream(source, data, seed, Draws({}))
+        # held-out combinations where the source has them: captions never seen
+        split = "held_out" if data.source.startswith("shapes") else "validation"
+        self.validation = Stream(open_source(data, split), data, seed, Draws({}), validation=True)
+        self.device = torch.device("cpu")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know once, before training."""
+        parameters = sum(p.numel() for p in self.networks["clip"].parameters())
+        return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens"]
+
+    def lr_scale(self, network: str) -> float:
+        return 1.0
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+    def _ids(self, captions: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.config.model.max_length, return_tensors="pt", split_special_tokens=True
+        )
+        return tokens["input_ids"].to(self.device)
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        output = self.wrapped["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
+        scale = self.networks["clip"].logit_scale
+        image, text, captions = _global_batch(output.image_embeds, output.text_embeds, batch["text"])
+        loss = contrastive_loss(image, text, scale, same_captions(captions).to(self.device))
+        backward(loss)
+        return {"loss": loss.detach(), "temperature": (-scale).exp().detach()}
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Nothing depends on more than the batch."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """There is none."""
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
+        network, train = self.networks["clip"], self.config.train
+        images, texts = [], []
+        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):  # small: each process does all
+            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)
+            texts += batch["text"]
+        image = torch.cat(images)
+        distinct = sorted(set(texts))
+        embedded = self._embed(distinct)
+        figures: dict[str, Any] = {
+            "retrieval_top1": retrieval_top1(image, embedded, torch.tensor([distinct.index(t) for t in texts], device=self.device)),
+            "retrieval_captions": len(distinct),
+        }
+        related = [i for i, t in enumerate(texts) if swap_relation(t) is not None]
+        if related:
+            own, swapped = [texts[i] for i in related], [str(swap_relation(texts[i])) for i in related]
+            figures["left_right"] = left_right_accuracy(image[related], self._embed(own), self._embed(swapped))
+        else:
+            figures["left_right"] = None
+        return figures
+
+    def _embed(self, captions: list[str]) -> Tensor:
+        network = self.networks["clip"]
+        return torch.cat([network.get_text_features(self._ids(captions[i : i + 256])).pooler_output for i in range(0, len(captions), 256)])
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The first validation images."""
+        return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(PICTURES)])), PICTURES)}
+
+    def export(self, run: RunDirectory) -> None:
+        """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
+        network = self.networks["clip"]
+        from_clip(network, self.tokenizer).save(run.model)  # type: ignore[arg-type]
+        network.save_pretrained(run.model / "clip")
+
+
+def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:
+    """Embeddings and captions of all processes: the loss compares the whole global batch.
+
+    Every process computes the same loss; the gradients that flow back to one process's share are summed over all of
+    them and then averaged by DistributedDataParallel, which is the gradient of that one loss.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return image, text, captions
+    from torch.distributed.nn.functional import all_gather
+
+    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, captions)
+    return torch.cat(all_gather(image)), torch.cat(all_gather(text)), [c for part in everyone for c in part]
+
+
+def _captions(source: Any) -> list[str]:
+    """Captions to learn the tokenizer's merges from: all distinct ones, or the first samples' of a large set."""
+    distinct = source.captions(TOKENIZER_CAPTIONS)
+    if distinct is not None:
+        return distinct
+    return [source[i].text for i in range(min(source.length or TOKENIZER_CAPTIONS, TOKENIZER_CAPTIONS))]
