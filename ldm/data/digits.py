@@ -53,12 +53,12 @@ class DigitsSource:
         enlarged = Image.fromarray(self._images[index]).resize((self.side, self.side), Image.Resampling.BICUBIC)
         pixels = np.rint(np.asarray(enlarged) * (255 / 16)).clip(0, 255).astype(np.uint8)  # bicubic overshoots
         digit = int(self._labels[index])
-        return Sample(np.repeat(pixels[..., None], self.channels, axis=2), _caption(digit), digit)
+        return Sample(np.repeat(pixels[..., None], self.channels, axis=2), caption(digit), digit)
 
     def captions(self, limit: int) -> list[str] | None:
         """The ten captions, sorted, or None where ``limit`` is below ten."""
-        return sorted(_caption(digit) for digit in range(10)) if limit >= 10 else None
+        return sorted(caption(digit) for digit in range(10)) if limit >= 10 else None
 
 
-def _caption(digit: int) -> str:
+def caption(digit: int) -> str:
     return f"a handwritten digit {NAMES[digit]}"
