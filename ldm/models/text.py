@@ -292,7 +292,7 @@ def _tower(model: CLIPTextModel) -> torch.nn.Module:
 
 
 def _load_model(folder: Path) -> CLIPTextModel:
-    """The text tower in ``folder`` in float32, every weight from the file."""
+    """The text tower in ``folder``, every weight from the file."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no text encoder: config.json is missing")
     if not ((folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()):
