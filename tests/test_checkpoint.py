@@ -157,6 +157,7 @@ def test_a_killed_writer_leaves_a_valid_newest_checkpoint(tmp_path: Path) -> Non
             print(reached + 1, file=nursery.stdin, flush=True)
             child = int(nursery.stdout.readline())
             while newest_name(tmp_path) <= reached:  # one commit in each trial, then any moment
+                os.kill(child, 0)  # fails if it died by itself
                 time.sleep(0.001)
             time.sleep(0.0037 * trial)
             os.kill(child, signal.SIGKILL)

@@ -37,7 +37,7 @@ def test_ramp_follows_the_formula_in_float64() -> None:
         ema.update(step)
         d = min(0.9, (1 + step) / (10 + step))
         shadow = d * shadow + (1 - d) * (step % 7)
-    torch.testing.assert_close(ema.state()["weight"], torch.full((3,), shadow), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ema.state()["weight"], torch.full((3,), shadow), rtol=1e-6, atol=1e-6)
 
 
 def test_average_of_half_precision_weights_is_kept_in_float32() -> None:
