@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         implementation = importlib.import_module(module)
         sub = commands.add_parser(name, help=text, description=implementation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         implementation.add_arguments(sub)
-        sub.set_defaults(run=implementation.run)
+        sub.set_defaults(function=implementation.run)
     return top
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        arguments.function(arguments)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
