@@ -54,6 +54,7 @@ def test_digits_enlarge_the_original_pixels(channels):
         blocks = image.astype(float).reshape(8, 4, 8, 4, channels).mean((1, 3, 4)) * 16 / 255
         original = load_digits().images[5 * i]  # type: ignore[attr-defined]
         assert np.corrcoef(blocks.ravel(), original.ravel())[0, 1] > 0.97
+        assert blocks.mean() == pytest.approx(original.mean(), rel=0.04)  # full ink is white, no ink black
 
 
 def test_digits_name_what_is_missing(monkeypatch):
