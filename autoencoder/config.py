@@ -64,7 +64,9 @@ class AutoencoderConfig:
         at_least(self, 1, "image_channels", "latent_channels", "layers_per_level", "groups")
         divisible(self.channels, self.groups)
         if not 2 <= self.factor <= 32:
-            raise ConfigError(f"channels has {len(self.channels)} levels, so the factor is {self.factor}: use 2 to 6 levels (factor 2 to 32)")
+            raise ConfigError(
+                f"channels has {len(self.channels)} levels, so the factor is {self.factor}: use 2 to 6 levels (factor 2 to 32)"
+            )
 
     @property
     def factor(self) -> int:

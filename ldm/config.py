@@ -151,7 +151,9 @@ class ClipRun:
     def __post_init__(self) -> None:
         _multiple("data.image_size", self.data.image_size, self.model.patch_size, "model.patch_size")
         if self.train.micro_batch not in (None, self.train.batch_size):
-            raise ConfigError("train.micro_batch must be null: the contrastive loss compares the whole global batch, so accumulation is refused")
+            raise ConfigError(
+                "train.micro_batch must be null: the contrastive loss compares the whole global batch, so accumulation is refused"
+            )
 
 
 @dataclass(frozen=True)
@@ -285,8 +287,12 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            raise ConfigError(f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}"))
-    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+            raise ConfigError(
+                f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
+            )
+    missing = [
+        n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ConfigError(f"missing key {path}{missing[0]}")
     try:

@@ -1,7 +1,7 @@
 """Text to images: one folder holds everything, and it is a diffusers pipeline folder.
 
-    pipe = ldm.Pipeline.from_pretrained("runs/demo")
-    images = pipe(["a small red circle on a white background"], steps=20, guidance_scale=3.0)
+pipe = ldm.Pipeline.from_pretrained("runs/demo")
+images = pipe(["a small red circle on a white background"], steps=20, guidance_scale=3.0)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -123,7 +123,14 @@ class Pipeline:
         Raises:
             ConfigError: an argument is out of range; the message names it.
         """
-        given = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "seed": seed, "negative_prompt": negative_prompt, "eta": eta}
+        given = {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "sampler": sampler,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "eta": eta,
+        }
         settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         pictures = []
@@ -135,7 +142,13 @@ class Pipeline:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], settings: SampleConfig, *, size: int | None = None, batch_size: int = 16, indices: Sequence[int] | None = None
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        *,
+        size: int | None = None,
+        batch_size: int = 16,
+        indices: Sequence[int] | None = None,
     ) -> Iterator[Float[Tensor, "b C H W"]]:
         """Batches of images in about [−1, 1], in the order of the prompts.
 
@@ -256,7 +269,9 @@ class FolderInfo:
         folder = find_model(path)
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") not in (layout.OUR_PIPELINE, layout.THEIR_PIPELINE):
-            raise ConfigError(f"{folder}: a {index.get('_class_name')} cannot be opened, only {layout.THEIR_PIPELINE} and {layout.OUR_PIPELINE}")
+            raise ConfigError(
+                f"{folder}: a {index.get('_class_name')} cannot be opened, only {layout.THEIR_PIPELINE} and {layout.OUR_PIPELINE}"
+            )
         schedule, target = layout.scheduler_from_diffusers(read_json(folder / "scheduler/scheduler_config.json"))
         has_vae, has_text = (bool(index.get(key) and index[key][0]) for key in ("vae", "text_encoder"))
         return cls(

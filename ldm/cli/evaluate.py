@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and how many images."""
     parser.add_argument("run", metavar="RUN", help="a finished run of train-ldm on shapes, shapes-two or digits")
     parser.add_argument("--images", type=int, default=1000, help="images per set (default 1000)")
-    parser.add_argument("--tune", type=int, default=96, help="images for each of the settings tried (default 96; 0: the run's own settings)")
+    parser.add_argument(
+        "--tune", type=int, default=96, help="images for each of the settings tried (default 96; 0: the run's own settings)"
+    )
     parser.add_argument("--batch-size", type=int, default=100, help="images computed together (default 100)")
 
 

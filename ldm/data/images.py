@@ -9,7 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 
-def prepare(image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False) -> Float[Tensor, "c s s"]:
+def prepare(
+    image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False
+) -> Float[Tensor, "c s s"]:
     """Resize the short side to ``size``, cut a square, mirror it left–right if asked, and scale 0…255 to [−1, 1].
 
     ``place``: where the square lies along the (vertical, horizontal) surplus, 0 to 1; (½, ½) is the middle.

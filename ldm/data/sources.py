@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Sample:
     truth: Any = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Captioned images. ``len`` is None for a source without end."""
 

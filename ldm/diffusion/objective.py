@@ -13,7 +13,9 @@ from ldm.diffusion.guidance import Model
 from ldm.diffusion.schedule import Schedule, like
 
 
-def target(schedule: Schedule, name: str, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
+def target(
+    schedule: Schedule, name: str, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
+) -> Float[Tensor, "b *d"]:
     """What the network is asked for: ε, x_0, or v = a_t ε − s_t x_0 (Salimans & Ho 2022)."""
     if name == "v":
         return like(schedule.alpha(t), x0) * eps - like(schedule.sigma(t), x0) * x0

@@ -29,7 +29,9 @@ def posterior_mean(
     return like(schedule.alpha(s) * v / var_t, x0) * x0 + like(ratio * schedule.sigma(s).square() / var_t, x_t) * x_t
 
 
-def to_x0(schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
+def to_x0(
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
     """x̂_0 from a prediction of ``target`` (P4). An ε prediction needs a_t > 0."""
     a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
     if target == "x0":
@@ -37,7 +39,9 @@ def to_x0(schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_
     return (x_t - s * prediction) / a if target == "eps" else a * x_t - s * prediction
 
 
-def to_eps(schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
+def to_eps(
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
     a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
     if target == "eps":

@@ -96,4 +96,8 @@ class Schedule:
 
 def like(coefficient: Float[Tensor, "*b"], x: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
     """A per-sample coefficient [b] (or a scalar) in the type and number of dimensions of ``x`` [b, …]."""
-    return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient.to(x.dtype)
+    return (
+        coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+        if coefficient.ndim
+        else coefficient.to(x.dtype)
+    )

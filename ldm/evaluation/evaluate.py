@@ -170,4 +170,3 @@ def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:
     """Wall time of each stage, over all of its resumes, as the runs themselves recorded it."""
     stages = {"autoencoder": Path(config.autoencoder), "text": Path(config.text), "diffusion": run}
     return {name: round(read_json(path / "status.json")["seconds"], 1) for name, path in stages.items() if (path / "status.json").is_file()}
-

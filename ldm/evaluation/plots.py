@@ -28,7 +28,12 @@ def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray
 
 
 def captioned(
-    images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], file: Path, columns: int = 8, wrong: Sequence[bool] | None = None, title: str = ""
+    images: UInt8[np.ndarray, "n h w c"],
+    captions: Sequence[str],
+    file: Path,
+    columns: int = 8,
+    wrong: Sequence[bool] | None = None,
+    title: str = "",
 ) -> None:
     """Save a picture of the images, each with its caption below; those marked ``wrong`` have a red frame and caption."""
     from matplotlib.figure import Figure

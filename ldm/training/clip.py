@@ -64,7 +64,12 @@ class ClipTask:
 
     def _ids(self, captions: list[str]) -> Tensor:
         tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.config.model.max_length, return_tensors="pt", split_special_tokens=True
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.config.model.max_length,
+            return_tensors="pt",
+            split_special_tokens=True,
         )
         return tokens["input_ids"].to(self.device)
 

@@ -158,7 +158,9 @@ class DiffusionTask:
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
         train, unweighted = self.config.train, Objective(self.config.objective.__class__(self.config.objective.target), self.schedule)
-        total = train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
+        total = (
+            train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
+        )
         sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, Σ loss, Σ loss²
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

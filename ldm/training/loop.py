@@ -269,15 +269,15 @@ class Loop:
     def _logged(self, metrics: dict[str, Tensor], per_second: float) -> dict[str, Any]:
         values = {k: float(self.accelerator.reduce(v.float(), "mean")) for k, v in metrics.items()}
         if (skipped := int(self._nonfinite)) >= MAX_NONFINITE:
-            raise TrainingError(f"the gradient was not finite in the last {skipped} updates: lower train.lr, or check the data; weights are those before")
+            raise TrainingError(
+                f"the gradient was not finite in the last {skipped} updates: lower train.lr, or check the data; weights are those before"
+            )
         return {**values, "lr": learning_rate(self.config, self.step - 1), "updates_per_second": per_second}
 
     def _validated(self) -> dict[str, Any]:
         network = self.task.networks[self.task.averaged]
         with self.ema.swap(network), _evaluating(self.task.networks), torch.no_grad():
-            figures = self.task.validate(
-                self.step, self.accelerator.gather, self.accelerator.process_index, self.accelerator.num_processes
-            )
+            figures = self.task.validate(self.step, self.accelerator.gather, self.accelerator.process_index, self.accelerator.num_processes)
         return {f"validation/{k}": v for k, v in figures.items()}
 
     def _draw(self, trackers: Any) -> None:
