@@ -88,8 +88,8 @@ class TrainConfig:
         at_least(self, 1, "steps", "batch_size", "micro_batch", "log_every", "validate_every")
         at_least(self, 1, "validation_size", "sample_every", "checkpoint_every")
         at_least(self, 2, "keep_checkpoints")
-        at_least(self, 0.0, "lr", "weight_decay", "warmup", "adam_eps")
-        at_least(self, 1e-12, "clip")
+        at_least(self, 0.0, "weight_decay", "warmup", "adam_eps")
+        at_least(self, 1e-12, "lr", "clip")
         between(self, 0.0, 1.0, "lr_end")
         between(self, 0.0, 0.9999999, "ema_decay")
         between(self, 0, 2**63 - 1, "seed")
@@ -117,6 +117,8 @@ class AutoencoderRun:
     def __post_init__(self) -> None:
         _same("data.image_channels", self.data.image_channels, "model.image_channels", self.model.image_channels)
         _multiple("data.image_size", self.data.image_size, self.model.factor, "the autoencoder's factor")
+        if self.train.mixed_precision == "fp16":
+            raise ConfigError("train.mixed_precision fp16 overflows in the autoencoder: use bf16")
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] 
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
         tree = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=False)
+        values = OmegaConf.to_container(tree, resolve=False, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     return build(cls, values)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
 COMMANDS = {
@@ -21,9 +22,16 @@ CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or
 75 interrupted and saved (the same command goes on)"""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="ldm", description="Train and use latent diffusion models.", epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", metavar="command", required=True)

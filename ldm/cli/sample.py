@@ -57,6 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
         prompts = [""] * arguments.count
     console, device = Console(), _device(arguments.device)
+    try:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out} cannot be a folder: {error.strerror}") from None
     pipe = Pipeline.from_pretrained(info.folder, device)
     _draw(pipe, prompts, settings, size, arguments, console)
 
@@ -82,7 +86,7 @@ def _device(name: str | None) -> Any:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
@@ -96,7 +100,6 @@ def _draw(pipe: Any, prompts: list[str], settings: SampleConfig, size: int, argu
     from ldm.evaluation.plots import grid
 
     out, drawn = Path(arguments.out), []
-    out.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
     for images in pipe.sample(prompts, settings, size=size, batch_size=arguments.batch_size):
         arrays = to_uint8(images)

@@ -82,9 +82,26 @@ def write(
         raise DataError("a source without end cannot be cached: set data.size")
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     temporary.mkdir(parents=True)
+    try:
+        texts = _write_shards(temporary, autoencoder, source, source.length, data, device, batch, progress)
+        (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+        (temporary / MANIFEST).write_text(json.dumps({**bound, "length": source.length}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_shards(
+    folder: Path, autoencoder: AutoencoderKL, source: Source, length: int, data: DataConfig, device: torch.device, batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:  # fmt: skip
+    """Encode everything; returns the captions."""
     texts: list[str] = []
-    for start in range(0, source.length, SHARD):
-        stop = min(start + SHARD, source.length)
+    for start in range(0, length, SHARD):
+        stop = min(start + SHARD, length)
         rows: dict[str, list[Tensor]] = {"plain": [], "mirrored": []} if data.flip else {"plain": []}
         for i in range(start, stop, batch):
             samples = [source[j] for j in range(i, min(i + batch, stop))]
@@ -93,11 +110,7 @@ def write(
             for name in rows:
                 rows[name].append(autoencoder.encode(images.flip(3) if name == "mirrored" else images).moments.cpu())
             if progress:
-                progress(len(texts), source.length)
+                progress(len(texts), length)
         shard = {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
-        save_file(shard, temporary / f"moments-{start // SHARD:05d}.safetensors")
-    (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
-    (temporary / MANIFEST).write_text(json.dumps({**bound, "length": source.length}, indent=1))
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+        save_file(shard, folder / f"moments-{start // SHARD:05d}.safetensors")
+    return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import DataConfig
+from ldm.config import ConfigError, DataConfig
 from ldm.data import streams
 from ldm.data.cache import LatentCache
 from ldm.data.images import prepare
-from ldm.data.sources import Source
+from ldm.data.sources import DataError, Source
 
 WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
 
@@ -95,28 +96,54 @@ class Split:
 
 
 def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> Split:
-    """Divide the global batch. Raises ValueError where it does not come out even."""
+    """Divide the global batch. Raises ConfigError where it does not come out even."""
     if micro_batch is None:
         if batch_size % processes:
-            raise ValueError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
+            raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
         micro_batch = batch_size // processes
     if batch_size % (micro_batch * processes):
-        raise ValueError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
+        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
     return Split(batch_size, micro_batch, processes, rank)
 
 
 def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Iterator[Batch]:
-    """The micro-batches of updates ``first`` … ``last`` − 1, in order."""
-    return iter(
-        DataLoader(
-            stream,
-            batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
-            collate_fn=collate,
-            num_workers=workers,
-            timeout=WORKER_TIMEOUT if workers else 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
+    loader = DataLoader(
+        _Carried(stream),
+        batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
+        collate_fn=_collate_carried,
+        num_workers=workers,
+        worker_init_fn=_leave_signals,
+        timeout=WORKER_TIMEOUT if workers else 0,
+        pin_memory=torch.cuda.is_available(),
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class _Carried(Dataset[Any]):
+    """A stream whose DataError is a value, so that a worker's error arrives as it is and not as the text of a traceback."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, position: int) -> Batch | DataError:
+        try:
+            return self.stream[position]
+        except DataError as error:
+            return error
+
+
+def _collate_carried(samples: list[Any]) -> Batch | DataError:
+    return next((s for s in samples if isinstance(s, DataError)), None) or collate(samples)
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker: the trainer decides when to stop, even where the signal went to the whole process group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Positions:

@@ -53,7 +53,8 @@ class AutoencoderTask:
         self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights) if loss.lpips > 0 else None
         self._check_sizes()
         self._adaptive = torch.zeros(())  # of the update before; 0 until measured
-        self._last_layer: dict[str, Tensor] = {}
+        self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches
+        self._micro_batches = 0
 
     def _check_sizes(self) -> None:
         """Run the losses once on an empty picture, so that one too small for them is refused before training."""
@@ -118,6 +119,7 @@ class AutoencoderTask:
         for name, gradient in gradients.items():
             (at_layer,) = torch.autograd.grad(reconstruction, network.last_layer, gradient, retain_graph=True)
             self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
+        self._micro_batches += 1
 
     def _discriminator_step(self, image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         real_logits, fake_logits = self.wrapped["discriminator"](torch.cat([image, fake])).chunk(2)
@@ -128,9 +130,10 @@ class AutoencoderTask:
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
         """The adversarial weight of the next update, from this one's gradients over the global batch."""
         if self._last_layer:
-            averaged = {name: reduce(gradient) for name, gradient in self._last_layer.items()}
-            self._adaptive = adaptive_weight(averaged["rec"], averaged["gan"])
-            self._last_layer = {}
+            averaged = {name: reduce(gradient / self._micro_batches) for name, gradient in self._last_layer.items()}
+            weight = adaptive_weight(averaged["rec"], averaged["gan"])
+            self._adaptive = torch.where(torch.isfinite(weight), weight, self._adaptive)  # of a skipped update: the one before
+            self._last_layer, self._micro_batches = {}, 0
 
     def state(self) -> dict[str, Any]:
         return {"adaptive_weight": float(self._adaptive)}
@@ -179,10 +182,10 @@ class AutoencoderTask:
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Originals above their reconstructions."""
-        samples = [self.validation[i]["image"] for i in range(PICTURES)]
+        samples = [self.validation[i]["image"] for i in range(min(PICTURES, self.validation.source.length or PICTURES))]
         image = torch.stack(samples).to(self._adaptive.device)
         reconstruction = self.networks["autoencoder"](image)[0]
-        return {"reconstructions": grid(to_uint8(torch.cat([image, reconstruction])), PICTURES)}
+        return {"reconstructions": grid(to_uint8(torch.cat([image, reconstruction])), len(samples))}
 
     def export(self, run: RunDirectory) -> None:
         """Write ``model/vae`` with the latent statistics of the training set folded in."""

@@ -118,7 +118,8 @@ class ClipTask:
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The first validation images."""
-        return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(PICTURES)])), PICTURES)}
+        count = min(PICTURES, self.validation.source.length or PICTURES)
+        return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}
 
     def export(self, run: RunDirectory) -> None:
         """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""

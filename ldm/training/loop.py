@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ldm.config import TrainConfig
+from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, Stream, batches, split_batch
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
-from ldm.training.run import RunDirectory
+from ldm.training.run import RunDirectory, read_status
 from ldm.training.trackers import open_trackers
 
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
@@ -112,7 +112,10 @@ class Loop:
     def __init__(self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter) -> None:
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
         kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
+        try:
+            self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
+        except ValueError as error:  # a precision that the device lacks
+            raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
         self.main = self.accelerator.is_main_process
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.split: Split = split_batch(config.batch_size, config.micro_batch, processes, rank)
@@ -121,7 +124,12 @@ class Loop:
         self.run = RunDirectory(path) if self.main else None
         self._stop: int | None = None
         self._nonfinite = torch.zeros((), device=self.accelerator.device)
-        self._prepare(path)
+        try:
+            self._prepare(path)
+        except BaseException:
+            if self.run:
+                self.run.close()
+            raise
 
     def _prepare(self, path: str) -> None:
         config, task, device = self.config, self.task, self.accelerator.device
@@ -178,10 +186,23 @@ class Loop:
 
     def train(self) -> None:
         """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot go on."""
+        try:
+            self._train()
+        except BaseException as error:
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            if self.run:
+                self.run.status("interrupted" if stopped else "failed", self.step, self.config.steps)
+            raise
+        finally:
+            if self.run:
+                self.run.close()
+
+    def _train(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
         if self.step >= config.steps:
             self.reporter.say(f"already trained to update {self.step} of {config.steps}")
-            self._finish("done", export=not (self.run is None or self.run.model.exists()))
+            exported = self.run is not None and (read_status(self.run.path) or {}).get("state") == "done" and self.run.model.exists()
+            self._finish(export=not exported)
             return
         self.reporter.say(
             f"global batch {config.batch_size} = {processes} process{'es' if processes > 1 else ''} × {self.split.micro_batch}"
@@ -190,7 +211,7 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(_signals(self))
             writer = stack.enter_context(checkpoint.BackgroundWriter(self.run.checkpoints, config.keep_checkpoints)) if self.run else None
-            trackers = open_trackers(config.trackers, self.run.path) if self.run else None
+            trackers = open_trackers(config.trackers, self.run.path, self.step) if self.run else None
             if trackers:
                 stack.callback(trackers.close)
             self._updates(writer, trackers)
@@ -198,9 +219,9 @@ class Loop:
             if writer:
                 self._checkpoint(writer)
         if interrupted and self.step < config.steps:
-            self._finish("interrupted", export=False)
+            self.accelerator.wait_for_everyone()
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command goes on")
-        self._finish("done", export=True)
+        self._finish(export=True)
 
     def _updates(self, writer: checkpoint.BackgroundWriter | None, trackers: Any) -> None:
         config = self.config
@@ -291,13 +312,12 @@ class Loop:
             Image.fromarray(picture).save(self.run.samples / f"{name}-{self.step:08d}.png")
             trackers.image(self.step, name, picture)
 
-    def _finish(self, state: str, export: bool) -> None:
+    def _finish(self, export: bool) -> None:
         if self.run:
             if export:
                 with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
                     self.task.export(self.run)
-            self.run.status(state, self.step, self.config.steps)
-            self.run.close()
+            self.run.status("done", self.step, self.config.steps)
         self.accelerator.wait_for_everyone()
 
     def _agreed_stop(self) -> bool:
