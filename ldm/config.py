@@ -331,7 +331,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:
     """Read a YAML file, apply ``a.b=c`` overrides, and check everything. Raises ConfigError."""
     import yaml
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     file = Path(file)
@@ -341,7 +341,10 @@ def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] 
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{file} must be a mapping of settings, not a list")
+        tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=False, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
