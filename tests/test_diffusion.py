@@ -1,0 +1,527 @@
+"""The mathematics against closed forms, Bayes' rule on a grid, and diffusers' tables and schedulers."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import ldm.config
+import ldm.data.sources
+import ldm.training.trackers
+from ldm.config import ObjectiveConfig, ScheduleConfig
+from ldm.diffusion.condition import Condition, concatenate
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.objective import WEIGHTINGS, Objective, target, uniform_timesteps
+from ldm.diffusion.process import posterior_mean, posterior_variance, to_eps, to_x0, transition
+from ldm.diffusion.samplers import GRIDS, SAMPLERS, check_steps, ddim, ddpm, dpmpp_2m, trailing
+from ldm.diffusion.schedule import SCHEDULES, Schedule
+from ldm.interop.diffusers import scheduler_to_diffusers
+
+NAMES = sorted(SCHEDULES)
+TARGETS = ("eps", "x0", "v")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=NAMES)
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    return Schedule.from_config(ScheduleConfig(request.param))
+
+
+def test_every_choice_of_the_configuration_exists() -> None:
+    assert set(SCHEDULES) == set(ldm.config.SCHEDULES)
+    assert set(SAMPLERS) == set(ldm.config.SAMPLERS)
+    assert set(WEIGHTINGS) == set(ldm.config.WEIGHTINGS)
+    assert set(TARGETS) == set(ldm.config.TARGETS)
+    assert set(ldm.data.sources.OPENERS) == set(ldm.config.SOURCES)
+    assert set(ldm.training.trackers.OPENERS) == set(ldm.config.TRACKERS)
+
+
+# ---------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("steps", [2, 10, 100, 1000, 4000])
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_are_those_of_diffusers(name: str, steps: int) -> None:
+    ours = Schedule.from_config(ScheduleConfig(name, steps))
+    theirs = diffusers.DDIMScheduler.from_config(scheduler_to_diffusers(ScheduleConfig(name, steps), "eps"))
+    t = torch.arange(steps)
+    assert ours.num_steps == steps == len(theirs.alphas_cumprod)
+    # theirs are float32 throughout, so the tolerances are theirs
+    bar = theirs.alphas_cumprod.double()
+    assert (ours.alphas_cumprod - bar).abs().max() < 9e-7 * max(1, steps / 1000)
+    torch.testing.assert_close(ours.sigma(t).square(), 1 - bar, rtol=3e-5 + 6e-8 / (1 - bar[0].item()), atol=0)
+    torch.testing.assert_close(ours.alpha(t), ours.alphas_cumprod.sqrt(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(ours.alpha(t).square() + ours.sigma(t).square(), torch.ones(steps, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear", 4.036e-5), ("scaled_linear", 4.682e-3), ("cosine", 2.43e-9)])
+def test_terminal_snr(name: str, expected: float) -> None:
+    schedule = Schedule.from_config(ScheduleConfig(name))
+    assert schedule.snr(torch.tensor(999)).item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_cosine_follows_its_formula_until_the_clip() -> None:
+    """ᾱ_t = f(t)/f(0) wherever no β up to t was clipped (Nichol & Dhariwal 2021, eq. 17)."""
+    schedule = Schedule.from_config(ScheduleConfig("cosine"))
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1000)]
+    for t in (1, 250, 500, 900, 998):
+        assert schedule.alphas_cumprod[t - 1].item() == pytest.approx(f[t] / f[0], rel=1e-9)
+    assert schedule.betas[-1] == 0.999
+
+
+def test_clean_data_is_step_minus_one(schedule: Schedule) -> None:
+    clean = torch.tensor(-1)
+    assert schedule.alpha(clean) == 1 and schedule.sigma(clean) == 0 and schedule.half_log_snr(clean) == math.inf
+    t = torch.arange(1000)
+    torch.testing.assert_close(schedule.half_log_snr(t), schedule.snr(t).log() / 2)
+    assert (schedule.half_log_snr(t).diff() < 0).all()
+
+
+def test_given_betas_reach_the_table() -> None:
+    betas = Schedule.from_config(ScheduleConfig("linear", 5, 0.1, 0.5)).betas
+    torch.testing.assert_close(betas, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64))
+    roots = Schedule.from_config(ScheduleConfig("scaled_linear", 3, 0.01, 0.25)).betas
+    torch.testing.assert_close(roots, torch.tensor([0.01, 0.09, 0.25], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.1], [0.1, 1.0], [0.1, math.nan], [-0.1]])
+def test_impossible_betas_are_refused(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        Schedule(torch.tensor(bad))
+
+
+def test_noise_is_the_composition_of_single_steps(schedule: Schedule) -> None:
+    """F1 applied t times: mean and variance follow m ← √(1−β) m, V ← (1−β) V + β."""
+    mean, variance, means, variances = 1.0, 0.0, [], []
+    for beta in schedule.betas.tolist():
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        means.append(mean)
+        variances.append(variance)
+    t, one, zero = torch.arange(1000), torch.ones(1000, 2, 3, dtype=torch.float64), torch.zeros(1000, 2, 3, dtype=torch.float64)
+    expected = torch.tensor(means, dtype=torch.float64)[:, None, None].expand(-1, 2, 3)
+    torch.testing.assert_close(schedule.add_noise(one, zero, t), expected, rtol=1e-10, atol=0)
+    expected = torch.tensor(variances, dtype=torch.float64)[:, None, None].expand(-1, 2, 3)
+    torch.testing.assert_close(schedule.add_noise(zero, one, t).square(), expected, rtol=1e-10, atol=0)
+
+
+def test_noising_keeps_the_type_and_matches_diffusers() -> None:
+    schedule = Schedule.from_config(ScheduleConfig("scaled_linear"))
+    x0, eps, t = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3), torch.tensor([0, 1, 500, 998, 999])
+    theirs = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(schedule.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t), rtol=1e-5, atol=1e-5)
+    assert schedule.add_noise(x0.bfloat16(), eps.bfloat16(), t).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- transitions, posterior, conversions
+
+
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (4, 5), (20, 60), (300, 301), (100, 700), (0, 999)])
+def test_posterior_is_bayes_rule(schedule: Schedule, s: int, t: int) -> None:
+    """q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0), both from products of single steps, normalised on a grid of x_s."""
+
+    def steps(first: int, last: int) -> tuple[float, float]:
+        ratio, variance = 1.0, 0.0
+        for beta in schedule.betas[first:last].tolist():
+            ratio, variance = ratio * math.sqrt(1 - beta), (1 - beta) * variance + beta
+        return ratio, variance
+
+    (a_s, v_s), (ratio, v) = steps(0, s + 1), steps(s + 1, t + 1)
+    s_, t_ = torch.tensor(s), torch.tensor(t)
+    assert tuple(value.item() for value in transition(schedule, s_, t_)) == pytest.approx((ratio, v), rel=1e-9)
+
+    x0, x_t = 0.7, -0.4
+    x_s = torch.linspace(-12, 12, 2_000_001, dtype=torch.float64)
+    log = -((x_t - ratio * x_s) ** 2) / (2 * v) - (x_s - a_s * x0) ** 2 / (2 * v_s)
+    weight = torch.softmax(log, 0)
+    mean = (weight * x_s).sum()
+    variance = (weight * (x_s - mean) ** 2).sum()
+    wrap = lambda value: torch.full((1, 1), value, dtype=torch.float64)  # noqa: E731
+    assert posterior_mean(schedule, wrap(x0), wrap(x_t), s_, t_).item() == pytest.approx(mean.item(), abs=1e-8)
+    assert posterior_variance(schedule, s_, t_).item() == pytest.approx(variance.item(), rel=1e-6)
+
+
+def test_posterior_of_neighbours_as_printed(schedule: Schedule) -> None:
+    """P1's own coefficients, at every t ≥ 1; at t = 0 the mean is x̂_0 and the variance 0."""
+    t = torch.arange(1, 1000)
+    bar, before, beta = schedule.alphas_cumprod[1:], schedule.alphas_cumprod[:-1], schedule.betas[1:]
+    torch.testing.assert_close(posterior_variance(schedule, t - 1, t), beta * (1 - before) / (1 - bar), rtol=1e-8, atol=0)
+    x0, x_t = torch.randn(999, 2, dtype=torch.float64), torch.randn(999, 2, dtype=torch.float64)
+    first, second = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
+    torch.testing.assert_close(posterior_mean(schedule, x0, x_t, t - 1, t), first[:, None] * x0 + second[:, None] * x_t)
+    clean, zero = torch.tensor([-1]), torch.tensor([0])
+    assert posterior_variance(schedule, clean, zero) == 0
+    torch.testing.assert_close(posterior_mean(schedule, x0[:1], x_t[:1], clean, zero), x0[:1])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_predictions_convert_without_loss(schedule: Schedule, name: str) -> None:
+    t = torch.arange(1000)
+    x0, eps = torch.randn(1000, 3, dtype=torch.float64), torch.randn(1000, 3, dtype=torch.float64)
+    x_t = schedule.add_noise(x0, eps, t)
+    prediction = target(schedule, name, x0, eps, t)
+    torch.testing.assert_close(to_x0(schedule, name, prediction, x_t, t), x0, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(to_eps(schedule, name, prediction, x_t, t), eps, rtol=1e-7, atol=1e-9)
+
+
+def test_v_is_the_derivative_along_the_angle() -> None:
+    """v = dx/dφ with a = cos φ, s = sin φ (Salimans & Ho 2022): a difference quotient of the kernel itself."""
+    schedule = Schedule.from_config(ScheduleConfig("cosine"))
+    t = torch.tensor([3, 400, 990])
+    x0, eps = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    phi = torch.atan2(schedule.sigma(t), schedule.alpha(t))[:, None]
+    ahead, behind = (torch.cos(phi + d) * x0 + torch.sin(phi + d) * eps for d in (1e-6, -1e-6))
+    torch.testing.assert_close(target(schedule, "v", x0, eps, t), (ahead - behind) / 2e-6, rtol=1e-7, atol=1e-8)
+
+
+# ---------------------------------------------------------------- objective
+
+
+def errors(schedule: Schedule, config: ObjectiveConfig, x0: Tensor, eps: Tensor, t: Tensor, wrong_x0: Tensor) -> Tensor:
+    """Loss of a network that believes in ``wrong_x0``, told in the words of the configured target."""
+    x_t = schedule.add_noise(x0, eps, t)
+    wrong_eps = (x_t - schedule.alpha(t)[:, None] * wrong_x0) / schedule.sigma(t)[:, None]
+    prediction = target(schedule, config.target, wrong_x0, wrong_eps, t)
+    return Objective(config, schedule).loss(lambda *_: prediction, x0, eps, t, Condition()).double()
+
+
+def test_losses_of_the_targets_differ_by_the_snr(schedule: Schedule) -> None:
+    """‖Δε‖² = SNR ‖Δx_0‖² and ‖Δv‖² = (SNR + 1) ‖Δx_0‖² (math.md L2)."""
+    t = torch.arange(1000)
+    x0, eps, wrong = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
+    plain = errors(schedule, ObjectiveConfig("x0"), x0, eps, t, wrong)
+    torch.testing.assert_close(plain, (x0 - wrong).square().mean(1), rtol=1e-6, atol=0)
+    snr = schedule.snr(t)
+    torch.testing.assert_close(errors(schedule, ObjectiveConfig("eps"), x0, eps, t, wrong), snr * plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(errors(schedule, ObjectiveConfig("v"), x0, eps, t, wrong), (snr + 1) * plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_one_objective_for_all_targets(schedule: Schedule, gamma: float) -> None:
+    t = torch.arange(1000)
+    x0, eps, wrong = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
+    expected = schedule.snr(t).clamp(max=gamma) * (x0 - wrong).square().mean(1)
+    for name in TARGETS:
+        loss = errors(schedule, ObjectiveConfig(name, "min_snr", gamma), x0, eps, t, wrong)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_min_snr_as_published(name: str) -> None:
+    """Hang et al. 2023, section 3.4: min(SNR, γ) on x_0, min(γ/SNR, 1) on ε, min(SNR, γ)/(SNR + 1) on v."""
+    snr = torch.tensor([0.001, 0.5, 4.9, 5.0, 80.0, 9999.0], dtype=torch.float64)
+    published = {"x0": snr.clamp(max=5), "eps": (5 / snr).clamp(max=1), "v": snr.clamp(max=5) / (snr + 1)}
+    torch.testing.assert_close(WEIGHTINGS["min_snr"](snr, ObjectiveConfig(name, "min_snr", 5.0)), published[name])
+    assert (WEIGHTINGS["simple"](snr, ObjectiveConfig(name)) == 1).all()
+
+
+def test_min_snr_on_eps_is_refused_without_signal() -> None:
+    snr = torch.tensor([1.0, 0.0])
+    with pytest.raises(ValueError, match="predict v or x0"):
+        WEIGHTINGS["min_snr"](snr, ObjectiveConfig("eps", "min_snr"))
+    for name in ("x0", "v"):
+        assert WEIGHTINGS["min_snr"](snr, ObjectiveConfig(name, "min_snr"))[1] == 0
+
+
+def test_the_network_sees_the_noisy_sample_and_its_condition() -> None:
+    schedule, cond, seen = Schedule.from_config(ScheduleConfig("linear")), Condition(vector=torch.ones(2, 3)), []
+    x0, eps, t = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5), torch.tensor([10, 900])
+    scale = torch.tensor(0.5, requires_grad=True)
+
+    def model(x_t: Tensor, at: Tensor, c: Condition) -> Tensor:
+        seen.append((x_t, at, c))
+        return scale * x_t
+
+    loss = Objective(ObjectiveConfig("eps"), schedule).loss(model, x0, eps, t, cond)
+    x_t, at, c = seen[0]
+    bar = schedule.alphas_cumprod[t].float()[:, None, None, None]
+    torch.testing.assert_close(x_t, bar.sqrt() * x0 + (1 - bar).sqrt() * eps, rtol=1e-4, atol=1e-5)
+    assert at is t and c is cond and len(seen) == 1
+    torch.testing.assert_close(loss, (0.5 * x_t - eps).square().mean((1, 2, 3)))
+    assert torch.autograd.grad(loss.sum(), scale)[0] != 0
+
+
+def test_uniform_timesteps_cover_all_evenly() -> None:
+    for steps in (2, 7, 1000):
+        draws = (torch.arange(steps * 3, dtype=torch.float64) + 0.5) / (steps * 3)
+        assert torch.bincount(uniform_timesteps(draws, steps), minlength=steps).tolist() == [3] * steps
+        ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+        assert uniform_timesteps(ends, steps).tolist() == [0, steps - 1]
+    assert uniform_timesteps(torch.tensor([1.0]), 10).tolist() == [9]  # float32 rounds the largest draws up to 1
+
+
+# ---------------------------------------------------------------- grids and samplers
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("num_steps", [1000, 50, 2])
+def test_grids_have_every_number_of_steps(name: str, num_steps: int) -> None:
+    for steps in range(1, num_steps + 1):
+        grid = GRIDS[name](num_steps, steps)
+        assert len(grid) == steps and num_steps > grid[0] and grid[-1] >= 0
+        assert all(a > b for a, b in pairwise(grid)), (steps, grid)
+    for steps in (0, num_steps + 1, -1):
+        with pytest.raises(ValueError, match=f"steps must lie between 1 and {num_steps}, got {steps}"):
+            GRIDS[name](num_steps, steps)
+        with pytest.raises(ValueError):
+            check_steps(num_steps, steps)
+
+
+@pytest.mark.parametrize("steps", [s for s in range(1, 1001) if 1000 % s == 0])
+def test_grids_are_those_of_diffusers(steps: int) -> None:
+    for name, grid in GRIDS.items():
+        if name == "linspace" and steps == 1:
+            continue  # theirs is then t = 0: clean data asked for from noise
+        theirs = diffusers.DDIMScheduler(timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0)
+        theirs.set_timesteps(steps)
+        assert grid(1000, steps) == theirs.timesteps.tolist()
+
+
+def test_published_grids() -> None:
+    assert [g[i] for g in (GRIDS[n](1000, 20) for n in ("leading", "trailing", "linspace")) for i in (0, -1)] == [951, 1, 999, 49, 999, 0]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
+def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> None:
+    schedule, grid = Schedule.from_config(ScheduleConfig("scaled_linear")), trailing(1000, steps)
+    calls, done = [], []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        assert t.shape == (2,) and t[0] == t[1]
+        calls.append(int(t[0]))
+        return torch.tanh(x)
+
+    x = torch.randn(2, 3)
+    kept = x.clone()
+    last = SAMPLERS[name](schedule, "v", denoise, x, grid, lambda i: torch.ones(2, 3), callback=lambda i, sample: done.append((i, sample)))
+    assert calls == grid and [i for i, _ in done] == list(range(steps))
+    assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
+
+
+def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A smooth nonlinear denoiser that answers in the words of ``name``."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        x, dtype, t = x.double(), x.dtype, t.reshape(-1)
+        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        x0 = a * x / (a**2 + 0.5 * s**2) * 0.7 + 0.3 * torch.tanh(x + 0.2)
+        eps = (x - a * x0) / s
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[name].to(dtype)
+
+    return denoise
+
+
+def their_scheduler(cls: type, schedule: Schedule, config: ScheduleConfig, name: str, **extra: object) -> object:
+    layout = {k: v for k, v in scheduler_to_diffusers(config, name).items() if not k.startswith("_")}
+    theirs = cls.from_config({**layout, **extra})
+    theirs.alphas_cumprod = schedule.alphas_cumprod.clone()  # the table apart, so that float64 compares the algorithm
+    return theirs
+
+
+CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in TARGETS]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_ddim_is_diffusers(kind: str, name: str, eta: float) -> None:
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for steps in (1, 4, 25):
+        theirs = their_scheduler(diffusers.DDIMScheduler, schedule, config, name)
+        theirs.set_timesteps(steps)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        noise, denoise = torch.randn(steps, 3, 8, dtype=torch.float64), network(schedule, name)
+        expected = x
+        for i, t in enumerate(theirs.timesteps):
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected, eta=eta, variance_noise=noise[i]).prev_sample
+        actual = ddim(schedule, name, denoise, x, trailing(1000, steps), lambda i, z=noise: z[i], eta=eta)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_ddpm_is_diffusers(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for grid in ([999], [999, 700, 37, 2], trailing(1000, 20)):
+        theirs = their_scheduler(diffusers.DDPMScheduler, schedule, config, name, variance_type="fixed_small")
+        theirs.one = torch.tensor(1.0, dtype=torch.float64)
+        theirs.set_timesteps(timesteps=grid)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        noise, denoise = torch.randn(len(grid), 3, 8, dtype=torch.float64), network(schedule, name)
+        expected = x
+        for i, t in enumerate(theirs.timesteps):
+            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=noise[i], **__: z)
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
+        actual = ddpm(schedule, name, denoise, x, grid, lambda i, z=noise: z[i])
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_dpmpp_2m_is_diffusers(kind: str, name: str) -> None:
+    """float32: their solver works in it whatever it is given."""
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for steps in (1, 2, 5, 10, 20, 50):
+        theirs = their_scheduler(
+            diffusers.DPMSolverMultistepScheduler, schedule, config, name,
+            algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
+        )  # fmt: skip
+        theirs.set_timesteps(steps)
+        assert theirs.timesteps.tolist() == trailing(1000, steps)
+        x, denoise = torch.randn(3, 8), network(schedule, name)
+        expected = x
+        for t in theirs.timesteps:
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
+        actual = dpmpp_2m(schedule, name, denoise, x, trailing(1000, steps), lambda i, x=x: x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("grid", [[999], [999, 500, 499, 20, 0], [600, 3], trailing(1000, 40)])
+def test_ddim_with_eta_one_is_ddpm(name: str, grid: list[int], schedule: Schedule) -> None:
+    x, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(len(grid), 2, 6, dtype=torch.float64)
+    one = ddim(schedule, name, network(schedule, name), x, grid, lambda i: noise[i], eta=1.0)
+    two = ddpm(schedule, name, network(schedule, name), x, grid, lambda i: noise[i])
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
+
+
+def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """E[x_0 | x_t] for data N(mean, std²), exactly, in the words of ``name``."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
+        return {"x0": x0, "eps": (x - a * x0) / s, "v": (a * x - x0) / s}[name]
+
+    return denoise
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "eta", "tolerance"),
+    [("ddpm", 1000, 1.0, 0.01), ("ddim", 500, 0.0, 0.01), ("ddim", 500, 0.5, 0.01), ("dpmpp_2m", 50, 0.0, 0.01)],
+)
+def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float, tolerance: float) -> None:
+    """With the exact denoiser a sampler is affine in x_T and in each step's noise, so one run gives mean and variance exactly:
+    row 0 starts at 0, row 1 at 1, row 2 + i gets 1 as the noise of step i."""
+    schedule, (mean, std) = Schedule.from_config(ScheduleConfig("linear")), (1.5, 0.4)
+    x = torch.zeros(2 + steps, 1, dtype=torch.float64)
+    x[1] = 1
+
+    def noise(i: int) -> Tensor:
+        z = torch.zeros_like(x)
+        z[2 + i] = 1
+        return z
+
+    denoise = gaussian_denoiser(schedule, mean, std, "v")
+    out = SAMPLERS[name](schedule, "v", denoise, x, trailing(1000, steps), noise, eta=eta)[:, 0]
+    assert out[0].item() == pytest.approx(mean, abs=tolerance)
+    assert (out[1:] - out[0]).square().sum().sqrt().item() == pytest.approx(std, rel=tolerance)
+
+
+def test_dpmpp_2m_is_of_second_order() -> None:
+    """Its error on Gaussian data falls by 4 as steps double, DDIM's by 2; measured between two noise levels, ends excluded."""
+    schedule = Schedule.from_config(ScheduleConfig("scaled_linear", 100_000, 0.00085 / 100, 0.012 / 100))
+    lam = schedule.half_log_snr(torch.arange(100_000))
+    found = {}
+    for name in ("ddim", "dpmpp_2m"):
+        errors_ = []
+        for steps in (20, 40):
+            nodes = torch.linspace(lam[60_000], lam[2_000], steps + 1, dtype=torch.float64)  # uniform in λ
+            grid = [int((lam - node).abs().argmin()) for node in nodes]
+            a, s = schedule.alpha(torch.tensor(grid)), schedule.sigma(torch.tensor(grid))
+            kept = []
+            x = torch.full((1, 1), 2.0, dtype=torch.float64)
+            denoise = gaussian_denoiser(schedule, 0.0, 0.1, "x0")
+            SAMPLERS[name](
+                schedule, "x0", denoise, x, grid, lambda i, x=x: x, callback=lambda i, sample, kept=kept: kept.append(sample.item())
+            )
+            std = ((0.1 * a) ** 2 + s**2).sqrt()  # the exact flow keeps x in proportion to the marginal's deviation
+            errors_.append(abs(kept[steps - 1] - 2.0 * (std[-1] / std[0]).item()))
+        found[name] = math.log2(errors_[0] / errors_[1])
+    assert found["ddim"] == pytest.approx(1, abs=0.1) and found["dpmpp_2m"] == pytest.approx(2, abs=0.1), found
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def counted() -> tuple[Callable[[Tensor, Tensor, Condition], Tensor], list[int]]:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        calls.append(len(x))
+        assert cond.context is not None
+        return torch.sin(3 * x) * cond.context.mean((1, 2))[:, None] + t[:, None] / 7
+
+    return model, calls
+
+
+@pytest.mark.parametrize(("scale", "which"), [(1.0, "cond"), (0.0, "null")])
+def test_guidance_of_one_and_zero_needs_one_evaluation(scale: float, which: str) -> None:
+    model, calls = counted()
+    conds = {"cond": Condition(context=torch.randn(3, 2, 4)), "null": Condition(context=torch.randn(3, 2, 4))}
+    x, t = torch.randn(3, 5), torch.tensor([4, 4, 4])
+    out = classifier_free(model, conds["cond"], conds["null"], scale)(x, t)
+    assert calls == [3] and torch.equal(out, model(x, t, conds[which]))
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 7.5])
+def test_guidance_is_its_formula(scale: float) -> None:
+    model, calls = counted()
+    cond, null = Condition(context=torch.randn(3, 2, 4)), Condition(context=torch.randn(3, 2, 4))
+    x, t = torch.randn(3, 5), torch.tensor([1, 2, 3])
+    out = classifier_free(model, cond, null, scale)(x, t)
+    assert calls == [6]  # both halves in one batch
+    w = scale - 1  # Ho & Salimans' w
+    torch.testing.assert_close(out, (1 + w) * model(x, t, cond) - w * model(x, t, null))
+
+
+def test_guidance_is_the_same_in_every_prediction() -> None:
+    schedule, t = Schedule.from_config(ScheduleConfig("linear")), torch.tensor([100, 800])
+    x = torch.randn(2, 4, dtype=torch.float64)
+    halves = [torch.randn(2, 4, dtype=torch.float64) for _ in range(2)]  # x̂_0 without and with the condition
+
+    def guided(name: str) -> Tensor:
+        def model(x_t: Tensor, at: Tensor, cond: Condition) -> Tensor:
+            x0 = torch.cat(halves)
+            a, s = schedule.alpha(at)[:, None], schedule.sigma(at)[:, None]
+            return {"x0": x0, "eps": (x_t - a * x0) / s, "v": (a * x_t - x0) / s}[name]
+
+        return to_x0(schedule, name, classifier_free(model, Condition(), Condition(), 4.0)(x, t), x, t)
+
+    torch.testing.assert_close(guided("eps"), guided("x0"))
+    torch.testing.assert_close(guided("v"), guided("x0"))
+
+
+def test_conditions_join_and_map() -> None:
+    a = Condition(torch.zeros(1, 2, 3), torch.zeros(1, 4), torch.zeros(1, 1, 2, 2), (torch.zeros(1, 5), torch.zeros(1, 6)))
+    b = a.map(lambda v: torch.cat([v, v]) + 1)
+    joined = concatenate(a, b)
+    assert joined.context is not None and joined.vector is not None and joined.concat is not None and joined.control is not None
+    for part, width in ((joined.context, 6), (joined.vector, 4), (joined.concat, 4), (joined.control[0], 5), (joined.control[1], 6)):
+        assert part.flatten(1).tolist() == [[0.0] * width, [1.0] * width, [1.0] * width]
+    assert concatenate(Condition(), Condition()) == Condition()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("context", torch.zeros(1, 2, 3)),
+        ("vector", torch.zeros(1, 4)),
+        ("concat", torch.zeros(1, 1, 2, 2)),
+        ("control", (torch.zeros(1, 5),)),
+    ],
+)
+def test_unequal_kinds_are_refused(kind: str, value: object) -> None:
+    for pair in ((Condition(**{kind: value}), Condition()), (Condition(), Condition(**{kind: value}))):
+        with pytest.raises(ValueError, match=f"one condition has {kind} and the other has not"):
+            concatenate(*pair)
