@@ -13,6 +13,8 @@ from ldm.config import ConfigError, ScheduleConfig, UNetConfig
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
 OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of what a StableDiffusionPipeline cannot express
 THEIR_PIPELINE = "StableDiffusionPipeline"
+OUR_UNET = "LatentDiffusionUNet"  # attention without a context, which a UNet2DConditionModel has in the middle only
+THEIR_UNET = "UNet2DConditionModel"
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -33,7 +35,7 @@ def model_index(has_autoencoder: bool, has_text: bool) -> dict[str, Any]:
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"] if has_text else nothing,
         "tokenizer": ["transformers", "CLIPTokenizer"] if has_text else nothing,
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        "unet": ["diffusers", THEIR_UNET],
         "vae": ["diffusers", "AutoencoderKL"] if has_autoencoder else nothing,
     }
 
@@ -73,12 +75,15 @@ def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig,
 
 
 def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int) -> dict[str, Any]:
-    """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t."""
+    """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
+
+    Attention on a level without a context carries our own class name.
+    """
     levels = len(config.channels)
     attends = [level in config.attention_levels for level in range(levels)]
     heads = list(config.heads if len(config.heads) > 1 else config.heads * levels)
     return {
-        "_class_name": "UNet2DConditionModel",
+        "_class_name": OUR_UNET if context_dim is None and any(attends) else THEIR_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
         "sample_size": sample_size,
         "in_channels": in_channels + config.concat_channels,
@@ -106,7 +111,7 @@ def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, c
     }
 
 
-_UNET_FIXED: dict[str, Any] = {
+_UNET_FIXED: dict[str, Any] = {  # values that our U-Net is built with; where a key is absent, its reader's default is the same
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -115,6 +120,10 @@ _UNET_FIXED: dict[str, Any] = {
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "center_input_sample": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "resnet_out_scale_factor": 1.0,
+    "addition_embed_type_num_heads": 64,  # of an embedding that addition_embed_type leaves out
 }
 _UNET_READ = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
@@ -128,31 +137,53 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
 
     Channels beyond ``out_channels`` are taken as concatenated conditions (inpainting's mask and masked latent).
     """
-    for key, value in layout.items():
-        if key.startswith("_") or key in _UNET_READ:
-            continue
-        if value != _UNET_FIXED.get(key) and value not in (None, False, 0, 0.0, "default", "positional"):
-            raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here")
-    down, channels = layout["down_block_types"], layout["block_out_channels"]
-    for name in [*down, *layout["up_block_types"]]:
-        if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
-            raise ConfigError(f"unet: block type {name} cannot be expressed here")
-    if layout.get("class_embed_type") not in (None, "projection"):
-        raise ConfigError(f"unet: class_embed_type {layout['class_embed_type']!r} cannot be expressed here")
-    heads, context = layout.get("attention_head_dim", 8), layout.get("cross_attention_dim", 1280)
-    if isinstance(context, list) and len(set(context)) > 1:
-        raise ConfigError(f"unet: cross_attention_dim {context} differs between levels")
-    out_channels = layout.get("out_channels", 4)
+    _check_unet(layout)
+    down, heads, out_channels = layout["down_block_types"], layout.get("attention_head_dim", 8), layout.get("out_channels", 4)
     config = UNetConfig(
-        channels=tuple(channels),
-        layers_per_level=layout.get("layers_per_block", 2),
+        channels=tuple(layout["block_out_channels"]),
+        layers_per_level=_single(layout, "layers_per_block", 2),
         attention_levels=tuple(i for i, name in enumerate(down) if name.startswith("CrossAttn")),
         heads=tuple(heads) if isinstance(heads, (list, tuple)) else (heads,),
-        transformer_layers=layout.get("transformer_layers_per_block", 1),
+        transformer_layers=_single(layout, "transformer_layers_per_block", 1),
         groups=layout.get("norm_num_groups", 32),
         linear_projection=layout.get("use_linear_projection", False),
         scale_shift=layout.get("resnet_time_scale_shift", "default") == "scale_shift",
-        vector_dim=layout.get("projection_class_embeddings_input_dim"),
+        vector_dim=layout["projection_class_embeddings_input_dim"] if layout.get("class_embed_type") else None,
         concat_channels=layout.get("in_channels", 4) - out_channels,
     )
-    return config, out_channels, out_channels, context[0] if isinstance(context, (list, tuple)) else context
+    return config, out_channels, out_channels, _single(layout, "cross_attention_dim", 1280)
+
+
+def _check_unet(layout: Mapping[str, Any]) -> None:
+    """Raise ConfigError naming the first key whose value we cannot express."""
+    if layout.get("_class_name", THEIR_UNET) not in (OUR_UNET, THEIR_UNET):
+        raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {THEIR_UNET} and {OUR_UNET}")
+    needed = ["down_block_types", "up_block_types", "block_out_channels"]
+    for key in needed + ["projection_class_embeddings_input_dim"] * (layout.get("class_embed_type") == "projection"):
+        if not layout.get(key):
+            raise ConfigError(f"unet: {key} is missing")
+    for key, value in layout.items():
+        if key.startswith("_") or key in _UNET_READ:
+            continue
+        neutral = value == _UNET_FIXED[key] if key in _UNET_FIXED else value in (None, False, 0, 0.0, "default", "positional")
+        if not neutral:
+            raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here")
+    down, up = layout["down_block_types"], layout["up_block_types"]
+    for name in [*down, *up]:
+        if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
+            raise ConfigError(f"unet: block type {name} cannot be expressed here")
+    if [name.replace("Up", "Down") for name in reversed(up)] != list(down) or len(down) != len(layout["block_out_channels"]):
+        raise ConfigError(f"unet: up_block_types {list(up)} is not the mirror of down_block_types {list(down)}, one for each level")
+    for key, choices in (("class_embed_type", (None, "projection")), ("resnet_time_scale_shift", ("default", "scale_shift"))):
+        if layout.get(key, choices[0]) not in choices:
+            raise ConfigError(f"unet: {key} {layout[key]!r} cannot be expressed here")
+
+
+def _single(layout: Mapping[str, Any], key: str, default: Any) -> Any:
+    """One value for all levels. Raises ConfigError where they differ."""
+    value = layout.get(key, default)
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(set(map(str, value))) > 1:
+        raise ConfigError(f"unet: {key} {list(value)} differs between levels")
+    return value[0]

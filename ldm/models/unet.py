@@ -110,6 +110,10 @@ class UNet(nn.Module):
         h = self._run(self.mid_block.resnets[1], h, time)
 
         if cond.control is not None:
+            if len(cond.control) != len(skips) + 1:
+                raise ValueError(
+                    f"control holds {len(cond.control)} residuals, not {len(skips) + 1}: one a skip connection and the middle's"
+                )
             *residuals, middle = cond.control
             skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
             h = h + middle
