@@ -294,7 +294,11 @@ def test_published_grids() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
 def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> None:
     schedule, grid = Schedule.from_config(ScheduleConfig("scaled_linear")), trailing(1000, steps)
-    calls, done = [], []
+    calls, done, drawn = [], [], []
+
+    def noise(i: int) -> Tensor:
+        drawn.append(i)
+        return torch.ones(2, 3)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         assert t.shape == (2,) and t[0] == t[1]
@@ -303,8 +307,9 @@ def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> No
 
     x = torch.randn(2, 3)
     kept = x.clone()
-    last = SAMPLERS[name](schedule, "v", denoise, x, grid, lambda i: torch.ones(2, 3), callback=lambda i, sample: done.append((i, sample)))
+    last = SAMPLERS[name](schedule, "v", denoise, x, grid, noise, callback=lambda i, sample: done.append((i, sample)))
     assert calls == grid and [i for i, _ in done] == list(range(steps))
+    assert drawn == (list(range(steps - 1)) if name == "ddpm" else [])  # none at the last step
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
 
 
