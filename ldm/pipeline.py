@@ -23,7 +23,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import ConfigError, SampleConfig, ScheduleConfig
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig, build
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
@@ -157,6 +157,10 @@ class Pipeline:
         """
         size = self.sample_size if size is None else size
         self.check(settings, size)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if indices is not None and len(indices) != len(prompts):
+            raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(indices)}")
         if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
             warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
         indices = range(len(prompts)) if indices is None else indices
@@ -242,7 +246,10 @@ class Pipeline:
         if info.has_text:
             from ldm.models.text import TextEncoder  # transformers takes seconds to import
 
-            text = TextEncoder.from_pretrained(str(folder))
+            try:
+                text = TextEncoder.from_pretrained(str(folder))
+            except ValueError as error:
+                raise FolderError(str(error)) from None
             files.append("text_encoder/model.safetensors")
         pipe = cls(
             unet.to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
@@ -297,7 +304,7 @@ class FolderInfo:
     @property
     def defaults(self) -> SampleConfig:
         """Sampling settings for what a caller leaves out."""
-        return SampleConfig(**self.extra.get("defaults", {}))
+        return build(SampleConfig, self.extra.get("defaults", {}), "defaults.")
 
 
 def find_model(path: str | Path) -> Path:

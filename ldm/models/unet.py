@@ -112,7 +112,7 @@ class UNet(nn.Module):
         if cond.control is not None:
             if len(cond.control) != len(skips) + 1:
                 raise ValueError(
-                    f"control holds {len(cond.control)} residuals, not {len(skips) + 1}: one a skip connection and the middle's"
+                    f"control holds {len(cond.control)} residuals, not {len(skips) + 1}: each skip connection's and the middle's"
                 )
             *residuals, middle = cond.control
             skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
