@@ -219,17 +219,29 @@ def test_a_data_error_arrives_as_one_line(workers: int) -> None:
 def test_workers_leave_signals_to_the_trainer() -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the trainer still needs its batches."""
     reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}))
-    feed = iter(batches(reading, Split(5, 5, 1, 0), 0, 30, workers=2))
-    next(feed)
+    feed = batches(reading, Split(5, 5, 1, 0), 0, 30, workers=2)
+    for _ in range(2):  # one from each, so that both are at work
+        next(feed)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid or 0, number)
-    assert len(list(feed)) == 29
+    assert len(list(feed)) == 28
     for worker in workers:
         worker.join(20)
     assert all(worker.exitcode == 0 for worker in workers)
+
+
+def test_closing_the_feed_ends_its_workers_in_spite_of_a_signal() -> None:
+    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}))
+    feed = batches(reading, Split(5, 5, 1, 0), 0, 1000, workers=1)
+    next(feed)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGTERM)
+    feed.close()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 # the latent cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldm.data.images import prepare
 from ldm.data.sources import DataError, Source
 
 WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
+WORKER_GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
 
 Batch = dict[str, Any]  # tensors by name, and `text`: the captions
 
@@ -106,7 +107,7 @@ def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: 
     return Split(batch_size, micro_batch, processes, rank)
 
 
-def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Iterator[Batch]:
+def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
     """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
     loader = DataLoader(
         _Carried(stream),
@@ -143,7 +144,7 @@ def _collate_carried(samples: list[Any]) -> Batch | DataError:
 def _leave_signals(worker: int) -> None:
     """In a worker: the trainer decides when to stop, even where the signal went to the whole process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
 
 
 class _Positions:

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -214,7 +214,8 @@ class Loop:
             trackers = open_trackers(config.trackers, self.run.path, self.step) if self.run else None
             if trackers:
                 stack.callback(trackers.close)
-            self._updates(writer, trackers)
+            feed = batches(self.task.stream, self.split, self.step, config.steps, self.workers)
+            self._updates(stack.enter_context(closing(feed)), writer, trackers)  # closed: ends the data workers, come what may
             interrupted = self._agreed_stop()
             if writer:
                 self._checkpoint(writer)
@@ -223,9 +224,8 @@ class Loop:
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command goes on")
         self._finish(export=True)
 
-    def _updates(self, writer: checkpoint.BackgroundWriter | None, trackers: Any) -> None:
+    def _updates(self, feed: Iterator[Batch], writer: checkpoint.BackgroundWriter | None, trackers: Any) -> None:
         config = self.config
-        feed = batches(self.task.stream, self.split, self.step, config.steps, self.workers)
         started, first = time.monotonic(), self.step
         while self.step < config.steps and not self._agreed_stop():
             metrics = self._update(feed)
