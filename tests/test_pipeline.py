@@ -197,7 +197,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[list[Tensor]]:
             drawn.append(noise(i))
             return drawn[-1]
 
-        return sampler(schedule, target, denoise, x, grid, kept, **more)
+        return sampler(schedule, target, denoise, x, grid, kept, **options)
 
     monkeypatch.setitem(SAMPLERS, name, watched)
     return seen

@@ -121,6 +121,7 @@ def test_published_architectures_are_read() -> None:
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     }  # fmt: skip
     assert unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768}) == (UNetConfig(), 4, 4, 768)
+    assert unet_from_diffusers({**common, "attention_head_dim": 4, "cross_attention_dim": 768})[0].heads == (4,)
     two = {
         "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False, "use_linear_projection": True,
         "num_class_embeds": None, "only_cross_attention": False, "upcast_attention": True,
