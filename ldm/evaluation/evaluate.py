@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ Say = Callable[[str], None]
 Scores = dict[str, dict[str, float]]
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Reads pictures and compares them with what their captions ask for."""
 

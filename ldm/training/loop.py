@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Interrupted(RuntimeError):
     exit_code = 75
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where a person is told what happens."""
 
@@ -51,6 +52,7 @@ class Reporter(Protocol):
     def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None: ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """What one stage trains."""
 
@@ -116,6 +118,8 @@ class Loop:
             self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
         except ValueError as error:  # a precision that the device lacks
             raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
+        if config.mixed_precision != "no" and not self.accelerator.native_amp:  # accelerate would go on in float32
+            raise ConfigError(f"train.mixed_precision {config.mixed_precision} is not offered on {self.accelerator.device}: use no or bf16")
         self.main = self.accelerator.is_main_process
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.split: Split = split_batch(config.batch_size, config.micro_batch, processes, rank)
@@ -161,6 +165,8 @@ class Loop:
         for problem in problems:
             self.reporter.say(f"skipped a damaged checkpoint: {problem}")
         if found is None:
+            if self.run:
+                self.run.cut_back(0)
             return
         tensors, state = checkpoint.load(found, verify=False)
         for name, network in self.task.networks.items():

@@ -1,0 +1,480 @@
+"""The three stages, trained for a few updates on tiny networks: exact resume, gradients, faults, and what is exported."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from autoencoder.config import LossConfig
+from autoencoder.loss import gan_factor
+from autoencoder.model import AutoencoderKL
+from ldm import config as configuration
+from ldm.cli.main import main
+from ldm.config import AutoencoderRun, ClipRun, DiffusionRun, TrainConfig
+from ldm.data.images import prepare
+from ldm.data.sources import open_source
+from ldm.data.stream import Stream, batches, collate
+from ldm.pipeline import Pipeline, load_codec
+from ldm.training import loop as looping
+from ldm.training.autoencoder import AutoencoderTask
+from ldm.training.diffusion import DiffusionTask
+from ldm.training.loop import MAX_NONFINITE, Loop, learning_rate
+from ldm.training.run import read_metrics, read_status
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = {
+    "steps": 6, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "ema_decay": 0.9, "log_every": 1, "validate_every": 6,
+    "validation_size": 6, "sample_every": 6, "checkpoint_every": 2, "trackers": [],
+}  # fmt: skip
+AUTOENCODER = {
+    "data": {"source": "textures", "image_size": 32, "size": 24},
+    "model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False},
+    "loss": {"kl": 1e-3, "gan": 0.5, "gan_start": 2, "gan_ramp": 3, "disc_channels": 8, "disc_layers": 2, "disc_lr": 5e-4},
+    "train": TRAIN,
+}
+CLIP = {
+    "data": {"source": "shapes", "image_size": 32, "size": 24},
+    "model": {"width": 16, "layers": 1, "heads": 2, "max_length": 32, "merges": 32, "patch_size": 8, "projection": 8},
+    "train": {**TRAIN, "steps": 3, "micro_batch": None},
+}
+DIFFUSION = {
+    "data": {"source": "shapes", "image_size": 32, "size": 24, "flip": True},
+    "caption_dropout": 0.3,
+    "unet": {"channels": [16, 16], "layers_per_level": 1, "attention_levels": [1], "heads": [2], "groups": 4},
+    "train": {**TRAIN, "lr_schedule": "cosine"},
+    "sample": {"steps": 2, "guidance_scale": 2.0},
+}
+
+
+class Stages:
+    """Configuration files of the three stages, and each trained once without interruption."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        trees = {
+            "autoencoder": AUTOENCODER,
+            "clip": CLIP,
+            "ldm": {**DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip"},
+        }
+        for name, tree in trees.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": str(folder / name), **tree}))
+
+    def train(self, name: str, *overrides: str) -> int:
+        return main([f"train-{name}", str(self.folder / f"{name}.yaml"), *overrides])
+
+    def settings(self, name: str, *overrides: str) -> Any:
+        cls = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}[name]
+        return configuration.load(cls, self.folder / f"{name}.yaml", list(overrides))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    trained = Stages(tmp_path_factory.mktemp("stages"))
+    for name in ("autoencoder", "clip", "ldm"):
+        assert trained.train(name) == 0
+    return trained
+
+
+class Silent:
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, step: int, steps: int, values: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def make_loop(tmp_path: Path) -> Iterator[Callable[..., Loop]]:
+    """Loops of a task in fresh runs, closed afterwards."""
+    made: list[Loop] = []
+
+    def make(task: Any, settings: Any, **changes: Any) -> Loop:
+        made.append(Loop(task, replace(settings.train, **changes), settings, str(tmp_path / f"run{len(made)}"), 0, Silent()))
+        return made[-1]
+
+    yield make
+    for loop in made:
+        assert loop.run
+        loop.run.close()
+
+
+def at_position(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[int], bool], act: Callable[[dict[str, Any]], None]) -> None:
+    """Let ``act`` see each training sample whose position is ``wanted``."""
+    original = Stream.__getitem__
+
+    def item(self: Stream, position: int) -> Any:
+        sample = original(self, position)
+        if not self.validation and wanted(position):
+            act(sample)
+        return sample
+
+    monkeypatch.setattr(Stream, "__getitem__", item)
+
+
+def power_cut(sample: dict[str, Any]) -> None:
+    raise RuntimeError("power cut")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "updates_per_second"} for line in read_metrics(run)]
+
+
+def assert_same_end(run: Path, straight: Path) -> None:
+    """The last checkpoints, the metrics and the exported models are equal to the last bit."""
+    last = sorted((straight / "checkpoints").iterdir())[-1].name
+    files = [
+        f"checkpoints/{last}/{f.name}"
+        for f in (straight / "checkpoints" / last).iterdir()
+        if f.name not in ("manifest.json", "config.yaml")
+    ]
+    files += [str(f.relative_to(straight)) for f in (straight / "model").rglob("*.safetensors")]
+    assert len(files) >= 5
+    assert [f for f in files if (run / f).read_bytes() != (straight / f).read_bytes()] == []
+    assert lines(run) == lines(straight) and [line["step"] for line in lines(run)] == list(range(1, 7))
+
+
+# whole runs
+
+
+def test_the_exported_folders_open_elsewhere(stages: Stages) -> None:
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+    text, loading = CLIPTextModel.from_pretrained(stages.folder / "clip/model/text_encoder", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and text.config.hidden_size == 16
+    assert len(CLIPTokenizer.from_pretrained(stages.folder / "clip/model/tokenizer")) == text.config.vocab_size
+    assert CLIPModel.from_pretrained(stages.folder / "clip/model/clip").config.projection_dim == 8
+    (picture,) = Pipeline.from_pretrained(stages.folder / "ldm", "cpu")("a red circle", seed=1)
+    assert picture.size == (32, 32)
+    for name, steps in (("autoencoder", 6), ("clip", 3), ("ldm", 6)):
+        status = read_status(stages.folder / name)
+        assert status is not None and status["state"] == "done" and status["step"] == steps
+        assert list((stages.folder / name / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "resumed"),
+    [("autoencoder", 1, 0), ("autoencoder", 2, 2), ("autoencoder", 5, 4), ("ldm", 3, 2), ("ldm", 5, 4)],  # the adversary joins at update 2
+)
+def test_a_run_cut_off_within_an_update_ends_as_if_nothing_had_happened(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, update: int, resumed: int
+) -> None:
+    opened: list[int] = []
+    trackers = looping.open_trackers
+    monkeypatch.setattr(looping, "open_trackers", lambda names, folder, step: opened.append(step) or trackers(names, folder, step))
+    with monkeypatch.context() as patch:
+        at_position(patch, lambda p: p == 4 * update + 2, power_cut)  # the first of two micro-batches is done
+        with pytest.raises(RuntimeError, match="power cut"):
+            stages.train(name, f"run={tmp_path}/run")
+    assert (read_status(tmp_path / "run") or {})["state"] == "failed" and not (tmp_path / "run/model").exists()
+    assert stages.train(name, f"run={tmp_path}/run", f"data.workers={update % 2}") == 0
+    assert opened == [0, resumed]
+    assert_same_end(tmp_path / "run", stages.folder / name)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "ldm"])
+def test_a_signal_saves_within_one_update_and_the_same_command_goes_on(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with monkeypatch.context() as patch:
+        at_position(patch, lambda p: p == 4 * 2 + 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert stages.train(name, f"run={tmp_path}/run") == 75
+    assert capsys.readouterr().err == f"ldm train-{name}: stopped and saved at update 3 of 6: the same command goes on\n"
+    assert (read_status(tmp_path / "run") or {})["state"] == "interrupted" and (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert stages.train(name, f"run={tmp_path}/run") == 0
+    assert_same_end(tmp_path / "run", stages.folder / name)
+
+
+def test_a_second_signal_stops_at_once(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[int] = []
+
+    def twice(sample: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+
+    at_position(monkeypatch, lambda p: p == 4 * 3 + 1, twice)
+    assert stages.train("autoencoder", f"run={tmp_path}/run") == 130
+    assert not reached and [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert (read_status(tmp_path / "run") or {})["state"] == "interrupted"
+
+
+def test_a_process_group_told_to_stop_exits_75_with_its_state_on_the_disk(stages: Stages, tmp_path: Path) -> None:
+    """As Ctrl-C and a scheduler do it: the signal reaches the data workers too."""
+    command = [sys.executable, "-m", "ldm.cli.main", "train-autoencoder", str(stages.folder / "autoencoder.yaml"), f"run={tmp_path}/run"]
+    process = subprocess.Popen(
+        [*command, "data.workers=2", "train.steps=100000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert err.count("\n") == 1 and "stopped and saved at update" in err and out.count("stopping after this update") == 1
+    step = int(err.split("update ")[1].split()[0])
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file() and read_metrics(tmp_path / "run")[-1]["step"] == step
+
+
+def test_a_finished_run_says_so_and_mends_a_lost_export(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = stages.folder / "autoencoder/model/vae"
+    before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in vae.iterdir()}
+    assert stages.train("autoencoder") == 0 and "already trained to update 6 of 6" in capsys.readouterr().out
+    assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in vae.iterdir()} == before
+    (vae / "config.json").unlink()  # killed between the last update and the end of the export
+    status = stages.folder / "autoencoder/status.json"
+    status.write_text(status.read_text().replace("done", "running"))
+    assert stages.train("autoencoder") == 0
+    assert {f.name: f.read_bytes() for f in vae.iterdir()} == {name: content for name, (content, _) in before.items()}
+
+
+def test_another_configuration_is_refused_and_the_run_left_free(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the second time it is not "in use"
+        assert stages.train("autoencoder", "train.lr=2e-3") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "train.lr 0.001 → 0.002" in error
+
+
+def test_fp16_without_a_gpu_is_one_line(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        assert stages.train("clip", f"run={tmp_path}/run", "train.mixed_precision=fp16") == 2
+    finally:
+        AcceleratorState._reset_state()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "train.mixed_precision fp16" in error
+
+
+# the learning rate
+
+
+def test_learning_rate_in_closed_form() -> None:
+    config = TrainConfig(steps=110, lr=2e-3, warmup=10, lr_schedule="cosine", lr_end=0.1)
+    for k in range(10):
+        assert learning_rate(config, k) == pytest.approx(2e-3 * (k + 1) / 10, rel=1e-12)
+    for k in range(10, 110):
+        assert learning_rate(config, k) == pytest.approx(2e-4 + 1.8e-3 * math.cos(math.pi * (k - 10) / 200) ** 2, rel=1e-12)
+    assert learning_rate(config, 10) == 2e-3 and learning_rate(config, 60) == pytest.approx(1.1e-3)
+    constant = TrainConfig(steps=10, lr=2e-3, warmup=4)
+    assert [learning_rate(constant, k) for k in range(6)] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3, 2e-3])
+    assert learning_rate(TrainConfig(lr=1e-3), 0) == 1e-3
+
+
+def test_each_update_uses_its_rate(stages: Stages, make_loop: Callable[..., Loop]) -> None:
+    settings = stages.settings("autoencoder")
+    loop = make_loop(AutoencoderTask(settings), settings)
+    feed = batches(loop.task.stream, loop.split, 0, 4, 0)
+    for k in range(4):
+        loop._update(feed)
+        loop.step += 1
+        rates = [loop.optimizers[name].param_groups[0]["lr"] for name in ("autoencoder", "discriminator")]
+        assert rates == pytest.approx([1e-3 * min(1, (k + 1) / 2), 5e-4 * min(1, (k + 1) / 2)])
+    assert [line["lr"] for line in lines(stages.folder / "autoencoder")] == pytest.approx([5e-4, *[1e-3] * 5])
+
+
+# gradients
+
+
+def gradients(loop: Loop, monkeypatch: pytest.MonkeyPatch, update: int) -> dict[str, list[Tensor]]:
+    """What reaches the optimizers in one update, before clipping."""
+    found: dict[str, list[Tensor]] = {}
+
+    def record(optimizer: Any, parameters: list[nn.Parameter]) -> Tensor:
+        name = next(n for n, o in loop.optimizers.items() if o is optimizer)
+        found[name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        return torch.zeros(())
+
+    monkeypatch.setattr(loop, "_step", record)
+    loop.step = update
+    loop._update(batches(loop.task.stream, loop.split, update, update + 1, 0))
+    return found
+
+
+def assert_close_to_the_largest(a: list[Tensor], b: list[Tensor], share: float = 1e-5) -> None:
+    largest = max(float(x.abs().max()) for x in b)
+    assert largest > 0 and all(float((x - y).abs().max()) <= share * largest for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "ldm"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(
+    stages: Stages, make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings, found, weights = stages.settings(name), [], []
+    for micro in (8, 4, 2):
+        task = AutoencoderTask(settings) if name == "autoencoder" else DiffusionTask(settings, lambda _: None)
+        if isinstance(task, AutoencoderTask):
+            task._adaptive = torch.tensor(0.7)
+        found.append(gradients(make_loop(task, settings, batch_size=8, micro_batch=micro), monkeypatch, 4))
+        weights.append(task._adaptive if isinstance(task, AutoencoderTask) else torch.ones(()))
+    for other, weight in zip(found[1:], weights[1:], strict=True):
+        for network, expected in found[0].items():
+            assert_close_to_the_largest(other[network], expected)
+        torch.testing.assert_close(weight, weights[0], rtol=1e-4, atol=0)
+    assert name == "ldm" or float(weights[0]) != 0.7
+
+
+def test_the_autoencoders_gradient_is_that_of_the_scalar_loss(
+    stages: Stages, make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, update = stages.settings("autoencoder", "loss.l1=0.8", "loss.kl=0.05"), 4
+    task = AutoencoderTask(settings)
+    task._adaptive = torch.tensor(0.7)
+    found = gradients(make_loop(task, settings), monkeypatch, update)
+
+    network, discriminator = task.networks["autoencoder"], task.networks["discriminator"]
+    assert isinstance(network, AutoencoderKL)
+    batch = collate([task.stream[p] for p in range(4 * update, 4 * update + 4)])
+    posterior = network.encode(batch["image"])
+    decoded = network.decode(posterior.mean + (0.5 * posterior.logvar).exp() * batch["posterior"])
+    l1 = (decoded - batch["image"]).abs().mean()
+    gaussian = torch.distributions.Normal(posterior.mean, posterior.std)
+    kl = torch.distributions.kl_divergence(gaussian, torch.distributions.Normal(0.0, 1.0)).mean()
+    gan = -discriminator(decoded).mean()
+    factor = 0.5 * 2 / 3  # two updates into a ramp of three
+    assert gan_factor(update, settings.loss) == pytest.approx(factor)
+    expected = torch.autograd.grad(0.8 * l1 + 0.05 * kl + factor * 0.7 * gan, list(network.parameters()), retain_graph=True)
+    assert_close_to_the_largest(found["autoencoder"], list(expected))
+
+    hinge = 0.5 * ((1 - discriminator(batch["image"])).clamp(min=0).mean() + (1 + discriminator(decoded.detach())).clamp(min=0).mean())
+    assert_close_to_the_largest(found["discriminator"], list(torch.autograd.grad(hinge, list(discriminator.parameters()))))
+
+    last = network.decoder.conv_out.weight
+    (rec,), (adv,) = (torch.autograd.grad(term, last, retain_graph=True) for term in (0.8 * l1, gan))
+    torch.testing.assert_close(task._adaptive, rec.norm() / (adv.norm() + 1e-4), rtol=1e-4, atol=0)
+
+
+def test_the_adversary_waits_and_then_grows(stages: Stages) -> None:
+    ramp = LossConfig(gan=0.5, gan_start=2, gan_ramp=3)
+    assert [gan_factor(k, ramp) for k in range(7)] == pytest.approx([0, 0, 0, 0.5 / 3, 1 / 3, 0.5, 0.5])
+    logged = lines(stages.folder / "autoencoder")
+    assert ["generator" in line for line in logged] == [False, False, True, True, True, True]
+    assert logged[1]["grad_norm_discriminator"] == 0 and logged[2]["grad_norm_discriminator"] > 0
+
+
+# what is not finite
+
+
+def state_of(loop: Loop) -> list[Tensor]:
+    moments = [t for o in loop.optimizers.values() for s in o.state.values() for t in s.values()]
+    return [t.detach().clone() for t in (*[p for n in loop.task.networks.values() for p in n.parameters()], *moments)]
+
+
+def test_an_update_that_is_not_finite_changes_nothing(
+    stages: Stages, make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_position(monkeypatch, lambda p: p == 4 * 4 + 3, lambda sample: sample["image"].fill_(math.nan))
+    settings = stages.settings("autoencoder")
+    loop = make_loop(AutoencoderTask(settings), settings)
+    feed, states = batches(loop.task.stream, loop.split, 0, 6, 0), []
+    for _ in range(6):
+        loop._update(feed)
+        loop.step += 1
+        states.append(state_of(loop))
+    assert all(torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True))  # weights, moments and step
+    assert all(torch.isfinite(t).all() for t in states[5]) and int(loop._nonfinite) == 0
+    assert all(not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True) if a.ndim == 0)  # the steps count on
+    assert sum(not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True)) > 0.9 * len(states[5])
+
+
+def test_one_such_update_is_survived_and_checkpointed(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_position(monkeypatch, lambda p: p == 4 * 3, lambda sample: sample["image"].fill_(math.nan))
+    assert stages.train("autoencoder", f"run={tmp_path}/run") == 0  # a checkpoint follows update 3 at once
+    logged = lines(tmp_path / "run")
+    assert logged[3]["l1"] is None and logged[3]["grad_norm_autoencoder"] is None and math.isfinite(logged[5]["l1"])
+    weight = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["task"]["adaptive_weight"]
+    assert weight == pytest.approx(logged[3]["adaptive_weight"]) and weight > 0  # of the update before
+
+
+def test_many_in_a_row_end_the_training(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_position(monkeypatch, lambda p: p >= 4 * 3, lambda sample: sample["image"].fill_(math.nan))
+    assert stages.train("autoencoder", f"run={tmp_path}/run", "train.steps=40") == 5
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not finite" in error and f"{MAX_NONFINITE} updates" in error
+    status = read_status(tmp_path / "run")
+    assert status is not None and status["state"] == "failed" and lines(tmp_path / "run")[-1]["step"] == 3 + MAX_NONFINITE - 1
+
+
+# validation and export
+
+
+def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stages) -> None:
+    task = DiffusionTask(stages.settings("ldm"), lambda _: None)
+    parts: list[Tensor] = []
+
+    def gather(tensor: Tensor) -> Tensor:
+        parts.append(tensor)
+        return tensor
+
+    with torch.no_grad():
+        first = task.validate(0, gather, 0, 1)
+        torch.manual_seed(1)
+        assert repr(task.validate(5, gather, 0, 1)) == repr(first)  # equal, and NaN where a tenth has no sample
+        assert first["loss"] > 0 and len(first["loss_by_t"]) == 10
+        parts.clear()
+        for processes, ranks in ((1, (0,)), (2, (0, 1)), (3, (0, 1, 2))):
+            for rank in ranks:
+                task.validate(0, gather, rank, processes)
+    totals = [parts[0].sum(0), torch.cat(parts[1:3]).sum(0), torch.cat(parts[3:]).sum(0)]
+    assert totals[0][0].sum() == 6
+    for total in totals[1:]:
+        torch.testing.assert_close(total, totals[0], rtol=1e-5, atol=1e-6)
+
+    stage1 = AutoencoderTask(stages.settings("autoencoder"))
+    with torch.no_grad():
+        assert stage1.validate(0, lambda t: t, 0, 1) == stage1.validate(9, lambda t: t, 0, 1)
+
+
+def test_the_averaged_weights_are_what_is_exported(stages: Stages) -> None:
+    last = stages.folder / "ldm/checkpoints/step-00000006"
+    exported = load_file(stages.folder / "ldm/model/unet/diffusion_pytorch_model.safetensors")
+    averaged, trained = load_file(last / "ema.safetensors"), load_file(last / "model_unet.safetensors")
+    assert exported.keys() == averaged.keys() and all(torch.equal(exported[k], averaged[k]) for k in exported)
+    assert any(not torch.equal(exported[k], trained[k]) for k in exported)
+
+    settings, network = stages.settings("autoencoder"), load_codec(stages.folder / "autoencoder").autoencoder
+    plain = AutoencoderKL(settings.model)
+    plain.load_state_dict(load_file(stages.folder / "autoencoder/checkpoints/step-00000006/ema.safetensors"))
+    image = open_source(settings.data, "validation")[0].image
+    with torch.no_grad():
+        x = prepare(image, 32)[None]
+        torch.testing.assert_close(network(x)[0], plain(x)[0], rtol=1e-4, atol=1e-5)  # decode(encode(x)) is as before the folding
+        assert not torch.allclose(network.encode(x).mean, plain.encode(x).mean, atol=1e-3)
+
+
+def test_exported_latents_have_zero_mean_and_unit_variance(stages: Stages) -> None:
+    settings, codec = stages.settings("autoencoder"), load_codec(stages.folder / "autoencoder")
+    assert (codec.scale, codec.shift) == (1.0, 0.0)
+    source = open_source(settings.data, "train")
+    images = torch.stack([prepare(source[i].image, 32) for i in range(24)])
+    with torch.no_grad():
+        posterior = codec.autoencoder.encode(images)
+    draws = posterior.sample(
+        torch.randn(50, *posterior.mean.shape, generator=torch.Generator().manual_seed(0)).mean(0) * math.sqrt(50)
+    ).double()
+    mean, deviation = posterior.mean.double(), posterior.std.double()
+    dims = (0, 2, 3)
+    torch.testing.assert_close(mean.mean(dims), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-4)
+    variance = mean.var(dims, correction=0) + deviation.square().mean(dims)
+    torch.testing.assert_close(variance, torch.ones(4, dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(draws.var(dims), torch.ones(4, dtype=torch.float64), rtol=0.15, atol=0)
