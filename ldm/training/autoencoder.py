@@ -40,7 +40,8 @@ class AutoencoderTask:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
         side = config.data.image_size // model.factor
         self.latent_shape = (model.latent_channels, side, side)
-        self.networks: dict[str, nn.Module] = {"autoencoder": seeded(seed, lambda: AutoencoderKL(model))}
+        self.autoencoder = seeded(seed, lambda: AutoencoderKL(model))
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if loss.gan > 0:
             make = PatchDiscriminator
             self.networks["discriminator"] = seeded(seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers))
@@ -76,6 +77,7 @@ class AutoencoderTask:
         return [] if self.perceptual.meaningful else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
 
     def lr_scale(self, network: str) -> float:
+        """The discriminator may have a rate of its own."""
         train, loss = self.config.train, self.config.loss
         return loss.disc_lr / train.lr if network == "discriminator" and loss.disc_lr is not None else 1.0
 
@@ -114,10 +116,8 @@ class AutoencoderTask:
 
     def _keep_last_layer(self, reconstruction: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add up the gradients that each term alone sends to the decoder's last layer, over the micro-batches."""
-        network = self.networks["autoencoder"]
-        assert isinstance(network, AutoencoderKL)
         for name, gradient in gradients.items():
-            (at_layer,) = torch.autograd.grad(reconstruction, network.last_layer, gradient, retain_graph=True)
+            (at_layer,) = torch.autograd.grad(reconstruction, self.autoencoder.last_layer, gradient, retain_graph=True)
             self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
         self._micro_batches += 1
 
@@ -143,8 +143,7 @@ class AutoencoderTask:
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """PSNR, SSIM, LPIPS, KL in nats per dimension, active channels, and PSNR of decoding under latent noise."""
-        network, device = self.networks["autoencoder"], self._adaptive.device
-        assert isinstance(network, AutoencoderKL)
+        network, device = self.autoencoder, self._adaptive.device
 
         def total(value: Tensor) -> Tensor:
             return gather(value.double()[None]).sum(0)
@@ -184,13 +183,12 @@ class AutoencoderTask:
         """Originals above their reconstructions."""
         samples = [self.validation[i]["image"] for i in range(min(PICTURES, self.validation.source.length or PICTURES))]
         image = torch.stack(samples).to(self._adaptive.device)
-        reconstruction = self.networks["autoencoder"](image)[0]
+        reconstruction = self.autoencoder(image)[0]
         return {"reconstructions": grid(to_uint8(torch.cat([image, reconstruction])), len(samples))}
 
     def export(self, run: RunDirectory) -> None:
         """Write ``model/vae`` with the latent statistics of the training set folded in."""
-        network = copy.deepcopy(self.networks["autoencoder"])
-        assert isinstance(network, AutoencoderKL)
+        network = copy.deepcopy(self.autoencoder)
         mean, std = self.latent_statistics(network)
         network.fold_statistics(mean, std)
         write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")

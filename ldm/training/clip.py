@@ -40,9 +40,8 @@ class ClipTask:
         self.config, data, seed = config, config.data, config.train.seed
         source = open_source(data, "train")
         self.tokenizer = train_tokenizer(_captions(source), config.model.merges, config.model.max_length)
-        self.networks: dict[str, nn.Module] = {
-            "clip": seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
-        }
+        self.clip = seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
+        self.networks: dict[str, nn.Module] = {"clip": self.clip}
         self.wrapped = self.networks
         self.stream = Stream(source, data, seed, Draws({}))
         # held-out combinations where the source has them: captions never seen
@@ -75,7 +74,7 @@ class ClipTask:
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         output = self.wrapped["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
-        scale = self.networks["clip"].logit_scale
+        scale = self.clip.logit_scale
         image, text, captions = _global_batch(output.image_embeds, output.text_embeds, batch["text"])
         loss = contrastive_loss(image, text, scale, same_captions(captions).to(self.device))
         backward(loss)
@@ -92,7 +91,7 @@ class ClipTask:
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
-        network, train = self.networks["clip"], self.config.train
+        network, train = self.clip, self.config.train
         images, texts = [], []
         for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):  # small: each process does all
             images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)
@@ -113,8 +112,9 @@ class ClipTask:
         return figures
 
     def _embed(self, captions: list[str]) -> Tensor:
-        network = self.networks["clip"]
-        return torch.cat([network.get_text_features(self._ids(captions[i : i + 256])).pooler_output for i in range(0, len(captions), 256)])
+        return torch.cat(
+            [self.clip.get_text_features(self._ids(captions[i : i + 256])).pooler_output for i in range(0, len(captions), 256)]
+        )
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The first validation images."""
@@ -123,9 +123,8 @@ class ClipTask:
 
     def export(self, run: RunDirectory) -> None:
         """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
-        network = self.networks["clip"]
-        from_clip(network, self.tokenizer).save(run.model)  # type: ignore[arg-type]
-        network.save_pretrained(run.model / "clip")
+        from_clip(self.clip, self.tokenizer).save(run.model)
+        self.clip.save_pretrained(run.model / "clip")
 
 
 def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, ConfigError, DiffusionRun
+from ldm.config import NONE, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
@@ -44,7 +44,8 @@ class DiffusionTask:
         self.source = open_source(data, "train")
         validation = open_source(data, "validation")
         context_dim = self.text.width if self.text else None
-        self.networks: dict[str, nn.Module] = {"unet": seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))}
+        self.unet = seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))
+        self.networks: dict[str, nn.Module] = {"unet": self.unet}
         self.wrapped = self.networks
         self.schedule = Schedule.from_config(config.schedule)
         self.objective = Objective(config.objective, self.schedule)
@@ -106,7 +107,7 @@ class DiffusionTask:
     @property
     def notes(self) -> list[str]:
         """What a person should know once, before training."""
-        parameters = sum(p.numel() for p in self.networks["unet"].parameters())
+        parameters = sum(p.numel() for p in self.unet.parameters())
         what = "pixels" if self.codec is None else "latents"
         return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
 
@@ -157,7 +158,7 @@ class DiffusionTask:
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
-        train, unweighted = self.config.train, Objective(self.config.objective.__class__(self.config.objective.target), self.schedule)
+        train, unweighted = self.config.train, Objective(ObjectiveConfig(self.config.objective.target), self.schedule)
         total = (
             train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
         )
@@ -168,7 +169,7 @@ class DiffusionTask:
             strata = [p * _stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = unweighted.loss(self.networks["unet"], self._x0(moved), moved["eps"], t, cond).double()
+            loss = unweighted.loss(self.unet, self._x0(moved), moved["eps"], t, cond).double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()
@@ -179,10 +180,9 @@ class DiffusionTask:
 
     def pipeline(self) -> Pipeline:
         """The model as it stands."""
-        config, unet = self.config, self.networks["unet"]
-        assert isinstance(unet, UNet)
+        config = self.config
         return Pipeline(
-            unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
+            self.unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
             caption_dropout=config.caption_dropout if self.text else None,
         ).to(self.device)  # fmt: skip
 

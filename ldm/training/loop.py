@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ldm.training.ema import EMA
 from ldm.training.run import RunDirectory, read_status
 from ldm.training.trackers import open_trackers
 
+N = TypeVar("N", bound=nn.Module)
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
 _log = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ class Loop:
             sums[f"grad_norm_{name}"] = norm
         self._nonfinite = torch.where(finite, torch.zeros_like(self._nonfinite), self._nonfinite + 1)
         self.ema.update(self.step)
-        task.after_update(self.step, lambda tensor: self.accelerator.reduce(tensor, "mean"))
+        task.after_update(self.step, self._mean)
         return sums
 
     def _step(self, optimizer: torch.optim.AdamW, parameters: list[nn.Parameter]) -> Tensor:
@@ -294,7 +295,7 @@ class Loop:
         return norm.detach()
 
     def _logged(self, metrics: dict[str, Tensor], per_second: float) -> dict[str, Any]:
-        values = {k: float(self.accelerator.reduce(v.float(), "mean")) for k, v in metrics.items()}
+        values = {k: float(self._mean(v.float())) for k, v in metrics.items()}
         if (skipped := int(self._nonfinite)) >= MAX_NONFINITE:
             raise TrainingError(
                 f"the gradient was not finite in the last {skipped} updates: lower train.lr, or check the data; weights are those before"
@@ -304,7 +305,7 @@ class Loop:
     def _validated(self) -> dict[str, Any]:
         network = self.task.networks[self.task.averaged]
         with self.ema.swap(network), _evaluating(self.task.networks), torch.no_grad():
-            figures = self.task.validate(self.step, self.accelerator.gather, self.accelerator.process_index, self.accelerator.num_processes)
+            figures = self.task.validate(self.step, self._gather, self.accelerator.process_index, self.accelerator.num_processes)
         return {f"validation/{k}": v for k, v in figures.items()}
 
     def _draw(self, trackers: Any) -> None:
@@ -326,10 +327,18 @@ class Loop:
             self.run.status("done", self.step, self.config.steps)
         self.accelerator.wait_for_everyone()
 
+    def _mean(self, tensor: Tensor) -> Tensor:
+        """Averaged over processes."""
+        return cast(Tensor, self.accelerator.reduce(tensor, "mean"))
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Of all processes, along the first dimension."""
+        return cast(Tensor, self.accelerator.gather(tensor))
+
     def _agreed_stop(self) -> bool:
         """Whether any process was asked to stop: the same answer on all of them."""
         asked = torch.tensor(float(self._stop is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0) if self.accelerator.num_processes > 1 else self._stop is not None
+        return bool(self._mean(asked) > 0) if self.accelerator.num_processes > 1 else self._stop is not None
 
 
 @contextmanager
@@ -373,7 +382,7 @@ def _set_backends(config: TrainConfig) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, make: Callable[[], N]) -> N:
     """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
