@@ -50,7 +50,7 @@ demo-two: $(READY) ## the same on scenes of two shapes
 textures: $(READY) ## two autoencoders, without and with adversarial loss, compared
 	$(LDM) train-autoencoder configs/textures/l1.yaml
 	$(LDM) train-autoencoder configs/textures/gan.yaml
-	$(PY) scripts/compare_autoencoders.py runs/textures/l1 runs/textures/gan
+	$(LDM) compare-autoencoders runs/textures/l1 runs/textures/gan
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)

@@ -13,17 +13,13 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 
 from ldm.config import ClipConfig
 from ldm.models import text
+from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
 from ldm.models.text import (
     CaptionTable,
     TextEncoder,
     build_clip,
-    contrastive_loss,
     from_clip,
-    left_right_accuracy,
-    retrieval_top1,
-    same_captions,
     save_tokenizer,
-    swap_relation,
     train_tokenizer,
 )
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
     "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
     "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
+    "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }
 
 CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or model folder, 5 training went non-finite,

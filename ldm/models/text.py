@@ -9,13 +9,12 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -202,6 +201,12 @@ def from_clip(clip_model: CLIPModel, tokenizer: CLIPTokenizer) -> TextEncoder:
     return TextEncoder(model, tokenizer)
 
 
+def save_clip(clip_model: CLIPModel, folder: str | Path) -> None:
+    """Write both towers in transformers' own format."""
+    with _quiet():
+        clip_model.save_pretrained(str(folder))
+
+
 class CaptionTable:
     """States of a set of captions, encoded once and kept on the encoder's device: 4 · max_length · width bytes for each.
 
@@ -228,62 +233,6 @@ class CaptionTable:
                 raise ValueError(f"caption {caption!r} is not among the {len(self)} of the table")
         rows = torch.tensor([self._row[caption] for caption in captions], dtype=torch.int64)
         return self._states[rows.to(self._states.device, non_blocking=True)]
-
-
-# ---------------------------------------------------------------- contrastive training
-
-
-def same_captions(captions: Sequence[str]) -> Bool[Tensor, "b b"]:
-    """Which pairs of a batch have equal captions."""
-    first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
-    group = torch.tensor([first[caption] for caption in captions], dtype=torch.int64)
-    return group[:, None] == group[None, :]
-
-
-def contrastive_loss(
-    image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "b d"], logit_scale: Float[Tensor, ""], same: Bool[Tensor, "b b"]
-) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE (Radford et al. 2021, figure 3) in which pairs with equal captions share the positive.
-
-    The target of a row is uniform over the columns with its caption; with distinct captions this is CLIP's own loss.
-    Embeddings are the projected ones of any length (``get_image_features(…).pooler_output``), ``logit_scale`` is the
-    logarithm of the inverse temperature. ``same`` is symmetric and true on its diagonal (``same_captions``).
-    """
-    logits = logit_scale.exp() * F.normalize(text_embeds, dim=-1) @ F.normalize(image_embeds, dim=-1).T  # [text, image]
-    target = same.to(logits.dtype) / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def retrieval_top1(image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "k d"], truth: Int[Tensor, " b"]) -> float:
-    """Share of images whose most similar one of ``k`` distinct captions is their own, ``truth[i]``."""
-    similarity = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T  # [b, k]
-    return (similarity.argmax(dim=1) == truth.to(similarity.device)).double().mean().item()
-
-
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-_RELATION = re.compile(r"\b(" + "|".join(_OPPOSITE) + r")\b", re.IGNORECASE)
-
-
-def swap_relation(caption: str) -> str | None:
-    """The caption with left and right, above and below exchanged; None where it names no such relation."""
-    swapped, count = _RELATION.subn(lambda match: _OPPOSITE[match[0].lower()], caption)
-    return swapped if count else None
-
-
-def left_right_accuracy(
-    image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "b d"], swapped_embeds: Float[Tensor, "b d"]
-) -> float:
-    """Share of images more similar to their own caption than to the same with its relation swapped; chance is ½.
-
-    Row i of ``swapped_embeds`` embeds ``swap_relation`` of caption i. Raises ValueError for no images.
-    """
-    if len(image_embeds) == 0:
-        raise ValueError("left_right_accuracy needs at least one caption with a relation (left of, right of, above, below)")
-    true, swapped = F.cosine_similarity(image_embeds, text_embeds), F.cosine_similarity(image_embeds, swapped_embeds)
-    return (true > swapped).double().mean().item()
-
-
-# ---------------------------------------------------------------- reading
 
 
 def _tower(model: CLIPTextModel) -> torch.nn.Module:

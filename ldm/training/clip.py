@@ -14,16 +14,8 @@ from ldm.data.images import to_uint8
 from ldm.data.sources import open_source
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
-from ldm.models.text import (
-    build_clip,
-    contrastive_loss,
-    from_clip,
-    left_right_accuracy,
-    retrieval_top1,
-    same_captions,
-    swap_relation,
-    train_tokenizer,
-)
+from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
+from ldm.models.text import build_clip, from_clip, save_clip, train_tokenizer
 from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
 
@@ -124,7 +116,7 @@ class ClipTask:
     def export(self, run: RunDirectory) -> None:
         """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
         from_clip(self.clip, self.tokenizer).save(run.model)
-        self.clip.save_pretrained(run.model / "clip")
+        save_clip(self.clip, run.model / "clip")
 
 
 def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,0 +1,58 @@
+"""Two autoencoders side by side: reconstructions, high-frequency energy, and what a discriminator says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.metrics import high_frequency_energy, psnr
+from ldm import config as configuration
+from ldm.config import AutoencoderRun, ConfigError
+from ldm.data.images import prepare, to_uint8
+from ldm.data.sources import open_source
+from ldm.evaluation.plots import captioned
+from ldm.interop.weights import read_module, write_json
+from ldm.pipeline import load_codec
+
+IMAGES = 256
+SHOWN = 8
+
+
+@torch.no_grad()
+def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
+    """Measure both runs on the same validation images; save a picture to ``file`` and the figures beside it as JSON.
+
+    ``adversarial`` was trained with a discriminator, which judges both. Raises ConfigError where it was not, or where
+    the runs saw different data.
+    """
+    configs = [configuration.load(AutoencoderRun, run / "config.yaml") for run in (plain, adversarial)]
+    if configs[0].data != configs[1].data:
+        raise ConfigError(f"{plain} and {adversarial} were trained on different data: nothing to compare")
+    loss, data = configs[1].loss, configs[1].data
+    if loss.gan == 0:
+        raise ConfigError(f"{adversarial} was trained without a discriminator: loss.gan is 0")
+    source = open_source(data, "validation")
+    images = torch.stack([prepare(source[i].image, data.image_size) for i in range(IMAGES)])
+    weights = sorted((adversarial / "checkpoints").glob("step-*/model_discriminator.safetensors"))
+    if not weights:
+        raise ConfigError(f"{adversarial} has no checkpoint with a discriminator: let its training finish")
+    discriminator = read_module(lambda: PatchDiscriminator(data.image_channels, loss.disc_channels, loss.disc_layers), weights[-1])
+    rows: dict[str, Any] = {"original": {"logits": float(discriminator(images).mean())}}
+    pictures = [images[:SHOWN]]
+    for run in (plain, adversarial):
+        decoded = load_codec(run).autoencoder(images)[0].clamp(-1, 1)
+        energy = high_frequency_energy(decoded, images)
+        rows[run.name] = {
+            "psnr": float(psnr(decoded, images).mean()),
+            "high_frequency": float(energy[torch.isfinite(energy)].median()),
+            "logits": float(discriminator(decoded).mean()),
+        }
+        pictures.append(decoded[:SHOWN])
+    captions = [name for name in ("original", plain.name, adversarial.name) for _ in range(SHOWN)]
+    captioned(np.concatenate([to_uint8(p) for p in pictures]), captions, file, columns=SHOWN)
+    write_json(file.with_suffix(".json"), rows)
+    return rows
