@@ -1,0 +1,54 @@
+"""A trained folder drawn by us and by diffusers from the same noise: the two grids and the largest difference.
+
+python benchmarks/diffusers_side_by_side.py runs/demo --out docs/pictures/diffusers.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ldm.config import DiffusionRun, load
+from ldm.data import streams
+from ldm.data.images import to_uint8
+from ldm.data.sources import open_source
+from ldm.evaluation.plots import captioned
+from ldm.pipeline import Pipeline, find_model
+
+COUNT, STEPS, SEED = 16, 20, 7
+
+
+def main() -> None:
+    """Draw, compare, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("diffusers.png"))
+    arguments = parser.parse_args()
+    source = open_source(load(DiffusionRun, arguments.run / "config.yaml").data, "held_out")
+    prompts = [source[i].text for i in range(COUNT)]
+    ours = Pipeline.from_pretrained(arguments.run, "cpu")
+    settings = dataclasses.replace(ours.defaults, sampler="ddim", steps=STEPS, eta=0.0, seed=SEED)
+    pictures = np.concatenate([to_uint8(images) for images in ours.sample(prompts, settings)])
+
+    theirs = StableDiffusionPipeline.from_pretrained(find_model(arguments.run))
+    theirs.set_progress_bar_config(disable=True)
+    side = ours.sample_size // ours.factor
+    noise = np.stack([streams.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
+    drawn = theirs(
+        prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=torch.from_numpy(noise), output_type="np"
+    )
+    other = (drawn.images * 255).round().astype(np.uint8)
+    difference = np.abs(pictures.astype(int) - other.astype(int))
+    print(f"{COUNT} images, DDIM {STEPS} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255")
+    rows = np.concatenate([pictures[:8], other[:8], pictures[8:], other[8:]])
+    labels = [f"{who}: {p}" for half in (prompts[:8], prompts[8:]) for who in ("ours", "diffusers") for p in half]
+    captioned(rows, labels, arguments.out, columns=8)
+
+
+if __name__ == "__main__":
+    main()
