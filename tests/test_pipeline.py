@@ -263,8 +263,10 @@ def test_what_diffusers_cannot_express_says_so(codec: bool, text: bool, lacking:
 
 
 def test_an_unconditional_model_ignores_guidance() -> None:
-    model = make(text=False, steps=12)
+    model, evaluated = make(text=False, steps=12), []
+    model.unet.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
     assert array(model(["", ""], guidance_scale=9.0)).tolist() == array(model(["a", "b"], guidance_scale=1.0)).tolist()
+    assert evaluated == [2] * 10  # 5 steps, twice; never both halves
 
 
 def test_guidance_without_caption_dropout_warns(pipe: Pipeline) -> None:
