@@ -57,9 +57,8 @@ def measure(name: str, network: nn.Module, loss: Callable[[], Tensor]) -> None:
     kept = {flag: (total - weights) / 1e6 for flag, total in figures.items()}
     worst = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(gradients[False], gradients[True], strict=True))
     slower = statistics.median(b / a for a, b in zip(seconds[False], seconds[True], strict=True))
-    print(
-        f"{name}: {kept[False]:.1f} MB kept without, {kept[True]:.1f} MB with ({kept[True] / kept[False]:.2f}×); time {slower:.2f}×; gradients differ by {worst:.1e} of the largest"
-    )
+    print(f"{name}: {kept[False]:.1f} MB kept without, {kept[True]:.1f} MB with ({kept[True] / kept[False]:.2f}×)")
+    print(f"    time {slower:.2f}×; gradients differ by {worst:.1e} of the largest")
 
 
 def main() -> None:

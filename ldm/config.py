@@ -36,7 +36,7 @@ class DataConfig:
     image_channels: int = 3
     size: int | None = None  # procedural sources: number of training images; null: without end
     crop: str = "center"  # or random
-    flip: bool = False  # mirror left–right with probability ½
+    flip: bool = False  # mirror left–right with probability ½, but for captions that say left or right
     validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
     workers: int = 0  # data worker processes per training process
 

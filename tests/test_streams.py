@@ -187,6 +187,21 @@ def test_flips_are_half_and_crops_even() -> None:
     assert ((table - 500) ** 2 / 500).sum() < 24.3  # 7 degrees: crop and flip are independent of each other
 
 
+def test_a_caption_that_says_left_or_right_is_never_mirrored() -> None:
+    class Sided(Ramp):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return Sample(sample.image, ("a cat Left of a dog", "the leftover", "on the right", "bright")[index % 4])
+
+    reading = Stream(Sided(None, (8, 8)), DataConfig(source="shapes", image_size=8, flip=True), 0, Draws({}))
+    mirrored: dict[str, list[bool]] = {}
+    for p in range(200):
+        row = values(reading[p]["image"])[0, 0]
+        mirrored.setdefault(reading[p]["text"], []).append(bool(row[0] > row[1]))
+    assert not any(mirrored["a cat Left of a dog"] + mirrored["on the right"])
+    assert any(mirrored["the leftover"]) and any(mirrored["bright"])
+
+
 def test_tall_images_are_cropped_along_their_height() -> None:
     reading = Stream(Ramp(None, (11, 8)), DataConfig(source="shapes", image_size=8, crop="random"), 0, Draws({}))
     assert {int(values(reading[p]["image"])[1].min()) for p in range(100)} == {0, 1, 2, 3}

@@ -61,4 +61,5 @@ class DigitsSource:
 
 
 def caption(digit: int) -> str:
+    """The caption of a digit, 0 to 9."""
     return f"a handwritten digit {NAMES[digit]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ldm.data.sources import DataError, Source
 
 WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
 WORKER_GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
+
+DIRECTION = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 Batch = dict[str, Any]  # tensors by name, and `text`: the captions
 
@@ -50,20 +53,26 @@ class Stream(Dataset[Batch]):
     def __getitem__(self, position: int) -> Batch:
         draw = f"{self.prefix}%s"
         index = position if self.validation else self.order[position]
-        flip, crop = self.data.flip and not self.validation, self.data.crop == "random" and not self.validation
-        mirror = flip and streams.uniform(self.seed, draw % "flip", position) < 0.5
-        sample: Batch = {}
         if self.cache is not None:
-            sample["moments"], sample["text"] = self.cache.moments(index, mirror), self.cache.text(index)
+            text = self.cache.text(index)
+            sample: Batch = {"text": text, "moments": self.cache.moments(index, self._mirror(text, position))}
         else:
             drawn = self.source[index]
+            crop = self.data.crop == "random" and not self.validation
             y, x = streams.generator(self.seed, draw % "crop", position).random(2) if crop else (0.5, 0.5)
-            sample["image"], sample["text"] = prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror), drawn.text
+            mirror = self._mirror(drawn.text, position)
+            sample = {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
         for name, shape in self.draws.normals.items():
             sample[name] = torch.from_numpy(streams.normal(self.seed, draw % name, position, shape))
         for name in self.draws.uniforms:
             sample[name] = torch.tensor(streams.uniform(self.seed, draw % name, position), dtype=torch.float64)
         return sample
+
+    def _mirror(self, text: str, position: int) -> bool:
+        """Whether to mirror the sample left–right: never where its caption says left or right."""
+        if not self.data.flip or self.validation or DIRECTION.search(text):
+            return False
+        return streams.uniform(self.seed, "flip", position) < 0.5
 
 
 def collate(samples: list[Batch]) -> Batch:
