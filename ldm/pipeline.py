@@ -169,7 +169,7 @@ class Pipeline:
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
             cond, null = self.condition(texts), self.condition([settings.negative_prompt or self.null_caption] * len(texts))
-            denoise = classifier_free(self.unet, cond, null, settings.guidance_scale if self.text else 1.0)
+            denoise = classifier_free(self._predict, cond, null, settings.guidance_scale if self.text else 1.0)
             latent = SAMPLERS[settings.sampler](
                 self.schedule, self.target, denoise, self._noise(settings.seed, "x_T", numbers, shape), grid,
                 lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), eta=settings.eta,
@@ -178,7 +178,11 @@ class Pipeline:
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
-        return torch.from_numpy(noise).to(self.device, self.unet.conv_in.weight.dtype)
+        return torch.from_numpy(noise).to(self.device)
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network in its own precision; the sampler's state stays in float32."""
+        return self.unet(x_t.to(self.unet.conv_in.weight.dtype), t, cond).float()
 
     def condition(self, captions: list[str]) -> Condition:
         """What the U-Net is given for these captions."""

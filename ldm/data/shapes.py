@@ -38,7 +38,7 @@ BACKGROUNDS: dict[str, RGB] = {
     "beige": (245, 205, 150),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII: dict[str | None, float] = {"small": 7.5 / 32, "large": 12 / 32, None: 7 / 48}  # of the side; None: one of two objects
+RADII: dict[str | None, float] = {"small": 8.5 / 32, "large": 12 / 32, None: 7 / 48}  # of the side; None: one of two objects
 SIZES = ("small", "large")
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # first → second
 SMALLEST_SIDE = 24
