@@ -72,12 +72,13 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file is not None:
         try:
-            lines = Path(arguments.prompts_file).read_text().splitlines()
+            lines = Path(arguments.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts-file {arguments.prompts_file}: cannot be read: {error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
+        captions = [line.strip() for line in lines if line.strip()]
+        if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
+        prompts += captions
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 
