@@ -27,6 +27,7 @@ from ldm.config import ClipConfig
 NULL_CAPTION = ""  # the caption of classifier-free guidance's unconditional half
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+EMBEDDING_STD = 0.5
 
 # What is read of a hub model: one text encoder with its tokenizer, safetensors alone.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -96,7 +97,12 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"image_size": image_size, "patch_size": config.patch_size, "num_channels": image_channels}
-    return CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection))
+    model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection))
+    embeddings = model.text_model.embeddings
+    with torch.no_grad():  # transformers starts both at 0.02, lost beside what the layers add; cross-attention needs the words apart
+        embeddings.token_embedding.weight.normal_(std=EMBEDDING_STD)
+        embeddings.position_embedding.weight.normal_(std=EMBEDDING_STD / 4)
+    return model
 
 
 class TextEncoder:
