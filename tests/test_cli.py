@@ -18,6 +18,7 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import COMMANDS, main
 from ldm.config import ClipConfig, DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.evaluation.evaluate import GUIDANCE_SCALES
 from ldm.models.text import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import LatentCodec, Pipeline
@@ -316,5 +317,5 @@ def test_a_run_is_evaluated(run: Run, here: Path) -> None:
     report = json.loads((here / "run/report.json").read_text())
     seen = report["judge"]["single"]["seen"]["all"]
     assert seen["n"] == 3 and 0 <= seen["low"] <= seen["accuracy"] + 1e-9 <= seen["high"] <= 1 and "judge.single.held_out.all" in out
-    assert report["settings"]["steps"] == 2 and len(report["tuned_on_seen"]) == 4
+    assert report["settings"]["steps"] == 2 and len(report["tuned_on_seen"]) == len(GUIDANCE_SCALES)
     assert Image.open(here / "run/samples.png").size and Image.open(here / "run/curves.png").size

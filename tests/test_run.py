@@ -52,9 +52,15 @@ def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path: Path) ->
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     context = multiprocessing.get_context("fork")
-    end = context.Event()
-    worker = context.Process(target=end.wait)
+    born, end = context.Event(), context.Event()
+
+    def work() -> None:
+        born.set()
+        end.wait()
+
+    worker = context.Process(target=work)
     worker.start()
+    assert born.wait(60)  # it has let go of the lock by then
     with pytest.raises(RunError, match="in use"):  # the worker's birth did not release it
         RunDirectory(tmp_path)
     run.close()

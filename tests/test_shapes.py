@@ -127,9 +127,9 @@ def test_draw_is_invariant_to_scale():
 
 
 def test_draw_refuses_an_object_that_leaves_the_canvas():
-    inside = Scene("white", (Object("small", "red", "star", 7, 24),))
+    inside = Scene("white", (Object("small", "red", "star", 8, 23),))
     draw(inside, 32)
-    for o in (replace(inside.objects[0], x=6), replace(inside.objects[0], y=25)):
+    for o in (replace(inside.objects[0], x=7), replace(inside.objects[0], y=24)):
         with pytest.raises(ValueError, match="leaves the canvas"):
             draw(Scene("white", (o,)), 32)
 
