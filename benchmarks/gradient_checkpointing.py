@@ -26,16 +26,16 @@ ROUNDS = 3
 
 
 def unet() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A U-Net of moderate size on 16 latents of 32×32."""
+    """A U-Net of moderate size on 8 latents of 32×32."""
     network = UNet(UNetConfig(channels=(64, 128, 128), heads=(2, 4, 4), attention_levels=(0, 1)), 4, 4, 128)
-    x, t, cond = torch.randn(16, 4, 32, 32), torch.arange(16) * 60, Condition(context=torch.randn(16, 77, 128))
+    x, t, cond = torch.randn(8, 4, 32, 32), torch.arange(8) * 120, Condition(context=torch.randn(8, 77, 128))
     return network, lambda: network(x, t, cond).square().mean()
 
 
 def autoencoder() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """An autoencoder of moderate size on 16 images of 64×64."""
+    """An autoencoder of moderate size on 8 images of 64×64."""
     network = AutoencoderKL(AutoencoderConfig(channels=(32, 64, 64), groups=8))
-    image = torch.randn(16, 3, 64, 64)
+    image = torch.randn(8, 3, 64, 64)
     return network, lambda: (network(image)[0] - image).square().mean()
 
 
