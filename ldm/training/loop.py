@@ -6,12 +6,12 @@ update depends on its number alone (data and noise are functions of position), s
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
@@ -29,7 +29,6 @@ from ldm.training.trackers import open_trackers
 
 N = TypeVar("N", bound=nn.Module)
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
-_log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -121,12 +120,11 @@ class Loop:
             raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
         if config.mixed_precision != "no" and not self.accelerator.native_amp:  # accelerate would go on in float32
             raise ConfigError(f"train.mixed_precision {config.mixed_precision} is not offered on {self.accelerator.device}: use no or bf16")
-        self.main = self.accelerator.is_main_process
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.split: Split = split_batch(config.batch_size, config.micro_batch, processes, rank)
         _set_backends(config)
         self.step = 0
-        self.run = RunDirectory(path) if self.main else None
+        self.run = RunDirectory(path) if self.accelerator.is_main_process else None
         self._stop: int | None = None
         self._nonfinite = torch.zeros((), device=self.accelerator.device)
         try:
@@ -160,8 +158,6 @@ class Loop:
 
     def _resume(self, path: str) -> None:
         """Take over the newest intact checkpoint, if there is one."""
-        from pathlib import Path
-
         found, problems = checkpoint.newest_valid(Path(path) / "checkpoints")
         for problem in problems:
             self.reporter.say(f"skipped a damaged checkpoint: {problem}")
