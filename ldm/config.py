@@ -23,6 +23,7 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULES = ("constant", "cosine")
+NULL_CAPTION = ""  # the caption of no condition: what dropout trains and classifier-free guidance leans on
 NONE = "none"  # `autoencoder: none` is pixel space, `text: none` is unconditional
 
 

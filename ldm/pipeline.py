@@ -23,7 +23,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import ConfigError, SampleConfig, ScheduleConfig, build
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
@@ -79,7 +79,7 @@ class Pipeline:
     text: TextEncoder | None
     sample_size: int
     defaults: SampleConfig = field(default_factory=SampleConfig)
-    null_caption: str = ""
+    null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     hash: str = ""  # sha256 over the weights' files; empty before saving
 
@@ -257,7 +257,7 @@ class Pipeline:
             files.append("text_encoder/model.safetensors")
         pipe = cls(
             unet.to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
-            info.extra.get("null_caption", ""), info.extra.get("caption_dropout"), _hash(folder, files),
+            info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), _hash(folder, files),
         )  # fmt: skip
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

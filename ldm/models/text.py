@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as hf_logging
 
-from ldm.config import ClipConfig
+from ldm.config import NULL_CAPTION, ClipConfig
 
-NULL_CAPTION = ""  # the caption of classifier-free guidance's unconditional half
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 EMBEDDING_STD = 0.5
@@ -105,6 +104,18 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
     return model
 
 
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tuple[Int[Tensor, "b l"], int]:
+    """Token ids, each row padded or cut to ``length``, and how many captions were cut.
+
+    A caption that spells ``<|endoftext|>`` holds those characters, not the token.
+    """
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = tokenizer(captions, split_special_tokens=True, verbose=False)["input_ids"] if captions else []
+    truncated = sum(len(row) > length for row in rows)
+    rows = [[*row[: length - 1], end] if len(row) > length else row + [pad] * (length - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.int64).view(len(captions), length), truncated
+
+
 class TextEncoder:
     """A frozen CLIP text tower with its tokenizer: captions → [b, max_length, width] in float32."""
 
@@ -176,15 +187,8 @@ class TextEncoder:
         return digest.hexdigest()
 
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
-        """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU.
-
-        A caption that spells ``<|endoftext|>`` holds those characters, not the token.
-        """
-        length, end, pad = self.max_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        rows = self.tokenizer(captions, split_special_tokens=True, verbose=False)["input_ids"] if captions else []
-        truncated = sum(len(row) > length for row in rows)
-        rows = [[*row[: length - 1], end] if len(row) > length else row + [pad] * (length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.int64).view(len(captions), length), truncated
+        """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU."""
+        return tokenize(self.tokenizer, captions, self.max_length)
 
     @torch.no_grad()
     def encode_ids(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.layout import to_diffusers
 from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms
-from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, psnr, ssim
+from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_dimension, psnr, ssim
 from autoencoder.model import AutoencoderKL
 from autoencoder.perceptual import PerceptualLoss
 from autoencoder.posterior import DiagonalGaussian
@@ -159,7 +159,7 @@ class AutoencoderTask:
             mean = posterior.mean.double()
             moments += torch.stack([mean.sum(0), mean.square().sum(0), posterior.std.double().square().sum(0)])
             clipped = reconstruction.clamp(-1, 1)
-            sums = {"count": torch.tensor(len(image)), "psnr": psnr(clipped, image), "kl": posterior.kl().mean((1, 2, 3))}
+            sums = {"count": torch.tensor(len(image)), "psnr": psnr(clipped, image), "kl": kl_per_dimension(posterior)}
             sums["l1"] = (reconstruction - image).abs().mean((1, 2, 3))
             sums["high_frequency"] = _energy(clipped, image)
             if image.shape[-1] >= 11:
@@ -205,8 +205,7 @@ class AutoencoderTask:
             posterior = network.encode(torch.stack(images).to(device))
             mean, var = posterior.mean.double().cpu(), posterior.std.double().cpu().square()
             moments += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
-        mean, square, var = (moments / count).mean((2, 3))
-        return mean, (square - mean.square() + var).sqrt()
+        return _centre(moments, count), _statistics(moments, count)[1]
 
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -218,8 +217,12 @@ def _statistics(moments: Tensor, n: float) -> tuple[Tensor, Tensor]:
     """Per channel: the variance of the posterior mean over the set (averaged over positions), and the latent's deviation."""
     mean, square, var = moments / n
     over_set = (square - mean.square()).mean((1, 2))
-    centre = mean.mean((1, 2))
-    return over_set, (square.mean((1, 2)) - centre.square() + var.mean((1, 2))).sqrt()
+    return over_set, (square.mean((1, 2)) - _centre(moments, n).square() + var.mean((1, 2))).sqrt()
+
+
+def _centre(moments: Tensor, n: float) -> Tensor:
+    """Per channel: the mean of the latent."""
+    return (moments[0] / n).mean((1, 2))
 
 
 def _energy(reconstruction: Tensor, image: Tensor) -> Tensor:

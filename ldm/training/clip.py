@@ -15,7 +15,7 @@ from ldm.data.sources import open_source
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
-from ldm.models.text import build_clip, from_clip, save_clip, train_tokenizer
+from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer
 from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
 
@@ -44,7 +44,7 @@ class ClipTask:
     @property
     def notes(self) -> list[str]:
         """What a person should know once, before training."""
-        parameters = sum(p.numel() for p in self.networks["clip"].parameters())
+        parameters = sum(p.numel() for p in self.clip.parameters())
         return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens"]
 
     def lr_scale(self, network: str) -> float:
@@ -54,15 +54,7 @@ class ClipTask:
         self.device = device
 
     def _ids(self, captions: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.config.model.max_length,
-            return_tensors="pt",
-            split_special_tokens=True,
-        )
-        return tokens["input_ids"].to(self.device)
+        return tokenize(self.tokenizer, captions, self.config.model.max_length)[0].to(self.device)
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         output = self.wrapped["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, ConfigError, DiffusionRun, ObjectiveConfig
+from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
@@ -52,7 +52,8 @@ class DiffusionTask:
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
-        self._table = self._caption_table(say)
+        self._table: Any = None  # made in `to`, on the device
+        self._say = say
         self.device = torch.device("cpu")
         self.prompts = list(config.prompts) or [validation[i].text for i in range(min(PICTURES, validation.length or PICTURES))]
 
@@ -91,8 +92,9 @@ class DiffusionTask:
         with PartialState().main_process_first():
             return ensure_cache(self.config, self.codec.autoencoder, self.source, say)
 
-    def _caption_table(self, say: Callable[[str], None]) -> Any:
-        if self.text is None or not self.config.cache_captions:
+    def _caption_table(self) -> Any:
+        """The states of all captions of a small set, encoded once; None where they are encoded in the step."""
+        if not self.config.cache_captions:
             return None
         captions = self.source.captions(self.config.cache_captions)
         if captions is None:
@@ -101,7 +103,7 @@ class DiffusionTask:
 
         table = CaptionTable(self.text, captions, 256)
         if table.truncated:
-            say(f"{table.truncated} of {len(table)} captions are longer than {self.text.max_length} tokens and were cut")
+            self._say(f"{table.truncated} of {len(table)} captions are longer than {self.text.max_length} tokens and were cut")
         return table
 
     @property
@@ -122,13 +124,13 @@ class DiffusionTask:
             self.codec.autoencoder.to(device)
         if self.text is not None:
             self.text.to(device)
-            self._table = self._caption_table(lambda _: None)  # on the device
+            self._table = self._caption_table()
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         x0, eps = self._x0(batch), batch["eps"]
         t = uniform_timesteps(batch["t"], self.schedule.num_steps)
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
-        cond = self._condition(["" if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
+        cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
         loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
         backward(loss)
         return {"loss": loss.detach()}
