@@ -86,6 +86,7 @@ class LossConfig:
     """
 
     l1: float = 1.0
+    mse: float = 0.0  # squared error: faster at small scale, blurrier; published recipes have none
     lpips: float = 0.0
     lpips_net: str = "vgg"
     lpips_weights: str = "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests
@@ -98,8 +99,8 @@ class LossConfig:
     disc_lr: float | None = None  # null: the autoencoder's
 
     def __post_init__(self) -> None:
-        at_least(self, 0.0, "l1", "lpips", "kl", "gan", "gan_start", "gan_ramp", "disc_lr")
+        at_least(self, 0.0, "l1", "mse", "lpips", "kl", "gan", "gan_start", "gan_ramp", "disc_lr")
         at_least(self, 1, "disc_channels", "disc_layers")
         one_of(self, PERCEPTUAL_NETS, "lpips_net")
-        if self.l1 == 0.0 and self.lpips == 0.0:
-            raise ConfigError("l1 and lpips are both 0: nothing would be reconstructed")
+        if self.l1 == self.mse == self.lpips == 0.0:
+            raise ConfigError("l1, mse and lpips are all 0: nothing would be reconstructed")

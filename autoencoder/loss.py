@@ -1,6 +1,6 @@
 """The stage-1 loss (math.md L8; Esser et al. 2021, eq. 4 to 7) as plain functions.
 
-Every term is a mean per element: L1 over pixels and channels, LPIPS over images, KL over latent elements, hinge over
+Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over latent elements, hinge over
 patches. Published weights go with the reconstruction and the KL summed per image; dividing both sums by the C·H·W image
 elements leaves KL_mean · c·h·w / (C·H·W), so a published KL weight is multiplied by c·h·w / (C·H·W) to be used here
 (1e-6 at factor 8 with 4 latent and 3 image channels: 2.1e-8), see LossConfig.
@@ -34,11 +34,13 @@ def reconstruction_terms(
     config: LossConfig,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the unweighted terms ``l1``, ``lpips`` (if its weight is positive) and ``kl`` (nats per latent element).
+    """Return the unweighted terms ``l1``, ``kl`` (nats per latent element) and, where weighted, ``mse`` and ``lpips``.
 
     Raises ValueError if config.lpips is positive and no ``perceptual`` is given.
     """
     terms = {"l1": reconstruction_loss(reconstruction, image), "kl": posterior.kl().mean()}
+    if config.mse > 0.0:
+        terms["mse"] = (reconstruction - image).square().mean()
     if config.lpips > 0.0:
         if perceptual is None:
             raise ValueError(f"loss.lpips is {config.lpips}: pass the PerceptualLoss of net {config.lpips_net}")

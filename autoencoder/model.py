@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autoencoder.blocks import EPS, DownLevel, MidBlock, UpLevel
+from autoencoder.blocks import EPS, DownLevel, MidBlock, ResBlock, UpLevel
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
 
@@ -74,17 +74,36 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self._start_narrow(config.latent_channels)
+        self._start_plain()
 
     @torch.no_grad()
-    def _start_narrow(self, c: int) -> None:
-        """Let training begin with a latent that says something: means of about unit size, deviations of e⁻³.
+    def _start_plain(self) -> None:
+        """Let training begin near a linear map (residual blocks add little) with posterior deviations of about e⁻³.
 
         With PyTorch's own initial values the posterior is N(≈0, 1), and the first hundreds of updates go into being heard
         above that noise.
         """
-        self.quant_conv.weight[:c] *= 3.0
-        _bias(self.quant_conv)[c:] -= 6.0
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.conv2.weight *= 0.1
+        _bias(self.quant_conv)[self.config.latent_channels :] -= 6.0
+
+    @torch.no_grad()
+    def whiten(self, images: Float[Tensor, "b C H W"]) -> None:
+        """Before training: give the latents of ``images`` zero mean and the identity as covariance over channels.
+
+        At random weights the channels nearly repeat each other, and training leaves them so: some of the latent's few
+        channels then carry next to nothing. Only the encoder's 1×1 convolution changes, in place. Computed in float64.
+        """
+        c = self.config.latent_channels
+        latent = _float64(torch.cat([self.encode(few).mean for few in images.split(4)]).transpose(0, 1).flatten(1))
+        mean, (variances, axes) = latent.mean(1), torch.linalg.eigh(torch.cov(latent).view(c, c))
+        whitening = (axes / variances.clamp(min=max(float(variances[-1]) * 1e-6, 1e-12)).sqrt()).T
+        weight, bias = (_float64(p) for p in (self.quant_conv.weight, _bias(self.quant_conv)))
+        weight[:c] = torch.einsum("ij,jkhw->ikhw", whitening, weight[:c])
+        bias[:c] = whitening @ (bias[:c] - mean)
+        self.quant_conv.weight.copy_(weight)
+        _bias(self.quant_conv).copy_(bias)
 
     @property
     def last_layer(self) -> Tensor:

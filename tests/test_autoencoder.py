@@ -27,11 +27,12 @@ SMALL = CONFIGS["factor4"]
 
 
 def perturbed(config: AutoencoderConfig, seed: int = 0) -> AutoencoderKL:
-    """A network whose norms and biases are not at their initial ones and zeros, so that swapping them shows."""
+    """A network whose norms, biases and residual branches are not at their initial ones, so that swapping them shows."""
     torch.manual_seed(seed)
     model = AutoencoderKL(config)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
+            p.mul_(10.0 if name.endswith("conv2.weight") else 1.0)
             p.add_(0.1 * torch.randn_like(p) * (1.0 if p.ndim == 1 else p.std()))
     return model
 
@@ -128,6 +129,22 @@ def test_fold_normalises_latents_and_keeps_images(dtype: torch.dtype, tolerance:
         for a, b in ((None, None), (noise, noise)):
             assert close(folded(image, a)[0], model(image, b)[0], tolerance)
         assert close(folded.decode(noise), model.decode(noise * s + m), tolerance)
+
+
+def test_whiten_decorrelates_the_channels() -> None:
+    torch.manual_seed(0)
+    model, images = AutoencoderKL(SMALL), torch.rand(8, 3, 64, 64) * 2 - 1
+    posterior, decoded = model.encode(images), model.decode(torch.ones(1, 4, 8, 8))
+    before = torch.corrcoef(posterior.mean.transpose(0, 1).flatten(1))
+    assert (before - torch.eye(4)).abs().max() > 0.3  # random channels repeat each other
+    model.whiten(images)
+    latent = model.encode(images).mean.transpose(0, 1).flatten(1)
+    assert latent.mean(1).abs().max() < 1e-4
+    assert torch.allclose(torch.cov(latent), torch.eye(4), atol=1e-3)
+    assert torch.equal(model.encode(images).logvar, posterior.logvar)
+    assert torch.equal(model.decode(torch.ones(1, 4, 8, 8)), decoded)
+    model.whiten(torch.zeros(1, 3, 64, 64))  # nothing to tell apart but the borders: finite all the same
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_fold_refuses_bad_statistics() -> None:

@@ -102,6 +102,14 @@ def test_published_kl_weight_converts() -> None:
     assert ours.item() == pytest.approx(published.item(), rel=1e-6)
 
 
+def test_mse_is_the_mean_square() -> None:
+    image, posterior = torch.zeros(2, 3, 8, 8), DiagonalGaussian.from_moments(torch.zeros(2, 2, 4, 4))
+    image[0] = 2.0
+    terms = reconstruction_terms(image, torch.zeros_like(image), posterior, LossConfig(mse=3.0))
+    assert (terms["l1"].item(), terms["mse"].item()) == (1.0, 2.0)
+    assert weighted_sum(terms, LossConfig(mse=3.0)).item() == pytest.approx(1.0 + 3.0 * 2.0)
+
+
 def test_terms_need_the_perceptual_network() -> None:
     image = torch.zeros(1, 3, 32, 32)
     posterior = DiagonalGaussian.from_moments(torch.zeros(1, 2, 4, 4))
@@ -132,7 +140,7 @@ def test_every_term_reaches_its_parameters_and_no_others(perceptual: PerceptualL
     everything = {name for name, _ in model.named_parameters()} - KEY_BIASES
     inference = {name for name in everything if name.startswith(("encoder.", "quant_conv."))}
     assert set() < inference < everything
-    config = LossConfig(lpips=1.0, lpips_net="alex")
+    config = LossConfig(mse=1.0, lpips=1.0, lpips_net="alex")
 
     def after(term: str) -> set[str]:
         model.zero_grad(set_to_none=True)
@@ -145,7 +153,7 @@ def test_every_term_reaches_its_parameters_and_no_others(perceptual: PerceptualL
         terms[term].backward()
         return reached(model) - KEY_BIASES
 
-    for term in ("l1", "lpips", "generator"):
+    for term in ("l1", "mse", "lpips", "generator"):
         assert after(term) == everything, term
         assert not reached(disc), term
     assert after("kl") == inference

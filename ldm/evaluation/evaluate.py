@@ -22,7 +22,7 @@ from ldm.interop.weights import read_json, write_json
 from ldm.pipeline import Pipeline
 
 EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
-GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.0)
+GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
 SHOWN = 32  # images in the picture of a report
 
 Progress = Callable[[int, int, Mapping[str, float]], None]

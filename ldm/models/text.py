@@ -26,7 +26,7 @@ from ldm.config import NULL_CAPTION, ClipConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-EMBEDDING_STD = 0.5
+EMBEDDING_STD = 2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
 
 # What is read of a hub model: one text encoder with its tokenizer, safetensors alone.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -98,7 +98,7 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
     vision = {"image_size": image_size, "patch_size": config.patch_size, "num_channels": image_channels}
     model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection))
     embeddings = model.text_model.embeddings
-    with torch.no_grad():  # transformers starts both at 0.02, lost beside what the layers add; cross-attention needs the words apart
+    with torch.no_grad():  # transformers starts both at 0.02
         embeddings.token_embedding.weight.normal_(std=EMBEDDING_STD)
         embeddings.position_embedding.weight.normal_(std=EMBEDDING_STD / 4)
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.layout import to_diffusers
-from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms
+from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms, weighted_sum
 from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_dimension, psnr, ssim
 from autoencoder.model import AutoencoderKL
 from autoencoder.perceptual import PerceptualLoss
@@ -28,6 +28,7 @@ from ldm.training.run import RunDirectory
 
 NOISE_LEVELS = (0.1, 0.3, 1.0)  # latent standard deviations at which decoding under noise is measured
 STATISTICS_SIZE = 8192  # training images at most from which the latent statistics are measured
+FIRST_IMAGES = 64  # training images that set the scale of the initial latents
 PICTURES = 8
 
 
@@ -85,13 +86,20 @@ class AutoencoderTask:
         self._adaptive = self._adaptive.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
+        length = self.source.length if self.source.length is not None else FIRST_IMAGES
+        self.autoencoder.whiten(self._images(0, min(length, FIRST_IMAGES)))  # a checkpoint, read after this, replaces it
+
+    def _images(self, start: int, stop: int) -> Tensor:
+        """Training images as they are, without random crop or flip."""
+        images = [prepare(self.source[i].image, self.config.data.image_size) for i in range(start, stop)]
+        return torch.stack(images).to(self._adaptive.device)
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         loss, image = self.config.loss, batch["image"]
         reconstruction, posterior = self.wrapped["autoencoder"](image, batch["posterior"])
         terms = reconstruction_terms(reconstruction, image, posterior, loss, self.perceptual)
         # The terms on pixels meet at the reconstruction: their gradients there are taken once and go back together.
-        pixels = loss.l1 * terms["l1"] + loss.lpips * terms.get("lpips", 0.0)
+        pixels = weighted_sum({name: term for name, term in terms.items() if name != "kl"}, loss)
         (gradient,) = torch.autograd.grad(pixels, reconstruction)
         metrics = {name: term.detach() for name, term in terms.items()}
         adversarial = loss.gan > 0 and update >= loss.gan_start
@@ -198,11 +206,10 @@ class AutoencoderTask:
     def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation of the latents of training images, [c] each, float64."""
         length = self.source.length if self.source.length is not None else STATISTICS_SIZE
-        device, moments = self._adaptive.device, torch.zeros(3, *self.latent_shape, dtype=torch.float64)
+        moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64)
         count = min(length, STATISTICS_SIZE)
-        for i in range(0, count, 64):
-            images = [prepare(self.source[j].image, self.config.data.image_size) for j in range(i, min(i + 64, count))]
-            posterior = network.encode(torch.stack(images).to(device))
+        for i in range(0, count, 16):
+            posterior = network.encode(self._images(i, min(i + 16, count)))
             mean, var = posterior.mean.double().cpu(), posterior.std.double().cpu().square()
             moments += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
         return _centre(moments, count), _statistics(moments, count)[1]
