@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from autoencoder.layout import to_diffusers
 from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms, weighted_sum
 from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_dimension, psnr, ssim
 from autoencoder.model import AutoencoderKL
-from autoencoder.perceptual import PerceptualLoss
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
@@ -25,6 +24,9 @@ from ldm.evaluation.plots import grid
 from ldm.interop.weights import write_json, write_module
 from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
+
+if TYPE_CHECKING:
+    from autoencoder.perceptual import PerceptualLoss
 
 NOISE_LEVELS = (0.1, 0.3, 1.0)  # latent standard deviations at which decoding under noise is measured
 STATISTICS_SIZE = 8192  # training images at most from which the latent statistics are measured
@@ -52,7 +54,11 @@ class AutoencoderTask:
         self.stream = Stream(self.source, config.data, seed, draws)
         draws = Draws({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
-        self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights) if loss.lpips > 0 else None
+        self.perceptual: PerceptualLoss | None = None
+        if loss.lpips > 0:
+            from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
+
+            self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
         self._check_sizes()
         self._adaptive = torch.zeros(())  # of the update before; 0 until measured
         self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches
