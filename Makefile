@@ -14,8 +14,6 @@ READY := .venv/installed
 endif
 
 LDM := $(PY) -m ldm.cli.main
-# On two cores two processes of one thread train faster than one process of two threads: small tensors share badly.
-TRAIN := ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc_per_node 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo digits demo-two textures test slow check format clean
@@ -32,9 +30,9 @@ help: ## list the targets
 install: $(READY) ## make the environment (.venv)
 
 demo: $(READY) ## train the demo on drawn shapes and evaluate it (CPU)
-	$(TRAIN) scripts/train_autoencoder.py configs/demo/autoencoder.yaml
+	$(LDM) train-autoencoder configs/demo/autoencoder.yaml
 	$(LDM) train-clip configs/demo/clip.yaml
-	$(TRAIN) scripts/train_ldm.py configs/demo/ldm.yaml
+	$(LDM) train-ldm configs/demo/ldm.yaml
 	$(LDM) evaluate runs/demo
 
 digits: $(READY) ## the same on handwritten digits
