@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from autoencoder.posterior import DiagonalGaussian
@@ -89,7 +90,7 @@ class DiffusionTask:
         """The latent cache beside the run, written first where there is none yet."""
         if self.codec is None or not self.config.cache_latents:
             return None
-        with PartialState().main_process_first():
+        with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():  # as Accelerator itself makes it
             return ensure_cache(self.config, self.codec.autoencoder, self.source, say)
 
     def _caption_table(self) -> Any:
