@@ -86,7 +86,7 @@ class LossConfig:
     """
 
     l1: float = 1.0
-    mse: float = 0.0  # squared error: faster at small scale, blurrier; published recipes have none
+    mse: float = 0.0  # squared error, for data without fine detail; latent diffusion published none
     lpips: float = 0.0
     lpips_net: str = "vgg"
     lpips_weights: str = "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests

@@ -12,7 +12,7 @@ from autoencoder.posterior import DiagonalGaussian
 DATA_RANGE = 2.0
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
+ACTIVE_VARIANCE = 0.01  # of the posterior mean over the set, above which a latent channel is used (Burda et al. 2016, section 5.2)
 
 
 def psnr(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
@@ -62,19 +62,6 @@ def _high_energy(x: Tensor) -> Tensor:
     fy, fx = (torch.fft.fftfreq(n, dtype=torch.float64, device=x.device).abs() for n in x.shape[2:])
     high = (fy[:, None] > 0.25) | (fx[None, :] > 0.25)
     return (power * high).sum(dim=(1, 2, 3))
-
-
-def active_channels(means: Float[Tensor, "n c h w"]) -> int:
-    """Return how many latent channels are used: variance of the posterior mean over the set above 0.01.
-
-    ``means`` are the posterior means of a set of images; the variance is taken over the set at each position and
-    averaged over positions, so that a constant pattern does not count (Burda et al. 2016, section 5.2).
-    Raises ValueError for fewer than two images.
-    """
-    if means.shape[0] < 2:
-        raise ValueError(f"active channels need the posterior means of at least 2 images, got {means.shape[0]}")
-    variance = means.double().var(dim=0, correction=0).mean(dim=(1, 2))
-    return int((variance > ACTIVE_VARIANCE).sum())
 
 
 def kl_per_dimension(posterior: DiagonalGaussian) -> Float[Tensor, " b"]:

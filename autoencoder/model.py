@@ -89,19 +89,25 @@ class AutoencoderKL(nn.Module):
         _bias(self.quant_conv)[self.config.latent_channels :] -= 6.0
 
     @torch.no_grad()
-    def whiten(self, images: Float[Tensor, "b C H W"]) -> None:
-        """Before training: give the latents of ``images`` zero mean and the identity as covariance over channels.
+    def whiten(self, latent: Float[Tensor, "b c h w"]) -> None:
+        """Before training: change the encoder's 1×1 convolution, in place, so that the posterior means ``latent`` (those of some
+        training images) would have had zero mean and the identity as covariance over channels.
 
         At random weights the channels nearly repeat each other, and training leaves them so: some of the latent's few
-        channels then carry next to nothing. Only the encoder's 1×1 convolution changes, in place. Computed in float64.
+        channels then carry next to nothing. Computed in float64.
         """
         c = self.config.latent_channels
-        latent = _float64(torch.cat([self.encode(few).mean for few in images.split(4)]).transpose(0, 1).flatten(1))
-        mean, (variances, axes) = latent.mean(1), torch.linalg.eigh(torch.cov(latent).view(c, c))
-        whitening = (axes / variances.clamp(min=max(float(variances[-1]) * 1e-6, 1e-12)).sqrt()).T
+        values = _float64(latent.transpose(0, 1).flatten(1))
+        variances, axes = torch.linalg.eigh(torch.cov(values).view(c, c))
+        floor = max(float(variances[-1]) * 1e-6, 1e-12)
+        self._map_mean((axes / variances.clamp(min=floor).sqrt()).T, values.mean(1))
+
+    def _map_mean(self, matrix: Float[Tensor, "c c"], mean: Float[Tensor, " c"]) -> None:
+        """Let encode return matrix · (μ − mean) where it returned the posterior mean μ. Both are float64 on the CPU."""
+        c = self.config.latent_channels
         weight, bias = (_float64(p) for p in (self.quant_conv.weight, _bias(self.quant_conv)))
-        weight[:c] = torch.einsum("ij,jkhw->ikhw", whitening, weight[:c])
-        bias[:c] = whitening @ (bias[:c] - mean)
+        weight[:c, :, 0, 0] = matrix @ weight[:c, :, 0, 0]
+        bias[:c] = matrix @ (bias[:c] - mean)
         self.quant_conv.weight.copy_(weight)
         _bias(self.quant_conv).copy_(bias)
 
@@ -163,11 +169,9 @@ class AutoencoderKL(nn.Module):
         m, s = _float64(mean), _float64(std)
         if not (m.isfinite().all() and s.isfinite().all() and (s > 0).all()):
             raise ValueError(f"latent mean must be finite and std finite and positive, got {m.tolist()} and {s.tolist()}")
-        weight, bias = (_float64(p) for p in (self.quant_conv.weight, _bias(self.quant_conv)))
-        weight[:c] /= s.view(c, 1, 1, 1)
-        bias[:c] = (bias[:c] - m) / s
+        self._map_mean(torch.diag(1.0 / s), m)
+        bias = _float64(_bias(self.quant_conv))
         bias[c:] -= 2.0 * s.log()
-        self.quant_conv.weight.copy_(weight)
         _bias(self.quant_conv).copy_(bias)
 
         weight, bias = (_float64(p) for p in (self.post_quant_conv.weight, _bias(self.post_quant_conv)))

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from autoencoder import DiagonalGaussian
-from autoencoder.metrics import active_channels, high_frequency_energy, kl_per_dimension, psnr, ssim
+from autoencoder.metrics import high_frequency_energy, kl_per_dimension, psnr, ssim
 
 
 def test_psnr_closed_form() -> None:
@@ -66,15 +66,6 @@ def test_high_frequency_energy_counts_above_half_nyquist() -> None:
     assert high_frequency_energy(0.1 * low + 5.0 * at + 0.5 * high, image).item() == pytest.approx(0.25)
     assert high_frequency_energy(image + 2.0 * oblique, image).item() == pytest.approx(5.0)
     assert high_frequency_energy(low, image).item() == pytest.approx(0.0, abs=1e-12)
-
-
-def test_active_channels() -> None:
-    torch.manual_seed(0)
-    scales = torch.tensor([1.0, 0.2, 0.05, 0.0]).view(1, 4, 1, 1)
-    pattern = torch.randn(1, 4, 3, 3)  # the same for all images: carries nothing
-    assert active_channels(scales * torch.randn(500, 4, 3, 3) + pattern) == 2
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        active_channels(torch.zeros(1, 4, 3, 3))
 
 
 def test_kl_per_dimension_of_a_shifted_unit_gaussian() -> None:

@@ -75,6 +75,17 @@ def openai_bytes() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+def test_an_untrained_state_is_its_words_own(tokenizer: CLIPTokenizer) -> None:
+    """Stage 2 tells captions apart by the states of single words: context must not drown them."""
+    torch.manual_seed(0)
+    encoder = from_clip(build_clip(ClipConfig(width=128, layers=2, heads=2, max_length=12), tokenizer, 16, 1), tokenizer)
+    words = ["red", "green", "blue", "circle", "square", "star"]
+    alone, within = encoder.encode(words)[:, 1], encoder.encode([f"a teal {word} above" for word in words])[:, 3]
+    similarity = torch.nn.functional.cosine_similarity(alone[:, None], within[None], dim=-1)
+    same, other = similarity.diagonal().mean(), similarity[~torch.eye(len(words), dtype=torch.bool)].mean()
+    assert same > 0.8 and other < 0.3, (same, other)
+
+
 def test_vocabulary_has_openai_layout(tokenizer: CLIPTokenizer) -> None:
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     assert tokens[:256] == openai_bytes()

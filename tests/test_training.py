@@ -198,6 +198,28 @@ def test_a_signal_saves_within_one_update_and_the_same_command_goes_on(
     assert_same_end(tmp_path / "run", stages.folder / name)
 
 
+def test_the_first_latents_are_white_and_only_a_fresh_run_makes_them_so(
+    stages: Stages, tmp_path: Path, make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = stages.settings("autoencoder")
+    loop = make_loop(AutoencoderTask(settings), settings)
+    network = loop.task.networks["autoencoder"]
+    assert isinstance(network, AutoencoderKL)
+    source = open_source(settings.data, "train")
+    with torch.no_grad():
+        latent = network.encode(torch.stack([prepare(source[i].image, 32) for i in range(24)])).mean.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(latent), torch.eye(4), rtol=0, atol=1e-3)
+    assert all(torch.equal(averaged, network.state_dict()[name]) for name, averaged in loop.ema.state().items())
+
+    at_position(monkeypatch, lambda p: p == 4 * 3, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        stages.train("autoencoder", f"run={tmp_path}/run")
+    monkeypatch.undo()
+    begun: list[int] = []
+    monkeypatch.setattr(AutoencoderTask, "begin", lambda _: begun.append(1))
+    assert stages.train("autoencoder", f"run={tmp_path}/run") == 0 and not begun
+
+
 def test_a_second_signal_stops_at_once(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached: list[int] = []
 
@@ -442,7 +464,23 @@ def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stage
 
     stage1 = AutoencoderTask(stages.settings("autoencoder"))
     with torch.no_grad():
-        assert stage1.validate(0, lambda t: t, 0, 1) == stage1.validate(9, lambda t: t, 0, 1)
+        figures = stage1.validate(0, lambda t: t, 0, 1)
+        assert figures == stage1.validate(9, lambda t: t, 0, 1)
+
+
+def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Stages) -> None:
+    task = AutoencoderTask(stages.settings("autoencoder", "train.validation_size=24"))
+    task.begin()
+    scale = torch.tensor([1.0, 0.5, 0.02, 0.0])
+    network, convolution = task.autoencoder, task.autoencoder.quant_conv
+    assert convolution.bias is not None
+    with torch.no_grad():
+        convolution.weight[:4] *= scale.view(4, 1, 1, 1)
+        convolution.bias[:4] = torch.tensor([0.0, 0.0, 0.0, 7.0])  # the same for all images: carries nothing
+        assert task.validate(0, lambda t: t, 0, 1)["active_channels"] == 2
+        images = [prepare(task.validation.source[i].image, 32) for i in range(24)]
+        variance = network.encode(torch.stack(images)).mean.var(0).mean((1, 2))
+    assert [bool(v > 0.01) for v in variance] == [True, True, False, False]
 
 
 def test_the_averaged_weights_are_what_is_exported(stages: Stages) -> None:

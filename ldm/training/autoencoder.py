@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 NOISE_LEVELS = (0.1, 0.3, 1.0)  # latent standard deviations at which decoding under noise is measured
 STATISTICS_SIZE = 8192  # training images at most from which the latent statistics are measured
-FIRST_IMAGES = 64  # training images that set the scale of the initial latents
+FIRST_IMAGES = 64  # training images at most whose initial latents are whitened
+AT_ONCE = 8  # images encoded together for either
 PICTURES = 8
 
 
@@ -92,13 +93,19 @@ class AutoencoderTask:
         self._adaptive = self._adaptive.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
-        length = self.source.length if self.source.length is not None else FIRST_IMAGES
-        self.autoencoder.whiten(self._images(0, min(length, FIRST_IMAGES)))  # a checkpoint, read after this, replaces it
 
-    def _images(self, start: int, stop: int) -> Tensor:
-        """Training images as they are, without random crop or flip."""
-        images = [prepare(self.source[i].image, self.config.data.image_size) for i in range(start, stop)]
-        return torch.stack(images).to(self._adaptive.device)
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Give the first latents decorrelated channels of unit variance."""
+        self.autoencoder.whiten(torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)]))
+
+    def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
+        """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
+        count = min(limit, self.source.length if self.source.length is not None else limit)
+        for start in range(0, count, AT_ONCE):
+            indices = range(start, min(start + AT_ONCE, count))
+            images = [prepare(self.source[i].image, self.config.data.image_size) for i in indices]
+            yield network.encode(torch.stack(images).to(self._adaptive.device))
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         loss, image = self.config.loss, batch["image"]
@@ -211,11 +218,9 @@ class AutoencoderTask:
     @torch.no_grad()
     def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation of the latents of training images, [c] each, float64."""
-        length = self.source.length if self.source.length is not None else STATISTICS_SIZE
-        moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64)
-        count = min(length, STATISTICS_SIZE)
-        for i in range(0, count, 16):
-            posterior = network.encode(self._images(i, min(i + 16, count)))
+        moments, count = torch.zeros(3, *self.latent_shape, dtype=torch.float64), 0
+        for posterior in self._posteriors(network, STATISTICS_SIZE):
+            count += len(posterior.mean)
             mean, var = posterior.mean.double().cpu(), posterior.std.double().cpu().square()
             moments += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
         return _centre(moments, count), _statistics(moments, count)[1]

@@ -64,6 +64,9 @@ class ClipTask:
         backward(loss)
         return {"loss": loss.detach(), "temperature": (-scale).exp().detach()}
 
+    def begin(self) -> None:
+        """The initial weights take nothing from the data."""
+
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
         """Nothing depends on more than the batch."""
 

@@ -150,6 +150,9 @@ class DiffusionTask:
             return Condition()
         return Condition(context=self._table[captions] if self._table is not None else self.text.encode(captions))
 
+    def begin(self) -> None:
+        """The initial weights take nothing from the data."""
+
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
         """Nothing depends on the whole global batch."""
 

@@ -69,6 +69,10 @@ class Task(Protocol):
         """Move frozen networks and tables."""
         ...
 
+    def begin(self) -> None:
+        """Settle what initial weights take from the data; called on the device, and only where no checkpoint replaces them."""
+        ...
+
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
         ...
@@ -143,6 +147,9 @@ class Loop:
             if hasattr(network, "gradient_checkpointing"):
                 network.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
         task.to(device)
+        found = self._newest_checkpoint(path)
+        if found is None:
+            task.begin()
         self.optimizers = {
             name: torch.optim.AdamW(
                 network.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
@@ -150,21 +157,24 @@ class Loop:
             for name, network in task.networks.items()
         }
         self.ema = EMA(task.networks[task.averaged], config.ema_decay)
-        self._resume(path)
+        if found is not None:
+            self._resume(found)
+        if self.run:
+            self.run.cut_back(self.step)
         if config.compile:
             for network in task.networks.values():
                 network.compile()
         task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
 
-    def _resume(self, path: str) -> None:
-        """Take over the newest intact checkpoint, if there is one."""
+    def _newest_checkpoint(self, path: str) -> Path | None:
+        """The newest intact checkpoint of the run, if there is one."""
         found, problems = checkpoint.newest_valid(Path(path) / "checkpoints")
         for problem in problems:
             self.reporter.say(f"skipped a damaged checkpoint: {problem}")
-        if found is None:
-            if self.run:
-                self.run.cut_back(0)
-            return
+        return found
+
+    def _resume(self, found: Path) -> None:
+        """Take over a checkpoint that has been verified."""
         tensors, state = checkpoint.load(found, verify=False)
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
@@ -174,8 +184,6 @@ class Loop:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        if self.run:
-            self.run.cut_back(self.step)
         self.reporter.say(f"going on from update {self.step} ({found})")
 
     def _checkpoint(self, writer: checkpoint.BackgroundWriter) -> None:
