@@ -66,7 +66,7 @@ class TrainConfig:
     lr_schedule: str = "constant"
     warmup: int = 0  # updates of linear rise
     lr_end: float = 0.0  # cosine: the last learning rate, as a fraction of lr
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 1.0  # global gradient norm; null: none
@@ -321,7 +321,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
-    if hint is str and "${" in value:
+    if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
     return value
 

@@ -29,13 +29,13 @@ class Condition:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply ``function`` to every tensor present."""
-        return Condition(
-            **{
-                f.name: None if v is None else tuple(function(c) for c in v) if isinstance(v, tuple) else function(v)
-                for f in fields(self)
-                for v in [getattr(self, f.name)]
-            }
-        )
+
+        def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+            if isinstance(value, tuple):
+                return tuple(function(tensor) for tensor in value)
+            return None if value is None else function(value)
+
+        return Condition(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
 
 def concatenate(a: Condition, b: Condition) -> Condition:

@@ -5,8 +5,8 @@ Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class UNet(nn.Module):
         context = cond.context
         h = self.conv_in(x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1))
         skips = [h]
-        for stage in self.down_blocks:
+        for stage in cast("Iterable[Stage]", self.down_blocks):
             for i, resnet in enumerate(stage.resnets):
                 h = self._run(resnet, h, time)
                 if stage.attentions is not None:
@@ -118,7 +118,7 @@ class UNet(nn.Module):
             skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
             h = h + middle
 
-        for stage in self.up_blocks:
+        for stage in cast("Iterable[Stage]", self.up_blocks):
             for i, resnet in enumerate(stage.resnets):
                 h = self._run(resnet, torch.cat([h, skips.pop()], dim=1), time)
                 if stage.attentions is not None:

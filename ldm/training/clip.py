@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class ClipTask:
         network, train = self.clip, self.config.train
         images, texts = [], []
         for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):  # small: each process does all
-            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)
+            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)  # type: ignore[union-attr]
             texts += batch["text"]
         image = torch.cat(images)
         distinct = sorted(set(texts))
@@ -99,9 +99,8 @@ class ClipTask:
         return figures
 
     def _embed(self, captions: list[str]) -> Tensor:
-        return torch.cat(
-            [self.clip.get_text_features(self._ids(captions[i : i + 256])).pooler_output for i in range(0, len(captions), 256)]
-        )
+        chunks = [self._ids(captions[i : i + 256]) for i in range(0, len(captions), 256)]
+        return torch.cat([cast(Tensor, self.clip.get_text_features(ids).pooler_output) for ids in chunks])  # type: ignore[union-attr]
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The first validation images."""

@@ -143,7 +143,9 @@ class Loop:
         if self.run:
             self.run.start(self.run_config)
         for network in task.networks.values():
-            network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+            network.to(device)
+            if config.channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if hasattr(network, "gradient_checkpointing"):
                 network.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
         task.to(device)
