@@ -96,8 +96,8 @@ class TrainConfig:
         between(self, 0, 2**63 - 1, "seed")
         one_of(self, PRECISIONS, "mixed_precision")
         one_of(self, LR_SCHEDULES, "lr_schedule")
-        if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ConfigError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ConfigError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         for tracker in self.trackers:
@@ -315,8 +315,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return None
         (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+        items, parts = value if isinstance(value, (list, tuple)) else [value], typing.get_args(hint)
+        if parts[-1] is not Ellipsis and len(items) != len(parts):
+            raise ConfigError(f"{name} must be {len(parts)} values, got {list(items)}")
+        return tuple(_convert(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

@@ -144,12 +144,12 @@ def test_settings_at_odds_with_each_other_are_named(tmp_path: Path, cls: type, o
 
 
 def test_what_stands_beside_the_refused_is_accepted(tmp_path: Path) -> None:
-    read(tmp_path, DiffusionRun, "data.crop=random", "cache_latents=false")
-    read(tmp_path, DiffusionRun, "data.crop=random", "autoencoder=none")
-    read(tmp_path, DiffusionRun, "data.size=null", "cache_latents=false")
-    read(tmp_path, DiffusionRun, "train.mixed_precision=fp16")
-    read(tmp_path, AutoencoderRun, "train.mixed_precision=bf16")
-    read(tmp_path, ClipRun, "train.batch_size=8", "train.micro_batch=8")
+    assert read(tmp_path, DiffusionRun, "data.crop=random", "cache_latents=false").data.crop == "random"
+    assert read(tmp_path, DiffusionRun, "data.crop=random", "autoencoder=none").data.crop == "random"
+    assert read(tmp_path, DiffusionRun, "data.size=null", "cache_latents=false").data.size is None
+    assert read(tmp_path, DiffusionRun, "train.mixed_precision=fp16").train.mixed_precision == "fp16"
+    assert read(tmp_path, AutoencoderRun, "train.mixed_precision=bf16").train.mixed_precision == "bf16"
+    assert read(tmp_path, ClipRun, "train.batch_size=8", "train.micro_batch=8").train.micro_batch == 8
 
 
 def test_overrides_and_numbers(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def call_theirs(theirs: Any, x: Tensor, t: Tensor, cond: Condition, **extra: Any
     return theirs(sample, t, encoder_hidden_states=cond.context, class_labels=cond.vector, **extra).sample
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -73,7 +73,7 @@ def test_forward_and_gradients_are_those_of_diffusers(name: str) -> None:
         (out * torch.randn_like(out)).sum().backward()
         both.append(out.detach())
         seen.append({"x": x_.grad, **{key: p.grad for key, p in model.named_parameters()}})
-    close(both[0], both[1])
+    assert_close(both[0], both[1])
     assert both[0].abs().max() > 0.1
     largest = max(g.abs().max().item() for g in seen[1].values())
     for key, gradient in seen[1].items():
@@ -104,7 +104,7 @@ def test_attention_without_a_context_is_ours_alone() -> None:
         if ".attn2.to_out." in key:
             torch.nn.init.zeros_(parameter)
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 700])
-    close(ours(x, t, Condition()), silenced(x, t, Condition(context=torch.randn(2, 3, 6))))
+    assert_close(ours(x, t, Condition()), silenced(x, t, Condition(context=torch.randn(2, 3, 6))))
     layout = unet_to_diffusers(config, 1, 1, None, 4)
     assert layout["_class_name"] == "LatentDiffusionUNet" and unet_from_diffusers(layout) == (config, 1, 1, None)
     with pytest.raises(ValueError, match="cross_attention_dim must be specified"):
@@ -206,9 +206,9 @@ def test_control_is_added_to_the_skips_and_the_middle(name: str) -> None:
     control = tuple(0.5 * torch.randn_like(r) for r in zero)
     actual = ours(x, t, Condition(cond.context, cond.vector, cond.concat, control))
     extra = {"down_block_additional_residuals": control[:-1], "mid_block_additional_residual": control[-1]}
-    close(actual, call_theirs(theirs, x, t, cond, **extra))
+    assert_close(actual, call_theirs(theirs, x, t, cond, **extra))
     middle_alone = ours(x, t, Condition(cond.context, cond.vector, cond.concat, (*zero[:-1], control[-1])))
-    close(middle_alone, call_theirs(theirs, x, t, cond, **{**extra, "down_block_additional_residuals": zero[:-1]}))
+    assert_close(middle_alone, call_theirs(theirs, x, t, cond, **{**extra, "down_block_additional_residuals": zero[:-1]}))
     assert (actual - plain).abs().max() > 1e-2 and (middle_alone - plain).abs().max() > 1e-2
     with pytest.raises(ValueError, match=f"control holds {len(zero) - 1} residuals, not {len(zero)}"):
         ours(x, t, Condition(cond.context, cond.vector, cond.concat, control[1:]))
@@ -253,4 +253,4 @@ def test_samples_of_a_batch_do_not_mix() -> None:
     with torch.no_grad():
         whole = ours(x, t, cond)
         for i in range(2):
-            close(ours(x[i : i + 1], t[i : i + 1], cond.map(lambda v, i=i: v[i : i + 1])), whole[i : i + 1])
+            assert_close(ours(x[i : i + 1], t[i : i + 1], cond.map(lambda v, i=i: v[i : i + 1])), whole[i : i + 1])

@@ -1,0 +1,306 @@
+"""Step grids, samplers and guidance against diffusers' schedulers, exact denoisers and their formulas."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.config import ScheduleConfig
+from ldm.diffusion.condition import Condition, concatenate
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.process import to_x0
+from ldm.diffusion.samplers import GRIDS, SAMPLERS, check_steps, ddim, ddpm, dpmpp_2m, trailing
+from ldm.diffusion.schedule import SCHEDULES, Schedule
+from ldm.interop.diffusers import scheduler_to_diffusers
+
+NAMES = sorted(SCHEDULES)
+TARGETS = ("eps", "x0", "v")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=NAMES)
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    return Schedule.from_config(ScheduleConfig(request.param))
+
+
+# ---------------------------------------------------------------- grids and samplers
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("num_steps", [1000, 50, 2])
+def test_grids_have_every_number_of_steps(name: str, num_steps: int) -> None:
+    for steps in range(1, num_steps + 1):
+        grid = GRIDS[name](num_steps, steps)
+        assert len(grid) == steps and num_steps > grid[0] and grid[-1] >= 0
+        assert all(a > b for a, b in pairwise(grid)), (steps, grid)
+    for steps in (0, num_steps + 1, -1):
+        with pytest.raises(ValueError, match=f"steps must lie between 1 and {num_steps}, got {steps}"):
+            GRIDS[name](num_steps, steps)
+        with pytest.raises(ValueError):
+            check_steps(num_steps, steps)
+
+
+@pytest.mark.parametrize("steps", [s for s in range(1, 1001) if 1000 % s == 0])
+def test_grids_are_those_of_diffusers(steps: int) -> None:
+    for name, grid in GRIDS.items():
+        if name == "linspace" and steps == 1:
+            continue  # theirs is then t = 0: clean data asked for from noise
+        theirs = diffusers.DDIMScheduler(timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0)
+        theirs.set_timesteps(steps)
+        assert grid(1000, steps) == theirs.timesteps.tolist()
+
+
+def test_published_grids() -> None:
+    assert [g[i] for g in (GRIDS[n](1000, 20) for n in ("leading", "trailing", "linspace")) for i in (0, -1)] == [951, 1, 999, 49, 999, 0]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
+def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> None:
+    schedule, grid = Schedule.from_config(ScheduleConfig("scaled_linear")), trailing(1000, steps)
+    calls, done, drawn = [], [], []
+
+    def noise(i: int) -> Tensor:
+        drawn.append(i)
+        return torch.ones(2, 3)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        assert t.shape == (2,) and t[0] == t[1]
+        calls.append(int(t[0]))
+        return torch.tanh(x)
+
+    x = torch.randn(2, 3)
+    kept = x.clone()
+    last = SAMPLERS[name](schedule, "v", denoise, x, grid, noise, callback=lambda i, sample: done.append((i, sample)))
+    assert calls == grid and [i for i, _ in done] == list(range(steps))
+    assert drawn == (list(range(steps - 1)) if name == "ddpm" else [])  # none at the last step
+    assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
+
+
+def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A smooth nonlinear denoiser that answers in the words of ``name``."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        x, dtype, t = x.double(), x.dtype, t.reshape(-1)
+        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        x0 = a * x / (a**2 + 0.5 * s**2) * 0.7 + 0.3 * torch.tanh(x + 0.2)
+        eps = (x - a * x0) / s
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[name].to(dtype)
+
+    return denoise
+
+
+def their_scheduler(cls: type, schedule: Schedule, config: ScheduleConfig, name: str, **extra: object) -> object:
+    layout = {k: v for k, v in scheduler_to_diffusers(config, name).items() if not k.startswith("_")}
+    theirs = cls.from_config({**layout, **extra})
+    theirs.alphas_cumprod = schedule.alphas_cumprod.clone()  # the table apart, so that float64 compares the algorithm
+    return theirs
+
+
+CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in TARGETS]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_ddim_is_diffusers(kind: str, name: str, eta: float) -> None:
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for steps in (1, 4, 25):
+        theirs = their_scheduler(diffusers.DDIMScheduler, schedule, config, name)
+        theirs.set_timesteps(steps)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        noise, denoise = torch.randn(steps, 3, 8, dtype=torch.float64), network(schedule, name)
+        expected = x
+        for i, t in enumerate(theirs.timesteps):
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected, eta=eta, variance_noise=noise[i]).prev_sample
+        actual = ddim(schedule, name, denoise, x, trailing(1000, steps), lambda i, z=noise: z[i], eta=eta)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_ddpm_is_diffusers(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for grid in ([999], [999, 700, 37, 2], trailing(1000, 20)):
+        theirs = their_scheduler(diffusers.DDPMScheduler, schedule, config, name, variance_type="fixed_small")
+        theirs.one = torch.tensor(1.0, dtype=torch.float64)
+        theirs.set_timesteps(timesteps=grid)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        noise, denoise = torch.randn(len(grid), 3, 8, dtype=torch.float64), network(schedule, name)
+        expected = x
+        for i, t in enumerate(theirs.timesteps):
+            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=noise[i], **__: z)
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
+        actual = ddpm(schedule, name, denoise, x, grid, lambda i, z=noise: z[i])
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_dpmpp_2m_is_diffusers(kind: str, name: str) -> None:
+    """float32: their solver works in it whatever it is given."""
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for steps in (1, 2, 5, 10, 20, 50):
+        theirs = their_scheduler(
+            diffusers.DPMSolverMultistepScheduler, schedule, config, name,
+            algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
+        )  # fmt: skip
+        theirs.set_timesteps(steps)
+        assert theirs.timesteps.tolist() == trailing(1000, steps)
+        x, denoise = torch.randn(3, 8), network(schedule, name)
+        expected = x
+        for t in theirs.timesteps:
+            expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
+        actual = dpmpp_2m(schedule, name, denoise, x, trailing(1000, steps), lambda i, x=x: x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("grid", [[999], [999, 500, 499, 20, 0], [600, 3], trailing(1000, 40)])
+def test_ddim_with_eta_one_is_ddpm(name: str, grid: list[int], schedule: Schedule) -> None:
+    x, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(len(grid), 2, 6, dtype=torch.float64)
+    one = ddim(schedule, name, network(schedule, name), x, grid, lambda i: noise[i], eta=1.0)
+    two = ddpm(schedule, name, network(schedule, name), x, grid, lambda i: noise[i])
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
+
+
+def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """E[x_0 | x_t] for data N(mean, std²), exactly, in the words of ``name``."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
+        return {"x0": x0, "eps": (x - a * x0) / s, "v": (a * x - x0) / s}[name]
+
+    return denoise
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "eta", "tolerance"),
+    [("ddpm", 1000, 1.0, 0.01), ("ddim", 500, 0.0, 0.01), ("ddim", 500, 0.5, 0.01), ("dpmpp_2m", 50, 0.0, 0.01)],
+)
+def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float, tolerance: float) -> None:
+    """With the exact denoiser a sampler is affine in x_T and in each step's noise, so one run gives mean and variance exactly:
+    row 0 starts at 0, row 1 at 1, row 2 + i gets 1 as the noise of step i."""
+    schedule, (mean, std) = Schedule.from_config(ScheduleConfig("linear")), (1.5, 0.4)
+    x = torch.zeros(2 + steps, 1, dtype=torch.float64)
+    x[1] = 1
+
+    def noise(i: int) -> Tensor:
+        z = torch.zeros_like(x)
+        z[2 + i] = 1
+        return z
+
+    denoise = gaussian_denoiser(schedule, mean, std, "v")
+    out = SAMPLERS[name](schedule, "v", denoise, x, trailing(1000, steps), noise, eta=eta)[:, 0]
+    assert out[0].item() == pytest.approx(mean, abs=tolerance)
+    assert (out[1:] - out[0]).square().sum().sqrt().item() == pytest.approx(std, rel=tolerance)
+
+
+def test_dpmpp_2m_is_of_second_order() -> None:
+    """Its error on Gaussian data falls by 4 as steps double, DDIM's by 2; measured between two noise levels, ends excluded."""
+    schedule = Schedule.from_config(ScheduleConfig("scaled_linear", 100_000, 0.00085 / 100, 0.012 / 100))
+    lam = schedule.half_log_snr(torch.arange(100_000))
+    found = {}
+    for name in ("ddim", "dpmpp_2m"):
+        errors_ = []
+        for steps in (20, 40):
+            nodes = torch.linspace(lam[60_000], lam[2_000], steps + 1, dtype=torch.float64)  # uniform in λ
+            grid = [int((lam - node).abs().argmin()) for node in nodes]
+            a, s = schedule.alpha(torch.tensor(grid)), schedule.sigma(torch.tensor(grid))
+            kept = []
+            x = torch.full((1, 1), 2.0, dtype=torch.float64)
+            denoise = gaussian_denoiser(schedule, 0.0, 0.1, "x0")
+            SAMPLERS[name](
+                schedule, "x0", denoise, x, grid, lambda i, x=x: x, callback=lambda i, sample, kept=kept: kept.append(sample.item())
+            )
+            std = ((0.1 * a) ** 2 + s**2).sqrt()  # the exact flow keeps x in proportion to the marginal's deviation
+            errors_.append(abs(kept[steps - 1] - 2.0 * (std[-1] / std[0]).item()))
+        found[name] = math.log2(errors_[0] / errors_[1])
+    assert found["ddim"] == pytest.approx(1, abs=0.1) and found["dpmpp_2m"] == pytest.approx(2, abs=0.1), found
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def counted() -> tuple[Callable[[Tensor, Tensor, Condition], Tensor], list[int]]:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        calls.append(len(x))
+        assert cond.context is not None
+        return torch.sin(3 * x) * cond.context.mean((1, 2))[:, None] + t[:, None] / 7
+
+    return model, calls
+
+
+@pytest.mark.parametrize(("scale", "which"), [(1.0, "cond"), (0.0, "null")])
+def test_guidance_of_one_and_zero_needs_one_evaluation(scale: float, which: str) -> None:
+    model, calls = counted()
+    conds = {"cond": Condition(context=torch.randn(3, 2, 4)), "null": Condition(context=torch.randn(3, 2, 4))}
+    x, t = torch.randn(3, 5), torch.tensor([4, 4, 4])
+    out = classifier_free(model, conds["cond"], conds["null"], scale)(x, t)
+    assert calls == [3] and torch.equal(out, model(x, t, conds[which]))
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 7.5])
+def test_guidance_is_its_formula(scale: float) -> None:
+    model, calls = counted()
+    cond, null = Condition(context=torch.randn(3, 2, 4)), Condition(context=torch.randn(3, 2, 4))
+    x, t = torch.randn(3, 5), torch.tensor([1, 2, 3])
+    out = classifier_free(model, cond, null, scale)(x, t)
+    assert calls == [6]  # both halves in one batch
+    w = scale - 1  # Ho & Salimans' w
+    torch.testing.assert_close(out, (1 + w) * model(x, t, cond) - w * model(x, t, null))
+
+
+def test_guidance_is_the_same_in_every_prediction() -> None:
+    schedule, t = Schedule.from_config(ScheduleConfig("linear")), torch.tensor([100, 800])
+    x = torch.randn(2, 4, dtype=torch.float64)
+    halves = [torch.randn(2, 4, dtype=torch.float64) for _ in range(2)]  # x̂_0 without and with the condition
+
+    def guided(name: str) -> Tensor:
+        def model(x_t: Tensor, at: Tensor, cond: Condition) -> Tensor:
+            x0 = torch.cat(halves)
+            a, s = schedule.alpha(at)[:, None], schedule.sigma(at)[:, None]
+            return {"x0": x0, "eps": (x_t - a * x0) / s, "v": (a * x_t - x0) / s}[name]
+
+        return to_x0(schedule, name, classifier_free(model, Condition(), Condition(), 4.0)(x, t), x, t)
+
+    torch.testing.assert_close(guided("eps"), guided("x0"))
+    torch.testing.assert_close(guided("v"), guided("x0"))
+
+
+def test_conditions_join_and_map() -> None:
+    a = Condition(torch.zeros(1, 2, 3), torch.zeros(1, 4), torch.zeros(1, 1, 2, 2), (torch.zeros(1, 5), torch.zeros(1, 6)))
+    b = a.map(lambda v: torch.cat([v, v]) + 1)
+    joined = concatenate(a, b)
+    assert joined.context is not None and joined.vector is not None and joined.concat is not None and joined.control is not None
+    for part, width in ((joined.context, 6), (joined.vector, 4), (joined.concat, 4), (joined.control[0], 5), (joined.control[1], 6)):
+        assert part.flatten(1).tolist() == [[0.0] * width, [1.0] * width, [1.0] * width]
+    assert concatenate(Condition(), Condition()) == Condition()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("context", torch.zeros(1, 2, 3)),
+        ("vector", torch.zeros(1, 4)),
+        ("concat", torch.zeros(1, 1, 2, 2)),
+        ("control", (torch.zeros(1, 5),)),
+    ],
+)
+def test_unequal_kinds_are_refused(kind: str, value: object) -> None:
+    for pair in ((Condition(**{kind: value}), Condition()), (Condition(), Condition(**{kind: value}))):
+        with pytest.raises(ValueError, match=f"one condition has {kind} and the other has not"):
+            concatenate(*pair)
