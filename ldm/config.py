@@ -266,6 +266,9 @@ class DiffusionRun:
             raise ConfigError("cache_latents cannot keep random crops: set data.crop=center or cache_latents=false")
         if self.cache_latents and self.autoencoder != NONE and self.data.source not in ("folder", "digits") and self.data.size is None:
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
+        for name, unset in (("vector_dim", None), ("concat_channels", 0)):
+            if getattr(self.unet, name) != unset:
+                raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
 
 
 def _same(name_a: str, a: Any, name_b: str, b: Any) -> None:

@@ -201,10 +201,12 @@ class Pipeline:
         writing it under our own class name.
         """
         folder = Path(folder)
-        index = layout.model_index(self.codec is not None, self.text is not None)
+        index = layout.model_index(self.codec is not None, self.text is not None, self.unet.config)
         if for_diffusers and index["_class_name"] == layout.OUR_PIPELINE:
-            lacking = "autoencoder (a pixel model)" if self.codec is None else "text encoder (an unconditional model)"
-            raise ConfigError(f"{layout.OUR_PIPELINE} without {lacking} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
+            reason = "with a vector or concatenated condition"
+            if self.codec is None or self.text is None:
+                reason = "without " + ("autoencoder (a pixel model)" if self.codec is None else "text encoder (an unconditional model)")
+            raise ConfigError(f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
         side = self.sample_size // self.factor
         unet = layout.unet_to_diffusers(self.unet.config, self.unet.in_channels, self.unet.out_channels, self.unet.context_dim, side)
         write_json(folder / "unet/config.json", unet)

@@ -133,6 +133,8 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (AutoencoderRun, ["loss.lpips_net=resnet"], "loss.lpips_net must be one of alex, vgg"),
         (AutoencoderRun, ["loss.gan=-1"], "loss.gan must be at least 0"),
         (AutoencoderRun, ["model.channels=[32]"], "levels"),
+        (DiffusionRun, ["unet.vector_dim=4"], "unet.vector_dim: captioned images give no such condition"),
+        (DiffusionRun, ["unet.concat_channels=1"], "unet.concat_channels: captioned images give no such condition"),
         (ClipRun, ["model.patch_size=5"], "data.image_size 32 is not a multiple of 5"),
         (ClipRun, ["train.micro_batch=8"], "train.micro_batch must be null"),
         (ClipRun, ["model.heads=3"], "model.width 128 is not a multiple of heads 3"),

@@ -250,6 +250,17 @@ def test_every_kind_of_model_draws_with_every_sampler(codec: bool, text: bool, t
     assert ((again.codec is None), (again.text is None)) == (not codec, not text)
 
 
+@pytest.mark.parametrize("extra", [{"vector_dim": 3}, {"concat_channels": 2}])
+def test_a_further_condition_carries_our_name(extra: dict[str, int], tmp_path: Path) -> None:
+    plain = make(codec=True, text=True, steps=12)
+    unet = UNet(dataclasses.replace(plain.unet.config, **extra), plain.unet.in_channels, plain.unet.out_channels, plain.unet.context_dim)
+    model = dataclasses.replace(plain, unet=unet)
+    with pytest.raises(ConfigError, match=r"with a vector or concatenated condition cannot be expressed"):
+        model.save_pretrained(tmp_path / "refused", for_diffusers=True)
+    model.save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "LatentDiffusionPipeline"
+
+
 @pytest.mark.parametrize(("codec", "text", "lacking"), [(False, True, "pixel"), (True, False, "unconditional"), (False, False, "pixel")])
 def test_what_diffusers_cannot_express_says_so(codec: bool, text: bool, lacking: str, tmp_path: Path) -> None:
     model = make(codec=codec, text=text, steps=12)

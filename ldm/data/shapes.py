@@ -16,7 +16,7 @@ from ldm.config import DataConfig
 from ldm.data.sources import DataError, Sample
 from ldm.data.streams import generator
 
-VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
+VERSION = 2  # raise it whenever the same index would give another sample: caches are bound to it
 RGB = tuple[int, int, int]
 # The nearest two of these 14 are 117 apart (white and beige) of the cube's 442.
 COLOURS: dict[str, RGB] = {
@@ -38,7 +38,8 @@ BACKGROUNDS: dict[str, RGB] = {
     "beige": (245, 205, 150),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII: dict[str | None, float] = {"small": 8.5 / 32, "large": 12 / 32, None: 7 / 48}  # of the side; None: one of two objects
+RADII: dict[str | None, float] = {"small": 9.5 / 32, "large": 12.5 / 32, None: 7 / 48}  # of the side; None: one of two objects
+OFF_CENTRE = 1 / 8  # of the side: how far from the middle of the canvas one object's may lie, along either axis
 SIZES = ("small", "large")
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # first → second
 SMALLEST_SIDE = 24
@@ -191,11 +192,12 @@ def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
 
 
 def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
-    """The scene with positions drawn: anywhere on the canvas for one object; two lie apart, and mostly along the relation's axis."""
+    """The scene with positions drawn: about the middle for one object; two lie apart, and mostly along the relation's axis."""
     low = margin(scene.objects[0].size, side)
     high = side - 1 - low
     if len(scene.objects) == 1:
-        x, y = (int(v) for v in rng.integers(low, high + 1, 2))
+        first = max(low, math.ceil((side - 1) / 2 - OFF_CENTRE * side))
+        x, y = (int(v) for v in rng.integers(first, side - first, 2))
         return Scene(scene.background, (_at(scene.objects[0], x, y),))
     assert scene.relation is not None
     step = RELATIONS[scene.relation]
@@ -227,7 +229,7 @@ class ShapesSource:
         self.length: int | None = data.size if split == "train" else EPOCH
         self._offset = OFFSETS[split]
         self._combinations = combinations(objects, split == "held_out")
-        facts = [VERSION, COLOURS, BACKGROUNDS, SHAPES, RADII["small"], RADII["large"], RADII[None]]
+        facts = [VERSION, COLOURS, BACKGROUNDS, SHAPES, RADII["small"], RADII["large"], RADII[None], OFF_CENTRE]
         facts += [self.side, objects, split, self.length]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -21,9 +21,12 @@ _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine
 _BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # of schedule.py; cosine has none
 
 
-def model_index(has_autoencoder: bool, has_text: bool) -> dict[str, Any]:
-    """`model_index.json`: which class reads which sub-folder. A pixel or unconditional model carries our own class name."""
-    complete = has_autoencoder and has_text
+def model_index(has_autoencoder: bool, has_text: bool, unet: UNetConfig) -> dict[str, Any]:
+    """`model_index.json`: which class reads which sub-folder.
+
+    A model in pixels, without text, or with a vector or concatenated condition carries our own class name.
+    """
+    complete = has_autoencoder and has_text and unet.vector_dim is None and unet.concat_channels == 0
     nothing = [None, None]
     return {
         "_class_name": THEIR_PIPELINE if complete else OUR_PIPELINE,
