@@ -19,6 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from autoencoder.model import AutoencoderKL
@@ -339,11 +340,15 @@ def find_autoencoder(path: str | Path) -> Path:
 
 def load_codec(path: str | Path) -> LatentCodec:
     """The autoencoder of a run or folder, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
-    folder = find_autoencoder(path)
+    config, folder = autoencoder_config(path), find_autoencoder(path)
     layout_ = read_json(folder / "config.json")
-    config = autoencoder_from_diffusers(layout_)
     autoencoder = read_module(lambda: AutoencoderKL(config), folder / WEIGHTS).float()
     return LatentCodec(autoencoder, layout_.get("scaling_factor", 0.18215), layout_.get("shift_factor") or 0.0)
+
+
+def autoencoder_config(path: str | Path) -> AutoencoderConfig:
+    """The settings of the autoencoder of a run or folder; no weights are read. Raises FolderError or ConfigError."""
+    return autoencoder_from_diffusers(read_json(find_autoencoder(path) / "config.json"))
 
 
 def autoencoder_hash(path: str | Path) -> str:

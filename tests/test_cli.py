@@ -227,7 +227,7 @@ def test_what_is_missing_or_wrong_is_one_line(run: Run, nothing_is_loaded: None,
     assert err.startswith(f"ldm {arguments[0]}: ") and message in err and "Traceback" not in err
 
 
-def test_images_that_do_not_fit_the_autoencoder(run: Run) -> None:
+def test_images_that_do_not_fit_the_autoencoder(run: Run, nothing_is_loaded: None) -> None:
     code, _, err = run("train-ldm", "run.yaml", "data.image_size=30", "run=fresh")
     assert (code, err) == (2, "ldm train-ldm: data.image_size 30 is not a multiple of 4 (the autoencoder's factor)\n")
     code, _, err = run("train-ldm", "run.yaml", "train.batch_size=6", "train.micro_batch=4", "run=fresh")

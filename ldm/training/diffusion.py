@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
@@ -23,7 +24,7 @@ from ldm.diffusion.objective import Objective, uniform_timesteps
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
-from ldm.pipeline import Pipeline, autoencoder_hash, load_codec
+from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
 from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
 
@@ -38,8 +39,10 @@ class DiffusionTask:
 
     def __init__(self, config: DiffusionRun, say: Callable[[str], None]) -> None:
         self.config, data, seed = config, config.data, config.train.seed
-        self.codec = load_codec(config.autoencoder) if config.autoencoder != NONE else None
-        self._check_data()
+        self.codec = None
+        if config.autoencoder != NONE:
+            self._check_data(autoencoder_config(config.autoencoder))
+            self.codec = load_codec(config.autoencoder)
         self.text = self._text_encoder()
         channels, side = self._latent()
         self.source = open_source(data, "train")
@@ -58,10 +61,8 @@ class DiffusionTask:
         self.device = torch.device("cpu")
         self.prompts = list(config.prompts) or [validation[i].text for i in range(min(PICTURES, validation.length or PICTURES))]
 
-    def _check_data(self) -> None:
-        if self.codec is None:
-            return
-        model, data = self.codec.autoencoder.config, self.config.data
+    def _check_data(self, model: AutoencoderConfig) -> None:
+        data = self.config.data
         if model.image_channels != data.image_channels:
             raise ConfigError(f"data.image_channels is {data.image_channels} but the autoencoder takes {model.image_channels}")
         if data.image_size % model.factor:
