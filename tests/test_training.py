@@ -286,6 +286,14 @@ def test_a_finished_run_says_so_and_mends_a_lost_export(stages: Stages, capsys: 
     assert {f.name: f.read_bytes() for f in vae.iterdir()} == {name: content for name, (content, _) in before.items()}
 
 
+def test_what_a_killed_cache_writer_left_is_cleared_away(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    half = stages.folder / "ldm/.tmp-latents-99999999"  # no process has so large a number
+    half.mkdir()
+    (half / "moments-00000.safetensors").write_bytes(b"half")
+    assert stages.train("ldm") == 0 and not half.exists()
+    assert "half-written" in capsys.readouterr().out
+
+
 def test_another_configuration_is_refused_and_the_run_left_free(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # the second time it is not "in use"
         assert stages.train("autoencoder", "train.lr=2e-3") == 2

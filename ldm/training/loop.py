@@ -142,6 +142,8 @@ class Loop:
         config, task, device = self.config, self.task, self.accelerator.device
         if self.run:
             self.run.start(self.run_config)
+            for message in checkpoint.remove_stale(self.run.path):
+                self.reporter.say(message)
         for network in task.networks.values():
             network.to(device)
             if config.channels_last:
