@@ -27,7 +27,7 @@ def main() -> None:
     """Draw, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("diffusers.png"))
+    parser.add_argument("--out", type=Path, help="the picture (default RUN/diffusers.png)")
     arguments = parser.parse_args()
     source = open_source(load(DiffusionRun, arguments.run / "config.yaml").data, "held_out")
     prompts = [source[i].text for i in range(COUNT)]
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{COUNT} images, DDIM {STEPS} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255")
     rows = np.concatenate([pictures[:8], other[:8], pictures[8:], other[8:]])
     labels = [f"{who}: {p}" for half in (prompts[:8], prompts[8:]) for who in ("ours", "diffusers") for p in half]
-    captioned(rows, labels, arguments.out, columns=8)
+    captioned(rows, labels, arguments.out or arguments.run / "diffusers.png", columns=8)
 
 
 if __name__ == "__main__":
