@@ -103,4 +103,4 @@ class LossConfig:
         at_least(self, 1, "disc_channels", "disc_layers")
         one_of(self, PERCEPTUAL_NETS, "lpips_net")
         if self.l1 == self.mse == self.lpips == 0.0:
-            raise ConfigError("l1 and mse and lpips are all 0: nothing would be reconstructed")
+            raise ConfigError("l1, mse and lpips are all 0: nothing would be reconstructed")

@@ -90,9 +90,9 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def whiten(self, latent: Float[Tensor, "b c h w"]) -> None:
-        """Before training: change the encoder's 1×1 convolution, in place, so that the posterior means ``latent`` (those of some
-        training images) would have had zero mean and the identity as covariance over channels.
+        """Before training: give the posterior means ``latent`` zero mean and the identity as covariance over channels.
 
+        ``latent`` is what encode returns for some training images; only the encoder's 1×1 convolution changes, in place.
         At random weights the channels nearly repeat each other, and training leaves them so: some of the latent's few
         channels then carry next to nothing. Computed in float64.
         """

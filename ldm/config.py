@@ -305,7 +305,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
     except ConfigError as error:
         text = str(error)
-        if path and text.split(" ")[0].rstrip(":") in fields:
+        if path and text.split(" ")[0].rstrip(":,") in fields:
             text = path + text
         raise ConfigError(text) from None
 

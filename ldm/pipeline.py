@@ -340,8 +340,9 @@ def find_autoencoder(path: str | Path) -> Path:
 
 def load_codec(path: str | Path) -> LatentCodec:
     """The autoencoder of a run or folder, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
-    config, folder = autoencoder_config(path), find_autoencoder(path)
+    folder = find_autoencoder(path)
     layout_ = read_json(folder / "config.json")
+    config = autoencoder_from_diffusers(layout_)
     autoencoder = read_module(lambda: AutoencoderKL(config), folder / WEIGHTS).float()
     return LatentCodec(autoencoder, layout_.get("scaling_factor", 0.18215), layout_.get("shift_factor") or 0.0)
 

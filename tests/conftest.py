@@ -11,6 +11,22 @@ import jaxtyping
 # Before the first import of what is checked. The numeric tower: an int is a float to Python's type checkers.
 jaxtyping.install_import_hook(["ldm", "autoencoder"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import pytest
 import torch
 
+from ldm.config import SCHEDULES, ScheduleConfig
+from ldm.diffusion.schedule import Schedule
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed() -> None:
+    """torch's global generator as at every other test that asks for it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=sorted(SCHEDULES))
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    """Each schedule with its defaults."""
+    return Schedule.from_config(ScheduleConfig(request.param))

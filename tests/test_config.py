@@ -129,7 +129,7 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (AutoencoderRun, ["data.image_size=33"], "data.image_size 33 is not a multiple of 2"),
         (AutoencoderRun, ["data.image_channels=1"], "data.image_channels is 1 but model.image_channels is 3"),
         (AutoencoderRun, ["train.mixed_precision=fp16"], "use bf16"),
-        (AutoencoderRun, ["loss.l1=0"], "loss.l1 and mse and lpips are all 0"),
+        (AutoencoderRun, ["loss.l1=0"], "loss.l1, mse and lpips are all 0"),
         (AutoencoderRun, ["loss.lpips_net=resnet"], "loss.lpips_net must be one of alex, vgg"),
         (AutoencoderRun, ["loss.gan=-1"], "loss.gan must be at least 0"),
         (AutoencoderRun, ["model.channels=[32]"], "levels"),

@@ -10,7 +10,7 @@ from torch import Tensor
 import ldm.config
 import ldm.data.sources
 import ldm.training.trackers
-from ldm.config import ObjectiveConfig, ScheduleConfig
+from ldm.config import TARGETS, ObjectiveConfig, ScheduleConfig
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.objective import WEIGHTINGS, Objective, target, uniform_timesteps
 from ldm.diffusion.process import posterior_mean, posterior_variance, to_eps, to_x0, transition
@@ -19,26 +19,18 @@ from ldm.diffusion.schedule import SCHEDULES, Schedule
 from ldm.interop.diffusers import scheduler_to_diffusers
 
 NAMES = sorted(SCHEDULES)
-TARGETS = ("eps", "x0", "v")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=NAMES)
-def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return Schedule.from_config(ScheduleConfig(request.param))
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 
 
 def test_every_choice_of_the_configuration_exists() -> None:
     assert set(SCHEDULES) == set(ldm.config.SCHEDULES)
     assert set(SAMPLERS) == set(ldm.config.SAMPLERS)
     assert set(WEIGHTINGS) == set(ldm.config.WEIGHTINGS)
-    assert set(TARGETS) == set(ldm.config.TARGETS)
+    assert set(TARGETS) == {"eps", "x0", "v"}
     assert set(ldm.data.sources.OPENERS) == set(ldm.config.SOURCES)
     assert set(ldm.training.trackers.OPENERS) == set(ldm.config.TRACKERS)
 

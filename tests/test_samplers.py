@@ -9,28 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.config import ScheduleConfig
+from ldm.config import TARGETS, ScheduleConfig
 from ldm.diffusion.condition import Condition, concatenate
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import to_x0
 from ldm.diffusion.samplers import GRIDS, SAMPLERS, check_steps, ddim, ddpm, dpmpp_2m, trailing
-from ldm.diffusion.schedule import SCHEDULES, Schedule
+from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers import scheduler_to_diffusers
 
-NAMES = sorted(SCHEDULES)
-TARGETS = ("eps", "x0", "v")
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=NAMES)
-def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return Schedule.from_config(ScheduleConfig(request.param))
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 
 
 # ---------------------------------------------------------------- grids and samplers

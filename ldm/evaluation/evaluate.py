@@ -88,7 +88,7 @@ def evaluate(run: Path, images: int, tune: int, batch_size: int, progress: Progr
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     judge = JUDGES[data.source](data.image_size)
     pipe = Pipeline.from_pretrained(run)
-    if config.train.channels_last:  # a fifth faster on a CPU
+    if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.sample
     tried = None
