@@ -20,7 +20,7 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ConfigError, DataConfig
 from ldm.data import cache, streams
 from ldm.data.images import prepare
-from ldm.data.sources import DataError, Sample, open_source
+from ldm.data.sources import BadSample, DataError, Sample, Skipped, open_source, readable
 from ldm.data.stream import Draws, Split, Stream, batches, collate, split_batch, stratified, validation_batches
 
 SHAPES = DataConfig(source="shapes", image_size=24, size=12)
@@ -32,6 +32,7 @@ class Ramp:
 
     def __init__(self, length: int | None = 5, side: tuple[int, int] = (8, 8), broken: int = -1) -> None:
         self.length, self.side, self.broken, self.fingerprint = length, side, broken, f"ramp {length} {side}"
+        self.skipped: tuple[Skipped, ...] = ()
 
     def __getitem__(self, index: int) -> Sample:
         if index == self.broken:
@@ -257,6 +258,58 @@ def test_closing_the_feed_ends_its_workers_in_spite_of_a_signal() -> None:
     feed.close()
     worker.join(20)
     assert worker.exitcode == 0
+
+
+class Holes(Ramp):
+    """Some of its files are damaged."""
+
+    damaged = frozenset({1, 4, 5})
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.damaged:
+            raise BadSample(f"{index}.png", "cannot be decoded")
+        return super().__getitem__(index)
+
+
+HOLES = DataConfig(source="shapes", image_size=8)
+
+
+def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
+    order = streams.Order(7, 10)
+    whole, holes = (Stream(source(10), HOLES, 7, Draws({"eps": (2,)}, ("t",))) for source in (Ramp, Holes))
+    taken = {}
+    for position in range(40):
+        a, b = holes[position], whole[position]
+        taken[position] = a["text"]
+        assert a["text"] not in {f"number {i}" for i in Holes.damaged}
+        assert order[position] in Holes.damaged or same(a, b)
+        assert all(torch.equal(a[name], b[name]) for name in ("eps", "t", "position"))  # the draws are the position's
+    assert set(holes.skipped) == {Skipped(f"{i}.png", "cannot be decoded") for i in Holes.damaged}
+    substitutes = [taken[p] for p in range(40) if order[p] in Holes.damaged]
+    assert len(substitutes) == 12 and len(set(substitutes)) > 3  # not the same neighbour each time
+    for workers, split in ((0, (0, 1)), (2, (0, 1)), (0, (1, 2)), (0, (0, 2))):
+        fresh = Stream(Holes(10), HOLES, 7, Draws({}))
+        rank, processes = split
+        rows = Split(20, 20 // processes, processes, rank)
+        read = [
+            (p, text)
+            for batch in batches(fresh, rows, 1, 2, workers)
+            for p, text in zip(batch["position"].tolist(), batch["text"], strict=True)
+        ]
+        assert read == [(p, taken[p]) for positions in rows.positions(1) for p in positions]
+        assert processes == 2 or set(fresh.skipped) == set(holes.skipped)  # what workers met is known here too
+
+
+def test_validation_has_substitutes_too_and_a_set_of_ruins_stops_the_run() -> None:
+    stream = Stream(Holes(10), HOLES, 7, Draws({}), validation=True)
+    texts = [stream[i]["text"] for i in range(10)]
+    assert [t for i, t in enumerate(texts) if i not in Holes.damaged] == [f"number {i}" for i in range(10) if i not in Holes.damaged]
+    assert len(texts) == 10 and [stream[i]["text"] for i in range(10)] == texts and len(stream.skipped) == 3
+    ruins = Holes(2)
+    ruins.damaged = frozenset({0, 1})  # type: ignore[misc]
+    with pytest.raises(DataError, match=r"100 samples in a row cannot be read, the last: [01]\.png"):
+        list(batches(Stream(ruins, HOLES, 0, Draws({})), Split(5, 5, 1, 0), 0, 1, 1))
+    assert next(iter(readable(Holes(3)))).text == "number 0" and [s.text for s in readable(Holes(7))][1] == "number 2"
 
 
 # the latent cache

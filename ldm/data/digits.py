@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.data.sources import DataError, Sample
+from ldm.data.sources import DataError, Sample, Skipped
 
 VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -40,6 +40,7 @@ class DigitsSource:
         chosen = (np.arange(len(labels)) % VALIDATION_EVERY == 0) == (split == "validation")
         self._images, self._labels = images[chosen], labels[chosen]
         self.side, self.channels = data.image_size, data.image_channels
+        self.skipped: tuple[Skipped, ...] = ()
         self.length: int | None = len(self._labels)
         digest = hashlib.sha256(json.dumps([VERSION, self.side, self.channels, split]).encode())
         digest.update(self._images.tobytes() + self._labels.astype(np.int64).tobytes())

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.data.sources import DataError, Sample
+from ldm.data.sources import DataError, Sample, Skipped
 from ldm.data.streams import generator
 
 VERSION = 2  # raise it whenever the same index would give another sample: caches are bound to it
@@ -226,6 +226,7 @@ class ShapesSource:
         if data.image_size < SMALLEST_SIDE:
             raise DataError(f"{data.source} cannot be told apart below {SMALLEST_SIDE} pixels: image_size is {data.image_size}")
         self.side, self.objects = data.image_size, objects
+        self.skipped: tuple[Skipped, ...] = ()
         self.length: int | None = data.size if split == "train" else EPOCH
         self._offset = OFFSETS[split]
         self._combinations = combinations(objects, split == "held_out")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,25 @@ class DataError(RuntimeError):
     """The data on disk is not as it should be; the message names the file or row."""
 
     exit_code = 3
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image file, or a row of metadata (`metadata.jsonl:7`), that is left out, and why."""
+
+    file: str
+    reason: str
+
+
+class BadSample(DataError):
+    """One sample cannot be used; others can."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.skipped = Skipped(file, reason)
+
+    def __str__(self) -> str:
+        return f"{self.skipped.file}: {self.skipped.reason}"
 
 
 @dataclass(frozen=True)
@@ -32,8 +52,11 @@ class Source(Protocol):
 
     length: int | None
     fingerprint: str  # sha256 over what determines every sample; binds caches
+    skipped: tuple[Skipped, ...]  # what was left out when the source was opened
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSample where this one cannot be read."""
+        ...
 
     def captions(self, limit: int) -> list[str] | None:
         """The distinct captions in a fixed order, or None where there are more than ``limit``."""
@@ -86,3 +109,22 @@ def open_source(data: DataConfig, split: str) -> Source:
     if split not in SPLITS or (split == "held_out" and not data.source.startswith("shapes")):
         raise DataError(f"{data.source} has no split {split!r}")
     return OPENERS[data.source](data, split)
+
+
+def readable(source: Source) -> Iterator[Sample]:
+    """The samples in order; those that cannot be read are passed over."""
+    for index in itertools.count() if source.length is None else range(source.length):
+        try:
+            yield source[index]
+        except BadSample:
+            continue
+
+
+def check_share(skipped: int, total: int, data: DataConfig, example: Skipped, listed: str = "") -> None:
+    """Raise DataError where more of a folder is unusable than ``data.max_skipped`` allows."""
+    if skipped > data.max_skipped * total:
+        raise DataError(
+            f"{data.folder}: {skipped} of {total} cannot be used, more than data.max_skipped {data.max_skipped:g} allows,"
+            f" such as {example.file}: {example.reason}{listed}. `ldm init {data.folder}` lists all; mend or remove them, or raise"
+            f" data.max_skipped"
+        )

@@ -17,8 +17,9 @@ from ldm.config import ConfigError, DataConfig
 from ldm.data import streams
 from ldm.data.cache import LatentCache
 from ldm.data.images import prepare
-from ldm.data.sources import DataError, Source
+from ldm.data.sources import BadSample, DataError, Skipped, Source
 
+SUBSTITUTES = 100  # samples tried in place of one that cannot be read, before the run stops
 WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
 WORKER_GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
 
@@ -38,8 +39,9 @@ class Draws:
 class Stream(Dataset[Batch]):
     """Samples by position. Everything random about a sample is a function of (seed, name of the draw, position).
 
-    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``, and the draws.
-    ``validation`` reads the source in order, in the middle crop and unmirrored, with streams of its own.
+    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``, ``position`` and the draws.
+    ``validation`` reads the source in order, in the middle crop and unmirrored, with streams of its own. What takes the
+    place of a sample that cannot be read is a function of the position too; ``skipped`` lists those met so far.
     """
 
     def __init__(
@@ -49,24 +51,42 @@ class Stream(Dataset[Batch]):
         self.prefix = "validation/" if validation else ""
         self.validation = validation
         self.order = streams.Order(seed, source.length)
+        self.skipped: dict[Skipped, None] = {}  # in the order of meeting them
 
     def __getitem__(self, position: int) -> Batch:
-        draw = f"{self.prefix}%s"
-        index = position if self.validation else self.order[position]
-        if self.cache is not None:
-            text = self.cache.text(index)
-            sample: Batch = {"text": text, "moments": self.cache.moments(index, self._mirror(text, position))}
-        else:
-            drawn = self.source[index]
-            crop = self.data.crop == "random" and not self.validation
-            y, x = streams.generator(self.seed, draw % "crop", position).random(2) if crop else (0.5, 0.5)
-            mirror = self._mirror(drawn.text, position)
-            sample = {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
+        sample = self._read(position) | {"position": torch.tensor(position)}
         for name, shape in self.draws.normals.items():
-            sample[name] = torch.from_numpy(streams.normal(self.seed, draw % name, position, shape))
+            sample[name] = torch.from_numpy(streams.normal(self.seed, self.prefix + name, position, shape))
         for name in self.draws.uniforms:
-            sample[name] = torch.tensor(streams.uniform(self.seed, draw % name, position), dtype=torch.float64)
+            sample[name] = torch.tensor(streams.uniform(self.seed, self.prefix + name, position), dtype=torch.float64)
         return sample
+
+    def _read(self, position: int) -> Batch:
+        """The image or moments and the caption at ``position``, or those of the first substitute that can be read."""
+        for index in self._candidates(position):
+            try:
+                return self._cached(index, position) if self.cache is not None else self._prepared(index, position)
+            except BadSample as bad:
+                self.skipped[bad.skipped] = None
+        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {[*self.skipped][-1].file}: look at the files")
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        yield position if self.validation else self.order[position]
+        if self.source.length is not None:
+            drawn = streams.generator(self.seed, self.prefix + "substitute", position)
+            yield from (int(drawn.integers(self.source.length)) for _ in range(SUBSTITUTES))
+
+    def _cached(self, index: int, position: int) -> Batch:
+        assert self.cache is not None
+        text = self.cache.text(index)
+        return {"text": text, "moments": self.cache.moments(index, self._mirror(text, position))}
+
+    def _prepared(self, index: int, position: int) -> Batch:
+        drawn = self.source[index]
+        crop = self.data.crop == "random" and not self.validation
+        y, x = streams.generator(self.seed, self.prefix + "crop", position).random(2) if crop else (0.5, 0.5)
+        mirror = self._mirror(drawn.text, position)
+        return {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
 
     def _mirror(self, text: str, position: int) -> bool:
         """Whether to mirror the sample left–right: never where its caption says left or right."""
@@ -127,27 +147,34 @@ def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -
         timeout=WORKER_TIMEOUT if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
+    for batch, skipped in loader:
+        stream.skipped |= dict.fromkeys(skipped)
         if isinstance(batch, DataError):
             raise batch
         yield batch
 
 
 class _Carried(Dataset[Any]):
-    """A stream whose DataError is a value, so that a worker's error arrives as it is and not as the text of a traceback."""
+    """A stream's samples with what was skipped for them. A DataError is a value here, so that a worker's error arrives as it
+    is and not as the text of a traceback.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, position: int) -> Batch | DataError:
+    def __getitem__(self, position: int) -> tuple[Batch | DataError, list[Skipped]]:
         try:
-            return self.stream[position]
+            sample: Batch | DataError = self.stream[position]
         except DataError as error:
-            return error
+            sample = error
+        skipped, self.stream.skipped = list(self.stream.skipped), {}
+        return sample, skipped
 
 
-def _collate_carried(samples: list[Any]) -> Batch | DataError:
-    return next((s for s in samples if isinstance(s, DataError)), None) or collate(samples)
+def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skipped]]:
+    samples = [sample for sample, _ in carried]
+    error = next((s for s in samples if isinstance(s, DataError)), None)
+    return error or collate(samples), [skipped for _, several in carried for skipped in several]
 
 
 def _leave_signals(worker: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm.config import DataConfig
 from ldm.data.shapes import COLOURS, EPOCH, OFFSETS
-from ldm.data.sources import DataError, Sample
+from ldm.data.sources import DataError, Sample, Skipped
 from ldm.data.streams import generator
 
 VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
@@ -66,6 +66,7 @@ class TexturesSource:
         if data.image_channels != 3:
             raise DataError(f"textures are drawn in colour: image_channels must be 3, got {data.image_channels}")
         self.side = data.image_size
+        self.skipped: tuple[Skipped, ...] = ()
         self.length: int | None = data.size if split == "train" else EPOCH
         self._offset = OFFSETS[split]
         facts = [VERSION, COLOURS, KINDS, self.side, split, self.length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from autoencoder.metrics import high_frequency_energy, psnr
 from ldm import config as configuration
 from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import open_source
+from ldm.data.sources import open_source, readable
 from ldm.evaluation.plots import captioned
 from ldm.interop.weights import read_module, write_json
 from ldm.pipeline import load_codec
@@ -36,7 +37,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     if loss.gan == 0:
         raise ConfigError(f"{adversarial} was trained without a discriminator: loss.gan is 0")
     source = open_source(data, "validation")
-    images = torch.stack([prepare(source[i].image, data.image_size) for i in range(IMAGES)])
+    images = torch.stack([prepare(s.image, data.image_size) for s in itertools.islice(readable(source), IMAGES)])
     weights = sorted((adversarial / "checkpoints").glob("step-*/model_discriminator.safetensors"))
     if not weights:
         raise ConfigError(f"{adversarial} has no checkpoint with a discriminator: let its training finish")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import open_source
+from ldm.data.sources import open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.interop.weights import write_json, write_module
-from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
+from ldm.training.task import seeded
 
 if TYPE_CHECKING:
     from autoencoder.perceptual import PerceptualLoss
@@ -101,11 +102,9 @@ class AutoencoderTask:
 
     def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
         """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
-        count = min(limit, self.source.length if self.source.length is not None else limit)
-        for start in range(0, count, AT_ONCE):
-            indices = range(start, min(start + AT_ONCE, count))
-            images = [prepare(self.source[i].image, self.config.data.image_size) for i in indices]
-            yield network.encode(torch.stack(images).to(self._adaptive.device))
+        images = (prepare(sample.image, self.config.data.image_size) for sample in itertools.islice(readable(self.source), limit))
+        while several := list(itertools.islice(images, AT_ONCE)):
+            yield network.encode(torch.stack(several).to(self._adaptive.device))
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         loss, image = self.config.loss, batch["image"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 
 from ldm.config import ClipRun
 from ldm.data.images import to_uint8
-from ldm.data.sources import open_source
+from ldm.data.sources import open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
 from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer
-from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
+from ldm.training.task import seeded
 
 TOKENIZER_CAPTIONS = 20_000  # captions at most from which the merges are learned
 PICTURES = 8
@@ -133,4 +134,4 @@ def _captions(source: Any) -> list[str]:
     distinct = source.captions(TOKENIZER_CAPTIONS)
     if distinct is not None:
         return distinct
-    return [source[i].text for i in range(min(source.length or TOKENIZER_CAPTIONS, TOKENIZER_CAPTIONS))]
+    return [sample.text for sample in itertools.islice(readable(source), TOKENIZER_CAPTIONS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
-from ldm.data.sources import Source, open_source
+from ldm.data.sources import Source, open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.objective import Objective, uniform_timesteps
@@ -25,8 +26,8 @@ from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
-from ldm.training.loop import seeded
 from ldm.training.run import RunDirectory
+from ldm.training.task import seeded
 
 PICTURES = 8
 BINS = 10  # parts of 1…T for which the validation loss is reported apart
@@ -59,7 +60,7 @@ class DiffusionTask:
         self._table: Any = None  # made in `to`, on the device
         self._say = say
         self.device = torch.device("cpu")
-        self.prompts = list(config.prompts) or [validation[i].text for i in range(min(PICTURES, validation.length or PICTURES))]
+        self.prompts = list(config.prompts) or [sample.text for sample in itertools.islice(readable(validation), PICTURES)]
 
     def _check_data(self, model: AutoencoderConfig) -> None:
         data = self.config.data

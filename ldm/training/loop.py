@@ -9,25 +9,26 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
-from ldm.data.stream import Batch, Split, Stream, batches, split_batch
+from ldm.data.stream import Batch, Split, batches, split_batch
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
+from ldm.training.probe import Probe
 from ldm.training.run import RunDirectory, read_status
+from ldm.training.skipped import SkipLog
+from ldm.training.task import Reporter, Task
 from ldm.training.trackers import open_trackers
 
-N = TypeVar("N", bound=nn.Module)
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
 
 
@@ -41,65 +42,6 @@ class Interrupted(RuntimeError):
     """The run was asked to stop; its state is saved and the same command goes on."""
 
     exit_code = 75
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """Where a person is told what happens."""
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None: ...
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What one stage trains."""
-
-    networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
-    wrapped: dict[str, nn.Module]  # set by the loop: on the device, in DistributedDataParallel where several processes are
-    averaged: str  # the network that the EMA follows
-    stream: Stream
-
-    def lr_scale(self, network: str) -> float:
-        """Learning rate of a network relative to the run's."""
-        ...
-
-    def to(self, device: torch.device) -> None:
-        """Move frozen networks and tables."""
-        ...
-
-    def begin(self) -> None:
-        """Settle what initial weights take from the data; called on the device, and only where no checkpoint replaces them."""
-        ...
-
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
-        ...
-
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON state of the task beyond its networks."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``state()``."""
-        ...
-
-    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Figures on the validation set, with the EMA weights in place; every process takes part."""
-        ...
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
-        ...
-
-    def export(self, run: RunDirectory) -> None:
-        """Write what the stage is for (the model folder), with the EMA weights in place; main process only."""
-        ...
 
 
 def learning_rate(config: TrainConfig, update: int) -> float:
@@ -117,9 +59,8 @@ class Loop:
 
     def __init__(self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter) -> None:
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
-        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
         try:
-            self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
+            self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         except ValueError as error:  # a precision that the device lacks
             raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
         if config.mixed_precision != "no" and not self.accelerator.native_amp:  # accelerate would go on in float32
@@ -129,6 +70,8 @@ class Loop:
         _set_backends(config)
         self.step = 0
         self.run = RunDirectory(path) if self.accelerator.is_main_process else None
+        self.probe = Probe(processes, gather_object)
+        self.skipped = SkipLog((task.stream, task.validation), self.run, reporter.say, gather_object if processes > 1 else list)
         self._stop: int | None = None
         self._nonfinite = torch.zeros((), device=self.accelerator.device)
         try:
@@ -160,15 +103,16 @@ class Loop:
             )  # type: ignore[arg-type]
             for name, network in task.networks.items()
         }
-        self.ema = EMA(task.networks[task.averaged], config.ema_decay)
-        if found is not None:
-            self._resume(found)
-        if self.run:
-            self.run.cut_back(self.step)
         if config.compile:
             for network in task.networks.values():
                 network.compile()
         task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
+        self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
+        if found is not None:
+            self._resume(found)
+        if self.run:
+            self.run.cut_back(self.step)
+        self.probe.weights(task.networks)
 
     def _newest_checkpoint(self, path: str) -> Path | None:
         """The newest intact checkpoint of the run, if there is one."""
@@ -223,6 +167,7 @@ class Loop:
             f"global batch {config.batch_size} = {processes} process{'es' if processes > 1 else ''} × {self.split.micro_batch}"
             f" × {self.split.accumulation} accumulation, learning rate {config.lr:g}, {config.steps} updates"
         )
+        self.skipped.update()  # what was left out before training
         with ExitStack() as stack:
             stack.enter_context(_signals(self))
             writer = stack.enter_context(checkpoint.BackgroundWriter(self.run.checkpoints, config.keep_checkpoints)) if self.run else None
@@ -251,6 +196,8 @@ class Loop:
                 values |= self._logged(metrics, (self.step - first) / (time.monotonic() - started))
             if self.step % config.validate_every == 0 or last:
                 values |= self._validated()
+            if values:
+                self.skipped.update()
             if values and self.run:
                 self.run.log(self.step, values)
                 trackers.scalars(self.step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
@@ -270,12 +217,14 @@ class Loop:
         sums: dict[str, Tensor] = {}
         for i in range(n):
             batch = {k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(feed).items()}
+            self.probe.draws(batch, (*task.stream.draws.normals, *task.stream.draws.uniforms))
             with ExitStack() as stack:
                 if i < n - 1:  # gradients are exchanged once, with the last micro-batch
                     for network in task.wrapped.values():
                         stack.enter_context(self.accelerator.no_sync(network))
                 metrics = task.micro_step(batch, self.step, lambda loss: self.accelerator.backward(loss / n))
             sums = {k: v / n + sums.get(k, 0.0) for k, v in metrics.items()}
+        self.probe.gradients(task.networks)
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         for name, optimizer in self.optimizers.items():
             norm = self._step(optimizer, list(task.networks[name].parameters()))
@@ -388,10 +337,3 @@ def _set_backends(config: TrainConfig) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-
-
-def seeded(seed: int, make: Callable[[], N]) -> N:
-    """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
-        return make()

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ldm import config as configuration
+from ldm.data.sources import Skipped
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -24,6 +25,7 @@ CHANGEABLE = {
     "run",  # the folder may have been moved
     "prompts",
     "data.workers",
+    "data.max_skipped",
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
     *(f"train.{name}" for name in ("trackers", "micro_batch")),
 }
@@ -102,6 +104,14 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(line + "\n")
 
+    def skip(self, skipped: Sequence[Skipped]) -> None:
+        """Add to ``skipped.jsonl`` those that it does not list yet."""
+        file, temporary = self.path / "skipped.jsonl", self.path / ".skipped.jsonl.tmp"
+        lines = [line for line in (file.read_text().splitlines() if file.exists() else []) if _object(line) is not None]
+        new = [json.dumps({"file": s.file, "reason": s.reason}, ensure_ascii=False) for s in skipped]
+        temporary.write_text("".join(line + "\n" for line in dict.fromkeys([*lines, *new])))
+        _replace(temporary, file)
+
     def cut_back(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
         file, temporary = self.path / "metrics.jsonl", self.path / ".metrics.jsonl.tmp"
@@ -168,12 +178,18 @@ def _finite(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _object(line: str) -> dict[str, Any] | None:
+    """A line's JSON object; None where a kill tore it."""
     try:
         parsed = json.loads(line)
     except ValueError:
         return None
-    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("step"), int) else None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    parsed = _object(line)
+    return parsed if parsed is not None and isinstance(parsed.get("step"), int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,56 @@
+"""What could not be used of a folder of images: gathered from all processes, listed beside the run, and limited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ldm.data.sources import Skipped, check_share
+from ldm.data.stream import Stream
+from ldm.training.run import RunDirectory
+
+NAMED = 3  # files named on the terminal at a time; the list has all
+
+
+class SkipLog:
+    """Counts distinct images and rows that were skipped since this start, on every process alike.
+
+    ``run`` is None but on the main process, which writes ``skipped.jsonl``. ``gather``: a list of every process → all
+    their entries on every process.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        run: RunDirectory | None,
+        say: Callable[[str], None],
+        gather: Callable[[list[Skipped]], list[Skipped]],
+    ) -> None:
+        self.streams, self.run, self.say, self.gather = streams, run, say, gather
+        self._told: set[Skipped] = set()  # by this process
+        self._all: dict[Skipped, None] = {}  # by any
+
+    @property
+    def total(self) -> int | None:
+        """Images and rows in the folder, skipped ones included; None for a source without end, which skips nothing."""
+        lengths = [stream.source.length for stream in self.streams]
+        return None if None in lengths else sum(n or 0 for n in lengths) + len(self.streams[0].source.skipped)
+
+    def update(self) -> None:
+        """Take in what is new. Raises DataError, on every process, where it is more than ``data.max_skipped`` allows."""
+        if self.total is None:
+            return
+        mine = [s for stream in self.streams for s in (*stream.source.skipped, *stream.skipped) if s not in self._told]
+        self._told.update(mine)
+        new = [s for s in dict.fromkeys(self.gather(mine)) if s not in self._all]
+        self._all |= dict.fromkeys(new)
+        if not new:
+            return
+        place = ""
+        if self.run:
+            self.run.skip(new)
+            place = f" (all in {self.run.path / 'skipped.jsonl'})"
+        for skipped in new[:NAMED]:
+            self.say(f"left out {skipped.file}: {skipped.reason}")
+        more = f"and {len(new) - NAMED} more, " if len(new) > NAMED else ""
+        self.say(f"{more}{len(self._all)} of {self.total} left out so far{place}")
+        check_share(len(self._all), self.total, self.streams[0].data, new[0], place)

@@ -1,0 +1,82 @@
+"""What the loop trains and whom it tells: the interfaces between a stage, the loop and the person at the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.data.stream import Batch, Stream
+from ldm.training.run import RunDirectory
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """Where a person is told what happens."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None: ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What one stage trains."""
+
+    networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
+    wrapped: dict[str, nn.Module]  # set by the loop: on the device, in DistributedDataParallel where several processes are
+    averaged: str  # the network that the EMA follows
+    stream: Stream
+    validation: Stream
+
+    def lr_scale(self, network: str) -> float:
+        """Learning rate of a network relative to the run's."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move frozen networks and tables."""
+        ...
+
+    def begin(self) -> None:
+        """Settle what initial weights take from the data; called on the device, and only where no checkpoint replaces them."""
+        ...
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
+        ...
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON state of the task beyond its networks."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``state()``."""
+        ...
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """Figures on the validation set, with the EMA weights in place; every process takes part."""
+        ...
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
+        ...
+
+    def export(self, run: RunDirectory) -> None:
+        """Write what the stage is for (the model folder), with the EMA weights in place; main process only."""
+        ...
+
+
+def seeded(seed: int, make: Callable[[], N]) -> N:
+    """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return make()
