@@ -27,6 +27,9 @@ class Folder:
     def __getitem__(self, index: int) -> Sample:
         return Sample(np.zeros((8, 8, 3), np.uint8), "")
 
+    def text(self, index: int) -> str:
+        return f"number {index}"
+
     def captions(self, limit: int) -> list[str] | None:
         return None
 

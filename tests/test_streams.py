@@ -41,6 +41,9 @@ class Ramp:
         rows, columns = np.mgrid[:h, :w]
         return Sample(np.stack([columns, rows, np.full((h, w), index)], axis=-1).astype(np.uint8), f"number {index}")
 
+    def text(self, index: int) -> str:
+        return f"number {index}"
+
     def captions(self, limit: int) -> list[str] | None:
         return None
 

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 # command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
 COMMANDS = {
+    "init": ("ldm.cli.init", "look at a folder of images, and write configurations for it"),
+    "train": ("ldm.cli.train", "train all stages of a folder of configurations, one after the other"),
     "train-autoencoder": ("ldm.cli.train_autoencoder", "stage 1: train the autoencoder"),
     "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
     "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it by itself)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PIXEL_LIMIT = 89_478_485  # 256 MiB of RGB, Pillow's own threshold; a small file can claim far more
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises on damaged files
 WHITE = (255, 255, 255)
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_image(
@@ -44,10 +46,27 @@ def read_image(
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def read_header(path: Path) -> tuple[int, int, str, int]:
-    """Width, height (as stored), Pillow's mode and the number of frames, without decoding. Raises BadSample."""
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image: size as stored (before EXIF orientation), Pillow's mode, the format, whether it is turned or moves."""
+
+    width: int
+    height: int
+    mode: str
+    format: str
+    turned: bool
+    animated: bool
+
+
+def read_header(path: Path) -> Header:
+    """The header, without decoding. Raises BadSample."""
     with _open(path) as opened:
-        return opened.width, opened.height, opened.mode, getattr(opened, "n_frames", 1)
+        try:
+            told = opened.format != "PNG" or "exif" in opened.info  # else Pillow would decode all of a PNG to look behind it
+            turned = told and opened.getexif().get(ORIENTATION, 1) not in (0, 1)
+            return Header(opened.width, opened.height, opened.mode, opened.format or "", turned, getattr(opened, "is_animated", False))
+        except DECODE_ERRORS as error:
+            raise BadSample(str(path), f"cannot be opened: {' '.join(str(error).split())}") from None
 
 
 def _open(path: Path) -> Image:

@@ -56,6 +56,10 @@ class DigitsSource:
         digit = int(self._labels[index])
         return Sample(np.repeat(pixels[..., None], self.channels, axis=2), caption(digit), digit)
 
+    def text(self, index: int) -> str:
+        """The caption of a digit of the set."""
+        return caption(int(self._labels[index]))
+
     def captions(self, limit: int) -> list[str] | None:
         """The ten captions, sorted, or None where ``limit`` is below ten."""
         return sorted(caption(digit) for digit in range(10)) if limit >= 10 else None

@@ -47,6 +47,10 @@ class FolderSource:
         image = read_image(self.folder / row.file_name, data.image_channels, data.background, data.smallest_side)
         return Sample(image, row.text, row.columns)
 
+    def text(self, index: int) -> str:
+        """The caption of an image; the image is not read."""
+        return self.rows[index].text
+
     def captions(self, limit: int) -> list[str] | None:
         """The distinct captions, sorted, or None where there are more than ``limit``."""
         texts = {row.text for row in self.rows}

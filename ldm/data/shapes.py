@@ -235,11 +235,18 @@ class ShapesSource:
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
+        scene = self._scene(index)
+        return Sample(draw(scene, self.side), caption(scene), scene)
+
+    def _scene(self, index: int) -> Scene:
         if index < 0 or (self.length is not None and index >= self.length):
             raise IndexError(f"index {index} is outside 0 to {self.length}")
         rng = generator(0, f"shapes-{self.objects}", self._offset + index)  # not the run's seed: the data set is fixed
-        scene = place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
-        return Sample(draw(scene, self.side), caption(scene), scene)
+        return place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
+
+    def text(self, index: int) -> str:
+        """The caption of a scene; it is not drawn."""
+        return caption(self._scene(index))
 
     def captions(self, limit: int) -> list[str] | None:
         """Every caption that this split can draw, sorted, or None where there are more than ``limit``."""

@@ -58,6 +58,10 @@ class Source(Protocol):
         """Raises BadSample where this one cannot be read."""
         ...
 
+    def text(self, index: int) -> str:
+        """The caption of a sample alone; no image is read for it."""
+        ...
+
     def captions(self, limit: int) -> list[str] | None:
         """The distinct captions in a fixed order, or None where there are more than ``limit``."""
         ...

@@ -84,6 +84,10 @@ class TexturesSource:
         image = (1 - share) * np.array(COLOURS[first]) + share * np.array(COLOURS[second])
         return Sample(np.rint(image).astype(np.uint8), _caption(kind, first, second), texture)
 
+    def text(self, index: int) -> str:
+        """The caption of a pattern."""
+        return self[index].text
+
     def captions(self, limit: int) -> list[str] | None:
         """Every caption, sorted, or None where there are more than ``limit``."""
         return sorted(_caption(*c) for c in COMBINATIONS) if len(COMBINATIONS) <= limit else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config import ClipRun
 from ldm.data.images import to_uint8
-from ldm.data.sources import open_source, readable
+from ldm.data.sources import open_source
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
@@ -32,7 +31,9 @@ class ClipTask:
     def __init__(self, config: ClipRun) -> None:
         self.config, data, seed = config, config.data, config.train.seed
         source = open_source(data, "train")
-        self.tokenizer = train_tokenizer(_captions(source), config.model.merges, config.model.max_length)
+        captions = _captions(source)
+        self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.max_length)
+        self._cut = tokenize(self.tokenizer, captions, config.model.max_length)[1], len(captions)
         self.clip = seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
         self.networks: dict[str, nn.Module] = {"clip": self.clip}
         self.wrapped = self.networks
@@ -46,7 +47,9 @@ class ClipTask:
     def notes(self) -> list[str]:
         """What a person should know once, before training."""
         parameters = sum(p.numel() for p in self.clip.parameters())
-        return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens"]
+        cut, counted = self._cut
+        said = [f"{cut} of {counted} captions are longer than {self.config.model.max_length} tokens and are cut"] if cut else []
+        return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens", *said]
 
     def lr_scale(self, network: str) -> float:
         return 1.0
@@ -134,4 +137,4 @@ def _captions(source: Any) -> list[str]:
     distinct = source.captions(TOKENIZER_CAPTIONS)
     if distinct is not None:
         return distinct
-    return [sample.text for sample in itertools.islice(readable(source), TOKENIZER_CAPTIONS)]
+    return [source.text(i) for i in range(min(source.length or TOKENIZER_CAPTIONS, TOKENIZER_CAPTIONS))]

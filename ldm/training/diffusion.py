@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
-from ldm.data.sources import Source, open_source, readable
+from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.objective import Objective, uniform_timesteps
@@ -30,6 +29,7 @@ from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
 PICTURES = 8
+COUNTED = 20_000  # captions at most that are counted as too long where they are encoded in the step
 BINS = 10  # parts of 1…T for which the validation loss is reported apart
 
 
@@ -60,7 +60,7 @@ class DiffusionTask:
         self._table: Any = None  # made in `to`, on the device
         self._say = say
         self.device = torch.device("cpu")
-        self.prompts = list(config.prompts) or [sample.text for sample in itertools.islice(readable(validation), PICTURES)]
+        self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
 
     def _check_data(self, model: AutoencoderConfig) -> None:
         data = self.config.data
@@ -97,17 +97,20 @@ class DiffusionTask:
 
     def _caption_table(self) -> Any:
         """The states of all captions of a small set, encoded once; None where they are encoded in the step."""
-        if not self.config.cache_captions:
-            return None
-        captions = self.source.captions(self.config.cache_captions)
+        captions = self.source.captions(self.config.cache_captions) if self.config.cache_captions else None
         if captions is None:
+            counted = min(COUNTED, self.source.length or COUNTED)
+            self._say_cut(self.text.tokenize([self.source.text(i) for i in range(counted)])[1], f"the first {counted}")
             return None
         from ldm.models.text import CaptionTable
 
         table = CaptionTable(self.text, captions, 256)
-        if table.truncated:
-            self._say(f"{table.truncated} of {len(table)} captions are longer than {self.text.max_length} tokens and were cut")
+        self._say_cut(table.truncated, f"{len(table)} distinct")
         return table
+
+    def _say_cut(self, cut: int, of: str) -> None:
+        if cut:
+            self._say(f"{cut} of {of} captions are longer than {self.text.max_length} tokens and are cut")
 
     @property
     def notes(self) -> list[str]:

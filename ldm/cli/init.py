@@ -1,0 +1,161 @@
+"""Look at a folder of images, say what is found, and write the configurations that train a model on it.
+
+  ldm init my/photos
+  ldm train configs/photos
+  ldm sample runs/photos --prompt "…"
+
+Captions are found in metadata.jsonl or metadata.csv (columns file_name and text), in a.txt beside a.png, or made from the
+names of class folders. The folder is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.console import Console
+from ldm.config import CAPTIONS, ConfigError
+
+NAMED = 20  # skipped files named on the terminal; the list has all
+CPU_SIZE, GPU_SIZES = 32, (64, 256)
+GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
+TOKENIZED = 20_000  # captions at most that are counted in tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, and where to write."""
+    parser.add_argument("folder", metavar="FOLDER", help="a folder of images")
+    parser.add_argument("--out", help="folder for the configurations (default configs/NAME, NAME being the folder's)")
+    parser.add_argument("--captions", choices=CAPTIONS, help="where captions are (default: what is found)")
+    parser.add_argument("--image-size", type=int, help="side in pixels to train at (default: by the images and this machine)")
+    parser.add_argument("--all", action="store_true", help="decode every image of a large set, not 5,000 spread over it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Look, tell, write."""
+    folder = Path(arguments.folder)
+    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "images"
+    out = Path(arguments.out or f"configs/{name}")
+    _refuse_overwriting(out)
+    from ldm.cli import recipe
+    from ldm.data.survey import leave_out_small, survey
+
+    console = Console()
+    looked = survey(
+        folder, arguments.captions, arguments.all, lambda i, n: console.progress(i, n, {}) if i % 500 == 0 or i == n > 500 else None
+    )
+    gpu = _gpu()
+    size = _size(arguments.image_size, looked, gpu)
+    looked = leave_out_small(looked, size)
+    tokens, longest = _tokens(looked) if looked.data.captions != "none" else (0, 0)
+    for line in _lines(looked, longest):
+        console.say(line)
+    prompts = tuple(dict.fromkeys(row.text for row in looked.rows if row.text))[:8]
+    plan = recipe.Plan(name, str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, text in recipe.write(plan).items():
+        (out / file).write_text(text, encoding="utf-8")
+    _say_skipped(looked, out, console)
+    _say_next(plan, out, console)
+
+
+def _refuse_overwriting(out: Path) -> None:
+    for stage in ("autoencoder", "clip", "ldm"):
+        if (out / f"{stage}.yaml").exists():
+            raise ConfigError(f"{out / stage}.yaml is there already: give another folder with --out, or delete it")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file")
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= GPU_MEMORY
+
+
+def _size(asked: int | None, looked: Any, gpu: bool) -> int:
+    """A side that the networks of the recipe can halve often enough."""
+    multiple = 64 if gpu else 16
+    if asked is not None:
+        if asked < multiple or asked % multiple:
+            raise ConfigError(f"--image-size must be a multiple of {multiple} for the networks that fit this machine, got {asked}")
+        return asked
+    if not gpu:
+        return CPU_SIZE
+    low, high = GPU_SIZES
+    return max(low, min(high, looked.short_side // multiple * multiple))
+
+
+def _tokens(looked: Any) -> tuple[int, int]:
+    """Room for captions in tokens, and the longest caption's length, counted with a vocabulary learned from them."""
+    from ldm.models.text import tokenize, train_tokenizer
+
+    texts = list(dict.fromkeys(row.text for row in looked.rows))[:TOKENIZED]
+    tokenizer = train_tokenizer(texts, 512, 77)
+    lengths = (tokenize(tokenizer, texts, 4096)[0] != tokenizer.pad_token_id).sum(1) + 1  # the end is padding's token too
+    longest = int(lengths.max())
+    return min(77, max(12, longest + longest // 2)), longest  # prompts may be longer than what was trained on
+
+
+def _lines(looked: Any, longest: int) -> list[str]:
+    """What was found, for a person."""
+    data, headers = looked.data, looked.headers
+    where = {
+        "metadata": f"captions in metadata ({data.text_column})",
+        "sidecar": "captions in .txt files",
+        "class": "captions from folder names",
+        "none": "no captions",
+    }[data.captions]
+    sides = sorted((min(h.width, h.height), h.width, h.height) for h in headers)
+    lines = [
+        f"{data.folder}: {len(looked.rows)} images, {where}",
+        f"  sizes     {sides[0][1]}×{sides[0][2]} to {sides[-1][1]}×{sides[-1][2]}, median short side {looked.short_side}",
+        f"  formats   {_counts(h.format for h in headers)}; modes {_counts(h.mode for h in headers)}",
+    ]
+    special = {"turned by EXIF": sum(h.turned for h in headers), "animated (first frame)": sum(h.animated for h in headers)}
+    if any(special.values()):
+        lines.append("  also      " + ", ".join(f"{n} {what}" for what, n in special.items() if n))
+    if data.captions != "none":
+        texts = [row.text for row in looked.rows]
+        empty = sum(not text.strip() for text in texts)
+        cut = f", longer than 77 tokens are cut (longest: {longest})" if longest > 77 else f", the longest of {longest} tokens"
+        lines.append(f"  captions  {len(set(texts))} distinct, {empty} empty{cut}")
+    train, validation = looked.split
+    lines.append(f"  split     {train} for training, {validation} for validation (by a hash of the name: adding files moves none)")
+    if looked.unlisted:
+        lines.append(f"  unlisted  {looked.unlisted} images have no row in the metadata and are not used")
+    if looked.others:
+        lines.append("  others    " + ", ".join(f"{n} {suffix}" for suffix, n in looked.others.items()) + " are not read")
+    if looked.decoded < len(headers):
+        lines.append(f"  decoded   {looked.decoded} of them, of the others the header alone (--all decodes all)")
+    return lines + [f"  note      {remark}" for remark in looked.remarks]
+
+
+def _counts(values: Any) -> str:
+    return ", ".join(f"{name} {n}" for name, n in Counter(values).most_common())
+
+
+def _say_skipped(looked: Any, out: Path, console: Console) -> None:
+    skipped, file = looked.skipped, out / "skipped.jsonl"
+    if not skipped:
+        return
+    file.write_text("".join(json.dumps(vars(s), ensure_ascii=False) + "\n" for s in skipped), encoding="utf-8")
+    console.say(f"  left out  {len(skipped)} of {looked.total} images and rows, all listed in {file}")
+    for one in skipped[:NAMED]:
+        console.say(f"            {one.file}: {one.reason}")
+    share, allowed = len(skipped) / looked.total, looked.data.max_skipped
+    if share > allowed:
+        console.say(f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: mend or remove them,")
+        console.say(f"            or set max_skipped to {share + 0.005:.2f} in the configurations")
+
+
+def _say_next(plan: Any, out: Path, console: Console) -> None:
+    minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
+    machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
+    console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")
+    prompt = f" --prompt {json.dumps(plan.prompts[0], ensure_ascii=False)}" if plan.prompts else ""
+    console.say(f"next:  ldm train {out}\n       ldm sample runs/{plan.name}{prompt} --count 8")

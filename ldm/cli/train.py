@@ -1,0 +1,56 @@
+"""Train all stages whose configurations lie in a folder: autoencoder.yaml, clip.yaml, ldm.yaml, in this order.
+
+  ldm train configs/demo ldm.train.steps=3000
+
+Interrupted, the same command goes on; a stage that is done is passed over. Settings are replaced as STAGE.key=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ldm import config
+from ldm.cli import train_autoencoder, train_clip, train_ldm
+
+STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "ldm": train_ldm}
+CLASSES = {"autoencoder": config.AutoencoderRun, "clip": config.ClipRun, "ldm": config.DiffusionRun}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder and overrides."""
+    parser.add_argument("folder", metavar="FOLDER", help="a folder with the stages' configurations, such as configs/demo")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings that replace a file's, such as ldm.train.lr=1e-4")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check all stages, then train each."""
+    folder = Path(arguments.folder)
+    files = {stage: folder / f"{stage}.yaml" for stage in STAGES if (folder / f"{stage}.yaml").is_file()}
+    if not files:
+        raise config.ConfigError(f"{folder} holds none of {', '.join(f'{stage}.yaml' for stage in STAGES)}")
+    overrides = _by_stage(arguments.overrides, list(files))
+    settings = {stage: _load(stage, file, overrides[stage]) for stage, file in files.items()}
+    if len(kinds := {s.train.mixed_precision for s in settings.values()}) > 1:  # accelerate holds one for the whole process
+        raise config.ConfigError(f"train.mixed_precision is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage")
+    for stage, file in files.items():
+        STAGES[stage].run(argparse.Namespace(config=file, overrides=overrides[stage]))
+
+
+def _load(stage: str, file: Path, overrides: list[str]) -> Any:
+    try:
+        return config.load(CLASSES[stage], file, overrides)
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{file}: {error}") from None
+
+
+def _by_stage(overrides: list[str], stages: list[str]) -> dict[str, list[str]]:
+    """Overrides sorted by the stage that they name."""
+    found: dict[str, list[str]] = {stage: [] for stage in stages}
+    for override in overrides:
+        stage, dot, setting = override.partition(".")
+        if stage not in found or not dot:
+            raise config.ConfigError(f"override {override!r} must begin with a stage that is there: {', '.join(f'{s}.' for s in stages)}")
+        found[stage].append(setting)
+    return found

@@ -1,0 +1,168 @@
+"""What a folder of images holds, before anything is trained on it: the look that `ldm init` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from statistics import median
+
+from ldm.config import CAPTIONS, DataConfig
+from ldm.data.decode import SUFFIXES, Header, read_header, read_image
+from ldm.data.folder import in_validation
+from ldm.data.layouts import CAPTION_NAMES, METADATA, Row, all_files, image_files, near_misses, read_rows
+from ldm.data.sources import BadSample, DataError, Skipped
+
+DECODED = 5000  # images at most that are decoded to the last pixel, unless all are asked for
+MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # share of the files at most, and images that validation should have
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found. ``headers`` and ``rows`` go together: every image that can be used, as far as was looked."""
+
+    data: DataConfig  # the settings that read this folder
+    rows: tuple[Row, ...]
+    headers: tuple[Header, ...]
+    skipped: tuple[Skipped, ...]
+    decoded: int  # images decoded to the last pixel; of the others, only the header was read
+    others: dict[str, int]  # files that are no images and no captions, by suffix
+    unlisted: int  # images without a row of metadata
+    remarks: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Images and rows looked at."""
+        return len(self.rows) + len(self.skipped)
+
+    @property
+    def short_side(self) -> int:
+        """The median of the images' shorter sides."""
+        return int(median(min(h.width, h.height) for h in self.headers))
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Images for training and for validation."""
+        validation = sum(in_validation(row.file_name, self.data.validation_fraction) for row in self.rows)
+        return len(self.rows) - validation, validation
+
+    @property
+    def grey(self) -> bool:
+        """Whether no image has colour."""
+        return all(h.mode in ("1", "L", "LA") or h.mode.startswith("I;16") for h in self.headers)
+
+
+def survey(folder: Path, captions: str | None = None, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Survey:
+    """Look at every image of ``folder``. ``captions``: left out, the layout is found. Raises DataError.
+
+    ``every``: decode all images to the last pixel, not only the first DECODED of them spread over the set.
+    """
+    layout, remarks = (captions, []) if captions else detect(folder)
+    column, said = _text_column(folder) if layout == "metadata" else ("text", [])
+    data = DataConfig(folder=str(folder), captions=layout, text_column=column, min_side=1, max_skipped=1.0)
+    found, left_out = read_rows(data)
+    skipped, rows, headers, decoded = list(left_out), [], [], 0
+    stride = 1 if every else max(1, -(-len(found) // DECODED))
+    for i, row in enumerate(found):
+        try:
+            headers.append(read_header(folder / row.file_name))
+            if i % stride == 0:
+                read_image(folder / row.file_name, 3)
+                decoded += 1
+        except BadSample as bad:
+            del headers[len(rows) :]
+            skipped.append(bad.skipped)
+        else:
+            rows.append(row)
+        if progress:
+            progress(i + 1, len(found))
+    if not rows:
+        first = skipped[0]
+        raise DataError(f"{folder}: none of {len(skipped)} images and rows can be used, such as {first.file}: {first.reason}")
+    unlisted = 0
+    if layout == "metadata":
+        unlisted = len(set(image_files(folder)) - {row.file_name for row in found})
+    data = dataclasses.replace(data, min_side=None, max_skipped=0.01, validation_fraction=_fraction(rows))
+    return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, _others(folder, layout), unlisted, tuple([*remarks, *said]))
+
+
+def leave_out_small(looked: Survey, image_size: int) -> Survey:
+    """The same for images of side ``image_size``, of which those too small are left out."""
+    data = dataclasses.replace(looked.data, image_size=image_size, image_channels=1 if looked.grey else 3)
+    pairs = list(zip(looked.rows, looked.headers, strict=True))
+    kept = [(row, h) for row, h in pairs if min(h.width, h.height) >= data.smallest_side]
+    reason = f"is smaller than {data.smallest_side} pixels"
+    small = [
+        Skipped(str(Path(str(data.folder)) / row.file_name), f"{h.width}×{h.height} {reason}")
+        for row, h in pairs
+        if min(h.width, h.height) < data.smallest_side
+    ]
+    if not kept:
+        raise DataError(f"{data.folder}: every image {reason}")
+    data = dataclasses.replace(data, validation_fraction=_fraction([row for row, _ in kept]))
+    rows, headers = zip(*kept, strict=True)
+    return dataclasses.replace(looked, data=data, rows=rows, headers=headers, skipped=(*looked.skipped, *small))
+
+
+def detect(folder: Path) -> tuple[str, list[str]]:
+    """Where the captions are (one of CAPTIONS), and what to tell. Raises DataError where a file is all but named metadata."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
+    present = [name for name in METADATA if (folder / name).is_file()]
+    if present:
+        return "metadata", []
+    if near := near_misses(folder):
+        raise DataError(
+            f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
+            f" where they are with --captions ({', '.join(CAPTIONS[1:])})"
+        )
+    images = list(image_files(folder))
+    if not images:
+        raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    texts = set(all_files(folder)) - set(images)
+    captioned = sum(str(PurePosixPath(name).with_suffix(".txt")) in texts for name in images)
+    if captioned:
+        return "sidecar", []
+    classes = {name.split("/")[0] for name in images if "/" in name}
+    if len(classes) > 1 and all("/" in name for name in images):
+        return "class", [f"captions are made from the {len(classes)} folder names ({', '.join(sorted(classes)[:5])} …)"]
+    return "none", ["no captions found: the model will be unconditional (say --captions class if the folder names are classes)"]
+
+
+def _text_column(folder: Path) -> tuple[str, list[str]]:
+    """The column of the captions: `text`, or what the first row calls it instead."""
+    path = next(folder / name for name in METADATA if (folder / name).is_file())
+    columns: list[str] = []
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:100]:
+        if path.suffix == ".csv":
+            columns = [part.strip().strip('"') for part in line.split(",")]
+            break
+        try:
+            columns = list(json.loads(line))
+            break
+        except (ValueError, TypeError):
+            continue
+    near = [c for c in columns if c.lower() in CAPTION_NAMES]
+    if "text" in columns or not near:
+        return "text", []
+    return near[0], [f"{path.name} has no column `text` but `{near[0]}`: that one is read (data.text_column)"]
+
+
+def _fraction(rows: Sequence[Row]) -> float:
+    """A twentieth for validation; more where that would be but a few images, or none."""
+    hundredths = round(100 * max(0.05, min(MOST_VALIDATION, WANTED_VALIDATION / len(rows))))
+    for h in range(hundredths, 51):
+        if 0 < sum(in_validation(row.file_name, h / 100) for row in rows) < len(rows):
+            return h / 100
+    raise DataError(f"{len(rows)} image{'s are' if len(rows) > 1 else ' is'} too few to train on some and validate on others")
+
+
+def _others(folder: Path, layout: str) -> dict[str, int]:
+    """Files below the folder that nobody will read, by suffix."""
+    read = {*SUFFIXES, ".txt"} if layout == "sidecar" else set(SUFFIXES)
+    names = (name for name in all_files(folder) if not (layout == "metadata" and name in METADATA))
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
+    return {suffix: n for suffix, n in suffixes.most_common() if suffix not in read}
