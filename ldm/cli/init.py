@@ -23,13 +23,16 @@ from ldm.config import CAPTIONS, ConfigError
 NAMED = 20  # skipped files named on the terminal; the list has all
 CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
+PROMPTS, LONGEST_PROMPT = 8, 200  # captions drawn while training, and their length in characters at most
 TOKENIZED = 20_000  # captions at most that are counted in tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and where to write."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of images")
-    parser.add_argument("--out", help="folder for the configurations (default configs/NAME, NAME being the folder's)")
+    parser.add_argument(
+        "--out", help="folder for the configurations (default configs/NAME of the images' folder); runs go to runs/ under its name"
+    )
     parser.add_argument("--captions", choices=CAPTIONS, help="where captions are (default: what is found)")
     parser.add_argument("--image-size", type=int, help="side in pixels to train at (default: by the images and this machine)")
     parser.add_argument("--all", action="store_true", help="decode every image of a large set, not 5,000 spread over it")
@@ -38,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Look, tell, write."""
     folder = Path(arguments.folder)
-    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "images"
-    out = Path(arguments.out or f"configs/{name}")
+    out = Path(arguments.out or f"configs/{_plain(folder)}")
     _refuse_overwriting(out)
     from ldm.cli import recipe
     from ldm.data.survey import leave_out_small, survey
@@ -54,13 +56,18 @@ def run(arguments: argparse.Namespace) -> None:
     tokens, longest = _tokens(looked) if looked.data.captions != "none" else (0, 0)
     for line in _lines(looked, longest):
         console.say(line)
-    prompts = tuple(dict.fromkeys(row.text for row in looked.rows if row.text))[:8]
-    plan = recipe.Plan(name, str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
+    prompts = tuple(dict.fromkeys(row.text for row in looked.rows if 0 < len(row.text) <= LONGEST_PROMPT))[:PROMPTS]
+    plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
     out.mkdir(parents=True, exist_ok=True)
     for file, text in recipe.write(plan).items():
         (out / file).write_text(text, encoding="utf-8")
     _say_skipped(looked, out, console)
     _say_next(plan, out, console)
+
+
+def _plain(folder: Path) -> str:
+    """A folder's name as a run can have it."""
+    return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "images"
 
 
 def _refuse_overwriting(out: Path) -> None:

@@ -118,18 +118,26 @@ class ClipTask:
 
 
 def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Embeddings and captions of all processes: the loss compares the whole global batch.
-
-    Every process computes the same loss; the gradients that flow back to one process's share are summed over all of
-    them and then averaged by DistributedDataParallel, which is the gradient of that one loss.
-    """
+    """Embeddings and captions of all processes: the loss compares the whole global batch, and every process computes it."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return image, text, captions
-    from torch.distributed.nn.functional import all_gather
-
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everyone, captions)
-    return torch.cat(all_gather(image)), torch.cat(all_gather(text)), [c for part in everyone for c in part]
+    return _gathered(image), _gathered(text), [c for part in everyone for c in part]
+
+
+def _gathered(own: Tensor) -> Tensor:
+    """The rows of all processes, of which this one's alone carry a gradient.
+
+    DistributedDataParallel averages over processes what must be summed over their shares, so it is taken times their number.
+    """
+    processes = torch.distributed.get_world_size()
+    parts = [torch.empty_like(own) for _ in range(processes)]
+    torch.distributed.all_gather(parts, own.detach().contiguous())
+    mine = own.view_as(own)
+    mine.register_hook(lambda gradient: gradient * processes)
+    parts[torch.distributed.get_rank()] = mine
+    return torch.cat(parts)
 
 
 def _captions(source: Any) -> list[str]:
