@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     tokens, longest = _tokens(looked) if looked.data.captions != "none" else (0, 0)
     for line in _lines(looked, longest):
         console.say(line)
-    prompts = tuple(dict.fromkeys(row.text for row in looked.rows if 0 < len(row.text) <= LONGEST_PROMPT))[:PROMPTS]
+    fit = (row.text for row in looked.rows if 0 < len(row.text) <= LONGEST_PROMPT and "${" not in row.text)  # what a configuration refuses
+    prompts = tuple(dict.fromkeys(fit))[:PROMPTS]
     plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
     out.mkdir(parents=True, exist_ok=True)
     for file, text in recipe.write(plan).items():

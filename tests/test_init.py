@@ -1,0 +1,214 @@
+"""`ldm init` and `ldm train`: what is said of a folder, and that the configurations written for it train."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm import config
+from ldm.cli import init, recipe
+from ldm.cli.main import main
+from ldm.config import AutoencoderRun, ClipRun, DataConfig, DiffusionRun
+from ldm.training.run import read_status
+
+CLASSES = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command in a folder of its own: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def paint(folder: Path, n: int = 40, suffix: str = "png", side: int = 40) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{i:02d}.{suffix}" for i in range(n)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (side + i, side), (6 * i % 256, 100, 50)).save(folder / name)
+    return names
+
+
+def metadata(folder: Path, names: list[str], column: str = "text") -> None:
+    rows = [json.dumps({"file_name": name, column: f'picture "{i}" of {{many}}: #' + " ${x}" * (i < 3)}) for i, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def written(out: Path) -> dict[str, object]:
+    return {stage: config.load(cls, out / f"{stage}.yaml") for stage, cls in CLASSES.items() if (out / f"{stage}.yaml").exists()}
+
+
+def test_from_a_folder_to_samples_in_three_commands(run: Run, tmp_path: Path) -> None:
+    metadata(tmp_path / "my photos", paint(tmp_path / "my photos"))
+    code, out, err = run("init", "my photos")
+    assert (code, err) == (0, ""), err
+    assert "my photos: 40 images, captions in metadata (text)" in out and "40×40 to 79×40, median short side 40" in out
+    assert "formats   PNG 40; modes RGB 40" in out and "40 distinct, 0 empty" in out and "left out" not in out
+    settings = written(tmp_path / "configs/my-photos")
+    assert list(settings) == ["autoencoder", "clip", "ldm"]
+    shares = {s.data.validation_fraction for s in settings.values()}  # type: ignore[attr-defined]
+    assert shares == {0.2} and {s.data for s in settings.values()} == {settings["ldm"].data}  # type: ignore[attr-defined]
+    short = ["autoencoder.train.steps=3", "clip.train.steps=2", "clip.train.batch_size=8", "ldm.train.steps=2", "ldm.train.batch_size=4"]
+    code, out, err = run("train", "configs/my-photos", *short)
+    assert (code, err) == (0, ""), err
+    assert [read_status(tmp_path / p)["state"] for p in ("runs/my-photos/autoencoder", "runs/my-photos/text", "runs/my-photos")] == [
+        "done"
+    ] * 3  # type: ignore[index]
+    code, out, err = run("train", "configs/my-photos", *short)
+    assert code == 0 and out.count("already trained") == 3
+    code, out, err = run("sample", "runs/my-photos", "--prompt", "a picture", "--steps", "2", "--count", "2")
+    assert (code, err) == (0, "") and len(list((tmp_path / "images").glob("0000*.png"))) == 2
+
+
+@pytest.mark.parametrize("captions", config.CAPTIONS)
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_recipe_is_complete_and_its_networks_fit_together(tmp_path: Path, captions: str, machine: str, grey: bool) -> None:
+    size = 64 if machine == "gpu" else 32
+    given = {"text_column": 'a "b": #'} if captions == "metadata" else {}
+    data = DataConfig(folder='pho"tos: #1', captions=captions, image_size=size, image_channels=1 if grey else 3, **given)
+    plan = recipe.Plan("mine", "configs/mine", data, 500, machine, 40, ('one: # "quoted"',))
+    for name, text in recipe.write(plan).items():
+        assert "$" not in text and "\t" not in text
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    settings = written(tmp_path)
+    assert set(settings) == ({"autoencoder", "ldm"} if captions == "none" else set(CLASSES))
+    for s in settings.values():
+        assert s.data.folder == 'pho"tos: #1' and s.data.captions == captions and s.data.smallest_side == size // 4  # type: ignore[attr-defined]
+    from autoencoder.model import AutoencoderKL
+    from ldm.diffusion.condition import Condition
+    from ldm.models.unet import UNet
+
+    stage1, stage2 = settings["autoencoder"], settings["ldm"]
+    assert isinstance(stage1, AutoencoderRun) and isinstance(stage2, DiffusionRun) and stage2.autoencoder == stage1.run
+    with torch.device("meta"):
+        image = torch.zeros(1, data.image_channels, size, size)
+        assert AutoencoderKL(stage1.model)(image)[0].shape == image.shape
+        side = size // stage1.model.factor
+        latent = torch.zeros(1, stage1.model.latent_channels, side, side)
+        context = None if captions == "none" else torch.zeros(1, 40, 128)
+        unet = UNet(stage2.unet, 4, 4, None if context is None else 128)
+        assert unet(latent, torch.zeros(1, dtype=torch.long), Condition(context=context)).shape == latent.shape
+
+
+def test_steps_follow_the_data_within_limits() -> None:
+    def plan(images: int, machine: str) -> recipe.Plan:
+        return recipe.Plan("a", "b", DataConfig(folder="c"), images, machine, 12, ())
+
+    assert [plan(n, "cpu").steps("ldm") for n in (1, 400, 10**6)] == [1500, 2500, 4000]
+    assert [plan(n, "gpu").steps("autoencoder") for n in (1, 100_000, 10**7)] == [20_000, 125_000, 200_000]
+
+
+def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> None:
+    names = paint(tmp_path / "sidecar", 20)
+    for name in names:
+        (tmp_path / "sidecar" / name).with_suffix(".txt").write_text("a caption")
+    for kind in ("red_fox", "house-cat"):
+        paint(tmp_path / "classes" / kind, 12)
+    paint(tmp_path / "plain", 20)
+    rows = paint(tmp_path / "table", 20)
+    with (tmp_path / "table/metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "caption", "id"), *((name, "a, caption", i) for i, name in enumerate(rows))])
+    said = {name: run("init", name) for name in ("sidecar", "classes", "plain", "table")}
+    assert all(code == 0 for code, _, _ in said.values()), said
+    layouts = {name: written(tmp_path / "configs" / name)["ldm"].data for name in said}  # type: ignore[attr-defined]
+    assert {name: data.captions for name, data in layouts.items()} == {
+        "sidecar": "sidecar", "classes": "class", "plain": "none", "table": "metadata",
+    }  # fmt: skip
+    assert layouts["table"].text_column == "caption" and "no column `text` but `caption`: that one is read" in said["table"][1]
+    assert "captions are made from the 2 folder names (house-cat, red_fox" in said["classes"][1]
+    assert "the model will be unconditional" in said["plain"][1] and not (tmp_path / "configs/plain/clip.yaml").exists()
+    for wrong in ("metadata.json1", "captions.jsonl", "Metadata.jsonl", "metadata.tsv", "meta_data.csv"):
+        (tmp_path / "plain" / wrong).write_text("{}")
+        code, _, err = run("init", "plain", "--out", "elsewhere")
+        assert code == 3 and f"but {wrong}: rename it if it holds the captions" in err and err.count("\n") == 1
+        (tmp_path / "plain" / wrong).unlink()
+    (tmp_path / "plain/captions.jsonl").touch()
+    assert run("init", "plain", "--out", "elsewhere", "--captions", "none")[0] == 0  # a person may know better
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 3, "no folder nowhere"),
+        (["file"], 3, "file is a file"),
+        (["empty"], 3, "empty holds no image"),
+        (["one"], 3, "1 image is too few to train on some and validate on others"),
+        (["photos", "--image-size", "24"], 2, "--image-size must be a multiple of 16"),
+        (["photos", "--image-size", "256"], 3, "every image is smaller than 64 pixels"),
+        (["photos", "--captions", "texts"], 2, "invalid choice: 'texts'"),
+        (["photos", "--out", "file"], 2, "--out file is a file"),
+        (["photos", "--out", "there"], 2, "autoencoder.yaml is there already: give another folder with --out"),
+        (["ruins"], 3, "ruins: none of 2 images and rows can be used, such as ruins/a.png: the file is empty"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("empty", "there", "ruins"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there/autoencoder.yaml").touch()
+    (tmp_path / "ruins/a.png").touch()
+    (tmp_path / "ruins/b.png").touch()
+    paint(tmp_path / "one", 1)
+    paint(tmp_path / "photos", 10)
+    got, _, err = run("init", *arguments)
+    assert got == code and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "configs").exists()
+
+
+def test_a_large_set_is_decoded_in_part_unless_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm.data import survey
+
+    monkeypatch.setattr(survey, "DECODED", 10)
+    names = paint(tmp_path / "photos", 40)
+    cut = tmp_path / "photos" / names[1]
+    cut.write_bytes(cut.read_bytes()[:60])  # the header stands
+    code, out, _ = run("init", "photos")
+    assert code == 0 and "decoded   10 of them, of the others the header alone" in out and "left out" not in out
+    code, out, _ = run("init", "photos", "--out", "again", "--all")
+    assert code == 0 and "decoded" not in out.replace("cannot be decoded", "") and f"photos/{names[1]}: cannot be decoded" in out
+    assert "training stops where more than 1% is left out, and this is 2.5%" in out and "set max_skipped to 0.03" in out
+    assert [json.loads(line)["file"] for line in (tmp_path / "again/skipped.jsonl").read_text().splitlines()] == [f"photos/{names[1]}"]
+
+
+def test_grey_images_make_grey_models_and_a_gpu_larger_ones(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "grey").mkdir()
+    for i in range(20):
+        Image.new("L", (200 + i, 220)).save(tmp_path / f"grey/{i}.png")
+    monkeypatch.setattr(init, "_gpu", lambda: True)
+    assert run("init", "grey")[0] == 0
+    stage1 = written(tmp_path / "configs/grey")["autoencoder"]
+    assert isinstance(stage1, AutoencoderRun) and stage1.train.mixed_precision == "bf16"
+    assert (stage1.data.image_size, stage1.data.image_channels, stage1.model.image_channels) == (192, 1, 1)
+
+
+def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 20)
+    assert run("init", "photos")[0] == 0
+    for arguments, message in (
+        (["nowhere"], "nowhere holds none of autoencoder.yaml, clip.yaml, ldm.yaml"),
+        (["configs/photos", "train.steps=3"], "override 'train.steps=3' must begin with a stage that is there: autoencoder., ldm."),
+        (["configs/photos", "clip.train.steps=3"], "must begin with a stage"),
+        (["configs/photos", "ldm.train.stesp=3"], "configs/photos/ldm.yaml: unknown key train.stesp: did you mean train.steps?"),
+        (["configs/photos", "ldm.train.mixed_precision=bf16"], "train.mixed_precision is bf16 here and no there"),
+    ):
+        code, out, err = run("train", *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
+    assert not (tmp_path / "runs").exists() and yaml.safe_load((tmp_path / "configs/photos/ldm.yaml").read_text())["text"] == "none"
