@@ -30,6 +30,7 @@ CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or
 75 interrupted and saved (the same command goes on)"""
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
 GRACE = 10  # seconds that a failing process leaves to the main one to say the same; the launcher then ends both
 
 
@@ -75,14 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if everywhere and rank() != 0:
             return code or 1
         _leave_it_to_the_main_process()
-        if code is None and not everywhere:
-            raise
-        if code is None:
-            traceback.print_exc()
-            return 1
         place = "" if rank() == 0 else f" (process {rank()})"
-        print(f"ldm {arguments.command}{place}: {error}", file=sys.stderr, flush=True)
-        return code
+        if code is not None:
+            print(f"ldm {arguments.command}{place}: {error}", file=sys.stderr, flush=True)
+            return code
+        if any(sign in str(error) for sign in LOST):
+            print(f"ldm {arguments.command}{place}: another process has ended: its own line says why", file=sys.stderr, flush=True)
+            return 1
+        if not everywhere:
+            raise
+        traceback.print_exc()  # before leaving, or the launcher may end this process first
+        return 1
     finally:
         _leave_process_group(everywhere)
     return 0
