@@ -168,6 +168,16 @@ def test_who_draws_an_image_changes_neither_its_noise_nor_its_file(
     assert_same_pictures(tmp_path / "one", tmp_path / "many")
 
 
+def test_the_numbers_of_the_files_are_agreed(
+    stages: Stages, tmp_path: Path, launch: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter((10, 20, 30))  # as if the folder had changed while the processes looked
+    monkeypatch.setattr("ldm.cli.sample._first_number", lambda out: next(found))
+    assert launch(3, "sample", str(stages.folder / "ldm"), *SAMPLING, "--out", str(tmp_path)) == [0, 0, 0]
+    numbers = sorted(int(f.name[:5]) for f in tmp_path.glob("[0-9]*.png"))
+    assert len(numbers) == 4 and numbers[3] - numbers[0] == 3
+
+
 def test_a_device_by_number_is_refused_where_each_process_has_its_own(
     stages: Stages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,12 +199,21 @@ EVALUATION = ["--images", "7", "--tune", "3", "--batch-size", "2"]
 def test_a_report_does_not_depend_on_how_many_make_it(
     stages: Stages, launch: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, written, shown, reports = stages.folder / "ldm", [], [], []
+    run, written, shown, reports, drawn = stages.folder / "ldm", [], [], [], []
+    original = Pipeline._noise
+
+    def recorded(self: Pipeline, seed: int, name: str, numbers: Any, shape: tuple[int, ...]) -> Tensor:
+        drawn.extend((seed, number) for number in numbers if name == "x_T")
+        return original(self, seed, name, numbers, shape)
+
+    monkeypatch.setattr(Pipeline, "_noise", recorded)
     monkeypatch.setattr("ldm.evaluation.plots.curves", lambda *arguments: written.append("curves"))
     monkeypatch.setattr("ldm.evaluation.plots.captioned", lambda images, captions, *rest, **more: shown.append((images, captions)))
     for count in (1, 3, 8):
         assert launch(count, "evaluate", str(run), *EVALUATION) == [0] * count
         reports.append(report(run))
+        assert sorted(drawn) == sorted([*((1000, i) for i in range(14)), *[(1001, i) for i in range(3)] * 5])  # two splits of 7, 5 scales
+        drawn.clear()
     assert reports[0] == reports[1] == reports[2] and len(written) == len(shown) == 3
     assert reports[0]["judge"]["single"]["held_out"]["all"]["n"] == 7 and len(reports[0]["tuned_on_seen"]) == 5
     assert reports[0]["autoencoder"]["psnr"] == round(reports[0]["autoencoder"]["psnr"], 2)
@@ -414,6 +433,7 @@ def test_a_preempted_slurm_job_saves_and_is_queued_again(stages: Stages, tmp_pat
     end = time.monotonic() + PATIENCE
     while job.poll() is None and len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
         time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)  # the script, and the step
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
     out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 75, err
