@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,7 @@ def test_two_processes_sample_evaluate_and_cache_as_one_does(stages: Stages, tmp
     assert contents(tmp_path / "one/run/latents") == contents(tmp_path / "two/run/latents")
     said = ("images/ from 00000", "encoding 24 images", "judge.single.seen.all")
     assert [done.stdout.count(words) for words in said] == [1, 1, 1]
+    assert done.stdout.startswith("2/2 ")  # the main process's share of four images
 
 
 FAULT = """
@@ -395,7 +397,7 @@ def test_two_machines_train_as_one_process_does(stages: Stages, tmp_path: Path) 
         (out, err), (out1, err1) = (machine.communicate(timeout=PATIENCE) for machine in machines)
     finally:
         for machine in machines:
-            machine.kill()
+            machine.terminate()  # handed on to what it started
     assert [machine.returncode for machine in machines] == [0, 0], err + err1
     assert "global batch 4 = 2 processes × 2 × 1 accumulation" in out and out1 == ""
     assert_same_weights(stages.folder / "ldm", tmp_path / "run")
@@ -428,14 +430,18 @@ def test_a_preempted_slurm_job_saves_and_is_queued_again(stages: Stages, tmp_pat
     training = [str(ROOT / "scripts/train_ldm.py"), str(stages.folder / "ldm.yaml"), f"run={tmp_path}/run", "train.steps=100000"]
     job = subprocess.Popen(
         ["bash", str(CONFIGS / "slurm.sh"), *training], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**ENVIRONMENT, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**ENVIRONMENT, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, start_new_session=True,
     )  # fmt: skip
-    end = time.monotonic() + PATIENCE
-    while job.poll() is None and len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
-        time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)  # the script, and the step
-    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
-    out, err = job.communicate(timeout=PATIENCE)
+    try:
+        end = time.monotonic() + PATIENCE
+        while job.poll() is None and len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)  # the script, and the step
+        os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+        out, err = job.communicate(timeout=PATIENCE)
+    finally:
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode == 75, err
     assert "2 processes × 2" in out and err.count("stopped and saved at update") == 1 and "(process" not in err
     assert (read_status(tmp_path / "run") or {})["state"] == "interrupted"

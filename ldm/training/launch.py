@@ -26,7 +26,7 @@ def launched(cpu: bool = False) -> tuple[Processes, torch.device]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+    """The values of all processes, by rank; torch pickles them between processes of one launch, nothing reaches a file."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
