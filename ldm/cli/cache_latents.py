@@ -19,7 +19,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.data.sources import open_source
     from ldm.pipeline import load_codec
     from ldm.training.diffusion import ensure_cache
+    from ldm.training.launch import launched
 
     console = Console()
-    cache = ensure_cache(settings, load_codec(settings.autoencoder).autoencoder, open_source(settings.data, "train"), console.say)
+    autoencoder, source = load_codec(settings.autoencoder).autoencoder, open_source(settings.data, "train")
+    cache = ensure_cache(settings, autoencoder, source, console.say, *launched())
     console.say(f"{cache.length} images in {cache.folder}")

@@ -11,11 +11,16 @@ from typing import Any
 SHOWN = ("loss", "l1", "validation/loss", "validation/psnr", "validation/retrieval_top1", "updates_per_second")
 
 
+def rank() -> int:
+    """This process's number among those that the launcher started; the main one is 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class Console:
     """Messages and progress of the main process; other processes are silent."""
 
     def __init__(self) -> None:
-        self.silent = int(os.environ.get("RANK", "0")) != 0
+        self.silent = rank() != 0
         self._bar: Any = None
         self._begun: tuple[float, int] | None = None
 

@@ -3,7 +3,8 @@
   ldm evaluate runs/demo
 
 Drawn shapes are read back by an exact judge, digits by a classifier trained on the real ones. Sampling settings are
-chosen on captions seen in training alone, and held for everything else. Seeds are fixed.
+chosen on captions seen in training alone, and held for everything else. Seeds are fixed. Started by
+`accelerate launch scripts/evaluate.py` or torchrun, each process does its share; the report is the same but for seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune", type=int, default=96, help="images for each of the settings tried (default 96; 0: the run's own settings)"
     )
-    parser.add_argument("--batch-size", type=int, default=100, help="images computed together (default 100)")
+    parser.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,9 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is no run: it has no config.yaml")
     from ldm.evaluation.evaluate import evaluate
+    from ldm.training.launch import launched
 
     console = Console()
-    report = evaluate(folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say)
+    report = evaluate(folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say, *launched())
     for line in _lines(report["judge"], "judge"):
         console.say(line)
     for line in _lines({k: report[k] for k in ("autoencoder", "seconds") if k in report}, ""):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
+import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import IO, NoReturn
+
+from ldm.cli.console import rank
 
 # command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
 COMMANDS = {
@@ -25,11 +30,20 @@ CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or
 75 interrupted and saved (the same command goes on)"""
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
+GRACE = 10  # seconds that a failing process leaves to the main one to say the same; the launcher then ends both
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and which speaks on the main process."""
 
     def error(self, message: str) -> NoReturn:
+        _leave_it_to_the_main_process()
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        if rank() == 0:
+            super().print_help(file)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,26 +63,51 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = parser().parse_args(argv)
+    everywhere = False
     try:
         arguments.function(arguments)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if rank() == 0:
+            print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
         code = getattr(error, "exit_code", None)  # the errors that a person can mend carry one
-        if code is None:
+        everywhere = getattr(error, "everywhere", False)  # and those that every process raises are marked
+        if everywhere and rank() != 0:
+            return code or 1
+        _leave_it_to_the_main_process()
+        place = "" if rank() == 0 else f" (process {rank()})"
+        if code is not None:
+            print(f"ldm {arguments.command}{place}: {error}", file=sys.stderr, flush=True)
+            return code
+        if any(sign in str(error) for sign in LOST):
+            print(f"ldm {arguments.command}{place}: another process has ended: its own line says why", file=sys.stderr, flush=True)
+            return 1
+        if not everywhere:
             raise
-        print(f"ldm {arguments.command}: {error}", file=sys.stderr)
-        return code
+        traceback.print_exc()  # before leaving, or the launcher may end this process first
+        return 1
     finally:
-        _leave_process_group()
+        _leave_process_group(everywhere)
     return 0
 
 
-def _leave_process_group() -> None:
-    """End torch.distributed where it was started: a process that leaves without it can abort at exit."""
+def _leave_it_to_the_main_process() -> None:
+    """Wait where this is not the main one: it most likely fails too, and a launcher ends all when the first has ended."""
+    if rank() != 0:
+        time.sleep(GRACE)
+
+
+def _leave_process_group(together: bool) -> None:
+    """End torch.distributed where it was started: a process that leaves without it can abort at exit.
+
+    ``together``: when all are here, so that the main one has spoken before a launcher sees the first of them end.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together:
+            with suppress(RuntimeError):  # one that does not come has an error of its own
+                torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -3,7 +3,8 @@
   ldm sample runs/demo --prompt "a small red circle on a white background" --count 4
 
 Each PNG carries its settings (`ldm` in its metadata); grid-*.png shows all of them. Settings left out are the
-model's own. Image i of a seed starts from the same noise at any batch size.
+model's own. Image i of a seed starts from the same noise at any batch size and number of processes; started by
+`accelerate launch scripts/sample.py` or torchrun, each process draws its share.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console
 from ldm.config import SAMPLERS, ConfigError, SampleConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ldm.data.processes import Processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
-    parser.add_argument("--batch-size", type=int, default=16, help="images computed together (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images computed together by one process (default 16)")
     parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one, each process its own)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,13 +64,16 @@ def run(arguments: argparse.Namespace) -> None:
         if info.has_text:
             raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
         prompts = [""] * arguments.count
-    console, device = Console(), _device(arguments.device)
-    try:
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {arguments.out} cannot be a folder: {error.strerror}") from None
+    console = Console()
+    processes, device = _devices(arguments.device)
+    out = Path(arguments.out)
+    first = processes.each(lambda: _first_number(out))[0]  # agreed, before anyone writes
     pipe = Pipeline.from_pretrained(info.folder, device)
-    _draw(pipe, prompts, settings, size, arguments, console)
+    images = processes.over(len(prompts), lambda mine: _draw(pipe, prompts, mine, first, settings, size, arguments, console))
+    if processes.main and len(prompts) > 1:
+        about = {"prompts": prompts, **dataclasses.asdict(settings), "size": size, "model": pipe.hash}
+        _save_grid(images, arguments.count if arguments.count > 1 else min(8, len(prompts)), about, out / f"grid-{first:05d}.png")
+    console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {arguments.out}/ from {first:05d}")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -82,41 +93,58 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 
-def _device(name: str | None) -> Any:
+def _devices(name: str | None) -> tuple[Processes, torch.device]:
+    """Who draws, and where this process does."""
     import torch
 
+    from ldm.training.launch import launched
+
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if name not in (None, "cpu") and count > 1:
+        raise ConfigError(f"--device {name} with {count} processes: each takes the GPU of its number; leave it out, or say cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).cpu()  # `meta` has no numbers
+        if name is not None:
+            torch.zeros(1, device=name).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+    processes, device = launched(cpu=name == "cpu")
+    return processes, torch.device(name) if name is not None else device
 
 
-def _draw(pipe: Any, prompts: list[str], settings: SampleConfig, size: int, arguments: argparse.Namespace, console: Console) -> None:
+def _first_number(out: Path) -> int:
+    """The number after the highest in the folder, which is made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be a folder: {error.strerror}") from None
+    return 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
+
+
+def _draw(
+    pipe: Any, prompts: list[str], mine: range, first: int, settings: SampleConfig, size: int, arguments: argparse.Namespace,
+    console: Console,
+) -> list[np.ndarray]:  # fmt: skip
+    """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
+    from ldm.data.images import to_pil, to_uint8
+
+    drawn: list[np.ndarray] = []
+    for images in pipe.sample([prompts[i] for i in mine], settings, size=size, batch_size=arguments.batch_size, indices=mine):
+        arrays = to_uint8(images)
+        for picture, i in zip(to_pil(arrays), mine[len(drawn) :], strict=False):
+            about = {"prompt": prompts[i], **dataclasses.asdict(settings), "index": i, "size": size, "model": pipe.hash}
+            picture.save(Path(arguments.out) / f"{first + i:05d}-{_slug(prompts[i])}.png", pnginfo=_metadata(about))
+        drawn += list(arrays)
+        console.progress(len(drawn), len(mine), {})
+    return drawn
+
+
+def _save_grid(images: list[np.ndarray], columns: int, about: dict[str, Any], file: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ldm.data.images import to_pil, to_uint8
     from ldm.evaluation.plots import grid
 
-    out, drawn = Path(arguments.out), []
-    first = 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
-    for images in pipe.sample(prompts, settings, size=size, batch_size=arguments.batch_size):
-        arrays = to_uint8(images)
-        for picture in to_pil(arrays):
-            i = sum(len(a) for a in drawn)
-            drawn.append(np.asarray(picture)[None])
-            about = {"prompt": prompts[i], **dataclasses.asdict(settings), "index": i, "size": size, "model": pipe.hash}
-            file = out / f"{first + i:05d}-{_slug(prompts[i])}.png"
-            picture.save(file, pnginfo=_metadata(about))
-        console.progress(len(drawn), len(prompts), {})
-    sheet = np.concatenate([a if a.ndim == 4 else a[..., None] for a in drawn])
-    if len(prompts) > 1:
-        columns = arguments.count if arguments.count > 1 else min(8, len(prompts))
-        about = {"prompts": prompts, **dataclasses.asdict(settings), "size": size, "model": pipe.hash}
-        Image.fromarray(grid(sheet, columns)).save(out / f"grid-{first:05d}.png", pnginfo=_metadata(about))
-    console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {out}/ from {first:05d}")
+    Image.fromarray(grid(np.stack(images), columns)).save(file, pnginfo=_metadata(about))
 
 
 def _metadata(about: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from autoencoder.model import AutoencoderKL
 from ldm.config import DataConfig
 from ldm.data.images import prepare
+from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import DataError, Source
 
 MANIFEST = "cache.json"
@@ -76,41 +77,71 @@ def write(
     device: torch.device,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> None:
-    """Encode every sample of a finite source into ``folder``, which appears whole or not at all. Raises DataError."""
+    """Encode every sample of a finite source into ``folder``, which appears whole or not at all. Raises DataError.
+
+    Each process encodes a shard of a round, on a file system that all of them share; the main one commits. A shard is
+    encoded as it would be alone, so the cache is the same at any number of processes.
+    """
     if source.length is None:
         raise DataError("a source without end cannot be cached: set data.size")
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    length, shards = source.length, -(-source.length // SHARD)
+    temporary = processes.each(lambda: _temporary(folder) if processes.main else folder)[0]
+
+    def encoded(first: int) -> list[str]:
+        """This process's shard of the round that begins with ``first``."""
+        number = first + processes.rank
+        if number >= shards:
+            return []
+
+        def seen(done: int) -> None:
+            if progress:  # the others are about as far
+                progress(min(first * SHARD + done * processes.count, length), length)
+
+        indices = range(number * SHARD, min((number + 1) * SHARD, length))
+        return _write_shard(temporary, number, indices, autoencoder, source, data, device, batch, seen)
+
+    texts: list[str] = []
     try:
-        texts = _write_shards(temporary, autoencoder, source, source.length, data, device, batch, progress)
-        (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
-        (temporary / MANIFEST).write_text(json.dumps({**bound, "length": source.length}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        # In rounds: no process waits for another longer than one shard takes, since NCCL gives up after ten minutes.
+        for first in range(0, shards, processes.count):
+            texts += [text for share in processes.each(lambda first=first: encoded(first)) for text in share]
+        processes.each(lambda: _commit(temporary, folder, texts, {**bound, "length": length}) if processes.main else None)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if processes.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _write_shards(
-    folder: Path, autoencoder: AutoencoderKL, source: Source, length: int, data: DataConfig, device: torch.device, batch: int,
-    progress: Callable[[int, int], None] | None,
+def _temporary(folder: Path) -> Path:
+    """Where the cache is written until it is whole; named for the process that answers for it."""
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _commit(temporary: Path, folder: Path, texts: list[str], manifest: dict[str, Any]) -> None:
+    (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _write_shard(
+    folder: Path, number: int, indices: range, autoencoder: AutoencoderKL, source: Source, data: DataConfig, device: torch.device,
+    batch: int, progress: Callable[[int], None],
 ) -> list[str]:  # fmt: skip
-    """Encode everything; returns the captions."""
+    """Encode one shard; returns its captions."""
     texts: list[str] = []
-    for start in range(0, length, SHARD):
-        stop = min(start + SHARD, length)
-        rows: dict[str, list[Tensor]] = {"plain": [], "mirrored": []} if data.flip else {"plain": []}
-        for i in range(start, stop, batch):
-            samples = [source[j] for j in range(i, min(i + batch, stop))]
-            texts += [s.text for s in samples]
-            images = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(device)
-            for name in rows:
-                rows[name].append(autoencoder.encode(images.flip(3) if name == "mirrored" else images).moments.cpu())
-            if progress:
-                progress(len(texts), length)
-        shard = {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
-        save_file(shard, folder / f"moments-{start // SHARD:05d}.safetensors")
+    rows: dict[str, list[Tensor]] = {"plain": [], "mirrored": []} if data.flip else {"plain": []}
+    for i in range(0, len(indices), batch):
+        samples = [source[j] for j in indices[i : i + batch]]
+        texts += [s.text for s in samples]
+        images = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(device)
+        for name in rows:
+            rows[name].append(autoencoder.encode(images.flip(3) if name == "mirrored" else images).moments.cpu())
+        progress(len(texts))
+    save_file({name: torch.cat(parts).contiguous() for name, parts in rows.items()}, folder / f"moments-{number:05d}.safetensors")
     return texts

@@ -15,6 +15,7 @@ from autoencoder.metrics import psnr
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
 from ldm.data.images import prepare, to_uint8
+from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import Source, open_source
 from ldm.evaluation import judge as shapes
 from ldm.evaluation import plots
@@ -24,10 +25,12 @@ from ldm.pipeline import Pipeline
 EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
 SHOWN = 32  # images in the picture of a report
+DECIBEL_DIGITS = 2  # of the report: the last bits of a PSNR depend on what is computed together
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, float]]
+Row = dict[str, bool]  # which attributes of a picture are as asked
 
 
 @runtime_checkable
@@ -76,9 +79,13 @@ JUDGES: dict[str, Callable[[int], Judge]] = {
 }
 
 
-def evaluate(run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say) -> dict[str, Any]:
+def evaluate(
+    run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say,
+    processes: Processes = ALONE, device: torch.device | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
 
+    The report is the same at any number of processes, apart from its seconds.
     Raises ConfigError for data that no judge reads, FolderError for a run without a model.
     """
     started = time.monotonic()
@@ -87,32 +94,32 @@ def evaluate(run: Path, images: int, tune: int, batch_size: int, progress: Progr
     if data.source not in JUDGES:
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     judge = JUDGES[data.source](data.image_size)
-    pipe = Pipeline.from_pretrained(run)
+    pipe = Pipeline.from_pretrained(run, device)
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.sample
     tried = None
     if tune:
-        settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say)
+        settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes)
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
     if tried is not None:
         report["tuned_on_seen"] = tried
     for i, (name, split) in enumerate(judge.splits):
         captions = _captions(open_source(data, split), images)
         chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
-        drawn = _draw(pipe, captions, chosen, batch_size, progress, range(i * images, (i + 1) * images))
-        rows = judge.right(drawn, captions)
+        rows, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
         report["judge"][judge.name][name] = _proportions(rows)
-        if i == len(judge.splits) - 1:
-            _picture(run, drawn, captions, rows, name, chosen)
+        if i == len(judge.splits) - 1 and processes.main:
+            _picture(run, shown, captions, rows, name, chosen)
     report |= getattr(judge, "about", {})
     if pipe.codec is not None:
-        report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size)
+        report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size, processes)
     report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
-    write_json(run / "report.json", report)
-    names = ("loss", "validation/loss", "lr", "grad_norm_unet")
-    plots.curves(run / "metrics.jsonl", run / "curves.png", names)
+    if processes.main:
+        write_json(run / "report.json", report)
+        names = ("loss", "validation/loss", "lr", "grad_norm_unet")
+        plots.curves(run / "metrics.jsonl", run / "curves.png", names)
     return report
 
 
@@ -121,52 +128,67 @@ def _captions(source: Source, n: int) -> list[str]:
     return [source[i % (source.length or n)].text for i in range(n)]
 
 
-def _draw(pipe: Pipeline, captions: list[str], settings: SampleConfig, batch: int, progress: Progress | None, indices: range) -> np.ndarray:
-    parts: list[np.ndarray] = []
-    for images in pipe.sample(captions, settings, batch_size=batch, indices=indices):
-        parts.append(to_uint8(images))
-        if progress:
-            progress(sum(map(len, parts)), len(captions), {})
-    return np.concatenate(parts)
+def _judged(
+    pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
+    processes: Processes, first: int = 0,
+) -> tuple[list[Row], list[np.ndarray]]:  # fmt: skip
+    """One picture of each caption, judged, and the first SHOWN pictures. ``first``: the number within the seed of the first."""
+
+    def share(mine: range) -> list[tuple[Row, np.ndarray | None]]:
+        texts, drawn = [captions[i] for i in mine], []
+        for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in mine]):
+            drawn += list(to_uint8(images))
+            if progress:
+                progress(len(drawn), len(mine), {})
+        return [(row, image if i < SHOWN else None) for i, row, image in zip(mine, judge.right(np.stack(drawn), texts), drawn, strict=True)]
+
+    pairs = processes.over(len(captions), share)
+    return [row for row, _ in pairs], [image for _, image in pairs if image is not None]
 
 
 def _tune(
-    pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say
+    pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say, processes: Processes
 ) -> tuple[SampleConfig, list[dict[str, float]]]:
     """The guidance scale that is best on seen captions, with a seed that the report does not use."""
     captions, tried = _captions(seen, n), []
     for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
-        rows = judge.right(_draw(pipe, captions, settings, batch, None, range(n)), captions)
+        rows, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
         tried.append({"guidance_scale": scale, "all": sum(row["all"] for row in rows) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
     best = max(tried, key=lambda row: row["all"])  # the first, so the weakest guidance, where several are equal
     return dataclasses.replace(start, guidance_scale=best["guidance_scale"]), tried
 
 
-def _proportions(rows: list[dict[str, bool]]) -> Scores:
+def _proportions(rows: list[Row]) -> Scores:
     return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
 @torch.no_grad()
-def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int) -> dict[str, Any]:
+def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int, processes: Processes) -> dict[str, Any]:
     """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
     assert pipe.codec is not None
-    source, rows, decibels = open_source(data, judge.splits[0][1]), [], []
-    n = min(n, source.length or n)
-    for start in range(0, n, batch):
-        samples = [source[i] for i in range(start, min(start + batch, n))]
-        image = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(pipe.device)
-        decoded = pipe.codec.autoencoder(image)[0].clamp(-1, 1)
-        decibels += psnr(decoded, image).tolist()
-        rows += judge.right(to_uint8(decoded), [s.text for s in samples])
-    return {"psnr": float(np.mean(decibels)), "judge": _proportions(rows)}
+    autoencoder, source = pipe.codec.autoencoder, open_source(data, judge.splits[0][1])
+
+    def share(mine: range) -> list[tuple[float, Row]]:
+        pairs: list[tuple[float, Row]] = []
+        for start in range(0, len(mine), batch):
+            samples = [source[i] for i in mine[start : start + batch]]
+            image = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(pipe.device)
+            decoded = autoencoder(image)[0].clamp(-1, 1)
+            rows = judge.right(to_uint8(decoded), [s.text for s in samples])
+            pairs += zip(psnr(decoded, image).tolist(), rows, strict=True)
+        return pairs
+
+    pairs = processes.over(min(n, source.length or n), share)
+    decibels = round(float(np.mean([decibel for decibel, _ in pairs])), DECIBEL_DIGITS)
+    return {"psnr": decibels, "judge": _proportions([row for _, row in pairs])}
 
 
-def _picture(run: Path, drawn: np.ndarray, captions: list[str], rows: Iterable[dict[str, bool]], name: str, settings: SampleConfig) -> None:
+def _picture(run: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig) -> None:
     wrong = [not row["all"] for row in rows]
     title = f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
-    plots.captioned(drawn[:SHOWN], captions[:SHOWN], run / "samples.png", wrong=wrong[:SHOWN], title=title)
+    plots.captioned(np.stack(shown), captions[: len(shown)], run / "samples.png", wrong=wrong[: len(shown)], title=title)
 
 
 def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
@@ -17,6 +15,7 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
+from ldm.data.processes import Processes
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
@@ -25,6 +24,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
+from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -92,8 +92,7 @@ class DiffusionTask:
         """The latent cache beside the run, written first where there is none yet."""
         if self.codec is None or not self.config.cache_latents:
             return None
-        with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():  # as Accelerator itself makes it
-            return ensure_cache(self.config, self.codec.autoencoder, self.source, say)
+        return ensure_cache(self.config, self.codec.autoencoder, self.source, say, *launched())
 
     def _caption_table(self) -> Any:
         """The states of all captions of a small set, encoded once; None where they are encoded in the step."""
@@ -207,14 +206,15 @@ class DiffusionTask:
         self.pipeline().save_pretrained(run.model)
 
 
-def ensure_cache(config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None]) -> cache.LatentCache:
+def ensure_cache(
+    config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None], processes: Processes, device: torch.device
+) -> cache.LatentCache:
     """Open the run's latent cache, and write it before where it is missing. Raises DataError for one that does not match."""
     folder = Path(config.run) / "latents"
     bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
-    if not (folder / cache.MANIFEST).is_file():
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not processes.each((folder / cache.MANIFEST).is_file)[0]:  # what the main process sees holds for all
         say(f"encoding {source.length} images into {folder}")
-        cache.write(folder, bound, autoencoder.to(device), source, config.data, device)
+        cache.write(folder, bound, autoencoder.to(device), source, config.data, device, processes=processes)
         autoencoder.to("cpu")
     return cache.LatentCache(folder, bound)
 

@@ -42,6 +42,7 @@ class Interrupted(RuntimeError):
     """The run was asked to stop; its state is saved and the same command goes on."""
 
     exit_code = 75
+    everywhere = True  # agreed: every process raises it
 
 
 def learning_rate(config: TrainConfig, update: int) -> float:
