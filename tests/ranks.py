@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,6 +21,7 @@ from ldm import config as configuration
 from ldm.cli import train_autoencoder, train_clip, train_ldm
 from ldm.cli.console import Console
 from ldm.config import AutoencoderRun, ClipRun, DiffusionRun
+from ldm.training.launch import launched
 from ldm.training.loop import Loop
 
 COMMANDS = {"autoencoder": (train_autoencoder, AutoencoderRun), "clip": (train_clip, ClipRun), "ldm": (train_ldm, DiffusionRun)}
@@ -60,9 +60,7 @@ def train(out: Path, command: str, config: str, base: str, micro_batches: list[s
     """Train each variant to its end; OUT/N.safetensors has the gradients of its first update, OUT/N.json the draws of all."""
     for number, micro_batch in enumerate(micro_batches):
         run = out / f"run{number}"
-        with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).local_main_process_first():
-            if not run.exists():
-                shutil.copytree(base, run)
+        launched()[0].each(lambda run=run: None if run.exists() or int(os.environ.get("RANK", 0)) else shutil.copytree(base, run))
         loop = made(command, config, run, f"train.micro_batch={micro_batch}")
         gradients, draws = watch(loop)
         loop.train()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.config import DataConfig
+from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import DataError, Sample, Skipped
 from ldm.data.stream import Draws, Stream
 from ldm.training.run import RunDirectory
@@ -39,10 +40,6 @@ def streams(max_skipped: float = 1.0, *skipped: str) -> tuple[Stream, Stream]:
     return Stream(Folder(*skipped), data, 0, Draws({})), Stream(Folder(*skipped), data, 0, Draws({}), validation=True)
 
 
-def alone(mine: list) -> list:
-    return mine
-
-
 def listed(run: RunDirectory) -> list[str]:
     return [json.loads(line)["file"] for line in (run.path / "skipped.jsonl").read_text().splitlines()]
 
@@ -51,7 +48,7 @@ def test_each_is_told_and_listed_once(tmp_path: Path) -> None:
     train, validation = streams(1.0, "a.png")
     said: list[str] = []
     with RunDirectory(tmp_path) as run:
-        log = SkipLog((train, validation), run, said.append, alone)
+        log = SkipLog((train, validation), run, said.append, ALONE)
         assert log.total == 21
         log.update()
         log.update()
@@ -68,24 +65,25 @@ def test_each_is_told_and_listed_once(tmp_path: Path) -> None:
         with (tmp_path / "skipped.jsonl").open("a") as stream:
             stream.write('{"file": "torn')
         train.skipped[Skipped("f", "damaged")] = None
-        SkipLog((train, validation), run, said.append, alone).update()  # after a restart
+        SkipLog((train, validation), run, said.append, ALONE).update()  # after a restart
         assert listed(run) == ["a.png", "b", "c", "d", "e", "f"]
 
 
 def test_all_processes_stop_past_the_limit() -> None:
-    four, one = (SkipLog(streams(0.2), None, lambda text: None, alone) for _ in range(2))
+    four, one = (SkipLog(streams(0.2), None, lambda text: None, ALONE) for _ in range(2))
     shares = [[Skipped(str(i), "damaged") for i in range(4)], [Skipped("x", "damaged")]]
+    together = Processes(0, 2, lambda mine: shares)  # what the two give
     for log in (four, one):
-        log.gather = lambda mine: shares[0] + shares[1]  # what the ranks give together
+        log.processes = together
         with pytest.raises(DataError, match=r"photos: 5 of 20 cannot be used, more than data.max_skipped 0.2 allows, such as 0: damaged"):
             log.update()
-    enough = SkipLog(streams(0.2), None, lambda text: None, lambda mine: shares[0])
+    enough = SkipLog(streams(0.2), None, lambda text: None, Processes(0, 1, lambda mine: shares[:1]))
     enough.update()  # 4 of 20 are a fifth, and allowed
 
 
 def test_a_source_without_end_skips_nothing() -> None:
     train, validation = streams()
     train.source.length = None  # type: ignore[misc]
-    log = SkipLog((train, validation), None, lambda text: None, alone)
+    log = SkipLog((train, validation), None, lambda text: None, ALONE)
     assert log.total is None
     log.update()

@@ -372,13 +372,32 @@ def test_a_cached_stream_gives_what_the_image_stream_gives_and_never_the_same_no
         ({"autoencoder": "another"}, "autoencoder"),
         ({"data": "another"}, "data"),
         ({"transform": {"image_size": 32, "crop": "center", "flip": True}}, "transform"),
-        ({"format": 2}, "format"),
+        ({"format": 1}, "format"),
     ],
 )
 def test_a_cache_made_for_something_else_is_refused_by_name(tmp_path: Path, change: dict[str, Any], name: str) -> None:
     _, _, bound = write(tmp_path / "latents")
     with pytest.raises(DataError, match=f"another {name}"):
         cache.LatentCache(tmp_path / "latents", {**bound, **change})
+
+
+def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SHARD", 4)
+    data, holes = DataConfig(source="shapes", image_size=24, size=10, flip=True), Holes(10, (24, 24))
+    bound = cache.binding("abc", holes, data)
+    network = autoencoder()
+    cache.write(tmp_path / "latents", bound, network, holes, data, torch.device("cpu"), batch=3)
+    held = cache.LatentCache(tmp_path / "latents", bound)
+    assert held.skipped == {i: Skipped(f"{i}.png", "cannot be decoded") for i in Holes.damaged}
+    with pytest.raises(BadSample, match=r"4\.png: cannot be decoded"):
+        held.moments(4)
+    cached, direct = Stream(holes, data, 3, Draws({}), held), Stream(holes, data, 3, Draws({}))
+    assert set(cached.skipped) == set(held.skipped.values())  # known before the first sample
+    for position in range(20):
+        a, b = cached[position], direct[position]
+        assert a["text"] == b["text"]
+        with torch.no_grad():
+            torch.testing.assert_close(a["moments"], network.encode(b["image"][None]).moments[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_binding_sees_what_matters() -> None:

@@ -21,7 +21,7 @@ from autoencoder.model import AutoencoderKL
 from ldm.config import DataConfig
 from ldm.data.images import prepare
 from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import DataError, Source
+from ldm.data.sources import BadSample, DataError, Skipped, Source
 
 MANIFEST = "cache.json"
 SHARD = 4096  # samples in one file
@@ -30,7 +30,7 @@ SHARD = 4096  # samples in one file
 def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
     """What determines every number in a cache."""
     return {
-        "format": 1,
+        "format": 2,
         "autoencoder": autoencoder_hash,
         "data": source.fingerprint,
         "transform": {"image_size": data.image_size, "crop": data.crop, "flip": data.flip},
@@ -38,7 +38,10 @@ def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str
 
 
 class LatentCache:
-    """A cache folder: ``moments(index, mirror)`` and ``text(index)``. Raises DataError unless it was made for ``bound``."""
+    """A cache folder: ``moments(index, mirror)`` and ``text(index)``. Raises DataError unless it was made for ``bound``.
+
+    ``skipped``: what could not be encoded, by index.
+    """
 
     def __init__(self, folder: Path, bound: dict[str, Any]) -> None:
         file = folder / MANIFEST
@@ -49,6 +52,7 @@ class LatentCache:
             if manifest.get(key) != value:
                 raise DataError(f"{folder}: this latent cache was made with another {key}: delete the folder, or point to another run")
         self.folder, self.length = folder, int(manifest["length"])
+        self.skipped = {int(index): Skipped(*said) for index, said in manifest["skipped"].items()}
         self._texts: list[str] = json.loads((folder / "texts.json").read_text())
         self._shards: dict[int, dict[str, Tensor]] = {}
 
@@ -59,7 +63,9 @@ class LatentCache:
         return self._shards[number]
 
     def moments(self, index: int, mirror: bool = False) -> Tensor:
-        """Mean and log-variance [2c, h, w] of the sample, or of its mirror image."""
+        """Mean and log-variance [2c, h, w] of the sample, or of its mirror image. Raises BadSample."""
+        if index in self.skipped:
+            raise BadSample(self.skipped[index].file, self.skipped[index].reason)
         return self._shard(index // SHARD)["mirrored" if mirror else "plain"][index % SHARD]
 
     def text(self, index: int) -> str:
@@ -89,11 +95,11 @@ def write(
     length, shards = source.length, -(-source.length // SHARD)
     temporary = processes.each(lambda: _temporary(folder) if processes.main else folder)[0]
 
-    def encoded(first: int) -> list[str]:
+    def encoded(first: int) -> tuple[list[str], dict[int, Skipped]]:
         """This process's shard of the round that begins with ``first``."""
         number = first + processes.rank
         if number >= shards:
-            return []
+            return [], {}
 
         def seen(done: int) -> None:
             if progress:  # the others are about as far
@@ -103,11 +109,15 @@ def write(
         return _write_shard(temporary, number, indices, autoencoder, source, data, device, batch, seen)
 
     texts: list[str] = []
+    skipped: dict[int, Skipped] = {}
     try:
         # In rounds: no process waits for another longer than one shard takes, since NCCL gives up after ten minutes.
         for first in range(0, shards, processes.count):
-            texts += [text for share in processes.each(lambda first=first: encoded(first)) for text in share]
-        processes.each(lambda: _commit(temporary, folder, texts, {**bound, "length": length}) if processes.main else None)
+            for captions, left_out in processes.each(lambda first=first: encoded(first)):
+                texts += captions
+                skipped |= left_out
+        manifest = {**bound, "length": length, "skipped": {index: [s.file, s.reason] for index, s in skipped.items()}}
+        processes.each(lambda: _commit(temporary, folder, texts, manifest) if processes.main else None)
     except BaseException:
         if processes.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -132,16 +142,24 @@ def _commit(temporary: Path, folder: Path, texts: list[str], manifest: dict[str,
 def _write_shard(
     folder: Path, number: int, indices: range, autoencoder: AutoencoderKL, source: Source, data: DataConfig, device: torch.device,
     batch: int, progress: Callable[[int], None],
-) -> list[str]:  # fmt: skip
-    """Encode one shard; returns its captions."""
+) -> tuple[list[str], dict[int, Skipped]]:  # fmt: skip
+    """Encode one shard; returns its captions, and what could not be read, whose place is filled with zeros."""
     texts: list[str] = []
+    skipped: dict[int, Skipped] = {}
+
+    def image(index: int) -> Tensor:
+        try:
+            return prepare(source[index].image, data.image_size)
+        except BadSample as bad:
+            skipped[index] = bad.skipped
+            return torch.zeros(data.image_channels, data.image_size, data.image_size)
+
     rows: dict[str, list[Tensor]] = {"plain": [], "mirrored": []} if data.flip else {"plain": []}
     for i in range(0, len(indices), batch):
-        samples = [source[j] for j in indices[i : i + batch]]
-        texts += [s.text for s in samples]
-        images = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(device)
+        texts += [source.text(j) for j in indices[i : i + batch]]
+        images = torch.stack([image(j) for j in indices[i : i + batch]]).to(device)
         for name in rows:
             rows[name].append(autoencoder.encode(images.flip(3) if name == "mirrored" else images).moments.cpu())
         progress(len(texts))
     save_file({name: torch.cat(parts).contiguous() for name, parts in rows.items()}, folder / f"moments-{number:05d}.safetensors")
-    return texts
+    return texts, skipped

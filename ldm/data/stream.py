@@ -51,7 +51,7 @@ class Stream(Dataset[Batch]):
         self.prefix = "validation/" if validation else ""
         self.validation = validation
         self.order = streams.Order(seed, source.length)
-        self.skipped: dict[Skipped, None] = {}  # in the order of meeting them
+        self.skipped: dict[Skipped, None] = dict.fromkeys(cache.skipped.values() if cache else ())  # in the order of meeting them
 
     def __getitem__(self, position: int) -> Batch:
         sample = self._read(position) | {"position": torch.tensor(position)}

@@ -125,7 +125,7 @@ def evaluate(
 
 def _captions(source: Source, n: int) -> list[str]:
     """The captions of the first ``n`` samples, from the start again where there are fewer."""
-    return [source[i % (source.length or n)].text for i in range(n)]
+    return [source.text(i % (source.length or n)) for i in range(n)]
 
 
 def _judged(

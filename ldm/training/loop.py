@@ -16,13 +16,13 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
+from ldm.training.launch import launched
 from ldm.training.probe import Probe
 from ldm.training.run import RunDirectory, read_status
 from ldm.training.skipped import SkipLog
@@ -60,19 +60,19 @@ class Loop:
 
     def __init__(self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter) -> None:
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
+        self.processes, _ = launched()
         try:
             self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         except ValueError as error:  # a precision that the device lacks
             raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
         if config.mixed_precision != "no" and not self.accelerator.native_amp:  # accelerate would go on in float32
             raise ConfigError(f"train.mixed_precision {config.mixed_precision} is not offered on {self.accelerator.device}: use no or bf16")
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.split: Split = split_batch(config.batch_size, config.micro_batch, processes, rank)
+        self.split: Split = split_batch(config.batch_size, config.micro_batch, self.processes.count, self.processes.rank)
         _set_backends(config)
         self.step = 0
         self.run = RunDirectory(path) if self.accelerator.is_main_process else None
-        self.probe = Probe(processes, gather_object)
-        self.skipped = SkipLog((task.stream, task.validation), self.run, reporter.say, gather_object if processes > 1 else list)
+        self.probe = Probe(self.processes)
+        self.skipped = SkipLog((task.stream, task.validation), self.run, reporter.say, self.processes)
         self._stop: int | None = None
         self._nonfinite = torch.zeros((), device=self.accelerator.device)
         try:

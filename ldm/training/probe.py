@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import ConfigError
+from ldm.data.processes import Processes
 from ldm.data.stream import Batch
 
 TOLERANCE = 1e-6  # of the sum of magnitudes: the processes' devices may round differently
 
 
+class ProcessesDifferError(ConfigError):
+    """The processes would not train one model."""
+
+    everywhere = True  # raised by all of them
+
+
 class Probe:
-    """Compares the processes once after each start; with one process it does nothing. Raises ConfigError on all of them.
+    """Compares the processes once after each start; with one process it does nothing. Raises ProcessesDifferError."""
 
-    ``gather``: a list of every process → all their entries, in the order of ranks, on every process.
-    """
-
-    def __init__(self, processes: int, gather: Callable[[list[Any]], list[Any]]) -> None:
-        self.gather = gather
-        self._active = processes > 1
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._active = processes.count > 1
         self._draws_seen = False
         self._compared: set[str] = set()  # networks whose gradients have been found equal
 
@@ -38,13 +41,14 @@ class Probe:
         if not self._active or self._draws_seen:
             return
         self._draws_seen = True
-        positions = self.gather(batch["position"].tolist())
+        positions = [p for share in self._processes.gather(batch["position"].tolist()) for p in share]
         if len(set(positions)) < len(positions):
-            raise ConfigError("processes read the same positions of the training stream: is each started with a rank of its own?")
+            raise ProcessesDifferError("processes read the same positions of the training stream: is each started with a rank of its own?")
         for name in names:
-            digests = self.gather([hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in batch[name]])
+            mine = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in batch[name]]
+            digests = [digest for share in self._processes.gather(mine) for digest in share]
             if len(set(digests)) < len(digests):
-                raise ConfigError(f"the draws {name!r} repeat at different positions: they must depend on the position")
+                raise ProcessesDifferError(f"the draws {name!r} repeat at different positions: they must depend on the position")
 
     def gradients(self, networks: Mapping[str, nn.Module]) -> None:
         """After the first backward passes of a network, its gradients must be the same everywhere."""
@@ -58,15 +62,15 @@ class Probe:
     def _compare(self, what: str, tensors: list[Tensor]) -> bool:
         """Compare weighted sums of every tensor; False where they are not finite and say nothing."""
         sums = torch.stack([_sums(tensor) for tensor in tensors]).cpu()  # [tensors, 3]
-        everyone = [torch.tensor(other, dtype=torch.float64) for other in self.gather([sums.tolist()])]
+        everyone = [torch.tensor(other, dtype=torch.float64) for other in self._processes.gather(sums.tolist())]
         if any(other.shape != sums.shape for other in everyone):
-            raise ConfigError(f"the processes differ in {what}: not even their number is the same")
+            raise ProcessesDifferError(f"the processes differ in {what}: not even their number is the same")
         if not all(bool(other.isfinite().all()) for other in everyone):
             return False
         scale = everyone[0][:, 2:].clamp(min=1e-30)
         deviation = max(float(((other - everyone[0]).abs() / scale).max()) for other in everyone)
         if deviation > TOLERANCE:
-            raise ConfigError(
+            raise ProcessesDifferError(
                 f"the processes differ in {what} (by {deviation:.1e} of its magnitude): they would train {len(everyone)} models, not one"
             )
         return True

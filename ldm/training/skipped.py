@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ldm.data.sources import Skipped, check_share
+from ldm.data.processes import Processes
+from ldm.data.sources import DataError, Skipped, check_share
 from ldm.data.stream import Stream
 from ldm.training.run import RunDirectory
 
@@ -14,18 +15,11 @@ NAMED = 3  # files named on the terminal at a time; the list has all
 class SkipLog:
     """Counts distinct images and rows that were skipped since this start, on every process alike.
 
-    ``run`` is None but on the main process, which writes ``skipped.jsonl``. ``gather``: a list of every process → all
-    their entries on every process.
+    ``run`` is None but on the main process, which writes ``skipped.jsonl``.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[Stream],
-        run: RunDirectory | None,
-        say: Callable[[str], None],
-        gather: Callable[[list[Skipped]], list[Skipped]],
-    ) -> None:
-        self.streams, self.run, self.say, self.gather = streams, run, say, gather
+    def __init__(self, streams: Sequence[Stream], run: RunDirectory | None, say: Callable[[str], None], processes: Processes) -> None:
+        self.streams, self.run, self.say, self.processes = streams, run, say, processes
         self._told: set[Skipped] = set()  # by this process
         self._all: dict[Skipped, None] = {}  # by any
 
@@ -41,7 +35,7 @@ class SkipLog:
             return
         mine = [s for stream in self.streams for s in (*stream.source.skipped, *stream.skipped) if s not in self._told]
         self._told.update(mine)
-        new = [s for s in dict.fromkeys(self.gather(mine)) if s not in self._all]
+        new = [s for s in dict.fromkeys(s for share in self.processes.gather(mine) for s in share) if s not in self._all]
         self._all |= dict.fromkeys(new)
         if not new:
             return
@@ -53,4 +47,8 @@ class SkipLog:
             self.say(f"left out {skipped.file}: {skipped.reason}")
         more = f"and {len(new) - NAMED} more, " if len(new) > NAMED else ""
         self.say(f"{more}{len(self._all)} of {self.total} left out so far{place}")
-        check_share(len(self._all), self.total, self.streams[0].data, new[0], place)
+        try:
+            check_share(len(self._all), self.total, self.streams[0].data, new[0], place)
+        except DataError as error:
+            error.everywhere = True  # type: ignore[attr-defined]  # all processes count alike
+            raise
