@@ -11,19 +11,21 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from autoencoder.metrics import psnr
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
-from ldm.data.images import prepare, to_uint8
+from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
 from ldm.evaluation import judge as shapes
 from ldm.evaluation import plots
+from ldm.evaluation.reconstructions import reconstructed
+from ldm.evaluation.record import read_metrics, scalar_series
 from ldm.interop.weights import read_json, write_json
 from ldm.pipeline import Pipeline
 
 EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
 SHOWN = 32  # images in the picture of a report
+CURVES = ("loss", "validation/loss", "lr", "grad_norm_unet")
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 Say = Callable[[str], None]
@@ -111,8 +113,8 @@ def evaluate(run: Path, images: int, tune: int, batch_size: int, progress: Progr
     report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     write_json(run / "report.json", report)
-    names = ("loss", "validation/loss", "lr", "grad_norm_unet")
-    plots.curves(run / "metrics.jsonl", run / "curves.png", names)
+    logged = scalar_series(read_metrics(run))
+    plots.curves({name: logged[name] for name in CURVES if name in logged}, run / "curves.png")
     return report
 
 
@@ -148,18 +150,13 @@ def _proportions(rows: list[dict[str, bool]]) -> Scores:
     return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
-@torch.no_grad()
 def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int) -> dict[str, Any]:
     """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
     assert pipe.codec is not None
     source, rows, decibels = open_source(data, judge.splits[0][1]), [], []
-    n = min(n, source.length or n)
-    for start in range(0, n, batch):
-        samples = [source[i] for i in range(start, min(start + batch, n))]
-        image = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(pipe.device)
-        decoded = pipe.codec.autoencoder(image)[0].clamp(-1, 1)
-        decibels += psnr(decoded, image).tolist()
-        rows += judge.right(to_uint8(decoded), [s.text for s in samples])
+    for part in reconstructed(pipe.codec.autoencoder, source, data.image_size, range(min(n, source.length or n)), batch):
+        decibels += part.psnr
+        rows += judge.right(to_uint8(part.decoded), part.captions)
     return {"psnr": float(np.mean(decibels)), "judge": _proportions(rows)}
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, Stream, batches, split_batch
+from ldm.evaluation.record import read_status
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
-from ldm.training.run import RunDirectory, read_status
+from ldm.training.run import RunDirectory
 from ldm.training.trackers import open_trackers
 
 N = TypeVar("N", bound=nn.Module)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ldm import config as configuration
+from ldm.evaluation.record import RunError, parse_line, read_status
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -39,12 +40,6 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
-
-
-class RunError(RuntimeError):
-    """A run directory is in use, damaged, or belongs to another configuration; the message names it."""
-
-    exit_code = 2
 
 
 class RunDirectory:
@@ -106,7 +101,7 @@ class RunDirectory:
         """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
         file, temporary = self.path / "metrics.jsonl", self.path / ".metrics.jsonl.tmp"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if (parsed := _parse(line)) is not None and parsed["step"] <= step]
+            lines = [line for line in file.read_text().splitlines() if (parsed := parse_line(line)) is not None and parsed["step"] <= step]
             temporary.write_text("".join(line + "\n" for line in lines))
             _replace(temporary, file)
 
@@ -166,36 +161,6 @@ def _finite(value: Any) -> Any:
         return value
     number = float(value)  # floats, numpy and torch scalars
     return number if math.isfinite(number) else None
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        parsed = json.loads(line)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("step"), int) else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` in order; empty where there is none."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
-        return []
-    return [parsed for line in file.read_text().splitlines() if (parsed := _parse(line)) is not None]
-
-
-def read_status(path: Path) -> dict[str, Any] | None:
-    """A run's ``status.json``, or None where there is none. Raises RunError."""
-    file = path / "status.json"
-    if not file.exists():
-        return None
-    try:
-        status = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({type(error).__name__}): delete it to continue") from None
-    if not isinstance(status, dict):
-        raise RunError(f"{file} should hold one JSON object: delete it to continue")
-    return status
 
 
 def refused_changes(old: Any, new: Any) -> list[str]:
