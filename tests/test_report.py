@@ -415,7 +415,7 @@ def test_what_was_skipped_is_counted_grouped_and_listed(make_run: Callable[..., 
     (run / "skipped.jsonl").write_text("")
     assert "Nothing was skipped" in write(run).text["skipped-files"]
     rows = [{"file": f"f{i}.png", "reason": "truncated" if i % 5 else f"odd {HOSTILE}"} for i in range(250)]
-    broken = ["{torn", '"text"', '{"file": "x"}', ""]
+    broken = ["{torn", "", '"text"', "  ", '{"file": "x"}']
     (run / "skipped.jsonl").write_text("\n".join([*map(json.dumps, rows), *broken]))
     page = write(run)
     text, listed = page.text["skipped-files"], page.tables["skipped-files"]
@@ -452,9 +452,12 @@ def test_nulls_are_gaps_counted_and_named(make_run: Callable[..., Path], plotted
     assert math.isnan(plotted["update 8"][1][0]) and plotted["update 8"][1][1:] == [0.5] * 9
 
 
-def test_a_run_of_nulls_alone_and_values_of_other_kinds(make_run: Callable[..., Path]) -> None:
+def test_a_run_of_nulls_alone_and_values_of_other_kinds(
+    make_run: Callable[..., Path], plotted: dict[str, tuple[list[float], list[float]]]
+) -> None:
     page = write(make_run([{"step": 1, "loss": None, "note": "text", "flag": True, "validation/loss_by_t": [None] * 10}]))
     assert "loss: null in all 1 lines" in page.text["curves"] and page.rows("figures")["flag"] == ["true", "1"]
+    assert plotted.keys() == {"update 1"}
 
 
 @pytest.mark.parametrize("seed", range(3))
