@@ -308,6 +308,13 @@ class DiffusionRun:
                 raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
 
 
+RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun]] = {
+    "train-autoencoder": AutoencoderRun,
+    "train-clip": ClipRun,
+    "train-ldm": DiffusionRun,
+}
+
+
 def _same(name_a: str, a: Any, name_b: str, b: Any) -> None:
     if a != b:
         raise ConfigError(f"{name_a} is {a} but {name_b} is {b}: they must be equal")
@@ -373,11 +380,39 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 
 def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:
     """Read a YAML file, apply ``a.b=c`` overrides, and check everything. Raises ConfigError."""
+    return build(cls, _read(Path(file), overrides))
+
+
+def config_file(run: str | Path) -> Path:
+    """The saved configuration of a run directory. Raises ConfigError where there is none."""
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is no run: it has no config.yaml")
+    return file
+
+
+def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun:
+    """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
+    file = config_file(run)
+    values = _read(file, ())
+    # a saved configuration is resolved: of the classes with the most keys in common, the smallest is the one that wrote it
+    kind = max(RUNS.values(), key=lambda cls: (len(_names(cls) & values.keys()), -len(_names(cls))))
+    try:
+        return build(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
+    """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
     import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    file = Path(file)
     if not file.is_file():
         raise ConfigError(f"no configuration file {file}")
     for override in overrides:
@@ -388,10 +423,9 @@ def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] 
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{file} must be a mapping of settings, not a list")
         tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=False, throw_on_missing=True)
+        return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    return build(cls, values)
 
 
 def save(config: Any, file: str | Path) -> None:

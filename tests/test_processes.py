@@ -32,9 +32,9 @@ from ldm.config import ConfigError
 from ldm.data import cache
 from ldm.data.processes import ALONE, ElsewhereError, Processes
 from ldm.data.sources import DataError
+from ldm.evaluation.record import read_metrics, read_status
 from ldm.pipeline import Pipeline
 from ldm.training.loop import Interrupted
-from ldm.training.run import read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs/accelerate"

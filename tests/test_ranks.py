@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm.cli.main import main
-from ldm.training.run import read_metrics
+from ldm.evaluation.record import read_metrics
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(HERE.parent)}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ldm.config import AutoencoderRun, ClipRun, DataConfig, build, load
-from ldm.training.run import RunDirectory, RunError, read_metrics, read_status, refused_changes
+from ldm.evaluation.record import RunError, read_metrics, read_status
+from ldm.training.run import RunDirectory, refused_changes
 
 BASE = {"run": "runs/x", "data": {"source": "shapes", "image_size": 32}, "train": {"steps": 10}}
 

@@ -25,12 +25,12 @@ from ldm.config import TrainConfig
 from ldm.data.images import prepare
 from ldm.data.sources import open_source
 from ldm.data.stream import Stream, batches, collate
+from ldm.evaluation.record import read_metrics, read_status
 from ldm.pipeline import Pipeline, load_codec
 from ldm.training import loop as looping
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.diffusion import DiffusionTask
 from ldm.training.loop import MAX_NONFINITE, Loop, learning_rate
-from ldm.training.run import read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 

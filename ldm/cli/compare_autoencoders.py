@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
-from ldm.config import ConfigError
+from ldm.config import config_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compare and print."""
     plain, adversarial = Path(arguments.plain), Path(arguments.adversarial)
     for path in (plain, adversarial):
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} is no run: it has no config.yaml")
+        config_file(path)
     from ldm.evaluation.compare import compare
 
     file = Path(arguments.out) if arguments.out else adversarial.parent / "comparison.png"

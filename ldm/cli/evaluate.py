@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
-from ldm.config import ConfigError
+from ldm.config import ConfigError, config_file
+from ldm.evaluation.record import figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,24 +34,18 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(arguments, name)}")
     folder = Path(arguments.run)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} is no run: it has no config.yaml")
+    config_file(folder)
     from ldm.evaluation.evaluate import evaluate
     from ldm.training.launch import launched
 
     console = Console()
     report = evaluate(folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say, *launched())
-    for line in _lines(report["judge"], "judge"):
-        console.say(line)
-    for line in _lines({k: report[k] for k in ("autoencoder", "seconds") if k in report}, ""):
-        console.say(line)
+    for path, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
+        console.say(_line(path, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
 
 
-def _lines(tree: Any, path: str) -> list[str]:
-    """Every figure of a report on a line of its own."""
-    if isinstance(tree, dict) and "accuracy" in tree:
-        return [f"{path:42s} {tree['accuracy']:.3f}   ({tree['low']:.3f} to {tree['high']:.3f}, n = {tree['n']})"]
-    if isinstance(tree, dict):
-        return [line for key, value in tree.items() for line in _lines(value, f"{path}.{key}" if path else key)]
-    return [f"{path:42s} {tree:.3f}" if isinstance(tree, float) else f"{path:42s} {tree}"]
+def _line(path: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{path:42s} {value['accuracy']:.3f}   ({value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
+    return f"{path:42s} {value:.3f}" if isinstance(value, float) else f"{path:42s} {value}"

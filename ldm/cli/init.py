@@ -105,7 +105,7 @@ def _tokens(looked: Any) -> tuple[int, int]:
     texts = list(dict.fromkeys(row.text for row in looked.rows))[:TOKENIZED]
     tokenizer = train_tokenizer(texts, 512, 77)
     ids = tokenize(tokenizer, texts, 4096)[0]
-    lengths = ids.ne(tokenizer.pad_token_id).sum(1) + 1  # the end is padding's token too
+    lengths = (ids.numpy() != tokenizer.pad_token_id).sum(1) + 1  # the end is padding's token too
     longest = int(lengths.max())
     return min(77, max(12, longest + longest // 2)), longest  # prompts may be longer than what was trained on
 

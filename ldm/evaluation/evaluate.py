@@ -11,14 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from autoencoder.metrics import psnr
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
-from ldm.data.images import prepare, to_uint8
+from ldm.data.images import to_uint8
 from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import Source, open_source
 from ldm.evaluation import judge as shapes
 from ldm.evaluation import plots
+from ldm.evaluation.reconstructions import reconstructed
+from ldm.evaluation.record import read_metrics, scalar_series
 from ldm.interop.weights import read_json, write_json
 from ldm.pipeline import Pipeline
 
@@ -26,6 +27,7 @@ EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
 SHOWN = 32  # images in the picture of a report
 DECIBEL_DIGITS = 2  # of the report: the last bits of a PSNR depend on what is computed together
+CURVES = ("loss", "validation/loss", "lr", "grad_norm_unet")
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 Say = Callable[[str], None]
@@ -118,8 +120,8 @@ def evaluate(
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     if processes.main:
         write_json(run / "report.json", report)
-        names = ("loss", "validation/loss", "lr", "grad_norm_unet")
-        plots.curves(run / "metrics.jsonl", run / "curves.png", names)
+        logged = scalar_series(read_metrics(run))
+        plots.curves({name: logged[name] for name in CURVES if name in logged}, run / "curves.png")
     return report
 
 
@@ -164,7 +166,6 @@ def _proportions(rows: list[Row]) -> Scores:
     return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
-@torch.no_grad()
 def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int, processes: Processes) -> dict[str, Any]:
     """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
     assert pipe.codec is not None
@@ -172,12 +173,8 @@ def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, bat
 
     def share(mine: range) -> list[tuple[float, Row]]:
         pairs: list[tuple[float, Row]] = []
-        for start in range(0, len(mine), batch):
-            samples = [source[i] for i in mine[start : start + batch]]
-            image = torch.stack([prepare(s.image, data.image_size) for s in samples]).to(pipe.device)
-            decoded = autoencoder(image)[0].clamp(-1, 1)
-            rows = judge.right(to_uint8(decoded), [s.text for s in samples])
-            pairs += zip(psnr(decoded, image).tolist(), rows, strict=True)
+        for part in reconstructed(autoencoder, source, data.image_size, mine, batch):
+            pairs += zip(part.psnr, judge.right(to_uint8(part.decoded), part.captions), strict=True)
         return pairs
 
     pairs = processes.over(min(n, source.length or n), share)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+from ldm.evaluation.record import Points
 
 GAP = 2  # pixels between images
 
@@ -57,13 +58,10 @@ def captioned(
     figure.savefig(file)
 
 
-def curves(metrics: Path, file: Path, names: Sequence[str]) -> None:
-    """Draw the named figures of a metrics.jsonl over updates, one panel each; names that never occur are left out."""
+def curves(series: Mapping[str, Points], file: Path) -> None:
+    """Draw figures over updates, one panel each; what was not finite is a gap."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    series = {n: [(line["step"], line[n]) for line in lines if isinstance(line.get(n), (int, float))] for n in names}
-    series = {n: points for n, points in series.items() if points}
     figure = Figure(figsize=(3.4 * max(len(series), 1), 2.8), dpi=110)
     for i, (name, points) in enumerate(series.items()):
         axes = figure.add_subplot(1, len(series), i + 1)

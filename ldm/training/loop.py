@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
+from ldm.evaluation.record import read_status
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
 from ldm.training.launch import launched
 from ldm.training.probe import Probe
-from ldm.training.run import RunDirectory, read_status
+from ldm.training.run import RunDirectory
 from ldm.training.skipped import SkipLog
 from ldm.training.task import Reporter, Task
 from ldm.training.trackers import open_trackers

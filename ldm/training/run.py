@@ -17,6 +17,7 @@ from typing import Any
 
 from ldm import config as configuration
 from ldm.data.sources import Skipped
+from ldm.evaluation.record import RunError, parse_line, read_skipped, read_status
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -41,12 +42,6 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
-
-
-class RunError(RuntimeError):
-    """A run directory is in use, damaged, or belongs to another configuration; the message names it."""
-
-    exit_code = 2
 
 
 class RunDirectory:
@@ -107,16 +102,16 @@ class RunDirectory:
     def skip(self, skipped: Sequence[Skipped]) -> None:
         """Add to ``skipped.jsonl`` those that it does not list yet."""
         file, temporary = self.path / "skipped.jsonl", self.path / ".skipped.jsonl.tmp"
-        lines = [line for line in (file.read_text().splitlines() if file.exists() else []) if _object(line) is not None]
-        new = [json.dumps({"file": s.file, "reason": s.reason}, ensure_ascii=False) for s in skipped]
-        temporary.write_text("".join(line + "\n" for line in dict.fromkeys([*lines, *new])))
+        rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in skipped)]
+        lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         _replace(temporary, file)
 
     def cut_back(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
         file, temporary = self.path / "metrics.jsonl", self.path / ".metrics.jsonl.tmp"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if (parsed := _parse(line)) is not None and parsed["step"] <= step]
+            lines = [line for line in file.read_text().splitlines() if (parsed := parse_line(line)) is not None and parsed["step"] <= step]
             temporary.write_text("".join(line + "\n" for line in lines))
             _replace(temporary, file)
 
@@ -176,42 +171,6 @@ def _finite(value: Any) -> Any:
         return value
     number = float(value)  # floats, numpy and torch scalars
     return number if math.isfinite(number) else None
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    """A line's JSON object; None where a kill tore it."""
-    try:
-        parsed = json.loads(line)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    parsed = _object(line)
-    return parsed if parsed is not None and isinstance(parsed.get("step"), int) else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` in order; empty where there is none."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
-        return []
-    return [parsed for line in file.read_text().splitlines() if (parsed := _parse(line)) is not None]
-
-
-def read_status(path: Path) -> dict[str, Any] | None:
-    """A run's ``status.json``, or None where there is none. Raises RunError."""
-    file = path / "status.json"
-    if not file.exists():
-        return None
-    try:
-        status = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({type(error).__name__}): delete it to continue") from None
-    if not isinstance(status, dict):
-        raise RunError(f"{file} should hold one JSON object: delete it to continue")
-    return status
 
 
 def refused_changes(old: Any, new: Any) -> list[str]:

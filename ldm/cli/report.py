@@ -1,0 +1,47 @@
+"""Write what is known of a run into one HTML file: curves, pictures, reconstructions, figures, skipped files, settings.
+
+  ldm report runs/demo
+
+Works on a run of any training command, finished or not. The file needs nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.cli.console import Console
+from ldm.config import ConfigError, load_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, and where to."""
+    parser.add_argument("run", metavar="RUN", help="a run of train-autoencoder, train-clip or train-ldm, finished or not")
+    parser.add_argument("--out", metavar="FILE", help="the HTML file (default: RUN/report.html)")
+    parser.add_argument("--images", type=int, default=256, help="validation images reconstructed (default 256; 0: none)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, collect and write."""
+    if arguments.images < 0:
+        raise ConfigError(f"images must be at least 0, got {arguments.images}")
+    load_run(arguments.run)  # a fault in it is told at once
+    folder, console = Path(arguments.run), Console()
+    file = Path(arguments.out) if arguments.out is not None else folder / "report.html"
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a folder: name a file in it")
+    temporary = file.with_name(f".{file.name}.tmp")  # a page that is there stays until the new one is whole
+    try:  # before the reconstructions, which may take minutes
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise ConfigError(f"--out {file} cannot be written: {error.strerror}") from None
+    try:
+        from ldm.evaluation.report import report
+
+        text = report(folder, arguments.images, console.progress)
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file name may hold bytes that are no text
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    console.say(f"report: {file}")
