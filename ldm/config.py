@@ -45,6 +45,7 @@ class DataConfig:
     background: tuple[int, int, int] = (255, 255, 255)  # folder: the colour under transparent pixels, 0 to 255
     min_side: int | None = None  # folder: images with a shorter side are left out; null: a quarter of image_size
     max_skipped: float = 0.01  # folder: share of images and rows that may be unusable before the run stops
+    accept_changes: bool = False  # folder: go on with a run although its images or captions have changed
     validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
     workers: int = 0  # data worker processes per training process
 
@@ -72,7 +73,7 @@ class DataConfig:
         """Settings that the chosen source does not read must be left as they are, or somebody waits for an effect."""
         unread: dict[str, str] = {}
         if self.source != "folder":
-            unread = dict.fromkeys(("captions", "background", "min_side", "max_skipped"), "source: folder")
+            unread = dict.fromkeys(("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder")
         if self.captions != "metadata" or self.source != "folder":
             unread["text_column"] = "captions: metadata"
         if self.captions != "class":
@@ -387,7 +388,9 @@ def config_file(run: str | Path) -> Path:
     """The saved configuration of a run directory. Raises ConfigError where there is none."""
     file = Path(run) / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{run} is no run: it has no config.yaml")
+        below = sorted(str(other.parent) for other in Path(run).glob("*/config.yaml"))
+        hint = f"; there is one in {' and in '.join(below)}" if below else ""
+        raise ConfigError(f"{run} is no run: it has no config.yaml{hint}")
     return file
 
 

@@ -159,16 +159,45 @@ def test_csv_is_read_as_jsonl_is(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x,y\nb.png\na.png,z\n")
     source = opened(tmp_path, validation_fraction=0.0, max_skipped=0.7)
     where = tmp_path / "metadata.csv"
-    assert source.skipped == tuple(Skipped(f"{where}:{n}", "has not the 2 fields of the first line") for n in (2, 3))
+    assert source.skipped == tuple(
+        Skipped(f"{where}:{n}", "has not the 2 fields of the first line: a caption that holds commas needs quotes") for n in (2, 3)
+    )
     (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(DataError, match=r"has both metadata.jsonl and metadata.csv: keep one"):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name;text\na.png;x\n", r"metadata.csv: fields are separated by ';': save it with commas"),
+        ("file_name\ttext\na.png\tx\n", r"fields are separated by '\\t'"),
+        ('file_name,text\na.png,x\nb.png,"a 5 tall\na.png,"y"\n', r"metadata.csv:3: the row that begins here is no CSV"),
+        ("image,caption\na.png,x\n", r"metadata.csv:2: no file_name, only image, caption: rename image to file_name"),
+        ("File_Name,text\na.png,x\n", r"no file_name, only File_Name, text: rename File_Name to file_name"),
+        ("file_name,text\nsub\\a.png,x\n", r"no file 'sub.*a.png' in .*: write / for"),
+    ],
+)
+def test_what_spreadsheets_write_is_named_with_the_fix(tmp_path, text, message):
+    paint(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text(text, newline="")
+    with pytest.raises(DataError, match=message) as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_blanks_in_the_first_line_and_line_ends_within_captions_are_read(tmp_path):
+    paint(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text('file_name, text\r\na.png,one\u2028two\r\nb.png,"x\r\ny"\r\n', encoding="utf-8", newline="")
+    assert everything(tmp_path) == {"a.png": "one\u2028two", "b.png": "x\ny"}
+
+
 def test_a_caption_under_another_name_is_pointed_out_and_can_be_named(tmp_path):
     paint(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "Caption": "hello", "text_id": 3}\n')
-    with pytest.raises(DataError, match=r"no text, only file_name, Caption, text_id: rename Caption, or set data.text_column=Caption"):
+    with pytest.raises(
+        DataError, match=r"no text, only file_name, Caption, text_id: rename Caption to text, or set data.text_column=Caption"
+    ):
         opened(tmp_path)
     assert everything(tmp_path, text_column="Caption") == {"a.png": "hello"}
     assert opened(tmp_path, validation_fraction=0.0, text_column="Caption").rows[0].columns == {"text_id": 3}

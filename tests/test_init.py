@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,20 +152,22 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
         (["nowhere"], 3, "no folder nowhere"),
         (["file"], 3, "file is a file"),
         (["empty"], 3, "empty holds no image"),
-        (["one"], 3, "1 image is too few to train on some and validate on others"),
+        (["one"], 3, "one: 1 usable image is too few to train on some and validate on others"),
         (["photos", "--image-size", "24"], 2, "--image-size must be a multiple of 16"),
         (["photos", "--image-size", "256"], 3, "every image is smaller than 64 pixels"),
         (["photos", "--captions", "texts"], 2, "invalid choice: 'texts'"),
-        (["photos", "--out", "file"], 2, "--out file is a file"),
-        (["photos", "--out", "there"], 2, "autoencoder.yaml is there already: give another folder with --out"),
+        (["photos", "--out", "file"], 2, "--out file: file is a file"),
+        (["photos", "--out", "file/y"], 2, "--out file/y: file is a file"),
+        (["photos", "--out", "photos/configs"], 2, "photos/configs would lie inside photos, among the images"),
+        (["photos", "--captions", "metadata"], 3, "photos has no metadata.jsonl and no metadata.csv"),
+        (["d${x}"], 2, "rename the folder"),
         (["ruins"], 3, "ruins: none of 2 images and rows can be used, such as ruins/a.png: the file is empty"),
     ],
 )
 def test_what_cannot_be_looked_at_is_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     (tmp_path / "file").touch()
-    for folder in ("empty", "there", "ruins"):
+    for folder in ("empty", "ruins"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "there/autoencoder.yaml").touch()
     (tmp_path / "ruins/a.png").touch()
     (tmp_path / "ruins/b.png").touch()
     paint(tmp_path / "one", 1)
@@ -212,3 +216,106 @@ def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tm
         code, out, err = run("train", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
     assert not (tmp_path / "runs").exists() and yaml.safe_load((tmp_path / "configs/photos/ldm.yaml").read_text())["text"] == "none"
+
+
+def test_a_second_look_tells_and_overwrites_nothing(run: Run, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 20)
+    assert run("init", "photos")[0] == 0
+    (tmp_path / "configs/photos/ldm.yaml").write_text("mine")
+    (tmp_path / "photos/broken.png").touch()
+    code, out, _ = run("init", "photos/")
+    assert code == 0 and "photos/broken.png: the file is empty" in out
+    assert "autoencoder.yaml, ldm.yaml in configs/photos/ stay as they are" in out and "next:" not in out
+    assert (tmp_path / "configs/photos/ldm.yaml").read_text() == "mine"
+
+
+def test_nothing_is_written_among_the_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path / "photos", 20)
+    assert run("init", "photos")[0] == 0
+    monkeypatch.chdir(tmp_path / "photos")
+    code, _, err = run("init", ".", "--out", "../elsewhere")
+    assert code == 2 and "runs would lie inside ., among the images" in err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train-autoencoder", "configs/photos/autoencoder.yaml", "run=photos/runs")
+    assert code == 2 and "run photos/runs lies inside data.folder photos" in err and len(list((tmp_path / "photos").iterdir())) == 20
+
+
+def test_the_next_line_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    names = paint(tmp_path / "photos", 20)
+    captions = ["two\nlines", "x" * 300, 'it\'s `touch pwned` $5 "here"']
+    rows = [json.dumps({"file_name": name, "text": captions[min(i, 2)]}) for i, name in enumerate(names)]
+    (tmp_path / "photos/metadata.jsonl").write_text("\n".join(rows))
+    code, out, _ = run("init", "photos", "--out", "my out/it's")
+    _, train, sample = out.rstrip().rsplit("\n", 2)
+    assert code == 0
+    assert shlex.split(train.removeprefix("next:")) == ["ldm", "train", "my out/it's"]
+    assert shlex.split(sample) == ["ldm", "sample", "runs/it-s", "--prompt", captions[2], "--count", "8"]
+
+
+def folder_of(kind: str, folder: Path) -> None:
+    """Folders that look like one thing and are another."""
+    names = paint(folder, 20)
+    if kind == "hugging face":
+        paint(folder / "train", 20)
+        metadata(folder / "train", names)
+    elif kind == "splits":
+        for split in ("train", "val"):
+            paint(folder / split / "cats", 10)
+        for name in names:
+            (folder / name).unlink()
+    elif kind in (".TXT", ".caption"):
+        for name in names:
+            (folder / name).with_suffix(kind).write_text("a caption")
+    elif kind == "double":
+        for name in names:
+            (folder / f"{name}.txt").write_text("a caption")
+    elif kind == "empty captions":
+        for name in names:
+            (folder / name).with_suffix(".txt").touch()
+    elif kind == "array":
+        (folder / "metadata.jsonl").write_text(json.dumps([{"file_name": name, "text": "x"} for name in names]))
+    elif kind == "one text":
+        (folder / "05.txt").write_text("a caption")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hugging face", "has no metadata.jsonl, but train/metadata.jsonl: give that folder"),
+        ("splits", "train, val look like splits, not classes: give one of them"),
+        (".TXT", "20 files such as 00.TXT lie beside images: if they hold captions, rename them to 00.txt"),
+        (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
+        ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
+        ("empty captions", "every caption is empty: mend them, or train without with --captions none"),
+        ("array", "none of 1 images and rows can be used, such as look/metadata.jsonl:1: must be an object like"),
+        (
+            "one text",
+            "1 usable image is too few to train on some and validate on others, and 19 were left out, such as look/00.png: no 00.txt",
+        ),
+    ],
+)
+def test_captions_in_another_place_are_not_passed_over(run: Run, tmp_path: Path, kind: str, message: str) -> None:
+    folder_of(kind, tmp_path / "look")
+    code, out, err = run("init", "look")
+    assert code == 3 and message in err and err.count("\n") == 1 and out == "", err
+
+
+def test_pipes_broken_links_and_loops_are_named_or_followed_once(run: Run, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 20)
+    paint(tmp_path / "elsewhere", 5, suffix="jpg")
+    photos = tmp_path / "photos"
+    os.mkfifo(photos / "pipe.png")
+    (photos / "dir.png").mkdir()
+    (photos / "broken.png").symlink_to("nowhere")
+    (photos / "self.png").symlink_to("self.png")
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "loop").symlink_to(photos)
+    (photos / "a.heic").touch()
+    code, out, err = run("init", "photos")
+    assert (code, err) == (0, "") and "photos: 25 images" in out and "left out  3 of 28" in out
+    assert "photos/pipe.png: is no regular file" in out and "photos/broken.png: is no file" in out and "photos/self.png: is no file" in out
+    assert "1 images are of formats that are not read" in out
+    for name in ("00", "01"):
+        (photos / f"{name}.txt").write_text("a caption")
+    os.mkfifo(photos / "02.txt")
+    assert "photos/02.txt: is no regular file" in run("init", "photos", "--out", "again")[1]

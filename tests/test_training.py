@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Stages
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoencoder.config import LossConfig
 from autoencoder.loss import gan_factor
 from autoencoder.model import AutoencoderKL
+from ldm.cli.main import main
 from ldm.config import TrainConfig
 from ldm.data.images import prepare
 from ldm.data.sources import open_source
@@ -218,6 +222,8 @@ def test_what_a_killed_cache_writer_left_is_cleared_away(stages: Stages, capsys:
     half = stages.folder / "ldm/.tmp-latents-99999999"  # no process has so large a number
     half.mkdir()
     (half / "moments-00000.safetensors").write_bytes(b"half")
+    status = stages.folder / "ldm/status.json"
+    status.write_text(status.read_text().replace("done", "running"))  # a finished run is not opened again
     assert stages.train("ldm") == 0 and not half.exists()
     assert "half-written" in capsys.readouterr().out
 
@@ -390,6 +396,50 @@ def test_many_in_a_row_end_the_training(
     assert error.count("\n") == 1 and "not finite" in error and f"{MAX_NONFINITE} updates" in error
     status = read_status(tmp_path / "run")
     assert status is not None and status["state"] == "failed" and lines(tmp_path / "run")[-1]["step"] == 3 + MAX_NONFINITE - 1
+
+
+# data that changes
+
+
+def photos(folder: Path, n: int, caption: str = "picture") -> None:
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{caption} {i}")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm"])
+def test_a_run_goes_on_with_other_images_only_when_told_to(
+    stages: Stages, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "photos", 30)
+    settings = yaml.safe_load((stages.folder / f"{name}.yaml").read_text())
+    settings["data"] = {"folder": str(tmp_path / "photos"), "captions": "sidecar", "image_size": 32}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**settings, "run": f"{tmp_path}/run", "train": {**settings["train"], "checkpoint_every": 1}}))
+    with monkeypatch.context() as cut:
+        at_position(cut, lambda p: p == 4 * 2, power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main([f"train-{name}", str(config)])
+    photos(tmp_path / "photos", 34, "another")
+    capsys.readouterr()
+    assert main([f"train-{name}", str(config)]) == (3 if name == "ldm" else 2)
+    said = capsys.readouterr().err
+    if name == "ldm":
+        assert "this latent cache was made with another data (images, captions or further columns have changed): delete the folder" in said
+        shutil.rmtree(tmp_path / "run/latents")
+        assert main([f"train-{name}", str(config)]) == 2
+        said = capsys.readouterr().err
+    assert "have changed since this run began (" in said and "data.accept_changes=true" in said and said.count("\n") == 1
+    code = main([f"train-{name}", str(config), "data.accept_changes=true"])
+    if name == "clip":  # its vocabulary is another
+        assert code == 2 and "and with them the vocabulary that this run learned" in capsys.readouterr().err
+    else:
+        assert code == 0 and "going on from update 2" in capsys.readouterr().out
+        before = (tmp_path / "run/status.json").read_text()
+        assert main([f"train-{name}", str(config), "data.accept_changes=true"]) == 0
+        assert "images added since are for another run" in capsys.readouterr().out
+        assert (tmp_path / "run/status.json").read_text() == before  # a repeat adds no seconds
 
 
 # validation and export

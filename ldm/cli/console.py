@@ -37,7 +37,7 @@ class Console:
         """Step ``step`` of ``steps`` is done; ``values`` are figures to show beside it."""
         if self.silent:
             return
-        shown = {k.removeprefix("validation/"): f"{values[k]:.3g}" for k in SHOWN if isinstance(values.get(k), (int, float))}
+        shown = {k.replace("/", " "): f"{values[k]:.3g}" for k in SHOWN if isinstance(values.get(k), (int, float))}
         if sys.stderr.isatty():
             self._on_bar(step, steps, shown)
             return

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ldm.config import CAPTIONS, ConfigError
 NAMED = 20  # skipped files named on the terminal; the list has all
 CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
+STAGES = ("autoencoder", "clip", "ldm")
 PROMPTS, LONGEST_PROMPT = 8, 200  # captions drawn while training, and their length in characters at most
 TOKENIZED = 20_000  # captions at most that are counted in tokens
 
@@ -42,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Look, tell, write."""
     folder = Path(arguments.folder)
     out = Path(arguments.out or f"configs/{_plain(folder)}")
-    _refuse_overwriting(out)
+    _check_places(folder, out)
     from ldm.cli import recipe
     from ldm.data.survey import leave_out_small, survey
 
@@ -56,27 +59,44 @@ def run(arguments: argparse.Namespace) -> None:
     tokens, longest = _tokens(looked) if looked.data.captions != "none" else (0, 0)
     for line in _lines(looked, longest):
         console.say(line)
-    fit = (row.text for row in looked.rows if 0 < len(row.text) <= LONGEST_PROMPT and "${" not in row.text)  # what a configuration refuses
-    prompts = tuple(dict.fromkeys(fit))[:PROMPTS]
+    prompts = tuple(dict.fromkeys(row.text for row in looked.rows if _prompt(row.text)))[:PROMPTS]
     plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
-    out.mkdir(parents=True, exist_ok=True)
-    for file, text in recipe.write(plan).items():
-        (out / file).write_text(text, encoding="utf-8")
+    present = [f"{stage}.yaml" for stage in STAGES if (out / f"{stage}.yaml").exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, text in {} if present else recipe.write(plan).items():
+            (out / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
     _say_skipped(looked, out, console)
-    _say_next(plan, out, console)
+    if present:
+        console.say(f"{', '.join(present)} in {out}/ stay as they are: delete them, or give another folder with --out, to have new ones")
+    else:
+        _say_next(plan, out, console)
+
+
+def _prompt(text: str) -> bool:
+    """Whether a caption will do as an example: short, one line, and nothing that a configuration refuses."""
+    return 0 < len(text) <= LONGEST_PROMPT and text.isprintable() and "${" not in text
 
 
 def _plain(folder: Path) -> str:
     """A folder's name as a run can have it."""
-    return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "images"
+    return re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(folder)).name).strip("-.") or "images"
 
 
-def _refuse_overwriting(out: Path) -> None:
-    for stage in ("autoencoder", "clip", "ldm"):
-        if (out / f"{stage}.yaml").exists():
-            raise ConfigError(f"{out / stage}.yaml is there already: give another folder with --out, or delete it")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file")
+def _check_places(folder: Path, out: Path) -> None:
+    """What is written must lie outside the images, or it would be taken for more of them."""
+    for place in (out, Path("runs")):
+        if folder.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{place} would lie inside {folder}, among the images: start from another folder" + " (or see --out)" * (place == out)
+            )
+    above = next(p for p in (out, *out.parents) if p.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--out {out}: {above} is a file")
+    if "${" in str(folder):
+        raise ConfigError(f"{folder}: a configuration cannot hold ${{: rename the folder")
 
 
 def _gpu() -> bool:
@@ -166,5 +186,5 @@ def _say_next(plan: Any, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
     console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")
-    prompt = f" --prompt {json.dumps(plan.prompts[0], ensure_ascii=False)}" if plan.prompts else ""
-    console.say(f"next:  ldm train {out}\n       ldm sample runs/{plan.name}{prompt} --count 8")
+    prompt = f" --prompt {shlex.quote(plan.prompts[0])}" if plan.prompts else ""
+    console.say(f"next:  ldm train {shlex.quote(str(out))}\n       ldm sample runs/{plan.name}{prompt} --count 8")

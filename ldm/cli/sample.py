@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = dataclasses.replace(info.defaults, **given)
     size = info.sample_size if arguments.size is None else arguments.size
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
+    if prompts and not info.has_text:
+        raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")
     if not prompts:
         if info.has_text:
             raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")

@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Check all stages, then train each."""
     folder = Path(arguments.folder)
     files = {stage: folder / f"{stage}.yaml" for stage in STAGES if (folder / f"{stage}.yaml").is_file()}
+    if folder.is_file():
+        raise config.ConfigError(f"{folder} is a file: give the folder with the stages' configurations")
     if not files:
         raise config.ConfigError(f"{folder} holds none of {', '.join(f'{stage}.yaml' for stage in STAGES)}")
     overrides = _by_stage(arguments.overrides, list(files))

@@ -25,6 +25,7 @@ from ldm.data.sources import BadSample, DataError, Skipped, Source
 
 MANIFEST = "cache.json"
 SHARD = 4096  # samples in one file
+CAUSES = {"data": " (images, captions or further columns have changed)", "transform": " (image_size, crop or flip)"}
 
 
 def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
@@ -50,7 +51,10 @@ class LatentCache:
         manifest = json.loads(file.read_text())
         for key, value in bound.items():
             if manifest.get(key) != value:
-                raise DataError(f"{folder}: this latent cache was made with another {key}: delete the folder, or point to another run")
+                raise DataError(
+                    f"{folder}: this latent cache was made with another {key}{CAUSES.get(key, '')}: delete the folder, and it is made"
+                    " again; or use another run: directory"
+                )
         self.folder, self.length = folder, int(manifest["length"])
         self.skipped = {int(index): Skipped(*said) for index, said in manifest["skipped"].items()}
         self._texts: list[str] = json.loads((folder / "texts.json").read_text())

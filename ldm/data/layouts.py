@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -22,6 +23,7 @@ from ldm.data.sources import DataError, Skipped
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
+FILE_NAMES = ("filename", "file name", "file", "image", "image_path", "img", "path", "name")  # what others call `file_name`
 CAPTION_NAMES = ("caption", "captions", "prompt", "description", "label", "title", "alt", "sentence")  # what others call `text`
 
 
@@ -67,12 +69,20 @@ def image_files(folder: Path) -> Iterator[str]:
 
 
 def all_files(folder: Path) -> Iterator[str]:
-    """Names of all files below ``folder``, as ``image_files`` gives them. Raises DataError where it cannot be listed."""
+    """Names of all files below ``folder``, as ``image_files`` gives them; linked folders are followed, each once.
+
+    Raises DataError where it cannot be listed.
+    """
+    seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above, or to one that was listed
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         below = Path(place).relative_to(folder)
         yield from ((below / name).as_posix() for name in sorted(names) if not name.startswith("."))
@@ -118,13 +128,20 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    begun = 1  # the line on which the row under way began: a quote that is never closed runs on
     try:
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
+        if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
+            raise DataError(f"{path}: fields are separated by {other!r}: save it with commas")
+        begun = reader.line_num + 1
         for values in reader:
             faulty = None in values or None in values.values()  # csv gives None as the name of what is too much, or as what is missing
-            yield reader.line_num, f"has not the {len(reader.fieldnames or [])} fields of the first line" if faulty else values
+            said = f"has not the {len(names)} fields of the first line: a caption that holds commas needs quotes"
+            yield begun, said if faulty else values
+            begun = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}") from None
+        raise DataError(f"{path}:{begun}: the row that begins here is no CSV: {error}") from None
 
 
 def _text(path: Path) -> str:
@@ -150,22 +167,39 @@ def _row(folder: Path, values: Any, text_column: str) -> Row | str:
     name = PurePosixPath(values["file_name"])  # "./a.png" is "a.png"
     if name.is_absolute() or ".." in name.parts:
         return f"file_name {values['file_name']!r} leaves the folder: give a path relative to it, without '..'"
-    try:
-        status = os.stat(folder / name)
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
-        return f"no file {values['file_name']!r} in {folder}"
-    if not stat.S_ISREG(status.st_mode):
-        return f"file_name {values['file_name']!r} is no regular file"
+    size = _size(folder / name)
+    if isinstance(size, str):
+        hint = ": write / for \\" if "\\" in str(name) else ""
+        return f"no file {values['file_name']!r} in {folder}{hint}" if size == ABSENT else f"file_name {values['file_name']!r} {size}"
     columns = {key: value for key, value in values.items() if key not in ("file_name", text_column)}
-    return Row(str(name), values[text_column], columns, status.st_size)
+    return Row(str(name), values[text_column], columns, size)
+
+
+ABSENT = "is no file"
+
+
+def _size(path: Path) -> int | str:
+    """Bytes of a regular file, or what is wrong with it: a pipe would be waited for, a link may lead nowhere."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return ABSENT
+    return status.st_size if stat.S_ISREG(status.st_mode) else "is no regular file"
+
+
+def _image(folder: Path, name: str, text: str, columns: dict[str, Any]) -> Row | Skipped:
+    """A listed image with its caption."""
+    size = _size(folder / name)
+    return Skipped(str(folder / name), size) if isinstance(size, str) else Row(name, text, columns, size)
 
 
 def _no_column(key: str, columns: list[str], text_column: str) -> str:
-    near = [c for c in columns if c.lower() in CAPTION_NAMES] or difflib.get_close_matches(key, columns, n=1)
+    others = CAPTION_NAMES if key == text_column else FILE_NAMES
+    near = [c for c in columns if c.lower() in (key, *others)] or difflib.get_close_matches(key, columns, n=1)
     said = f"no {key}, only {', '.join(columns) or 'an empty object'}"
-    if key == text_column and near:
-        return f"{said}: rename {near[0]}, or set data.text_column={near[0]}"
-    return said
+    if not near:
+        return said
+    return f"{said}: rename {near[0]} to {key}" + (f", or set data.text_column={near[0]}" if key == text_column else "")
 
 
 def missing_metadata(folder: Path) -> str:
@@ -191,6 +225,9 @@ def _sidecar(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
     """``a.txt`` beside ``a.png``."""
     for name in image_files(folder):
         beside = (folder / name).with_suffix(".txt")
+        if _size(beside) == "is no regular file":
+            yield Skipped(str(beside), "is no regular file")
+            continue
         try:
             text = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
@@ -198,7 +235,7 @@ def _sidecar(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         except (OSError, UnicodeDecodeError) as error:
             yield Skipped(str(beside), "not UTF-8: save it as UTF-8" if isinstance(error, UnicodeDecodeError) else str(error.strerror))
         else:
-            yield Row(name, text, {}, (folder / name).stat().st_size)
+            yield _image(folder, name, text, {})
 
 
 def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
@@ -209,8 +246,11 @@ def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
             yield Skipped(str(folder / name), "in no class folder")
             continue
         kind = class_words(name.split("/")[0])
+        if not kind:
+            yield Skipped(str(folder / name), "its folder's name holds no word")
+            continue
         template = templates[int.from_bytes(hashlib.sha256(f"template {name}".encode()).digest()[:4], "big") % len(templates)]
-        yield Row(name, template.replace("{}", kind), {"class": kind}, (folder / name).stat().st_size)
+        yield _image(folder, name, template.replace("{}", kind), {"class": kind})
 
 
 def class_words(folder_name: str) -> str:
@@ -221,7 +261,7 @@ def class_words(folder_name: str) -> str:
 def _plain(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
     """Images alone: for an unconditional model, or an autoencoder."""
     for name in image_files(folder):
-        yield Row(name, "", {}, (folder / name).stat().st_size)
+        yield _image(folder, name, "", {})
 
 
 LAYOUTS: dict[str, Callable[[Path, DataConfig], Iterator[Row | Skipped]]] = {

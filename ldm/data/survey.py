@@ -13,9 +13,11 @@ from statistics import median
 from ldm.config import CAPTIONS, DataConfig
 from ldm.data.decode import SUFFIXES, Header, read_header, read_image
 from ldm.data.folder import in_validation
-from ldm.data.layouts import CAPTION_NAMES, METADATA, Row, all_files, image_files, near_misses, read_rows
+from ldm.data.layouts import CAPTION_NAMES, METADATA, Row, all_files, image_files, missing_metadata, near_misses, read_rows
 from ldm.data.sources import BadSample, DataError, Skipped
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # folder names that are no classes
+UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")
 DECODED = 5000  # images at most that are decoded to the last pixel, unless all are asked for
 MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # share of the files at most, and images that validation should have
 
@@ -82,11 +84,16 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
     if not rows:
         first = skipped[0]
         raise DataError(f"{folder}: none of {len(skipped)} images and rows can be used, such as {first.file}: {first.reason}")
+    if layout != "none" and not any(row.text.strip() for row in rows):
+        raise DataError(f"{folder}: every caption is empty: mend them, or train without with --captions none")
     unlisted = 0
     if layout == "metadata":
         unlisted = len(set(image_files(folder)) - {row.file_name for row in found})
-    data = dataclasses.replace(data, min_side=None, max_skipped=0.01, validation_fraction=_fraction(rows))
-    return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, _others(folder, layout), unlisted, tuple([*remarks, *said]))
+    data = dataclasses.replace(data, min_side=None, max_skipped=0.01)
+    others = _others(folder, layout)
+    if unread := sum(n for suffix, n in others.items() if suffix in UNREAD_IMAGES):
+        said.append(f"{unread} images are of formats that are not read: convert them to JPEG or PNG")
+    return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple([*remarks, *said]))
 
 
 def leave_out_small(looked: Survey, image_size: int) -> Survey:
@@ -102,9 +109,10 @@ def leave_out_small(looked: Survey, image_size: int) -> Survey:
     ]
     if not kept:
         raise DataError(f"{data.folder}: every image {reason}")
-    data = dataclasses.replace(data, validation_fraction=_fraction([row for row, _ in kept]))
+    left_out = (*looked.skipped, *small)
+    data = dataclasses.replace(data, validation_fraction=_fraction([row for row, _ in kept], left_out, data))
     rows, headers = zip(*kept, strict=True)
-    return dataclasses.replace(looked, data=data, rows=rows, headers=headers, skipped=(*looked.skipped, *small))
+    return dataclasses.replace(looked, data=data, rows=rows, headers=headers, skipped=left_out)
 
 
 def detect(folder: Path) -> tuple[str, list[str]]:
@@ -114,6 +122,8 @@ def detect(folder: Path) -> tuple[str, list[str]]:
     present = [name for name in METADATA if (folder / name).is_file()]
     if present:
         return "metadata", []
+    if below := sorted(str(file.relative_to(folder)) for name in METADATA for file in folder.glob(f"*/{name}")):
+        raise DataError(f"{folder} has no {METADATA[0]}, but {', '.join(below[:5])}: give that folder, or move the file up")
     if near := near_misses(folder):
         raise DataError(
             f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
@@ -122,42 +132,65 @@ def detect(folder: Path) -> tuple[str, list[str]]:
     images = list(image_files(folder))
     if not images:
         raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-    texts = set(all_files(folder)) - set(images)
-    captioned = sum(str(PurePosixPath(name).with_suffix(".txt")) in texts for name in images)
-    if captioned:
+    others = set(all_files(folder)) - set(images)
+    if any(str(PurePosixPath(name).with_suffix(".txt")) in others for name in images):
         return "sidecar", []
+    _refuse_other_sidecars(folder, images, others)
     classes = {name.split("/")[0] for name in images if "/" in name}
     if len(classes) > 1 and all("/" in name for name in images):
+        if named := sorted(c for c in classes if c.lower() in SPLITS):
+            raise DataError(
+                f"{folder}: {', '.join(named)} look like splits, not classes: give one of them (validation is split off by itself), or say"
+                " --captions class"
+            )
         return "class", [f"captions are made from the {len(classes)} folder names ({', '.join(sorted(classes)[:5])} …)"]
     return "none", ["no captions found: the model will be unconditional (say --captions class if the folder names are classes)"]
 
 
+def _refuse_other_sidecars(folder: Path, images: list[str], others: set[str]) -> None:
+    """Raise DataError where most images have a file beside them that may be a caption under another name."""
+    stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
+    beside = [name for name in others if str(PurePosixPath(name).with_suffix("")) in stems or name.removesuffix(".txt") in set(images)]
+    if 2 * len(beside) >= len(images):
+        example = min(beside)
+        raise DataError(
+            f"{folder}: {len(beside)} files such as {example} lie beside images: if they hold captions, rename them to"
+            f" {PurePosixPath(example.removesuffix('.txt')).with_suffix('.txt')}; else say --captions none or class"
+        )
+
+
 def _text_column(folder: Path) -> tuple[str, list[str]]:
-    """The column of the captions: `text`, or what the first row calls it instead."""
-    path = next(folder / name for name in METADATA if (folder / name).is_file())
+    """The column of the captions: `text`, or what the first row that holds a text there calls it instead."""
+    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if path is None:
+        raise DataError(missing_metadata(folder))
     columns: list[str] = []
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:100]:
         if path.suffix == ".csv":
             columns = [part.strip().strip('"') for part in line.split(",")]
             break
         try:
-            columns = list(json.loads(line))
-            break
-        except (ValueError, TypeError):
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(values, dict):
+            columns = [key for key, value in values.items() if key == "text" or isinstance(value, str)]
+            break
     near = [c for c in columns if c.lower() in CAPTION_NAMES]
     if "text" in columns or not near:
         return "text", []
     return near[0], [f"{path.name} has no column `text` but `{near[0]}`: that one is read (data.text_column)"]
 
 
-def _fraction(rows: Sequence[Row]) -> float:
+def _fraction(rows: Sequence[Row], left_out: Sequence[Skipped], data: DataConfig) -> float:
     """A twentieth for validation; more where that would be but a few images, or none."""
     hundredths = round(100 * max(0.05, min(MOST_VALIDATION, WANTED_VALIDATION / len(rows))))
     for h in range(hundredths, 51):
         if 0 < sum(in_validation(row.file_name, h / 100) for row in rows) < len(rows):
             return h / 100
-    raise DataError(f"{len(rows)} image{'s are' if len(rows) > 1 else ' is'} too few to train on some and validate on others")
+    others = f", and {len(left_out)} were left out, such as {left_out[0].file}: {left_out[0].reason}" if left_out else ""
+    what = f"{len(rows)} usable image{'s are' if len(rows) > 1 else ' is'}"
+    raise DataError(f"{data.folder}: {what} too few to train on some and validate on others{others}")
 
 
 def _others(folder: Path, layout: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ def skipped(rows: Sequence[tuple[str, str]], unreadable: int) -> Html:
     if unreadable:
         content.append(element("p", f"Lines of skipped.jsonl that cannot be read: {unreadable}.", class_="bad"))
     if rows:
-        reasons = Counter(reason for _, reason in rows).most_common()
+        reasons = Counter(re.sub(r"'[^']*'", "'…'", reason) for _, reason in rows).most_common()  # names differ, reasons do not
         content += [table(("files", "reason"), [(count, reason) for reason, count in reasons[:REASONS]])]
         content += [
             _left_out(len(reasons) - REASONS, "reasons"),

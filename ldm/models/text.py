@@ -64,6 +64,12 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CL
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=learned, model_max_length=max_length)  # type: ignore[arg-type]
 
 
+def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
+    """sha256 over tokens and merges."""
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return hashlib.sha256(json.dumps([bpe["vocab"], bpe["merges"]], sort_keys=True).encode()).hexdigest()
+
+
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write ``tokenizer.json`` and its configuration, and the ``vocab.json`` and ``merges.txt`` that older readers want."""
     tokenizer.save_pretrained(str(folder))

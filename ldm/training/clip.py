@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import ClipRun
+from ldm.config import ClipRun, ConfigError
 from ldm.data.images import to_uint8
 from ldm.data.sources import open_source
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
-from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer
+from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer, vocabulary_hash
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -75,10 +75,12 @@ class ClipTask:
         """Nothing depends on more than the batch."""
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"vocabulary": vocabulary_hash(self.tokenizer)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
+        """Raises ConfigError where the vocabulary is not that of the run: its tokens would mean something else."""
+        if state != self.state():
+            raise ConfigError("the captions have changed, and with them the vocabulary that this run learned: use another run: directory")
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""

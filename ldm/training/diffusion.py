@@ -30,6 +30,7 @@ from ldm.training.task import seeded
 
 PICTURES = 8
 COUNTED = 20_000  # captions at most that are counted as too long where they are encoded in the step
+MANY = 1000  # images from which encoding tells how far it is
 BINS = 10  # parts of 1…T for which the validation loss is reported apart
 
 
@@ -214,7 +215,14 @@ def ensure_cache(
     bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
     if not processes.each((folder / cache.MANIFEST).is_file)[0]:  # what the main process sees holds for all
         say(f"encoding {source.length} images into {folder}")
-        cache.write(folder, bound, autoencoder.to(device), source, config.data, device, processes=processes)
+        tenths: set[int] = set()
+
+        def progress(done: int, total: int) -> None:
+            if total >= MANY and (tenth := done * 10 // total) not in tenths:
+                tenths.add(tenth)
+                say(f"encoded {done} of {total}")
+
+        cache.write(folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes)
         autoencoder.to("cpu")
     return cache.LatentCache(folder, bound)
 

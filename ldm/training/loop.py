@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
-from ldm.evaluation.record import read_status
+from ldm.evaluation.record import RunError, read_status
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
 from ldm.training.launch import launched
@@ -126,15 +126,30 @@ class Loop:
     def _resume(self, found: Path) -> None:
         """Take over a checkpoint that has been verified."""
         tensors, state = checkpoint.load(found, verify=False)
+        self._check_data(state["data"])
+        self.task.load_state(state["task"])
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
             checkpoint.restore_optimizer(self.optimizers[name], [n for n, _ in network.named_parameters()], tensors[f"optimizer_{name}"])
         self.ema.load(tensors["ema"])
-        self.task.load_state(state["task"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.reporter.say(f"going on from update {self.step} ({found})")
+
+    def _data(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data it was trained on."""
+        train, validation = self.task.stream.source, self.task.validation.source
+        return {"images": train.length, "train": train.fingerprint, "validation": validation.fingerprint}
+
+    def _check_data(self, before: dict[str, Any]) -> None:
+        """Going on with other images is a decision, not an accident. Raises RunError."""
+        now = self._data()
+        if now != before and not self.task.stream.data.accept_changes:
+            raise RunError(
+                f"the images or captions have changed since this run began ({before['images']} training images then, {now['images']} now):"
+                " restore them, use another run: directory, or go on with them by data.accept_changes=true"
+            )
 
     def _checkpoint(self, writer: checkpoint.BackgroundWriter) -> None:
         tensors: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
@@ -142,7 +157,12 @@ class Loop:
             tensors[f"model_{name}"] = network.state_dict()
             tensors[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], [n for n, _ in network.named_parameters()])
         scaler = self.accelerator.scaler
-        state = {"step": self.step, "task": self.task.state(), "scaler": scaler.state_dict() if scaler is not None else None}
+        state = {
+            "step": self.step,
+            "task": self.task.state(),
+            "data": self._data(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
         writer.submit(self.step, tensors, state, self.run_config)
 
     def train(self) -> None:

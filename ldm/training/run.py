@@ -27,6 +27,7 @@ CHANGEABLE = {
     "prompts",
     "data.workers",
     "data.max_skipped",
+    "data.accept_changes",
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
     *(f"train.{name}" for name in ("trackers", "micro_batch")),
 }
