@@ -28,7 +28,7 @@ COMMANDS = {
 }
 
 CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or model folder, 5 training went non-finite,
-75 interrupted and saved (the same command goes on)"""
+75 interrupted and saved (the same command goes on), 130 interrupted where there was nothing to save"""
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone

@@ -126,7 +126,8 @@ class Loop:
     def _resume(self, found: Path) -> None:
         """Take over a checkpoint that has been verified."""
         tensors, state = checkpoint.load(found, verify=False)
-        self._check_data(state["data"])
+        if "data" in state:  # checkpoints of before did not keep it
+            self._check_data(state["data"])
         self.task.load_state(state["task"])
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
