@@ -17,10 +17,16 @@ import re
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.console import Console
 from ldm.config import CAPTIONS, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ldm.cli.recipe import Plan
+    from ldm.data.survey import Survey
 
 NAMED = 20  # skipped files named on the terminal; the list has all
 CPU_SIZE, GPU_SIZES = 32, (64, 256)
@@ -105,7 +111,7 @@ def _gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= GPU_MEMORY
 
 
-def _size(asked: int | None, looked: Any, gpu: bool) -> int:
+def _size(asked: int | None, looked: Survey, gpu: bool) -> int:
     """A side that the networks of the recipe can halve often enough."""
     multiple = 64 if gpu else 16
     if asked is not None:
@@ -118,7 +124,7 @@ def _size(asked: int | None, looked: Any, gpu: bool) -> int:
     return max(low, min(high, looked.short_side // multiple * multiple))
 
 
-def _tokens(looked: Any) -> tuple[int, int]:
+def _tokens(looked: Survey) -> tuple[int, int]:
     """Room for captions in tokens, and the longest caption's length, counted with a vocabulary learned from them."""
     from ldm.models.text import tokenize, train_tokenizer
 
@@ -130,7 +136,7 @@ def _tokens(looked: Any) -> tuple[int, int]:
     return min(77, max(12, longest + longest // 2)), longest  # prompts may be longer than what was trained on
 
 
-def _lines(looked: Any, longest: int) -> list[str]:
+def _lines(looked: Survey, longest: int) -> list[str]:
     """What was found, for a person."""
     data, headers = looked.data, looked.headers
     where = {
@@ -164,11 +170,11 @@ def _lines(looked: Any, longest: int) -> list[str]:
     return lines + [f"  note      {remark}" for remark in looked.remarks]
 
 
-def _counts(values: Any) -> str:
+def _counts(values: Iterable[str]) -> str:
     return ", ".join(f"{name} {n}" for name, n in Counter(values).most_common())
 
 
-def _say_skipped(looked: Any, out: Path, console: Console) -> None:
+def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
     skipped, file = looked.skipped, out / "skipped.jsonl"
     if not skipped:
         return
@@ -182,7 +188,7 @@ def _say_skipped(looked: Any, out: Path, console: Console) -> None:
         console.say(f"            or set max_skipped to {share + 0.005:.2f} in the configurations")
 
 
-def _say_next(plan: Any, out: Path, console: Console) -> None:
+def _say_next(plan: Plan, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
     console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")

@@ -149,8 +149,8 @@ def detect(folder: Path) -> tuple[str, list[str]]:
 
 def _refuse_other_sidecars(folder: Path, images: list[str], others: set[str]) -> None:
     """Raise DataError where most images have a file beside them that may be a caption under another name."""
-    stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
-    beside = [name for name in others if str(PurePosixPath(name).with_suffix("")) in stems or name.removesuffix(".txt") in set(images)]
+    names = {*images, *(str(PurePosixPath(name).with_suffix("")) for name in images)}
+    beside = [name for name in others if str(PurePosixPath(name).with_suffix("")) in names]  # a.caption, and a.png.txt
     if 2 * len(beside) >= len(images):
         example = min(beside)
         raise DataError(
