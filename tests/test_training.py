@@ -473,6 +473,23 @@ def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stage
         assert figures == stage1.validate(9, lambda t: t, 0, 1)
 
 
+def test_more_processes_than_validation_images(stages: Stages) -> None:
+    """Those without a share exchange the same figures in the same order, or all would wait for ever."""
+    for name in ("autoencoder", "ldm"):
+        exchanged: dict[int, list[tuple[int, ...]]] = {0: [], 7: []}
+        for rank, shapes in exchanged.items():
+            settings = stages.settings(name)
+            task = AutoencoderTask(settings) if name == "autoencoder" else DiffusionTask(settings, lambda _: None)
+
+            def gather(tensor: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+                shapes.append(tuple(tensor.shape))
+                return tensor + 1  # as if the others had something
+
+            with torch.no_grad():
+                task.validate(0, gather, rank, 8)  # six images
+        assert exchanged[0] == exchanged[7] and len(exchanged[0]) > 0
+
+
 def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Stages) -> None:
     task = AutoencoderTask(stages.settings("autoencoder", "train.validation_size=24"))
     task.begin()

@@ -168,7 +168,8 @@ class AutoencoderTask:
         def total(value: Tensor) -> Tensor:
             return gather(value.double()[None]).sum(0)
 
-        figures: dict[str, Tensor] = {}
+        # every name from the start: a process without a share of the images takes part in each exchange all the same
+        figures = dict.fromkeys(self._figures(), torch.zeros((), dtype=torch.float64, device=device))
         moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64, device=device)  # Σ mean, Σ mean², Σ variance
         kept: list[tuple[Tensor, DiagonalGaussian, Tensor]] = []
         train = self.config.train
@@ -182,9 +183,9 @@ class AutoencoderTask:
             sums = {"count": torch.tensor(len(image)), "psnr": psnr(clipped, image), "kl": kl_per_dimension(posterior)}
             sums["l1"] = (reconstruction - image).abs().mean((1, 2, 3))
             sums["high_frequency"] = _energy(clipped, image)
-            if image.shape[-1] >= 11:
+            if "ssim" in figures:
                 sums["ssim"] = ssim(clipped, image)
-            if self.perceptual is not None and self.perceptual.meaningful:
+            if "lpips" in figures and self.perceptual is not None:
                 sums["lpips"] = self.perceptual(clipped, image)
             _add(figures, sums)
         moments = total(moments)
@@ -198,6 +199,13 @@ class AutoencoderTask:
         means = {name: float(total(value)) / n for name, value in figures.items() if name != "count"}
         means.setdefault("lpips", None)  # type: ignore[arg-type]
         return {**means, "active_channels": int((variance > ACTIVE_VARIANCE).sum())}
+
+    def _figures(self) -> list[str]:
+        """Names of what validation adds up over images."""
+        names = ["count", "psnr", "kl", "l1", "high_frequency", *(f"psnr_noise_{level:g}" for level in NOISE_LEVELS)]
+        if self.config.data.image_size >= 11:  # SSIM's window
+            names.append("ssim")
+        return [*names, "lpips"] if self.perceptual is not None and self.perceptual.meaningful else names
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Originals above their reconstructions."""
@@ -227,7 +235,7 @@ class AutoencoderTask:
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double().sum()
+        sums[name] = sums[name] + value.double().sum()
 
 
 def _statistics(moments: Tensor, n: float) -> tuple[Tensor, Tensor]:
