@@ -18,7 +18,6 @@ from ldm.evaluation.record import read_metrics
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(HERE.parent)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 BASE, UPDATES = 4, 50  # updates before the checkpoint that all variants go on from, and after it
 TRAIN = {
     "batch_size": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 25, "validation_size": 6, "sample_every": 1000,
@@ -58,6 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
 def started(launcher: list[str], *arguments: str) -> str:
     done = subprocess.run([*launcher, str(HERE / "ranks.py"), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -73,20 +76,23 @@ def losses(run: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TREES)
-def test_two_processes_train_as_one_does(folder: Path, tmp_path: Path, name: str) -> None:
+def test_several_processes_train_as_one_does(folder: Path, tmp_path: Path, name: str, processes: int) -> None:
     config, base = str(folder / f"{name}.yaml"), str(folder / name)
+    variants = VARIANTS[name] if processes == 2 else ("null",)
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     whole = ("null",) if name == "clip" else ("4", "2")  # alone, and accumulated
     started([sys.executable], "train", str(one), name, config, base, *whole)
-    said = started(TORCHRUN, "train", str(two), name, config, base, *VARIANTS[name])
-    assert "global batch 4 = 2 processes × 2 × 1 accumulation" in said and said.count("going on from update 4") == len(VARIANTS[name])
+    said = started(torchrun(processes), "train", str(two), name, config, base, *variants)
+    assert f"global batch 4 = {processes} processes × {4 // processes} × 1 accumulation" in said
+    assert said.count("going on from update 4") == len(variants)
     expected, draws = load_file(one / "0.safetensors"), json.loads((one / "0.json").read_text())
     assert len(draws) == 4 * UPDATES and len(set(draws.values())) == len(draws)  # no two positions draw the same
     assert any(key.startswith("discriminator.") for key in expected) == (name == "autoencoder")
-    others = [(one, i) for i in range(1, len(whole))] + [(two, i) for i in range(len(VARIANTS[name]))]
+    others = [(one, i) for i in range(1, len(whole))] + [(two, i) for i in range(len(variants))]
     for place, number in others:
         assert json.loads((place / f"{number}.json").read_text()) == draws  # by position, not by rank
         gradients = load_file(place / f"{number}.safetensors")
@@ -102,7 +108,7 @@ def test_two_processes_train_as_one_does(folder: Path, tmp_path: Path, name: str
 
 
 def test_a_wrong_set_up_stops_at_the_start(folder: Path, tmp_path: Path) -> None:
-    said = started(TORCHRUN, "sabotage", str(tmp_path), "ldm", str(folder / "ldm.yaml"))
+    said = started(torchrun(2), "sabotage", str(tmp_path), "ldm", str(folder / "ldm.yaml"))
     messages = {name: texts for line in said.splitlines() if line.startswith("{") for name, texts in json.loads(line).items()}
     assert messages.keys() == {"gradients", "weights", "positions", "noise"}
     wanted = {
