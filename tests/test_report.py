@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import AutoencoderRun, ConfigError, DiffusionRun, load_run
-from ldm.data.sources import open_source
+from ldm.data.sources import BadSample, open_source
 from ldm.evaluation import panels, record
+from ldm.evaluation import report as reporting
 from ldm.evaluation.html import element
 from ldm.evaluation.panels import HINTS, quantity, thin
 from ldm.evaluation.report import GRIDS, evenly
@@ -365,6 +366,24 @@ def test_few_images_are_enough(exported: Path, images: int, shown: int) -> None:
     assert len(page.pictures("reconstructions")) == 3 * shown
     assert f"of {images} validation image{'s' * (images > 1)} ranked" in page.text["reconstructions"]
     assert "reconstructions" not in write(exported, "--images", "0").text
+
+
+@pytest.mark.parametrize(
+    ("damaged", "told"), [({1}, "of 3 validation images ranked"), ({0, 1, 2, 3}, "not one of 4 validation images can")]
+)
+def test_images_that_cannot_be_read_are_passed_over(exported: Path, monkeypatch: pytest.MonkeyPatch, damaged: set[int], told: str) -> None:
+    whole = open_source(load_run(exported).data, "validation")
+
+    class Damaged(type(whole)):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            if index in damaged:
+                raise BadSample(f"{index}.png", "cannot be decoded")
+            return super().__getitem__(index)
+
+    whole.__class__ = Damaged
+    monkeypatch.setattr(reporting, "open_source", lambda data, split: whole)
+    page = write(exported, "--images", "4")
+    assert told in page.text["reconstructions"] and len(page.pictures("reconstructions")) == (3 if len(damaged) == 1 else 0)
 
 
 def test_reconstructions_that_are_not_there_are_one_sentence(trained: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -64,15 +64,15 @@ def make_loop(tmp_path: Path) -> Iterator[Callable[..., Loop]]:
 
 def at_position(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[int], bool], act: Callable[[dict[str, Any]], None]) -> None:
     """Let ``act`` see each training sample whose position is ``wanted``."""
-    original = Stream.__getitem__
+    original = Stream.read
 
     def item(self: Stream, position: int) -> Any:
-        sample = original(self, position)
+        sample, skipped = original(self, position)
         if not self.validation and wanted(position):
             act(sample)
-        return sample
+        return sample, skipped
 
-    monkeypatch.setattr(Stream, "__getitem__", item)
+    monkeypatch.setattr(Stream, "read", item)
 
 
 def power_cut(sample: dict[str, Any]) -> None:

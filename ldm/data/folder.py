@@ -24,9 +24,9 @@ class FolderSource:
             raise DataError(f"a folder's images are read with 1 or 3 channels: image_channels is {data.image_channels}")
         self.data, self.folder = data, Path(data.folder or "")
         rows, skipped = read_rows(data)
-        self.skipped, self.listed = tuple(skipped), len(rows) + len(skipped)
+        self.skipped = tuple(skipped)
         if skipped:
-            check_share(len(skipped), self.listed, data, skipped[0])
+            check_share(len(skipped), len(rows) + len(skipped), data, skipped[0])
         fraction = data.validation_fraction
         self.rows = [row for row in rows if in_validation(row.file_name, fraction) == (split == "validation")]
         if not self.rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -115,11 +115,13 @@ def open_source(data: DataConfig, split: str) -> Source:
     return OPENERS[data.source](data, split)
 
 
-def readable(source: Source) -> Iterator[Sample]:
-    """The samples in order; those that cannot be read are passed over."""
-    for index in itertools.count() if source.length is None else range(source.length):
+def readable(source: Source, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Sample]]:
+    """Samples with their indices (left out: all in order); those that cannot be read are passed over."""
+    if indices is None:
+        indices = itertools.count() if source.length is None else range(source.length)
+    for index in indices:
         try:
-            yield source[index]
+            yield index, source[index]
         except BadSample:
             continue
 

@@ -54,21 +54,29 @@ class Stream(Dataset[Batch]):
         self.skipped: dict[Skipped, None] = dict.fromkeys(cache.skipped.values() if cache else ())  # in the order of meeting them
 
     def __getitem__(self, position: int) -> Batch:
-        sample = self._read(position) | {"position": torch.tensor(position)}
-        for name, shape in self.draws.normals.items():
-            sample[name] = torch.from_numpy(streams.normal(self.seed, self.prefix + name, position, shape))
-        for name in self.draws.uniforms:
-            sample[name] = torch.tensor(streams.uniform(self.seed, self.prefix + name, position), dtype=torch.float64)
+        sample, skipped = self.read(position)
+        self.skipped |= dict.fromkeys(skipped)
         return sample
 
-    def _read(self, position: int) -> Batch:
-        """The image or moments and the caption at ``position``, or those of the first substitute that can be read."""
+    def read(self, position: int) -> tuple[Batch, list[Skipped]]:
+        """The sample at ``position``, and those that could not be read in its place. Raises DataError."""
+        skipped: list[Skipped] = []
         for index in self._candidates(position):
             try:
-                return self._cached(index, position) if self.cache is not None else self._prepared(index, position)
+                found = self._cached(index, position) if self.cache is not None else self._prepared(index, position)
+                return found | self._drawn(position), skipped
             except BadSample as bad:
-                self.skipped[bad.skipped] = None
-        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {[*self.skipped][-1].file}: look at the files")
+                skipped.append(bad.skipped)
+        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files")
+
+    def _drawn(self, position: int) -> Batch:
+        """The random numbers of a position, and the position itself."""
+        drawn: Batch = {"position": torch.tensor(position)}
+        for name, shape in self.draws.normals.items():
+            drawn[name] = torch.from_numpy(streams.normal(self.seed, self.prefix + name, position, shape))
+        for name in self.draws.uniforms:
+            drawn[name] = torch.tensor(streams.uniform(self.seed, self.prefix + name, position), dtype=torch.float64)
+        return drawn
 
     def _candidates(self, position: int) -> Iterator[int]:
         yield position if self.validation else self.order[position]
@@ -164,11 +172,9 @@ class _Carried(Dataset[Any]):
 
     def __getitem__(self, position: int) -> tuple[Batch | DataError, list[Skipped]]:
         try:
-            sample: Batch | DataError = self.stream[position]
+            return self.stream.read(position)
         except DataError as error:
-            sample = error
-        skipped, self.stream.skipped = list(self.stream.skipped), {}
-        return sample, skipped
+            return error, []
 
 
 def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skipped]]:

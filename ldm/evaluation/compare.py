@@ -37,7 +37,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     if loss.gan == 0:
         raise ConfigError(f"{adversarial} was trained without a discriminator: loss.gan is 0")
     source = open_source(data, "validation")
-    images = torch.stack([prepare(s.image, data.image_size) for s in itertools.islice(readable(source), IMAGES)])
+    images = torch.stack([prepare(s.image, data.image_size) for _, s in itertools.islice(readable(source), IMAGES)])
     weights = sorted((adversarial / "checkpoints").glob("step-*/model_discriminator.safetensors"))
     if not weights:
         raise ConfigError(f"{adversarial} has no checkpoint with a discriminator: let its training finish")

@@ -13,7 +13,7 @@ from torch import Tensor
 from autoencoder.metrics import psnr
 from autoencoder.model import AutoencoderKL
 from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import BadSample, Sample, Source
+from ldm.data.sources import Source, readable
 
 AT_ONCE = 16  # images computed together
 SHOWN = 6  # images of each group
@@ -38,21 +38,13 @@ def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices
     """
     device = next(autoencoder.parameters()).device
     for start in range(0, len(indices), batch):
-        read = list(_readable(source, indices[start : start + batch]))
+        read = list(readable(source, indices[start : start + batch]))
         if not read:
             continue
         samples = [sample for _, sample in read]
         image = torch.stack([prepare(s.image, size) for s in samples]).to(device)
         decoded = autoencoder(image)[0].clamp(-1, 1)
         yield Batch([i for i, _ in read], image, decoded, psnr(decoded, image).tolist(), [s.text for s in samples])
-
-
-def _readable(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
-    for i in indices:
-        try:
-            yield i, source[i]
-        except BadSample:
-            continue
 
 
 @dataclass(frozen=True)

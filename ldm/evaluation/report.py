@@ -170,10 +170,13 @@ def _reconstructions(run: Run) -> Section | None:
     try:
         autoencoder = _autoencoder(run)
         source = open_source(config.data, "validation")
-        n = min(run.images, source.length or run.images)
-        decibels, groups = extremes(autoencoder, source, config.data.image_size, n, run.progress)
+        wanted = min(run.images, source.length or run.images)
+        decibels, groups = extremes(autoencoder, source, config.data.image_size, wanted, run.progress)
     except (FolderError, DataError, ConfigError) as error:
         return title, element("p", f"None: {error}.")
+    n = len(decibels)
+    if n == 0:
+        return title, element("p", f"None: not one of {wanted} validation images can be read.")
     middle = (decibels[(n - 1) // 2] + decibels[n // 2]) / 2
     summary = {"best": decibels[0], "median": middle, "worst": decibels[-1], "mean": statistics.fmean(decibels)}
     told = ", ".join(f"{name} {_decibels(value)}" for name, value in summary.items())

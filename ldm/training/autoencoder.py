@@ -102,7 +102,7 @@ class AutoencoderTask:
 
     def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
         """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
-        images = (prepare(sample.image, self.config.data.image_size) for sample in itertools.islice(readable(self.source), limit))
+        images = (prepare(sample.image, self.config.data.image_size) for _, sample in itertools.islice(readable(self.source), limit))
         while several := list(itertools.islice(images, AT_ONCE)):
             yield network.encode(torch.stack(several).to(self._adaptive.device))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
-from ldm.evaluation.record import RunError, read_status
+from ldm.evaluation.record import RunError
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
 from ldm.training.launch import launched
@@ -183,8 +183,7 @@ class Loop:
         config, processes = self.config, self.accelerator.num_processes
         if self.step >= config.steps:
             self.reporter.say(f"already trained to update {self.step} of {config.steps}")
-            exported = self.run is not None and (read_status(self.run.path) or {}).get("state") == "done" and self.run.model.exists()
-            self._finish(export=not exported)
+            self._finish()  # a run that has all is not opened again: this one was killed before its export
             return
         self.reporter.say(
             f"global batch {config.batch_size} = {processes} process{'es' if processes > 1 else ''} × {self.split.micro_batch}"
@@ -205,7 +204,7 @@ class Loop:
         if interrupted and self.step < config.steps:
             self.accelerator.wait_for_everyone()
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command goes on")
-        self._finish(export=True)
+        self._finish()
 
     def _updates(self, feed: Iterator[Batch], writer: checkpoint.BackgroundWriter | None, trackers: Any) -> None:
         config = self.config
@@ -299,11 +298,10 @@ class Loop:
             Image.fromarray(picture).save(self.run.samples / f"{name}-{self.step:08d}.png")
             trackers.image(self.step, name, picture)
 
-    def _finish(self, export: bool) -> None:
+    def _finish(self) -> None:
         if self.run:
-            if export:
-                with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
-                    self.task.export(self.run)
+            with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
+                self.task.export(self.run)
             self.run.status("done", self.step, self.config.steps)
         self.accelerator.wait_for_everyone()
 
