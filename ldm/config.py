@@ -17,10 +17,13 @@ from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, at_le
 
 SOURCES = ("folder", "shapes", "shapes-two", "digits", "textures")
 CAPTIONS = ("metadata", "sidecar", "class", "none")
-SCHEDULES = ("linear", "scaled_linear", "cosine")
+SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
+GIVEN = "given"  # the schedule whose β are listed in the configuration
 TARGETS = ("eps", "x0", "v")
 WEIGHTINGS = ("simple", "min_snr")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
+VARIANCES = ("posterior", "beta", "learned")
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULES = ("constant", "cosine")
@@ -229,19 +232,34 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule (math.md F5). ``beta_start`` and ``beta_end``: null takes the published values."""
+    """The noise schedule (math.md F4, F5). ``beta_start`` and ``beta_end``: null takes the published values."""
 
     name: str = "scaled_linear"
     num_steps: int = 1000
     beta_start: float | None = None
     beta_end: float | None = None
+    betas: tuple[float, ...] | None = None  # for name: given, all of them
+    shift: float = 1.0  # side of what is diffused over the side that the schedule was made for: λ' = λ − log(shift)
+    zero_terminal_snr: bool = False  # no signal at all at the last step (v or x0 targets)
 
     def __post_init__(self) -> None:
-        one_of(self, SCHEDULES, "name")
+        one_of(self, (*SCHEDULES, GIVEN), "name")
         at_least(self, 2, "num_steps")
         between(self, 1e-12, 0.999, "beta_start", "beta_end")
-        if self.name == "cosine" and (self.beta_start, self.beta_end) != (None, None):
-            raise ConfigError("beta_start and beta_end have no meaning for the cosine schedule: leave them out")
+        between(self, 1e-3, 1e3, "shift")
+        if self.name in ("cosine", "sigmoid_signal", GIVEN) and (self.beta_start, self.beta_end) != (None, None):
+            raise ConfigError(f"beta_start and beta_end have no meaning for the {self.name} schedule: leave them out")
+        if self.name == "linear_rescaled" and (self.beta_end or 0.02) * 1000 / self.num_steps >= 1:
+            raise ConfigError(
+                f"num_steps {self.num_steps} is too few for linear_rescaled: its last β, times 1000/num_steps, must be below 1"
+            )
+        if (self.betas is not None) != (self.name == GIVEN):
+            raise ConfigError(f"betas go with name: given and with no other, got name {self.name!r}")
+        if self.betas is not None:
+            if len(self.betas) != self.num_steps:
+                raise ConfigError(f"betas must be num_steps = {self.num_steps} numbers, got {len(self.betas)}")
+            if not all(0 < beta < 1 for beta in self.betas[:-1]) or not 0 < self.betas[-1] <= 1:
+                raise ConfigError("betas must lie strictly between 0 and 1 (the last may be 1)")
 
 
 @dataclass(frozen=True)
@@ -268,9 +286,14 @@ class SampleConfig:
     eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
     negative_prompt: str = ""
     seed: int = 0
+    grid: str = "trailing"  # where the steps lie
+    variance: str | None = None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
 
     def __post_init__(self) -> None:
         one_of(self, SAMPLERS, "sampler")
+        one_of(self, GRIDS, "grid")
+        if self.variance is not None:
+            one_of(self, VARIANCES, "variance")
         at_least(self, 1, "steps")
         between(self, 0.0, 100.0, "guidance_scale")
         between(self, 0.0, 1.0, "eta")

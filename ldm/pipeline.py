@@ -28,8 +28,11 @@ from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, 
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.samplers import SAMPLERS, check_steps, trailing
+from ldm.diffusion.samplers.grids import GRIDS, check_steps
+from ldm.diffusion.samplers.path import Callback as StepCallback
+from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.interop import diffusers as layout
 from ldm.interop.weights import FolderError, file_hash, read_json, read_module, write_json, write_module
@@ -150,11 +153,14 @@ class Pipeline:
         size: int | None = None,
         batch_size: int = 16,
         indices: Sequence[int] | None = None,
+        callback: StepCallback | None = None,
     ) -> Iterator[Float[Tensor, "b C H W"]]:
         """Batches of images in about [−1, 1], in the order of the prompts.
 
         ``indices``: the number of each image within the seed, which determines its noise (left out: 0, 1, …); a process
         that draws a share of the images passes theirs.
+        ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
+        diffused; what it returns, unless None, is what the sampler goes on with.
         """
         size = self.sample_size if size is None else size
         self.check(settings, size)
@@ -166,16 +172,21 @@ class Pipeline:
             warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
         indices = range(len(prompts)) if indices is None else indices
         shape = (self.unet.in_channels, size // self.factor, size // self.factor)
-        grid = trailing(self.schedule.num_steps, settings.steps)
+        sampler, grid = SAMPLERS[settings.sampler], GRIDS[settings.grid](self.schedule, settings.steps)
+        options = {name: getattr(settings, name) for name in sampler.options}
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
-            cond, null = self.condition(texts), self.condition([settings.negative_prompt or self.null_caption] * len(texts))
-            denoise = classifier_free(self._predict, cond, null, settings.guidance_scale if self.text else 1.0)
-            latent = SAMPLERS[settings.sampler](
-                self.schedule, self.target, denoise, self._noise(settings.seed, "x_T", numbers, shape), grid,
-                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), eta=settings.eta,
+            latent = sampler.function(
+                self.denoiser(texts, settings), self._noise(settings.seed, "x_T", numbers, shape), grid,
+                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), callback=callback, **options,
             )  # fmt: skip
             yield self.codec.decode(latent) if self.codec else latent
+
+    def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
+        """What samplers call for these captions, guidance included."""
+        cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        denoise = classifier_free(self._predict, cond, null, settings.guidance_scale if self.text else 1.0)
+        return Denoiser(self.schedule, self.target, denoise, self.unet.out_channels == 2 * self.unet.in_channels)
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])

@@ -14,7 +14,9 @@ from ldm.config import TARGETS, ObjectiveConfig, ScheduleConfig
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.objective import WEIGHTINGS, Objective, target, uniform_timesteps
 from ldm.diffusion.process import posterior_mean, posterior_variance, to_eps, to_x0, transition
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.ancestral import VARIANCES
+from ldm.diffusion.samplers.grids import GRIDS
+from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import SCHEDULES, Schedule
 from ldm.interop.diffusers import scheduler_to_diffusers
 
@@ -29,6 +31,8 @@ pytestmark = [
 def test_every_choice_of_the_configuration_exists() -> None:
     assert set(SCHEDULES) == set(ldm.config.SCHEDULES)
     assert set(SAMPLERS) == set(ldm.config.SAMPLERS)
+    assert set(GRIDS) == set(ldm.config.GRIDS)
+    assert set(VARIANCES) == set(ldm.config.VARIANCES)
     assert set(WEIGHTINGS) == set(ldm.config.WEIGHTINGS)
     assert set(TARGETS) == {"eps", "x0", "v"}
     assert set(ldm.data.sources.OPENERS) == set(ldm.config.SOURCES)
@@ -38,17 +42,20 @@ def test_every_choice_of_the_configuration_exists() -> None:
 # ---------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize("steps", [2, 10, 100, 1000, 4000])
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("steps", [22, 100, 1000, 4000])
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_are_those_of_diffusers(name: str, steps: int) -> None:
-    ours = Schedule.from_config(ScheduleConfig(name, steps))
-    theirs = diffusers.DDIMScheduler.from_config(scheduler_to_diffusers(ScheduleConfig(name, steps), "eps"))
+def test_tables_are_those_of_diffusers(name: str, steps: int, zero_terminal: bool) -> None:
+    config = ScheduleConfig(name, steps, zero_terminal_snr=zero_terminal)
+    ours = Schedule.from_config(config)
+    theirs = diffusers.DDIMScheduler.from_config(scheduler_to_diffusers(config, "eps"))
     t = torch.arange(steps)
     assert ours.num_steps == steps == len(theirs.alphas_cumprod)
     # theirs are float32 throughout, so the tolerances are theirs
     bar = theirs.alphas_cumprod.double()
     assert (ours.alphas_cumprod - bar).abs().max() < 9e-7 * max(1, steps / 1000)
-    torch.testing.assert_close(ours.sigma(t).square(), 1 - bar, rtol=3e-5 + 6e-8 / (1 - bar[0].item()), atol=0)
+    rtol = (3e-5 + 6e-8 / (1 - bar[0].item())) * (2 if zero_terminal else 1)
+    torch.testing.assert_close(ours.sigma(t).square(), 1 - bar, rtol=rtol, atol=1e-6 if zero_terminal else 0)
     torch.testing.assert_close(ours.alpha(t), ours.alphas_cumprod.sqrt(), rtol=1e-11, atol=0)
     torch.testing.assert_close(ours.alpha(t).square() + ours.sigma(t).square(), torch.ones(steps, dtype=torch.float64))
 
@@ -83,7 +90,7 @@ def test_given_betas_reach_the_table() -> None:
     torch.testing.assert_close(roots, torch.tensor([0.01, 0.09, 0.25], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("bad", [[0.0, 0.1], [0.1, 1.0], [0.1, math.nan], [-0.1]])
+@pytest.mark.parametrize("bad", [[0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [0.1, math.nan], [-0.1]])
 def test_impossible_betas_are_refused(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         Schedule(torch.tensor(bad))

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ldm.config import TARGETS, ScheduleConfig
 from ldm.diffusion.condition import Condition, concatenate
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import to_x0
-from ldm.diffusion.samplers import GRIDS, SAMPLERS, check_steps, ddim, ddpm, dpmpp_2m, trailing
+from ldm.diffusion.samplers.ancestral import ddim, ddpm
+from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
+from ldm.diffusion.samplers.grids import GRIDS, check_steps
+from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers import scheduler_to_diffusers
 
@@ -25,39 +29,58 @@ pytestmark = [
 
 # ---------------------------------------------------------------- grids and samplers
 
+INTEGER_GRIDS = ("trailing", "leading", "linspace")
+SCHEDULES = {n: Schedule.from_config(ScheduleConfig("scaled_linear", n)) for n in (1000, 50, 2)}
+
+
+def trailing(steps: int) -> Tensor:
+    return GRIDS["trailing"](SCHEDULES[1000], steps)
+
+
+def ending(*nodes: int) -> Tensor:
+    """A grid that ends at clean data."""
+    return torch.tensor([*nodes, -1], dtype=torch.float64)
+
 
 @pytest.mark.parametrize("name", sorted(GRIDS))
 @pytest.mark.parametrize("num_steps", [1000, 50, 2])
 def test_grids_have_every_number_of_steps(name: str, num_steps: int) -> None:
     for steps in range(1, num_steps + 1):
-        grid = GRIDS[name](num_steps, steps)
-        assert len(grid) == steps and num_steps > grid[0] and grid[-1] >= 0
+        grid = GRIDS[name](SCHEDULES[num_steps], steps).tolist()
+        assert len(grid) == steps + 1 and grid[0] <= num_steps - 1 and grid[-2] >= 0 and grid[-1] == -1
         assert all(a > b for a, b in pairwise(grid)), (steps, grid)
     for steps in (0, num_steps + 1, -1):
         with pytest.raises(ValueError, match=f"steps must lie between 1 and {num_steps}, got {steps}"):
-            GRIDS[name](num_steps, steps)
+            GRIDS[name](SCHEDULES[num_steps], steps)
         with pytest.raises(ValueError):
             check_steps(num_steps, steps)
 
 
 @pytest.mark.parametrize("steps", [s for s in range(1, 1001) if 1000 % s == 0])
 def test_grids_are_those_of_diffusers(steps: int) -> None:
-    for name, grid in GRIDS.items():
+    for name in INTEGER_GRIDS:
         if name == "linspace" and steps == 1:
             continue  # theirs is then t = 0: clean data asked for from noise
         theirs = diffusers.DDIMScheduler(timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0)
         theirs.set_timesteps(steps)
-        assert grid(1000, steps) == theirs.timesteps.tolist()
+        assert GRIDS[name](SCHEDULES[1000], steps).tolist() == [*theirs.timesteps.tolist(), -1]
 
 
 def test_published_grids() -> None:
-    assert [g[i] for g in (GRIDS[n](1000, 20) for n in ("leading", "trailing", "linspace")) for i in (0, -1)] == [951, 1, 999, 49, 999, 0]
+    assert [int(g[i]) for g in (GRIDS[n](SCHEDULES[1000], 20) for n in ("leading", "trailing", "linspace")) for i in (0, -2)] == [
+        951,
+        1,
+        999,
+        49,
+        999,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
 def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> None:
-    schedule, grid = Schedule.from_config(ScheduleConfig("scaled_linear")), trailing(1000, steps)
+    schedule, grid = SCHEDULES[1000], trailing(steps)
     calls, done, drawn = [], [], []
 
     def noise(i: int) -> Tensor:
@@ -71,8 +94,8 @@ def test_one_network_call_for_each_node_of_the_grid(name: str, steps: int) -> No
 
     x = torch.randn(2, 3)
     kept = x.clone()
-    last = SAMPLERS[name](schedule, "v", denoise, x, grid, noise, callback=lambda i, sample: done.append((i, sample)))
-    assert calls == grid and [i for i, _ in done] == list(range(steps))
+    last = SAMPLERS[name].function(Denoiser(schedule, "v", denoise), x, grid, noise, callback=lambda i, sample, _: done.append((i, sample)))
+    assert calls == grid[:-1].tolist() and [i for i, _ in done] == list(range(steps))
     assert drawn == (list(range(steps - 1)) if name == "ddpm" else [])  # none at the last step
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
 
@@ -113,7 +136,7 @@ def test_ddim_is_diffusers(kind: str, name: str, eta: float) -> None:
         expected = x
         for i, t in enumerate(theirs.timesteps):
             expected = theirs.step(denoise(expected, t.expand(3)), t, expected, eta=eta, variance_noise=noise[i]).prev_sample
-        actual = ddim(schedule, name, denoise, x, trailing(1000, steps), lambda i, z=noise: z[i], eta=eta)
+        actual = ddim(Denoiser(schedule, name, denoise), x, trailing(steps), lambda i, z=noise: z[i], eta=eta)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -121,17 +144,17 @@ def test_ddim_is_diffusers(kind: str, name: str, eta: float) -> None:
 def test_ddpm_is_diffusers(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ScheduleConfig(kind)
     schedule = Schedule.from_config(config)
-    for grid in ([999], [999, 700, 37, 2], trailing(1000, 20)):
+    for grid in (ending(999), ending(999, 700, 37, 2), trailing(20)):
         theirs = their_scheduler(diffusers.DDPMScheduler, schedule, config, name, variance_type="fixed_small")
         theirs.one = torch.tensor(1.0, dtype=torch.float64)
-        theirs.set_timesteps(timesteps=grid)
+        theirs.set_timesteps(timesteps=grid[:-1].long().tolist())
         x = torch.randn(3, 8, dtype=torch.float64)
-        noise, denoise = torch.randn(len(grid), 3, 8, dtype=torch.float64), network(schedule, name)
+        noise, denoise = torch.randn(len(grid) - 1, 3, 8, dtype=torch.float64), network(schedule, name)
         expected = x
         for i, t in enumerate(theirs.timesteps):
             monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=noise[i], **__: z)
             expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
-        actual = ddpm(schedule, name, denoise, x, grid, lambda i, z=noise: z[i])
+        actual = ddpm(Denoiser(schedule, name, denoise), x, grid, lambda i, z=noise: z[i])
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -146,21 +169,21 @@ def test_dpmpp_2m_is_diffusers(kind: str, name: str) -> None:
             algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
         )  # fmt: skip
         theirs.set_timesteps(steps)
-        assert theirs.timesteps.tolist() == trailing(1000, steps)
+        assert theirs.timesteps.tolist() == trailing(steps)[:-1].tolist()
         x, denoise = torch.randn(3, 8), network(schedule, name)
         expected = x
         for t in theirs.timesteps:
             expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
-        actual = dpmpp_2m(schedule, name, denoise, x, trailing(1000, steps), lambda i, x=x: x)
+        actual = dpmpp_2m(Denoiser(schedule, name, denoise), x, trailing(steps), lambda i, x=x: x)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("grid", [[999], [999, 500, 499, 20, 0], [600, 3], trailing(1000, 40)])
-def test_ddim_with_eta_one_is_ddpm(name: str, grid: list[int], schedule: Schedule) -> None:
-    x, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(len(grid), 2, 6, dtype=torch.float64)
-    one = ddim(schedule, name, network(schedule, name), x, grid, lambda i: noise[i], eta=1.0)
-    two = ddpm(schedule, name, network(schedule, name), x, grid, lambda i: noise[i])
+@pytest.mark.parametrize("grid", [ending(999), ending(999, 500, 499, 20, 0), ending(600, 3), trailing(40)])
+def test_ddim_with_eta_one_is_ddpm(name: str, grid: Tensor, schedule: Schedule) -> None:
+    x, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(len(grid) - 1, 2, 6, dtype=torch.float64)
+    one = ddim(Denoiser(schedule, name, network(schedule, name)), x, grid, lambda i: noise[i], eta=1.0)
+    two = ddpm(Denoiser(schedule, name, network(schedule, name)), x, grid, lambda i: noise[i])
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
 
 
@@ -177,9 +200,9 @@ def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) ->
 
 @pytest.mark.parametrize(
     ("name", "steps", "eta", "tolerance"),
-    [("ddpm", 1000, 1.0, 0.01), ("ddim", 500, 0.0, 0.01), ("ddim", 500, 0.5, 0.01), ("dpmpp_2m", 50, 0.0, 0.01)],
+    [("ddpm", 1000, None, 0.01), ("ddim", 500, 0.0, 0.01), ("ddim", 500, 0.5, 0.01), ("dpmpp_2m", 50, None, 0.01)],
 )
-def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float, tolerance: float) -> None:
+def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, tolerance: float) -> None:
     """With the exact denoiser a sampler is affine in x_T and in each step's noise, so one run gives mean and variance exactly:
     row 0 starts at 0, row 1 at 1, row 2 + i gets 1 as the noise of step i."""
     schedule, (mean, std) = Schedule.from_config(ScheduleConfig("linear")), (1.5, 0.4)
@@ -192,30 +215,27 @@ def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float, toleran
         return z
 
     denoise = gaussian_denoiser(schedule, mean, std, "v")
-    out = SAMPLERS[name](schedule, "v", denoise, x, trailing(1000, steps), noise, eta=eta)[:, 0]
+    options = {} if eta is None else {"eta": eta}
+    out = SAMPLERS[name].function(Denoiser(schedule, "v", denoise), x, trailing(steps), noise, **options)[:, 0]
     assert out[0].item() == pytest.approx(mean, abs=tolerance)
     assert (out[1:] - out[0]).square().sum().sqrt().item() == pytest.approx(std, rel=tolerance)
 
 
 def test_dpmpp_2m_is_of_second_order() -> None:
-    """Its error on Gaussian data falls by 4 as steps double, DDIM's by 2; measured between two noise levels, ends excluded."""
-    schedule = Schedule.from_config(ScheduleConfig("scaled_linear", 100_000, 0.00085 / 100, 0.012 / 100))
-    lam = schedule.half_log_snr(torch.arange(100_000))
+    """Its error on Gaussian data falls by 4 as steps double, DDIM's by 2; measured between two noise levels."""
+    schedule = SCHEDULES[1000]
+    lam = schedule.half_log_snr_table
     found = {}
     for name in ("ddim", "dpmpp_2m"):
         errors_ = []
         for steps in (20, 40):
-            nodes = torch.linspace(lam[60_000], lam[2_000], steps + 1, dtype=torch.float64)  # uniform in λ
-            grid = [int((lam - node).abs().argmin()) for node in nodes]
-            a, s = schedule.alpha(torch.tensor(grid)), schedule.sigma(torch.tensor(grid))
-            kept = []
+            grid = schedule.time(torch.linspace(lam[600], lam[20], steps + 1, dtype=torch.float64))  # uniform in λ
+            a, s = schedule.alpha(grid), schedule.sigma(grid)
             x = torch.full((1, 1), 2.0, dtype=torch.float64)
-            denoise = gaussian_denoiser(schedule, 0.0, 0.1, "x0")
-            SAMPLERS[name](
-                schedule, "x0", denoise, x, grid, lambda i, x=x: x, callback=lambda i, sample, kept=kept: kept.append(sample.item())
-            )
+            denoiser = Denoiser(schedule, "x0", gaussian_denoiser(schedule, 0.0, 0.1, "x0"))
+            out = SAMPLERS[name].function(denoiser, x, grid, lambda i, x=x: x)
             std = ((0.1 * a) ** 2 + s**2).sqrt()  # the exact flow keeps x in proportion to the marginal's deviation
-            errors_.append(abs(kept[steps - 1] - 2.0 * (std[-1] / std[0]).item()))
+            errors_.append(abs(out.item() - 2.0 * (std[-1] / std[0]).item()))
         found[name] = math.log2(errors_[0] / errors_[1])
     assert found["ddim"] == pytest.approx(1, abs=0.1) and found["dpmpp_2m"] == pytest.approx(2, abs=0.1), found
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition, concatenate
+from ldm.diffusion.denoiser import Denoise
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # model(x_t [b, …], t [b], cond) -> prediction [b, …]
-Denoise = Callable[[Tensor, Tensor], Tensor]  # denoise(x_t [b, …], t [b]) -> prediction [b, …]
 
 
 def classifier_free(model: Model, cond: Condition, null_cond: Condition, scale: float) -> Denoise:

@@ -1,27 +1,34 @@
-"""Posterior, transitions between any two steps, and the equivalent predictions (math.md F3, P1, P2, P4)."""
+"""Transitions between any two steps, posterior, reverse mean and variance, and the equivalent predictions (math.md F1, F3, P1–P5)."""
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule, like
 
 
-def transition(schedule: Schedule, s: Int[Tensor, "*b"], t: Int[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+def forward_step(schedule: Schedule, x: Float[Tensor, "b *d"], z: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
+    """√(1−β_t) x_{t−1} + √β_t z, a draw from q(x_t | x_{t−1}) (F1; z standard normal)."""
+    beta = schedule.betas[t]
+    return like((1 - beta).sqrt(), x) * x + like(beta.sqrt(), x) * z
+
+
+def transition(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """q(x_t | x_s) = N(ratio · x_s, V I) for s < t (F3): returns (a_t/a_s, V), float64."""
     ratio = schedule.alpha(t) / schedule.alpha(s)
     return ratio, schedule.sigma(t).square() - (ratio * schedule.sigma(s)).square()
 
 
-def posterior_variance(schedule: Schedule, s: Int[Tensor, "*b"], t: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+def posterior_variance(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """Variance V s_s²/s_t² of q(x_s | x_t, x_0) for s < t (P2; β̃_t for neighbours, 0 at s = −1), float64."""
     _, v = transition(schedule, s, t)
     return v * (schedule.sigma(s) / schedule.sigma(t)).square()
 
 
 def posterior_mean(
-    schedule: Schedule, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], s: Int[Tensor, "*k"], t: Int[Tensor, "*k"]
+    schedule: Schedule, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
     """Mean (a_s V/s_t²) x_0 + (a_t s_s²/(a_s s_t²)) x_t of q(x_s | x_t, x_0) for s < t (P1, P2)."""
     ratio, v = transition(schedule, s, t)
@@ -29,8 +36,29 @@ def posterior_mean(
     return like(schedule.alpha(s) * v / var_t, x0) * x0 + like(ratio * schedule.sigma(s).square() / var_t, x_t) * x_t
 
 
+def reverse_mean(
+    schedule: Schedule, eps: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
+    """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε. Needs a_t > 0."""
+    ratio, v = transition(schedule, s, t)
+    return (x_t - like(v / schedule.sigma(t), x_t) * eps) / like(ratio, x_t)
+
+
+def learned_log_variance(
+    schedule: Schedule, output: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
+    """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped (P5; Nichol & Dhariwal 2021, eq. 15).
+
+    The posterior's variance is 0 where s is clean data; its logarithm is then that of the pair (0, 1).
+    """
+    _, v = transition(schedule, s, t)
+    small = torch.where(s < 0, posterior_variance(schedule, s.clamp(min=0), t.clamp(min=1)), posterior_variance(schedule, s, t))
+    nu = (output + 1) / 2
+    return nu * like(torch.log(v), output) + (1 - nu) * like(torch.log(small), output)
+
+
 def to_x0(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
     """x̂_0 from a prediction of ``target`` (P4). An ε prediction needs a_t > 0."""
     a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
@@ -40,10 +68,27 @@ def to_x0(
 
 
 def to_eps(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "*k"]
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
     a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
     if target == "eps":
         return prediction
     return (x_t - a * prediction) / s if target == "x0" else s * x_t + a * prediction
+
+
+def from_x0(
+    schedule: Schedule, target: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
+    """The prediction of ``target`` that says x̂_0 (P4). For ε and v it needs s_t > 0."""
+    if target == "x0":
+        return x0
+    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+    return (x_t - a * x0) / s if target == "eps" else (a * x_t - x0) / s
+
+
+def score(
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
+    """∇ log q(x_t) as the prediction estimates it: −ε̂/s_t (P4). Needs s_t > 0."""
+    return -to_eps(schedule, target, prediction, x_t, t) / like(schedule.sigma(t), x_t)

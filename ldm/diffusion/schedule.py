@@ -1,7 +1,7 @@
-"""Noise schedules (math.md F5) and the one description of the process in (α, σ, λ).
+"""Noise schedules (math.md F4, F5) and the one description of the process in (α, σ, λ).
 
-Time is the code's: t = 0 … T−1, and t = −1 is clean data (ᾱ = 1). Tables are float64; what leaves them is
-float32, or float64 where the other operand is.
+Time is the code's: t = 0 … T−1, and t = −1 is clean data (ᾱ = 1). Between two steps t may be any number, by
+interpolation in λ = log(α/σ). Tables are float64; what leaves them is float32, or float64 where the other operand is.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
+
+SMALLEST_SIGNAL = 2.0**-24  # ᾱ that stands for 0 where λ must be finite (as in diffusers' solvers)
 
 
 def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float[Tensor, " T"]:
     """β equally spaced (Ho et al. 2020). Not rescaled by 1000/T, as in diffusers."""
     return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+
+
+def linear_rescaled_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float[Tensor, " T"]:
+    """β equally spaced between ends times 1000/T, so that the last SNR is about the same for every T (improved-diffusion)."""
+    return linear_betas(num_steps, beta_start * 1000 / num_steps, beta_end * 1000 / num_steps)
 
 
 def scaled_linear_betas(num_steps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> Float[Tensor, " T"]:
@@ -33,36 +40,82 @@ def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999)
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
 
 
+def sigmoid_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float[Tensor, " T"]:
+    """β through a sigmoid on [−6, 6] (GeoDiff, Xu et al. 2022; diffusers' `sigmoid`)."""
+    rise = torch.sigmoid(torch.linspace(-6, 6, num_steps, dtype=torch.float64))
+    return beta_start + (beta_end - beta_start) * rise
+
+
+def sigmoid_signal_betas(
+    num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+) -> Float[Tensor, " T"]:
+    """ᾱ through a sigmoid that falls from 1 to 0 (Jabri et al. 2022, algorithm 1); β clipped at 0.999 as for cosine."""
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    value = torch.sigmoid((start + u * (end - start)) / tau)
+    bar = (value[-1] - value) / (value[-1] - value[0])
+    return (1 - bar[1:] / bar[:-1]).clamp(max=max_beta)
+
+
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": linear_betas,
+    "linear_rescaled": linear_rescaled_betas,
     "scaled_linear": scaled_linear_betas,
     "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "sigmoid_signal": sigmoid_signal_betas,
 }
+
+
+def zero_terminal(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """β with ᾱ_T exactly 0 and the first value kept: √ᾱ' = (√ᾱ − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T) (Lin et al. 2023, algorithm 1; F4)."""
+    signal = torch.cumprod(1 - betas.double(), 0).sqrt()
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    bar = signal.square()
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+def shifted(betas: Float[Tensor, " T"], ratio: float) -> Float[Tensor, " T"]:
+    """β of the process with λ' = λ − log(ratio), ratio = side / base side in diffused pixels (Hoogeboom et al. 2023, F5).
+
+    A larger image averages noise away, so it gets more of it. A last β of 1 stays 1.
+    """
+    log_bar = torch.cumsum(torch.log1p(-betas.double()), 0)
+    log_snr = log_bar - torch.log(-torch.expm1(log_bar)) - 2 * math.log(ratio)
+    bar = torch.sigmoid(log_snr)
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 
 
 class Schedule:
     """A forward process: how much signal (α) and noise (σ) a sample holds at each t, with α² + σ² = 1.
 
     Args:
-        betas: [T], the variance added at each step, in (0, 1).
+        betas: [T], the variance added at each step, in (0, 1); the last may be 1 (zero terminal SNR).
     """
 
     def __init__(self, betas: Float[Tensor, " T"]) -> None:
-        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("betas must be one row of numbers strictly between 0 and 1")
+        if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all()):
+            raise ValueError("betas must be one row of numbers strictly between 0 and 1 (the last may be 1)")
         self.betas = betas.double()
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         # index t + 1, so that t = −1 (clean data) is a row like the others; 1 − ᾱ summed without cancellation
-        log_alphas_cumprod = torch.cumsum(torch.log1p(-self.betas), 0)
+        log_bar = torch.cumsum(torch.log1p(-self.betas), 0)
         zero = torch.zeros(1, dtype=torch.float64, device=betas.device)
-        self._alpha = torch.cat([zero + 1, torch.exp(log_alphas_cumprod / 2)])
-        self._sigma = torch.cat([zero, torch.sqrt(-torch.expm1(log_alphas_cumprod))])
+        self._alpha = torch.cat([zero + 1, torch.exp(log_bar / 2)])
+        self._sigma = torch.cat([zero, torch.sqrt(-torch.expm1(log_bar))])
+        finite = torch.where(torch.isinf(log_bar), math.log(SMALLEST_SIGNAL), log_bar)
+        self.half_log_snr_table = (finite - torch.log(-torch.expm1(finite))) / 2  # λ of t = 0 … T−1, finite
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Schedule:
         """Build the schedule that ``config`` names."""
         given = {"beta_start": config.beta_start, "beta_end": config.beta_end}
-        return cls(SCHEDULES[config.name](config.num_steps, **{k: v for k, v in given.items() if v is not None}))
+        if config.betas is not None:
+            betas = torch.tensor(config.betas, dtype=torch.float64)
+        else:
+            betas = SCHEDULES[config.name](config.num_steps, **{k: v for k, v in given.items() if v is not None})
+        if config.shift != 1.0:
+            betas = shifted(betas, config.shift)
+        return cls(zero_terminal(betas) if config.zero_terminal_snr else betas)
 
     @property
     def num_steps(self) -> int:
@@ -73,23 +126,43 @@ class Schedule:
         """The same schedule with its tables on ``device``."""
         return Schedule(self.betas.to(device))
 
-    def alpha(self, t: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    def alpha(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """a_t = √ᾱ_t, float64."""
-        return self._alpha[t + 1]
+        return self._at(t, self._alpha, 1)
 
-    def sigma(self, t: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    def sigma(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """s_t = √(1 − ᾱ_t), float64."""
-        return self._sigma[t + 1]
+        return self._at(t, self._sigma, -1)
 
-    def snr(self, t: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    def _at(self, t: Tensor, table: Tensor, sign: int) -> Tensor:
+        """The table at whole t; between two of them √sigmoid(±2λ), λ interpolated."""
+        if not t.is_floating_point():
+            return table[t + 1]
+        whole = t.floor()
+        if bool(((t > -1) & (t < 0)).any()):
+            raise ValueError("t between −1 and 0 has no noise level: λ is infinite at t = −1")
+        lower = whole.long().clamp(0, max(self.num_steps - 2, 0))
+        part = t.double() - lower
+        lam = torch.lerp(self.half_log_snr_table[lower], self.half_log_snr_table[(lower + 1).clamp(max=self.num_steps - 1)], part)
+        return torch.where(t == whole, table[whole.long() + 1], torch.sigmoid(sign * 2 * lam).sqrt())
+
+    def snr(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Signal-to-noise ratio ᾱ/(1 − ᾱ), float64; infinite at t = −1."""
         return (self.alpha(t) / self.sigma(t)).square()
 
-    def half_log_snr(self, t: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """λ_t = ½ log SNR_t = log(a_t/s_t), float64; infinite at t = −1."""
+    def half_log_snr(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """λ_t = ½ log SNR_t = log(a_t/s_t), float64; infinite at t = −1, and −∞ where no signal is left."""
         return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
 
-    def add_noise(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]) -> Float[Tensor, "b *d"]:
+    def time(self, half_log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The t at which λ has the given value, fractional, float64; what lies beyond the table gets its end, 0 or T−1."""
+        rising = self.half_log_snr_table.flip(0)  # from T−1 to 0
+        lam = half_log_snr.double().clamp(rising[0], rising[-1])
+        upper = torch.searchsorted(rising, lam.contiguous()).clamp(1, self.num_steps - 1)
+        part = (lam - rising[upper - 1]) / (rising[upper] - rising[upper - 1])
+        return self.num_steps - 1 - (upper - 1 + part)
+
+    def add_noise(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b *d"]:
         """x_t = a_t x_0 + s_t ε, a draw from q(x_t | x_0) (math.md F2)."""
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * eps
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.config import ConfigError, ScheduleConfig, UNetConfig
+from ldm.config import GIVEN, ConfigError, ScheduleConfig, UNetConfig
+from ldm.diffusion.schedule import Schedule
 
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
 OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of what a StableDiffusionPipeline cannot express
@@ -17,8 +18,8 @@ OUR_UNET = "LatentDiffusionUNet"  # attention without a context, which a UNet2DC
 THEIR_UNET = "UNet2DConditionModel"
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}  # of schedule.py; cosine has none
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # of their DDIMScheduler
+_BETAS = {"scaled_linear": (0.00085, 0.012)}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
 
 
 def model_index(has_autoencoder: bool, has_text: bool, unet: UNetConfig) -> dict[str, Any]:
@@ -44,37 +45,46 @@ def model_index(has_autoencoder: bool, has_text: bool, unet: UNetConfig) -> dict
 
 
 def scheduler_to_diffusers(schedule: ScheduleConfig, target: str) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process, target and (trailing) grid."""
-    start, end = _BETAS[schedule.name]
+    """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process, target and (trailing) grid.
+
+    A process that has no name there is written as the table of its β.
+    """
+    start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
+    named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
+    betas = None if named else Schedule.from_config(schedule).betas.tolist()
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
-        "beta_schedule": _BETA_SCHEDULES[schedule.name],
+        "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),
         "beta_start": start if schedule.beta_start is None else schedule.beta_start,
         "beta_end": end if schedule.beta_end is None else schedule.beta_end,
-        "trained_betas": None,
+        "trained_betas": betas,
         "prediction_type": _PREDICTIONS[target],
         "timestep_spacing": "trailing",
         "steps_offset": 1,
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": named and schedule.zero_terminal_snr,
     }
 
 
 def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
     """The schedule and target of a scheduler_config.json. Raises ConfigError naming what is not offered."""
-    if layout.get("trained_betas") is not None or layout.get("rescale_betas_zero_snr", False):
-        raise ConfigError("scheduler: trained_betas and rescale_betas_zero_snr are not offered")
-    names = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
+    names = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()} | {"sigmoid": "sigmoid"}  # of their DDPMScheduler
     targets = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
-    beta_schedule, prediction = layout.get("beta_schedule", "linear"), layout.get("prediction_type", "epsilon")
-    if beta_schedule not in names or prediction not in targets:
-        raise ConfigError(f"scheduler: beta_schedule {beta_schedule!r} with prediction_type {prediction!r} is not offered")
+    prediction, zero_terminal = layout.get("prediction_type", "epsilon"), layout.get("rescale_betas_zero_snr", False)
+    if prediction not in targets:
+        raise ConfigError(f"scheduler: prediction_type {prediction!r} is not offered")
+    if (given := layout.get("trained_betas")) is not None:
+        return ScheduleConfig(GIVEN, len(given), betas=tuple(given), zero_terminal_snr=zero_terminal), targets[prediction]
+    beta_schedule = layout.get("beta_schedule", "linear")
+    if beta_schedule not in names:
+        raise ConfigError(f"scheduler: beta_schedule {beta_schedule!r} is not offered")
     name = names[beta_schedule]
     start, end = (None, None) if name == "cosine" else (layout.get("beta_start", 1e-4), layout.get("beta_end", 0.02))
-    return ScheduleConfig(name, layout.get("num_train_timesteps", 1000), start, end), targets[prediction]
+    schedule = ScheduleConfig(name, layout.get("num_train_timesteps", 1000), start, end, zero_terminal_snr=zero_terminal)
+    return schedule, targets[prediction]
 
 
 def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int) -> dict[str, Any]:

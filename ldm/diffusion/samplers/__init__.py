@@ -1,0 +1,1 @@
+"""Samplers, by family; ``registry`` names them all."""

@@ -1,0 +1,81 @@
+"""DDPM and DDIM, on the whole chain or any sub-sequence of it (math.md S1, S2)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser, Prediction
+from ldm.diffusion.process import posterior_mean, posterior_variance, transition
+from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.schedule import Schedule, like
+
+VARIANCES = ("posterior", "beta", "learned")
+
+
+def ddpm(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    variance: str | None = None, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1). No noise where the step ends at clean data.
+
+    ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or ``learned``; left out, learned
+    where the network has learned it, else posterior.
+    """
+    schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
+    for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
+        said = denoiser(x, t)
+        x0 = said.x0
+        x = posterior_mean(schedule, x0, x, s, t)
+        if s >= 0:
+            x = x + _deviation(schedule, variance, said, s, t) * noise(i)
+        x = told(callback, i, x, x0)
+    return x
+
+
+def _deviation(schedule: Schedule, variance: str, said: Prediction, s: Tensor, t: Tensor) -> Tensor:
+    if variance == "learned":
+        return (said.log_variance(s) / 2).exp()
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+    value = posterior_variance(schedule, s, t) if variance == "posterior" else transition(schedule, s, t)[1]
+    return like(value.sqrt(), said.x_t)
+
+
+def ddim(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    eta: float = 0.0, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2)."""
+    schedule = denoiser.schedule
+    for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
+        said = denoiser(x, t)
+        x0 = said.x0
+        variance = eta**2 * posterior_variance(schedule, s, t)
+        x = like(schedule.alpha(s), x) * x0 + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * said.eps
+        if eta > 0 and s >= 0:
+            x = x + like(variance.sqrt(), x) * noise(i)
+        x = told(callback, i, x, x0)
+    return x
+
+
+def ddim_inversion(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """The noise from which DDIM with η = 0 comes back to about ``x``: its steps upwards (Song et al. 2021, section 4.3; S2).
+
+    ``grid`` as for ``ddim``, falling, and ending where ``x`` is. Each step asks the network at the noise level of the
+    sample that it holds; at clean data, which no network has seen, at t = 0. The round trip is of first order.
+    """
+    schedule = denoiser.schedule
+    for i, (s, t) in enumerate(pairwise(Path.of(schedule, grid, x).t.flip(0))):
+        if s < 0:  # the network's first level stands for clean data
+            said = denoiser(x, s + 1)
+            eps, x0 = said.eps, x
+        else:
+            said = denoiser(x, s)
+            eps, x0 = said.eps, said.x0
+        x = told(callback, i, like(schedule.alpha(t), x) * x0 + like(schedule.sigma(t), x) * eps, x0)
+    return x

@@ -1,0 +1,59 @@
+"""What samplers share: their signature, and the noise levels along a grid.
+
+A sampler is a function ``sampler(denoiser, x, grid, noise, *, callback=None, …)``. The grid is the t of each step,
+falling, and then where the sample ends (−1: clean data); ``grids`` makes them, and any falling t in float64 will do.
+``noise(i)`` is the i-th fresh standard normal array: a function, so that an image's draws do not depend on the batch
+around it. A sampler works in the type of ``x``, its coefficients in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.schedule import SMALLEST_SIGNAL, Schedule
+
+Noise = Callable[[int], Tensor]
+# callback(step, sample after the step, x̂_0 that the step used): returns None, or what the sampler goes on with instead
+Callback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Path:
+    """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
+
+    λ is infinite at clean data only: where no signal is left, ᾱ = 2⁻²⁴ stands for 0.
+    """
+
+    t: Float[Tensor, " nodes"]
+    alpha: Float[Tensor, " nodes"]
+    sigma: Float[Tensor, " nodes"]
+    lam: Float[Tensor, " nodes"]
+
+    @classmethod
+    def of(cls, schedule: Schedule, grid: Float[Tensor, " nodes"], x: Tensor) -> Path:
+        """The nodes of ``grid``, beside ``x``. Raises ValueError unless t falls from at most T−1 to at least −1."""
+        grid = grid.to(x.device, torch.float64)
+        if len(grid) < 2 or not bool((grid.diff() < 0).all()) or grid[0] > schedule.num_steps - 1 or grid[-1] < -1:
+            raise ValueError(f"a grid must fall from at most {schedule.num_steps - 1} to at least −1, got {grid.tolist()}")
+        alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
+        nothing = alpha == 0
+        sigma = torch.where(nothing, math.sqrt(1 - SMALLEST_SIGNAL), sigma)
+        alpha = torch.where(nothing, math.sqrt(SMALLEST_SIGNAL), alpha)
+        return cls(grid, alpha, sigma, torch.log(alpha) - torch.log(sigma))
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return len(self.t) - 1
+
+
+def told(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
+    """The sample that goes on after a step: the callback's, where it gives one."""
+    given = callback(step, x, x0) if callback else None
+    return x if given is None else given
