@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
+from ldm.diffusion.samplers.langevin import annealed_langevin, predictor_corrector
 
 
 @dataclass(frozen=True)
@@ -34,4 +35,6 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, 1, ("variance",)),
     "ddim": Sampler(ddim, 1, ("eta",)),
     "dpmpp_2m": Sampler(dpmpp_2m, 2),
+    "annealed_langevin": Sampler(annealed_langevin, 0.5, calls=lambda steps: 5 * (steps - 1) + 1),
+    "predictor_corrector": Sampler(predictor_corrector, 1, ("eta",), calls=lambda steps: 2 * steps - 1),
 }
