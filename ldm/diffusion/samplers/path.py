@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.diffusion.schedule import SMALLEST_SIGNAL, Schedule
+from ldm.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
 # callback(step, sample after the step, x̂_0 that the step used): returns None, or what the sampler goes on with instead
@@ -27,7 +27,7 @@ Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 class Path:
     """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
 
-    λ is infinite at clean data only: where no signal is left, ᾱ = 2⁻²⁴ stands for 0.
+    λ is infinite at clean data only: where no signal is left, ``Schedule.least_signal`` stands for ᾱ.
     """
 
     t: Float[Tensor, " nodes"]
@@ -43,8 +43,8 @@ class Path:
             raise ValueError(f"a grid must fall from at most {schedule.num_steps - 1} to at least −1, got {grid.tolist()}")
         alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
         nothing = alpha == 0
-        sigma = torch.where(nothing, math.sqrt(1 - SMALLEST_SIGNAL), sigma)
-        alpha = torch.where(nothing, math.sqrt(SMALLEST_SIGNAL), alpha)
+        sigma = torch.where(nothing, math.sqrt(1 - schedule.least_signal), sigma)
+        alpha = torch.where(nothing, math.sqrt(schedule.least_signal), alpha)
         return cls(grid, alpha, sigma, torch.log(alpha) - torch.log(sigma))
 
     @property
