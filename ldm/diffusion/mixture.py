@@ -119,11 +119,12 @@ class GaussianMixture:
         def predict(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
             x, a, s = x_t.double().flatten(1), schedule.alpha(t), schedule.sigma(t)
             prior = None if cond.vector is None else cond.vector.double() * self.weights
-            said = torch.zeros_like(x)
-            if target != "eps":
-                said = self.denoised(x, a, s, prior) * (1 if target == "x0" else -s.reshape(-1, 1))
-            if target != "x0":
-                said = said - self.score(x, a, s, prior) * s.reshape(-1, 1) * (1 if target == "eps" else a.reshape(-1, 1))
+            if target == "x0":
+                said = self.denoised(x, a, s, prior)
+            else:
+                said = -s.reshape(-1, 1) * self.score(x, a, s, prior)
+            if target == "v":
+                said = a.reshape(-1, 1) * said - s.reshape(-1, 1) * self.denoised(x, a, s, prior)
             return said.to(x_t.dtype).reshape(x_t.shape)
 
         return predict

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def flow(mixture: GaussianMixture, x: Float[Tensor, "b d"], lam: Float[Tensor, "
         return sigma**2 / alpha * mixture.score(alpha * y, alpha, sigma)
 
     y, nodes = x / torch.sigmoid(2 * lam[0]).sqrt(), [x]
-    for left, right in zip(lam, lam[1:], strict=False):
+    for left, right in pairwise(lam):
         h = (right - left) / substeps
         for i in range(substeps):
             at = left + i * h
@@ -156,9 +157,13 @@ def path_errors(case: Case, schedule: Schedule, target: str, steps: Sequence[int
     exact, errors = _exact_path(steps[-1]), []
     for n in steps:
         nodes = exact[:: steps[-1] // n]
-        out, calls = case.run(schedule, target, MIXTURE, nodes[0], uniform(schedule, n), lambda _: torch.zeros_like(nodes[0]), nodes)
+        out, calls = case.run(schedule, target, MIXTURE, nodes[0], uniform(schedule, n), _none, nodes)
         errors.append((n, calls, float((out - nodes[-1]).square().mean().sqrt())))
     return errors
+
+
+def _none(i: int) -> Tensor:
+    raise ValueError(f"a sampler that drew no noise before asks for draw {i}: it must be measured in distribution")
 
 
 @functools.cache

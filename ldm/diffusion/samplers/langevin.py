@@ -18,12 +18,13 @@ from ldm.diffusion.samplers.ancestral import ddim
 from ldm.diffusion.samplers.path import Callback, Noise, Path, told
 from ldm.diffusion.schedule import like
 
+PER_LEVEL = 5  # Langevin steps at each level of annealed dynamics
 SNR = 0.16  # r of the corrector, as published for images
 
 
 def annealed_langevin(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
-    corrections: int = 5, snr: float = 0.3, measured: bool = False, callback: Callback | None = None,
+    corrections: int = PER_LEVEL, snr: float = 0.3, measured: bool = False, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1; S4): ``corrections`` Langevin steps at each level after the first.
 
