@@ -77,7 +77,7 @@ def test_published_grids() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"annealed_langevin", "predictor_corrector"}))  # in test_langevin.py
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
 def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) -> None:
     schedule, sampler = SCHEDULES[1000], SAMPLERS[name]

@@ -29,8 +29,8 @@ from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 
-ENDS = (-2.0, 2.0)  # λ between which orders are measured
-ORDER_STEPS = (10, 20, 40, 80)  # the last two give the order
+ENDS = (-1.5, 1.0)  # λ between which orders are measured
+ORDER_STEPS = (10, 20, 40, 80, 160)  # the last two give the order
 REACH_STEPS = (10, 20, 50, 100)
 DRAWS = 4096
 SUBSTEPS = 4  # of the exact flow, per step of the finest grid
