@@ -21,7 +21,10 @@ SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", 
 GIVEN = "given"  # the schedule whose β are listed in the configuration
 TARGETS = ("eps", "x0", "v")
 WEIGHTINGS = ("simple", "min_snr")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLERS = (
+    "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
+    "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
+)  # fmt: skip
 GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
 VARIANCES = ("posterior", "beta", "learned")
 TRACKERS = ("tensorboard", "wandb")

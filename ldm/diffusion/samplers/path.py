@@ -9,7 +9,7 @@ around it. A sampler works in the type of ``x``, its coefficients in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,26 @@ class Path:
     def steps(self) -> int:
         """S."""
         return len(self.t) - 1
+
+    @property
+    def level(self) -> Float[Tensor, " nodes"]:
+        """σ/α, the noise level of x/α; 0 at clean data."""
+        return self.sigma / self.alpha
+
+    def order(self, step: int, highest: int, lowered: bool) -> int:
+        """The order of a multistep solver in λ at ``step``: no more than the network calls before it allow, plus one.
+
+        ``lowered``: no more than the steps that are left. A step into clean data, where λ is infinite, is of first order.
+        """
+        if self.sigma[step + 1] == 0:
+            return 1
+        return min(highest, step + 1, self.steps - step if lowered else highest)
+
+
+def check_start(path: Path, start: Sequence[Tensor]) -> None:
+    """Raise ValueError where there are more exact samples than nodes after the first."""
+    if len(start) > path.steps:
+        raise ValueError(f"start must hold at most {path.steps} samples, one for each node after the first, got {len(start)}")
 
 
 def told(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
