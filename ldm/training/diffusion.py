@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
+from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.processes import Processes
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.learned_schedule import LearnedSchedule, Watched, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective, uniform_timesteps
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.plots import grid
@@ -52,9 +53,11 @@ class DiffusionTask:
         context_dim = self.text.width if self.text else None
         self.unet = seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))
         self.networks: dict[str, nn.Module] = {"unet": self.unet}
+        self.learned = LearnedSchedule(config.schedule) if config.schedule.name == LEARNED else None
+        if self.learned is not None:
+            self.networks["schedule"] = self.learned
         self.wrapped = self.networks
-        self.schedule = Schedule.from_config(config.schedule)
-        self.objective = Objective(config.objective, self.schedule)
+        self._take_table(self.learned.schedule() if self.learned is not None else Schedule.from_config(config.schedule))
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
@@ -120,26 +123,44 @@ class DiffusionTask:
         return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
 
     def lr_scale(self, network: str) -> float:
-        return 1.0
+        """A learned schedule has a rate of its own."""
+        return self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        self.schedule = self.schedule.to(device)
-        self.objective = Objective(self.config.objective, self.schedule)
+        self._take_table(self.schedule.to(device))
         if self.codec is not None:
             self.codec.autoencoder.to(device)
         if self.text is not None:
             self.text.to(device)
             self._table = self._caption_table()
 
+    def _take_table(self, schedule: Schedule) -> None:
+        self.schedule, self.objective = schedule, Objective(self.config.objective, schedule)
+
+    def _refresh(self) -> None:
+        """Take the table that a learned schedule has by now."""
+        if self.learned is not None:
+            self._take_table(self.learned.schedule())
+
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        self._refresh()
         x0, eps = self._x0(batch), batch["eps"]
         t = uniform_timesteps(batch["t"], self.schedule.num_steps)
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
-        loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
+        if self.learned is None:
+            loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
+            backward(loss)
+            return {"loss": loss.detach()}
+        watched = Watched(self.wrapped["unet"])
+        loss = self.objective.loss(watched, x0, eps, t, cond).mean()
+        error, slope = error_and_slope(self.schedule, self.config.objective.target, watched, x0, eps, t)
         backward(loss)
-        return {"loss": loss.detach()}
+        tables = self.wrapped["schedule"]()
+        of_schedule, figures = schedule_loss(tables, t, error, slope, x0, eps, self.codec is None)
+        backward(of_schedule)
+        return {"loss": loss.detach(), **figures}
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -169,6 +190,7 @@ class DiffusionTask:
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
+        self._refresh()
         train, unweighted = self.config.train, Objective(ObjectiveConfig(self.config.objective.target), self.schedule)
         total = (
             train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
@@ -192,8 +214,9 @@ class DiffusionTask:
     def pipeline(self) -> Pipeline:
         """The model as it stands."""
         config = self.config
+        schedule = config.schedule if self.learned is None else self.learned.given()
         return Pipeline(
-            self.unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
+            self.unet, schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
             caption_dropout=config.caption_dropout if self.text else None,
         ).to(self.device)  # fmt: skip
 
