@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ldm.config import TARGETS
 from ldm.diffusion.process import learned_log_variance, score, to_eps, to_x0
 from ldm.diffusion.schedule import Schedule
 
@@ -62,6 +63,10 @@ class Denoiser:
     target: str
     predict: Denoise
     learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
 
     def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, ""]) -> Prediction:
         """One network call; ``t`` is the same for the whole batch."""

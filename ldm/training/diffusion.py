@@ -1,4 +1,4 @@
-"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2)."""
+"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2, L4, L7)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
+from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.processes import Processes
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.objective import Objective, uniform_timesteps
+from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
@@ -50,17 +51,16 @@ class DiffusionTask:
         self.source = open_source(data, "train")
         validation = open_source(data, "validation")
         context_dim = self.text.width if self.text else None
-        self.unet = seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))
+        out_channels = 2 * channels if config.objective.learned_variance else channels
+        self.unet = seeded(seed, lambda: UNet(config.unet, channels, out_channels, context_dim))
         self.networks: dict[str, nn.Module] = {"unet": self.unet}
         self.wrapped = self.networks
-        self.schedule = Schedule.from_config(config.schedule)
-        self.objective = Objective(config.objective, self.schedule)
+        self._set_process(Schedule.from_config(config.schedule), torch.device("cpu"))
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
         self._table: Any = None  # made in `to`, on the device
         self._say = say
-        self.device = torch.device("cpu")
         self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
 
     def _check_data(self, model: AutoencoderConfig) -> None:
@@ -123,23 +123,38 @@ class DiffusionTask:
         return 1.0
 
     def to(self, device: torch.device) -> None:
-        self.device = device
-        self.schedule = self.schedule.to(device)
-        self.objective = Objective(self.config.objective, self.schedule)
+        self._set_process(self.schedule.to(device), device)
         if self.codec is not None:
             self.codec.autoencoder.to(device)
         if self.text is not None:
             self.text.to(device)
             self._table = self._caption_table()
 
+    def _set_process(self, schedule: Schedule, device: torch.device) -> None:
+        """The schedule with what is tabulated from it, and an empty history of losses."""
+        config, steps, batch_size = self.config.objective, schedule.num_steps, self.config.train.batch_size
+        self.device, self.schedule = device, schedule
+        self.objective = Objective(config, schedule, pixels=self.codec is None)
+        self.timesteps = Timesteps(config.timesteps, steps, batch_size, device)
+        self._update_losses = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
+
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         x0, eps = self._x0(batch), batch["eps"]
-        t = uniform_timesteps(batch["t"], self.schedule.num_steps)
+        t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
-        loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
+        terms = self.objective.terms(self.wrapped["unet"], x0, eps, t, cond)
+        loss = (weight * terms.total).mean()
         backward(loss)
-        return {"loss": loss.detach()}
+        self._note(batch["position"], t, terms.total.detach())
+        vlb = {} if terms.vlb is None else {"vlb": (weight * terms.vlb).mean().detach()}
+        return {"loss": loss.detach(), **vlb}
+
+    def _note(self, position: Tensor, t: Tensor, losses: Tensor) -> None:
+        """Keep the losses of a micro-batch until the update is over, where timesteps are drawn by them."""
+        if self.timesteps.history is not None:
+            place = position % self.config.train.batch_size
+            self._update_losses[:, place] = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses]).float()
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -159,17 +174,23 @@ class DiffusionTask:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Nothing depends on the whole global batch."""
+        """Remember the losses of the whole global batch, in the order of positions, where timesteps are drawn by them."""
+        if self.timesteps.history is None:
+            return
+        share, t, losses = reduce(self._update_losses)  # each process knows its own places: the mean is a share of the value
+        self.timesteps.history.update((t / share).round().long(), losses / share)
+        self._update_losses = torch.zeros_like(self._update_losses)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {} if self.timesteps.history is None else {"losses": self.timesteps.history.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
+        if self.timesteps.history is not None:
+            self.timesteps.history.load_state(state["losses"])
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
-        train, unweighted = self.config.train, Objective(ObjectiveConfig(self.config.objective.target), self.schedule)
+        train = self.config.train
         total = (
             train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
         )
@@ -180,7 +201,7 @@ class DiffusionTask:
             strata = [p * _stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = unweighted.loss(self.unet, self._x0(moved), moved["eps"], t, cond).double()
+            loss = self.objective.terms(self.unet, self._x0(moved), moved["eps"], t, cond).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()
