@@ -20,8 +20,9 @@ CAPTIONS = ("metadata", "sidecar", "class", "none")
 SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
 LEARNED = "learned"  # the schedule that is trained with the network
 GIVEN = "given"  # the schedule whose β are listed in the configuration
-TARGETS = ("eps", "x0", "v")
-WEIGHTINGS = ("simple", "min_snr")
+TARGETS = ("eps", "x0", "v", "score")
+WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
+TIMESTEPS = ("uniform", "stratified", "importance")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
 VARIANCES = ("posterior", "beta", "learned")
@@ -280,19 +281,32 @@ class ScheduleConfig:
                     f"{name} has no meaning for {'a' if self.name == LEARNED else 'any but a'} learned schedule: leave it out"
                 )
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether the SNR of the last step is 0."""
+        return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the network predicts and how timesteps are weighted (math.md L1, L2)."""
+    """What the network predicts, how timesteps are weighted, and how they are drawn (math.md L1, L2, L4, L7, L10)."""
 
     target: str = "eps"
     weighting: str = "simple"
     min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    learned_variance: bool = False  # the U-Net also gives the reverse variance, in c further output channels
+    vlb_weight: float = 0.001  # learned_variance: of the variational bound, the sum over all t in bits per dimension
+    timesteps: str = "uniform"
 
     def __post_init__(self) -> None:
         one_of(self, TARGETS, "target")
         one_of(self, WEIGHTINGS, "weighting")
-        at_least(self, 1e-6, "min_snr_gamma")
+        one_of(self, TIMESTEPS, "timesteps")
+        at_least(self, 1e-6, "min_snr_gamma", "p2_gamma")
+        at_least(self, 1e-12, "vlb_weight")
+        if self.vlb_weight != 0.001 and not self.learned_variance:
+            raise ConfigError("vlb_weight is for learned_variance: true: leave it out")
 
 
 @dataclass(frozen=True)
@@ -349,9 +363,24 @@ class DiffusionRun:
         for name, unset in (("vector_dim", None), ("concat_channels", 0)):
             if getattr(self.unet, name) != unset:
                 raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
-        if self.schedule.name == LEARNED and (self.train.compile or self.train.mixed_precision == "fp16"):
+        if self.schedule.ends_without_signal and self.objective.target in ("eps", "score"):
+            raise ConfigError(
+                f"objective.target {self.objective.target} says nothing of the image where the schedule leaves no signal: predict v or x0"
+            )
+        if self.sample.variance == "learned" and not self.objective.learned_variance:
+            raise ConfigError("sample.variance learned needs objective.learned_variance: true")
+        if self.schedule.name == LEARNED:
+            self._check_learned_schedule()
+
+    def _check_learned_schedule(self) -> None:
+        if self.train.compile or self.train.mixed_precision == "fp16":
             raise ConfigError(
                 "schedule.name learned differentiates the network by its input as well: set train.compile=false and no fp16 (bf16 or no)"
+            )
+        if self.objective.timesteps == "importance":
+            raise ConfigError(
+                "objective.timesteps importance lowers the variance of one loss, a learned schedule that of the bound at uniform t:"
+                " choose uniform or stratified, or another schedule"
             )
 
 

@@ -83,7 +83,7 @@ def test_each_table_is_differentiable_in_its_own_parameters_alone() -> None:
 
 # ---------------------------------------------------------------- the gradients
 
-TARGETS = ("eps", "x0", "v")
+TARGETS = ("eps", "x0", "v", "score")
 
 
 def network(channels: int, outputs: int) -> Function:
@@ -105,7 +105,7 @@ def error(gamma: Tensor, model: Function, target: str, x0: Tensor, eps: Tensor, 
     a, s = bar.sqrt(), (1 - bar).sqrt()
     x_t = a * x0 + s * eps
     said = model(x_t, t, Condition())[:, : x0.shape[1]]
-    guess = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said}[target]
+    guess = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said, "score": (x_t + s * s * said) / a}[target]
     return (bar / (1 - bar) * (x0 - guess).square()).mean(1)
 
 
@@ -413,6 +413,7 @@ def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -
         (["schedule.ends=[10.0,-10.0]"], "schedule.ends must be"),
         (["schedule.lr=0.0"], "schedule.lr"),
         (["schedule.betas=[0.1,0.2]"], "betas go with name: given"),
+        (["objective.timesteps=importance"], "objective.timesteps importance"),
         (["train.compile=true"], "train.compile=false"),
         (["train.mixed_precision=fp16"], "no fp16"),
     ],

@@ -7,14 +7,13 @@ depend on it. The network is trained by its own objective, which this schedule n
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.config import GIVEN, ScheduleConfig
+from ldm.diffusion import gaussian
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.schedule import Schedule, like
@@ -103,10 +102,12 @@ def error_and_slope(
     x_t, prediction = watched.x_t, watched.prediction[:, : x0.shape[1]].to(x0.dtype)  # the rest is a variance
     gamma = (-2 * schedule.half_log_snr_table[t]).requires_grad_()
     a, s = like(torch.sigmoid(-gamma).sqrt(), x0), like(torch.sigmoid(gamma).sqrt(), x0)
-    if target == "eps":
-        predicted = prediction
+    if target == "v":
+        predicted = s * x_t + a * prediction
+    elif target == "x0":
+        predicted = (x_t - a * prediction) / s
     else:
-        predicted = (x_t - a * prediction) / s if target == "x0" else s * x_t + a * prediction
+        predicted = -s * prediction if target == "score" else prediction
     error = (predicted - eps).square().flatten(1).sum(1)
     through_p4, at_input = torch.autograd.grad(error.sum(), (gamma, x_t), retain_graph=True, materialize_grads=True)
     moved = (a * s * (a * eps - s * x0)).detach() / 2
@@ -145,21 +146,16 @@ def schedule_loss(
 
 
 def prior(gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
-    """KL(q(x_T|x_0) ‖ N(0, I)) = ½(ᾱ(x_0² − 1) − log(1 − ᾱ)) at γ_T, mean over dimensions (F4)."""
-    return (torch.sigmoid(-gamma) * (x0.double().square().flatten(1).mean(1) - 1) - F.logsigmoid(gamma)) / 2
+    """KL(q(x_T|x_0) ‖ N(0, I)) at γ of the last step, mean over dimensions (F4)."""
+    zero, mean = torch.zeros_like(gamma), torch.sigmoid(-gamma).sqrt() * x0.double()
+    return gaussian.kl(mean, F.logsigmoid(gamma), zero, zero).flatten(1).mean(1)
 
 
 def decoder(gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], pixels: bool) -> Float[Tensor, " b"]:
-    """−log p(x_0|x_t) at the first step's γ, mean over dimensions, with p Gaussian about x_t/a_t with variance e^γ (L5).
+    """−log p(x_0|x_t) at γ of the first step, mean over dimensions: of a density, or for ``pixels`` of a bin's mass (L5).
 
-    As Kingma et al. 2021, eq. 12, have it, without the network, so that every sample tells of γ_min. For ``pixels`` its
-    mass between the edges x_0 ± 1/255 (outer bins open), for latents its density.
+    p is a Gaussian about x_t/a_t = x_0 + (s_t/a_t) ε with variance s_t²/a_t² = e^γ (Kingma et al. 2021, eq. 12): without
+    the network, so that every sample tells of the first end, and not only those drawn at t = 0.
     """
-    eps = eps.double()
-    if not pixels:
-        return (math.log(2 * math.pi) + gamma + eps.square().flatten(1).mean(1)) / 2
-    half = torch.exp(-gamma / 2) / 255  # half a bin in standard deviations
-    upper, lower = torch.special.log_ndtr(half - eps.abs()), torch.special.log_ndtr(-half - eps.abs())
-    inner = upper + torch.log1p(-torch.exp(lower - upper))
-    outer = torch.special.log_ndtr(half + x0.sign() * eps)
-    return -torch.where(x0.abs() > 1 - 1 / 255, outer, inner).flatten(1).mean(1)
+    x0, score = x0.double(), gaussian.discretised_log_probability if pixels else gaussian.log_density
+    return -score(x0, x0 + torch.exp(gamma / 2) * eps.double(), gamma).flatten(1).mean(1)
