@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -331,7 +331,7 @@ def test_a_run_exports_the_table_that_it_learned(run: Path) -> None:
     assert pipe.schedule_config.name == "given"
     torch.testing.assert_close(pipe.schedule.alphas_cumprod, learned.alphas_cumprod, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pipe.schedule.half_log_snr_table, learned.half_log_snr_table, rtol=1e-6, atol=1e-6)
-    theirs = DDIMScheduler.from_pretrained(run / "model/scheduler")
+    theirs: Any = diffusers.DDIMScheduler.from_pretrained(run / "model/scheduler")
     torch.testing.assert_close(theirs.alphas_cumprod.double(), learned.alphas_cumprod, rtol=0, atol=1e-6)
     logged = read_metrics(run)[-1]
     assert {"bound", "denoising_square", "gamma_min", "gamma_max", "grad_norm_schedule"} <= logged.keys()
@@ -392,12 +392,12 @@ def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -
 
     for use in (validate, lambda: task.micro_step(one, 0, lambda loss: None)):
         with torch.no_grad():
-            task.learned.ends += 0.1
+            task.learned.ends.add_(0.1)
         use()
         torch.testing.assert_close(task.schedule.betas, task.learned.schedule().betas, rtol=0, atol=0)
         torch.testing.assert_close(task.objective.schedule.betas, task.learned.schedule().betas, rtol=0, atol=0)
     with torch.no_grad():
-        task.learned.ends += 0.1
+        task.learned.ends.add_(0.1)
     torch.testing.assert_close(task.pipeline().schedule.betas, task.learned.schedule().betas, rtol=0, atol=0)
 
 

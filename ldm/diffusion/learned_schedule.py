@@ -131,9 +131,9 @@ def schedule_loss(
     (second table) that of D²: of the variance, as far as the mean does not depend on it.
     """
     gamma, steps, earlier = tables[0].detach(), len(tables[0]), (t - 1).clamp(min=0)
-    rise = gamma[t] - gamma[earlier]  # 0 at t = 0, and so is the term
+    rise = gamma[t] - gamma[earlier]  # 0 at t = 0, where the term and its gradient vanish with it
     term = steps / 2 * torch.expm1(rise) * error
-    at_earlier = torch.where(t > 0, steps / 2 * torch.exp(rise) * error, 0)  # −dD/dγ_{t−1}
+    at_earlier = steps / 2 * torch.exp(rise) * error  # −dD/dγ_{t−1}
     at_t = at_earlier + steps / 2 * torch.expm1(rise) * slope  # dD/dγ_t
 
     def moved(table: Tensor) -> Tensor:
