@@ -48,6 +48,14 @@ def reconstruction_terms(
     return terms
 
 
+def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
+    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (math.md L12).
+
+    ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is summed over the latent.
+    """
+    return log_likelihood - posterior.kl().flatten(1).sum(1)
+
+
 def weighted_sum(terms: dict[str, Float[Tensor, ""]], config: LossConfig) -> Float[Tensor, ""]:
     """Return Σ weight · term over the named terms; each name is a weight of ``config``."""
     return torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()

@@ -100,6 +100,11 @@ class Pipeline:
         """Image side divided by the side of what is diffused."""
         return self.codec.autoencoder.config.factor if self.codec else 1
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the second half of the U-Net's output channels gives the reverse variance."""
+        return self.unet.out_channels == 2 * self.unet.in_channels
+
     def to(self, device: torch.device | str) -> Pipeline:
         """Move every network to ``device``."""
         self.unet.to(device)
@@ -186,7 +191,7 @@ class Pipeline:
         """What samplers call for these captions, guidance included."""
         cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
         denoise = classifier_free(self._predict, cond, null, settings.guidance_scale if self.text else 1.0)
-        return Denoiser(self.schedule, self.target, denoise, self.unet.out_channels == 2 * self.unet.in_channels)
+        return Denoiser(self.schedule, self.target, denoise, self.learned_variance)
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
@@ -205,6 +210,8 @@ class Pipeline:
     def check(self, settings: SampleConfig, size: int) -> None:
         """Raise ConfigError where the settings do not fit this model."""
         check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
+        if settings.variance == "learned" and not self.learned_variance:
+            raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
 
     def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
         """Write the model folder.
@@ -213,11 +220,10 @@ class Pipeline:
         writing it under our own class name.
         """
         folder = Path(folder)
-        index = layout.model_index(self.codec is not None, self.text is not None, self.unet.config)
-        if for_diffusers and index["_class_name"] == layout.OUR_PIPELINE:
-            reason = "with a vector or concatenated condition"
-            if self.codec is None or self.text is None:
-                reason = "without " + ("autoencoder (a pixel model)" if self.codec is None else "text encoder (an unconditional model)")
+        parts = (self.codec is not None, self.text is not None)
+        reason = layout.ours_alone(*parts, self.unet.config, self.learned_variance, self.target)
+        index = layout.model_index(*parts, self.target, reason is not None)
+        if for_diffusers and reason is not None:
             raise ConfigError(f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
         side = self.sample_size // self.factor
         unet = layout.unet_to_diffusers(self.unet.config, self.unet.in_channels, self.unet.out_channels, self.unet.context_dim, side)

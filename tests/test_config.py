@@ -98,7 +98,7 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, override: str, m
         ("schedule.num_steps=1", "schedule.num_steps"),
         ("schedule.beta_end=1.0", "schedule.beta_end"),
         ("objective.target=noise", "objective.target"),
-        ("objective.weighting=p2", "objective.weighting"),
+        ("objective.weighting=p3", "objective.weighting"),
         ("objective.min_snr_gamma=0", "objective.min_snr_gamma"),
         ("sample.sampler=euler", "sample.sampler"),
         ("sample.steps=0", "sample.steps"),

@@ -1,4 +1,4 @@
-"""Schedule, process and objective against closed forms, Bayes' rule on a grid, and diffusers' tables."""
+"""Schedule and process against closed forms, Bayes' rule on a grid, and diffusers' tables."""
 
 import math
 
@@ -6,14 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import ldm.config
 import ldm.data.sources
 import ldm.training.trackers
-from ldm.config import TARGETS, ObjectiveConfig, ScheduleConfig
-from ldm.diffusion.condition import Condition
-from ldm.diffusion.objective import WEIGHTINGS, Objective, target, uniform_timesteps
+from ldm.config import TARGETS, ScheduleConfig
+from ldm.diffusion.objective import WEIGHTINGS, target
 from ldm.diffusion.process import (
     forward_step,
     from_x0,
@@ -46,7 +44,6 @@ def test_every_choice_of_the_configuration_exists() -> None:
     assert set(GRIDS) == set(ldm.config.GRIDS)
     assert set(VARIANCES) == set(ldm.config.VARIANCES)
     assert set(WEIGHTINGS) == set(ldm.config.WEIGHTINGS)
-    assert set(TARGETS) == {"eps", "x0", "v"}
     assert set(ldm.data.sources.OPENERS) == set(ldm.config.SOURCES)
     assert set(ldm.training.trackers.OPENERS) == set(ldm.config.TRACKERS)
 
@@ -298,79 +295,3 @@ def test_v_is_the_derivative_along_the_angle() -> None:
     phi = torch.atan2(schedule.sigma(t), schedule.alpha(t))[:, None]
     ahead, behind = (torch.cos(phi + d) * x0 + torch.sin(phi + d) * eps for d in (1e-6, -1e-6))
     torch.testing.assert_close(target(schedule, "v", x0, eps, t), (ahead - behind) / 2e-6, rtol=1e-7, atol=1e-8)
-
-
-# ---------------------------------------------------------------- objective
-
-
-def errors(schedule: Schedule, config: ObjectiveConfig, x0: Tensor, eps: Tensor, t: Tensor, wrong_x0: Tensor) -> Tensor:
-    """Loss of a network that believes in ``wrong_x0``, told in the words of the configured target."""
-    x_t = schedule.add_noise(x0, eps, t)
-    wrong_eps = (x_t - schedule.alpha(t)[:, None] * wrong_x0) / schedule.sigma(t)[:, None]
-    prediction = target(schedule, config.target, wrong_x0, wrong_eps, t)
-    return Objective(config, schedule).loss(lambda *_: prediction, x0, eps, t, Condition()).double()
-
-
-def test_losses_of_the_targets_differ_by_the_snr(schedule: Schedule) -> None:
-    """‖Δε‖² = SNR ‖Δx_0‖² and ‖Δv‖² = (SNR + 1) ‖Δx_0‖² (math.md L2)."""
-    t = torch.arange(1000)
-    x0, eps, wrong = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
-    plain = errors(schedule, ObjectiveConfig("x0"), x0, eps, t, wrong)
-    torch.testing.assert_close(plain, (x0 - wrong).square().mean(1), rtol=1e-6, atol=0)
-    snr = schedule.snr(t)
-    torch.testing.assert_close(errors(schedule, ObjectiveConfig("eps"), x0, eps, t, wrong), snr * plain, rtol=1e-6, atol=0)
-    torch.testing.assert_close(errors(schedule, ObjectiveConfig("v"), x0, eps, t, wrong), (snr + 1) * plain, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_one_objective_for_all_targets(schedule: Schedule, gamma: float) -> None:
-    t = torch.arange(1000)
-    x0, eps, wrong = (torch.randn(1000, 4, dtype=torch.float64) for _ in range(3))
-    expected = schedule.snr(t).clamp(max=gamma) * (x0 - wrong).square().mean(1)
-    for name in TARGETS:
-        loss = errors(schedule, ObjectiveConfig(name, "min_snr", gamma), x0, eps, t, wrong)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_min_snr_as_published(name: str) -> None:
-    """Hang et al. 2023, section 3.4: min(SNR, γ) on x_0, min(γ/SNR, 1) on ε, min(SNR, γ)/(SNR + 1) on v."""
-    snr = torch.tensor([0.001, 0.5, 4.9, 5.0, 80.0, 9999.0], dtype=torch.float64)
-    published = {"x0": snr.clamp(max=5), "eps": (5 / snr).clamp(max=1), "v": snr.clamp(max=5) / (snr + 1)}
-    torch.testing.assert_close(WEIGHTINGS["min_snr"](snr, ObjectiveConfig(name, "min_snr", 5.0)), published[name])
-    assert (WEIGHTINGS["simple"](snr, ObjectiveConfig(name)) == 1).all()
-
-
-def test_min_snr_on_eps_is_refused_without_signal() -> None:
-    snr = torch.tensor([1.0, 0.0])
-    with pytest.raises(ValueError, match="predict v or x0"):
-        WEIGHTINGS["min_snr"](snr, ObjectiveConfig("eps", "min_snr"))
-    for name in ("x0", "v"):
-        assert WEIGHTINGS["min_snr"](snr, ObjectiveConfig(name, "min_snr"))[1] == 0
-
-
-def test_the_network_sees_the_noisy_sample_and_its_condition() -> None:
-    schedule, cond, seen = Schedule.from_config(ScheduleConfig("linear")), Condition(vector=torch.ones(2, 3)), []
-    x0, eps, t = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5), torch.tensor([10, 900])
-    scale = torch.tensor(0.5, requires_grad=True)
-
-    def model(x_t: Tensor, at: Tensor, c: Condition) -> Tensor:
-        seen.append((x_t, at, c))
-        return scale * x_t
-
-    loss = Objective(ObjectiveConfig("eps"), schedule).loss(model, x0, eps, t, cond)
-    x_t, at, c = seen[0]
-    bar = schedule.alphas_cumprod[t].float()[:, None, None, None]
-    torch.testing.assert_close(x_t, bar.sqrt() * x0 + (1 - bar).sqrt() * eps, rtol=1e-4, atol=1e-5)
-    assert at is t and c is cond and len(seen) == 1
-    torch.testing.assert_close(loss, (0.5 * x_t - eps).square().mean((1, 2, 3)))
-    assert torch.autograd.grad(loss.sum(), scale)[0] != 0
-
-
-def test_uniform_timesteps_cover_all_evenly() -> None:
-    for steps in (2, 7, 1000):
-        draws = (torch.arange(steps * 3, dtype=torch.float64) + 0.5) / (steps * 3)
-        assert torch.bincount(uniform_timesteps(draws, steps), minlength=steps).tolist() == [3] * steps
-        ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-        assert uniform_timesteps(ends, steps).tolist() == [0, steps - 1]
-    assert uniform_timesteps(torch.tensor([1.0]), 10).tolist() == [9]  # float32 rounds the largest draws up to 1

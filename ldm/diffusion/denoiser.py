@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ldm.config import TARGETS
 from ldm.diffusion.process import learned_log_variance, score, to_eps, to_x0
 from ldm.diffusion.schedule import Schedule
 
@@ -26,7 +27,7 @@ class Prediction:
     denoiser: Denoiser
     raw: Float[Tensor, "b *d"]
     x_t: Float[Tensor, "b *d"]
-    t: Shaped[Tensor, ""]
+    t: Shaped[Tensor, "*k"]
     variance_output: Float[Tensor, "b *d"] | None = None
 
     @property
@@ -44,7 +45,7 @@ class Prediction:
         """∇ log q(x_t), estimated."""
         return score(self.denoiser.schedule, self.denoiser.target, self.raw, self.x_t, self.t)
 
-    def log_variance(self, s: Shaped[Tensor, ""]) -> Float[Tensor, "b *d"]:
+    def log_variance(self, s: Shaped[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
         """The learned log variance of p(x_s | x_t). Raises ValueError where the network has learned none."""
         if self.variance_output is None:
             raise ValueError("this model has not learned the reverse variance: take variance posterior or beta")
@@ -63,8 +64,12 @@ class Denoiser:
     predict: Denoise
     learned_variance: bool = False
 
-    def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, ""]) -> Prediction:
-        """One network call; ``t`` is the same for the whole batch."""
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+
+    def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]) -> Prediction:
+        """One network call; ``t`` is one for the whole batch, or one for each sample."""
         raw, output = self.predict(x_t, t.expand(len(x_t))), None
         if self.learned_variance:
             raw, output = raw.chunk(2, dim=1)

@@ -17,7 +17,8 @@ def classifier_free(model: Model, cond: Condition, null_cond: Condition, scale: 
     """ε(∅) + γ (ε(c) − ε(∅)) (Ho & Salimans 2022; γ = their w + 1), the same for predictions of x_0 and v.
 
     Both halves are evaluated in one batch. γ = 1 is the conditional model and γ = 0 the unconditional one, each
-    with the other evaluation left out. A negative prompt is a ``null_cond`` made from it.
+    with the other evaluation left out. A negative prompt is a ``null_cond`` made from it. Channels beyond those of x_t
+    (a learned variance) are the conditional model's.
     """
     if scale in (0.0, 1.0):
         return lambda x_t, t: model(x_t, t, cond if scale else null_cond)
@@ -25,6 +26,7 @@ def classifier_free(model: Model, cond: Condition, null_cond: Condition, scale: 
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         without, with_ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return without + scale * (with_ - without)
+        c = x_t.shape[1]
+        return torch.cat([without[:, :c] + scale * (with_ - without)[:, :c], with_[:, c:]], dim=1)
 
     return denoise

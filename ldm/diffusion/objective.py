@@ -1,63 +1,162 @@
-"""What is learned: targets, weights and the training loss (math.md T1, L1, L2)."""
+"""What is learned: targets, weights, the learned variance and the training loss (math.md T1, L1, L2, L4, L10).
+
+A weighting is stated once, as a weight on the squared error of x_0, and converted to the target by the SNR.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Model
+from ldm.diffusion.likelihood import decoder_log_likelihood, denoising_kl
+from ldm.diffusion.process import posterior_variance, transition
 from ldm.diffusion.schedule import Schedule, like
 
 
 def target(
     schedule: Schedule, name: str, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b *d"]:
-    """What the network is asked for: ε, x_0, or v = a_t ε − s_t x_0 (Salimans & Ho 2022)."""
+    """What the network is asked for: ε, x_0, v = a_t ε − s_t x_0 (Salimans & Ho 2022), or the kernel's score −ε/s_t."""
     if name == "v":
         return like(schedule.alpha(t), x0) * eps - like(schedule.sigma(t), x0) * x0
-    return {"eps": eps, "x0": x0}[name]
+    return {"eps": eps, "x0": x0, "score": -eps / like(schedule.sigma(t), eps)}[name]
 
 
-def simple(snr: Float[Tensor, "*b"], config: ObjectiveConfig) -> Float[Tensor, "*b"]:
+def error_ratio(name: str, snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """‖Δtarget‖² / ‖Δx_0‖² (L2): 1 for x_0, SNR for ε, SNR + 1 for v, SNR (SNR + 1) for the score, since 1/s² = SNR + 1."""
+    return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "score": snr * (snr + 1)}[name]
+
+
+# Weights on ‖Δx_0‖² for t = 0 … T−1, float64 [T].
+
+
+def simple(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
     """Weight 1 on the squared error of the target itself (Ho et al. 2020, L_simple)."""
-    return snr.new_ones(snr.shape)
+    return error_ratio(config.target, _snr(schedule))
 
 
-def min_snr(snr: Float[Tensor, "*b"], config: ObjectiveConfig) -> Float[Tensor, "*b"]:
-    """min(SNR, γ) on the squared error of x_0 (Hang et al. 2023), converted to the target: /SNR for ε, /(SNR + 1) for v."""
-    weight = snr.clamp(max=config.min_snr_gamma)
-    if config.target == "x0":
-        return weight
-    if config.target == "v":
-        return weight / (snr + 1)
-    if bool((snr == 0).any()):
-        raise ValueError("min_snr with ε targets is undefined where the SNR is 0: predict v or x0")
-    return weight / snr
+def min_snr(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
+    """min(SNR, γ) on x_0 (Hang et al. 2023, section 3.4)."""
+    return _snr(schedule).clamp(max=config.min_snr_gamma)
 
 
-WEIGHTINGS: dict[str, Callable[[Tensor, ObjectiveConfig], Tensor]] = {"simple": simple, "min_snr": min_snr}
+def p2(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
+    """1/(1 + SNR)^γ on ε, which puts weight on content before detail (perception-prioritised; Choi et al. 2022, eq. 8, k = 1)."""
+    snr = _snr(schedule)
+    return snr / (1 + snr) ** config.p2_gamma
+
+
+def variational_beta(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
+    """The terms of the variational bound with reverse variance β_t, in nats, as far as they depend on the network.
+
+    β_t/(2 α_t (1 − ᾱ_t)) on ε (Ho et al. 2020, eq. 12). At t = 1 it is the Gaussian density of x_0 of variance β_1 (L5).
+    """
+    s, t = _neighbours(schedule)
+    return _variational(schedule, transition(schedule, s, t)[1])
+
+
+def variational_posterior(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
+    """The same with reverse variance β̃_t: ½(SNR_{t−1} − SNR_t) on x_0; β̃_1 = 0 is replaced by β̃_2, as for P5."""
+    variance = posterior_variance(schedule, *_neighbours(schedule))
+    return _variational(schedule, torch.cat([variance[1:2], variance[1:]]))
+
+
+def score_matching(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
+    """s_t² on the score: denoising score matching of Song & Ermon 2019, eq. 5 and 6, which is L1 on ε (L10)."""
+    snr = _snr(schedule)
+    return schedule.sigma(_neighbours(schedule)[1]).square() * error_ratio("score", snr)
+
+
+WEIGHTINGS: dict[str, Callable[[Schedule, ObjectiveConfig], Tensor]] = {
+    "simple": simple,
+    "min_snr": min_snr,
+    "p2": p2,
+    "variational_beta": variational_beta,
+    "variational_posterior": variational_posterior,
+    "score_matching": score_matching,
+}
+
+
+def _neighbours(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """(t − 1, t) for every t."""
+    t = torch.arange(schedule.num_steps, device=schedule.betas.device)
+    return t - 1, t
+
+
+def _snr(schedule: Schedule) -> Tensor:
+    return schedule.snr(_neighbours(schedule)[1])
+
+
+def _variational(schedule: Schedule, variance: Tensor) -> Tensor:
+    """KL of two Gaussians of one variance σ²: ‖Δmean‖²/(2σ²), and the posterior's mean moves by (a_s V/s_t²) Δx_0 (P2)."""
+    s, t = _neighbours(schedule)
+    shift = schedule.alpha(s) * transition(schedule, s, t)[1] / schedule.sigma(t).square()
+    return shift.square() / (2 * variance)
+
+
+class Terms(NamedTuple):
+    """The loss of each sample, and what it is made of.
+
+    Attributes:
+        total: what is minimised.
+        error: mean‖target − prediction‖² over the elements, unweighted.
+        vlb: with a learned variance, the bound as this t estimates it: T · L_t in bits per dimension. Else None.
+    """
+
+    total: Float[Tensor, " b"]
+    error: Float[Tensor, " b"]
+    vlb: Float[Tensor, " b"] | None
 
 
 class Objective:
-    """The weighted denoising loss of one configuration. Weights for all T steps are tabulated once."""
+    """The denoising loss of one configuration. Weights for all T steps are tabulated once.
 
-    def __init__(self, config: ObjectiveConfig, schedule: Schedule) -> None:
-        self.config, self.schedule = config, schedule
-        self.weights = WEIGHTINGS[config.weighting]((schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)), config).float()
+    Raises ValueError for an ε or score target where the last step holds no signal: there it says nothing of x_0.
+
+    Args:
+        pixels: x_0 is an image of 256 levels in [−1, 1], which a learned variance counts by discretised Gaussians at t = 1.
+    """
+
+    def __init__(self, config: ObjectiveConfig, schedule: Schedule, pixels: bool = False) -> None:
+        self.config, self.schedule, self.pixels = config, schedule, pixels
+        snr = _snr(schedule)
+        if config.target in ("eps", "score") and bool((snr == 0).any()):
+            raise ValueError(f"{config.target} targets are undefined where the SNR is 0: predict v or x0")
+        self.weights = WEIGHTINGS[config.weighting](schedule, config) / error_ratio(config.target, snr)
 
     def loss(
         self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition
     ) -> Float[Tensor, " b"]:
-        """w_t · mean‖target − model(x_t, t, c)‖², for each sample of the batch (mean over its elements)."""
-        x_t = self.schedule.add_noise(x0, eps, t)
-        error = model(x_t, t, cond) - target(self.schedule, self.config.target, x0, eps, t)
-        return self.weights[t] * error.float().square().flatten(1).mean(1)
+        """What is minimised, for each sample of the batch (means over its elements)."""
+        return self.terms(model, x0, eps, t, cond).total
 
+    def terms(self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition) -> Terms:
+        """w_t · mean‖target − model(x_t, t, c)‖², and with a learned variance ``vlb_weight`` times the bound (L4)."""
+        denoiser = Denoiser(self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance)
+        said = denoiser(self.schedule.add_noise(x0, eps, t), t)
+        error = (said.raw - target(self.schedule, self.config.target, x0, eps, t)).square().flatten(1).mean(1)
+        weighted = like(self.weights[t], error) * error
+        if not self.config.learned_variance:
+            return Terms(weighted, error, None)
+        # The term of one t is T · L_t, whose mean over uniform t is L_vlb = Σ_t L_t. So the 0.001 L_vlb of Nichol & Dhariwal
+        # (2021, eq. 16) is (T/1000) · L_t, with factor 1 at T = 1000; 0.001 · L_t would be a thousand times too weak.
+        vlb = self.schedule.num_steps * self._step_bits(said, x0)
+        return Terms(weighted + self.config.vlb_weight * vlb, error, vlb)
 
-def uniform_timesteps(uniform: Float[Tensor, " b"], num_steps: int) -> Int[Tensor, " b"]:
-    """t uniform on 0 … T−1 from draws in [0, 1)."""
-    return (uniform.double() * num_steps).long().clamp(max=num_steps - 1)
+    def _step_bits(self, said: Prediction, x0: Tensor) -> Tensor:
+        """L_t in bits, mean over dimensions: a KL, or at t = 0 the decoder's term. It teaches the variance and never the mean."""
+        said = replace(said, raw=said.raw.detach())
+        first = (said.t == 0).view(-1, *[1] * (x0.ndim - 1))
+        decoder = -decoder_log_likelihood(said, x0, "learned", self.pixels)
+        nats = torch.where(first, decoder, denoising_kl(said, x0, "learned"))
+        return nats.flatten(1).mean(1).to(x0.dtype) / math.log(2)

@@ -60,31 +60,38 @@ def learned_log_variance(
 def to_x0(
     schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """x̂_0 from a prediction of ``target`` (P4). An ε prediction needs a_t > 0."""
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+    """x̂_0 from a prediction of ``target`` (P4). Predictions of ε and of the score need a_t > 0."""
     if target == "x0":
         return prediction
-    return (x_t - s * prediction) / a if target == "eps" else a * x_t - s * prediction
+    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+    if target == "v":
+        return a * x_t - s * prediction
+    return (x_t - s * to_eps(schedule, target, prediction, x_t, t)) / a
 
 
 def to_eps(
     schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
     if target == "eps":
         return prediction
+    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
+    if target == "score":
+        return -s * prediction
     return (x_t - a * prediction) / s if target == "x0" else s * x_t + a * prediction
 
 
 def from_x0(
     schedule: Schedule, target: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """The prediction of ``target`` that says x̂_0 (P4). For ε and v it needs s_t > 0."""
+    """The prediction of ``target`` that says x̂_0 (P4). For all but x_0 it needs s_t > 0."""
     if target == "x0":
         return x0
     a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    return (x_t - a * x0) / s if target == "eps" else (a * x_t - x0) / s
+    if target == "v":
+        return (a * x_t - x0) / s
+    eps = (x_t - a * x0) / s
+    return eps if target == "eps" else -eps / s
 
 
 def score(

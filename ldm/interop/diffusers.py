@@ -14,29 +14,39 @@ from ldm.diffusion.schedule import Schedule
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
 OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of what a StableDiffusionPipeline cannot express
 THEIR_PIPELINE = "StableDiffusionPipeline"
-OUR_UNET = "LatentDiffusionUNet"  # attention without a context, which a UNet2DConditionModel has in the middle only
+OUR_UNET = "LatentDiffusionUNet"  # attention on a level without a context, or a learned variance: no UNet2DConditionModel has them
 THEIR_UNET = "UNet2DConditionModel"
+OUR_SCHEDULER = "LatentDiffusionScheduler"  # a score target, which their schedulers do not know
+THEIR_SCHEDULER = "DDIMScheduler"
 
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # the last is ours alone
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # of their DDIMScheduler
 _BETAS = {"scaled_linear": (0.00085, 0.012)}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
 
 
-def model_index(has_autoencoder: bool, has_text: bool, unet: UNetConfig) -> dict[str, Any]:
-    """`model_index.json`: which class reads which sub-folder.
+def ours_alone(has_autoencoder: bool, has_text: bool, unet: UNetConfig, learned_variance: bool, target: str) -> str | None:
+    """What of a model a StableDiffusionPipeline cannot express, or None where it can."""
+    reasons = {
+        "without autoencoder (a pixel model)": not has_autoencoder,
+        "without text encoder (an unconditional model)": not has_text,
+        "with a vector or concatenated condition": unet.vector_dim is not None or unet.concat_channels > 0,
+        "with a learned variance": learned_variance,
+        "with a score target": target == "score",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
-    A model in pixels, without text, or with a vector or concatenated condition carries our own class name.
-    """
-    complete = has_autoencoder and has_text and unet.vector_dim is None and unet.concat_channels == 0
+
+def model_index(has_autoencoder: bool, has_text: bool, target: str, ours: bool) -> dict[str, Any]:
+    """`model_index.json`: which class reads which sub-folder. ``ours``: it carries our own class name (``ours_alone``)."""
     nothing = [None, None]
     return {
-        "_class_name": THEIR_PIPELINE if complete else OUR_PIPELINE,
+        "_class_name": OUR_PIPELINE if ours else THEIR_PIPELINE,
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": nothing,
         "image_encoder": nothing,
         "requires_safety_checker": False,
         "safety_checker": nothing,
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["ldm", OUR_SCHEDULER] if target == "score" else ["diffusers", THEIR_SCHEDULER],
         "text_encoder": ["transformers", "CLIPTextModel"] if has_text else nothing,
         "tokenizer": ["transformers", "CLIPTokenizer"] if has_text else nothing,
         "unet": ["diffusers", THEIR_UNET],
@@ -47,13 +57,13 @@ def model_index(has_autoencoder: bool, has_text: bool, unet: UNetConfig) -> dict
 def scheduler_to_diffusers(schedule: ScheduleConfig, target: str) -> dict[str, Any]:
     """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process, target and (trailing) grid.
 
-    A process that has no name there is written as the table of its β.
+    A process that has no name there is written as the table of its β. A score target carries our own class name.
     """
     start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
     named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
     betas = None if named else Schedule.from_config(schedule).betas.tolist()
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": OUR_SCHEDULER if target == "score" else THEIR_SCHEDULER,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),
@@ -90,13 +100,14 @@ def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig,
 def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int) -> dict[str, Any]:
     """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
 
-    Attention on a level without a context carries our own class name.
+    Attention on a level without a context, and a learned variance (twice the channels of x_t come out), carry our own class name.
     """
+    learned = out_channels == 2 * in_channels
     levels = len(config.channels)
     attends = [level in config.attention_levels for level in range(levels)]
     heads = list(config.heads if len(config.heads) > 1 else config.heads * levels)
     return {
-        "_class_name": OUR_UNET if context_dim is None and any(attends) else THEIR_UNET,
+        "_class_name": OUR_UNET if learned or (context_dim is None and any(attends)) else THEIR_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
         "sample_size": sample_size,
         "in_channels": in_channels + config.concat_channels,
@@ -121,6 +132,7 @@ def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, c
         "downsample_padding": 1,
         "mid_block_scale_factor": 1,
         "center_input_sample": False,
+        **({"learned_variance": True} if learned else {}),  # a key of ours: which half of the output is what
     }
 
 
@@ -141,17 +153,19 @@ _UNET_FIXED: dict[str, Any] = {  # values that our U-Net is built with; where a 
 _UNET_READ = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
     "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups", "use_linear_projection",
-    "resnet_time_scale_shift", "class_embed_type", "projection_class_embeddings_input_dim", "upcast_attention",
+    "resnet_time_scale_shift", "class_embed_type", "projection_class_embeddings_input_dim", "upcast_attention", "learned_variance",
 }  # fmt: skip
 
 
 def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int, int | None]:
     """(config, in_channels, out_channels, context_dim) of a unet/config.json. Raises ConfigError naming what we cannot express.
 
-    Channels beyond ``out_channels`` are taken as concatenated conditions (inpainting's mask and masked latent).
+    Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked latent). x_t has the
+    channels that come out, or half of them where the variance is learned.
     """
     _check_unet(layout)
     down, heads, out_channels = layout["down_block_types"], layout.get("attention_head_dim", 8), layout.get("out_channels", 4)
+    x_channels = out_channels // 2 if layout.get("learned_variance") else out_channels
     config = UNetConfig(
         channels=tuple(layout["block_out_channels"]),
         layers_per_level=_single(layout, "layers_per_block", 2),
@@ -162,9 +176,9 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
         linear_projection=layout.get("use_linear_projection", False),
         scale_shift=layout.get("resnet_time_scale_shift", "default") == "scale_shift",
         vector_dim=layout["projection_class_embeddings_input_dim"] if layout.get("class_embed_type") else None,
-        concat_channels=layout.get("in_channels", 4) - out_channels,
+        concat_channels=layout.get("in_channels", 4) - x_channels,
     )
-    return config, out_channels, out_channels, _single(layout, "cross_attention_dim", 1280)
+    return config, x_channels, out_channels, _single(layout, "cross_attention_dim", 1280)
 
 
 def _check_unet(layout: Mapping[str, Any]) -> None:

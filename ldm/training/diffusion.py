@@ -1,4 +1,4 @@
-"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2)."""
+"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2, L4, L7)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun, ObjectiveConfig
+from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.processes import Processes
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.objective import Objective, uniform_timesteps
+from ldm.diffusion.learned_schedule import LearnedSchedule, Watched, error_and_slope, schedule_loss
+from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
@@ -50,17 +52,19 @@ class DiffusionTask:
         self.source = open_source(data, "train")
         validation = open_source(data, "validation")
         context_dim = self.text.width if self.text else None
-        self.unet = seeded(seed, lambda: UNet(config.unet, channels, channels, context_dim))
+        out_channels = 2 * channels if config.objective.learned_variance else channels
+        self.unet = seeded(seed, lambda: UNet(config.unet, channels, out_channels, context_dim))
         self.networks: dict[str, nn.Module] = {"unet": self.unet}
+        self.learned = LearnedSchedule(config.schedule) if config.schedule.name == LEARNED else None
+        if self.learned is not None:
+            self.networks["schedule"] = self.learned
         self.wrapped = self.networks
-        self.schedule = Schedule.from_config(config.schedule)
-        self.objective = Objective(config.objective, self.schedule)
+        self._set_process(self.learned.schedule() if self.learned else Schedule.from_config(config.schedule), torch.device("cpu"))
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
         self._table: Any = None  # made in `to`, on the device
         self._say = say
-        self.device = torch.device("cpu")
         self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
 
     def _check_data(self, model: AutoencoderConfig) -> None:
@@ -120,26 +124,63 @@ class DiffusionTask:
         return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
 
     def lr_scale(self, network: str) -> float:
-        return 1.0
+        """A learned schedule has a rate of its own."""
+        return self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0
 
     def to(self, device: torch.device) -> None:
-        self.device = device
-        self.schedule = self.schedule.to(device)
-        self.objective = Objective(self.config.objective, self.schedule)
+        self._set_process(self.schedule.to(device), device)
         if self.codec is not None:
             self.codec.autoencoder.to(device)
         if self.text is not None:
             self.text.to(device)
             self._table = self._caption_table()
 
+    def _set_process(self, schedule: Schedule, device: torch.device) -> None:
+        """The schedule with what is tabulated from it, and an empty history of losses."""
+        config, steps, batch_size = self.config.objective, schedule.num_steps, self.config.train.batch_size
+        self.device = device
+        self._take_table(schedule)
+        self.timesteps = Timesteps(config.timesteps, steps, batch_size, device)
+        self._update_losses = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
+
+    def _take_table(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.objective = Objective(self.config.objective, schedule, pixels=self.codec is None)
+
+    def _refresh(self) -> None:
+        """Take the table that a learned schedule has by now."""
+        if self.learned is not None:
+            self._take_table(self.learned.schedule())
+
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        self._refresh()
         x0, eps = self._x0(batch), batch["eps"]
-        t = uniform_timesteps(batch["t"], self.schedule.num_steps)
+        t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
-        loss = self.objective.loss(self.wrapped["unet"], x0, eps, t, cond).mean()
+        watched = Watched(self.wrapped["unet"]) if self.learned is not None else None
+        terms = self.objective.terms(watched or self.wrapped["unet"], x0, eps, t, cond)
+        loss = (weight * terms.total).mean()
+        figures = {} if watched is None else self._train_schedule(watched, x0, eps, t, backward)
         backward(loss)
-        return {"loss": loss.detach()}
+        self._note(batch["position"], t, terms.total.detach())
+        vlb = {} if terms.vlb is None else {"vlb": (weight * terms.vlb).mean().detach()}
+        return {"loss": loss.detach(), **vlb, **figures}
+
+    def _train_schedule(
+        self, watched: Watched, x0: Tensor, eps: Tensor, t: Tensor, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Gradients for the learned schedule, from the network's call that its own loss is made of; the network gets none."""
+        error, slope = error_and_slope(self.schedule, self.config.objective.target, watched, x0, eps, t)
+        loss, figures = schedule_loss(self.wrapped["schedule"](), t, error, slope, x0, eps, self.codec is None)
+        backward(loss)
+        return figures
+
+    def _note(self, position: Tensor, t: Tensor, losses: Tensor) -> None:
+        """Keep the losses of a micro-batch until the update is over, where timesteps are drawn by them."""
+        if self.timesteps.history is not None:
+            place = position % self.config.train.batch_size
+            self._update_losses[:, place] = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses]).float()
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -159,17 +200,24 @@ class DiffusionTask:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Nothing depends on the whole global batch."""
+        """Remember the losses of the whole global batch, in the order of positions, where timesteps are drawn by them."""
+        if self.timesteps.history is None:
+            return
+        share, t, losses = reduce(self._update_losses)  # each process knows its own places: the mean is a share of the value
+        self.timesteps.history.update((t / share).round().long(), losses / share)
+        self._update_losses = torch.zeros_like(self._update_losses)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {} if self.timesteps.history is None else {"losses": self.timesteps.history.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
+        if self.timesteps.history is not None:
+            self.timesteps.history.load_state(state["losses"])
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
-        train, unweighted = self.config.train, Objective(ObjectiveConfig(self.config.objective.target), self.schedule)
+        self._refresh()
+        train = self.config.train
         total = (
             train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
         )
@@ -180,7 +228,7 @@ class DiffusionTask:
             strata = [p * _stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = unweighted.loss(self.unet, self._x0(moved), moved["eps"], t, cond).double()
+            loss = self.objective.terms(self.unet, self._x0(moved), moved["eps"], t, cond).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()
@@ -192,8 +240,9 @@ class DiffusionTask:
     def pipeline(self) -> Pipeline:
         """The model as it stands."""
         config = self.config
+        schedule = config.schedule if self.learned is None else self.learned.given()
         return Pipeline(
-            self.unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
+            self.unet, schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
             caption_dropout=config.caption_dropout if self.text else None,
         ).to(self.device)  # fmt: skip
 

@@ -1,0 +1,181 @@
+"""The variational bound on log p(x_0) in nats, step by step (math.md F4, L3), the joints behind it (F7) and its gap (L9).
+
+    −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I)) + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
+
+in the notes' steps; in the code's, x_1 is t = 0 and the sum runs over t = 1 … T−1. Network outputs come in their own
+type; everything after them is float64, since the terms of small t are small differences of large numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from ldm.diffusion import gaussian
+from ldm.diffusion.denoiser import Denoiser, Prediction
+from ldm.diffusion.process import forward_step, learned_log_variance, posterior_mean
+from ldm.diffusion.schedule import Schedule
+
+# posterior, beta or learned (P5), or variance(prediction, s, t): the log variance of p(x_s | x_t), of the shape of x
+Variance = str | Callable[[Prediction, Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]  # noise(i): the i-th standard normal array, as for samplers
+
+ENDS = {"posterior": -1.0, "beta": 1.0}  # the fixed variances are the ends of the learned range (P5)
+
+
+def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+    """KL(q(x_T | x_0) ‖ N(0, I)) of each dimension, ½(ᾱ_T(x_0² − 1) − log(1 − ᾱ_T)) (F4)."""
+    last, x0 = torch.tensor(schedule.num_steps - 1, device=x0.device), x0.double()
+    zero = x0.new_zeros(())
+    return gaussian.kl(schedule.alpha(last) * x0, 2 * torch.log(schedule.sigma(last)), zero, zero)
+
+
+def reverse_log_variance(said: Prediction, variance: Variance) -> Float[Tensor, "b *d"]:
+    """The log variance of p(x_{t−1} | x_t) (P5). At t = 0, where β̃ is 0, ``posterior`` is that of t = 1."""
+    s = said.t - 1
+    if callable(variance):
+        return variance(said, s, said.t)
+    if variance == "learned":
+        return said.log_variance(s).double()
+    if variance not in ENDS:
+        raise ValueError(f"variance must be one of {', '.join(ENDS)}, learned, or a function, got {variance!r}")
+    return learned_log_variance(said.denoiser.schedule, torch.full_like(said.x_t, ENDS[variance], dtype=torch.float64), s, said.t)
+
+
+def denoising_kl(said: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
+    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, for a prediction at t ≥ 1."""
+    schedule, t, x_t = said.denoiser.schedule, said.t, said.x_t.double()
+    mean, guess = (posterior_mean(schedule, x.double(), x_t, t - 1, t) for x in (x0, said.x0))
+    return gaussian.kl(mean, reverse_log_variance(said, "posterior"), guess, reverse_log_variance(said, variance))
+
+
+def decoder_log_likelihood(said: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool) -> Float[Tensor, "b *d"]:
+    """log p(x_0 | x_t) of each dimension, for a prediction at t = 0: a density, or the mass of an 8-bit pixel's bin (L5)."""
+    score = gaussian.discretised_log_probability if pixels else gaussian.log_density
+    return score(x0.double(), said.x0.double(), reverse_log_variance(said, variance))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which of t = 1 … T−1 are evaluated for each sample, and with what weight: Σ_k weight_k · L(t_k) estimates Σ_t L(t)."""
+
+    t: Int[Tensor, "b k"]
+    weight: Float[Tensor, "b k"]
+
+
+def all_steps(schedule: Schedule, batch: int) -> Steps:
+    """Every step once."""
+    t = torch.arange(1, schedule.num_steps, device=schedule.betas.device).expand(batch, -1)
+    return Steps(t, torch.ones_like(t, dtype=torch.float64))
+
+
+def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
+    """How often ``drawn_steps`` takes each of t = 1 … T−1.
+
+    Half evenly, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits that step t has where the data are N(0, I): small t
+    weigh most, and no weight exceeds 2 (T−1)/k.
+    """
+    expected = schedule.alphas_cumprod[1:] * -schedule.half_log_snr_table.diff()
+    return 0.5 / len(expected) + 0.5 * expected / expected.sum()
+
+
+def drawn_steps(schedule: Schedule, uniform: Float[Tensor, "b k"]) -> Steps:
+    """k steps for each sample from draws in [0, 1), one in each k-th part of ``step_probabilities``: stratified, unbiased."""
+    k, probability = uniform.shape[1], step_probabilities(schedule)
+    place = (torch.arange(k, device=uniform.device) + uniform.double()) / k
+    index = torch.searchsorted(probability.cumsum(0), place, right=True).clamp(max=len(probability) - 1)
+    return Steps(index + 1, 1 / (k * probability[index]))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound of −log p(x_0) for each sample, in nats summed over its dimensions (L3).
+
+    Attributes:
+        reconstruction: −log p(x_0 | x_t) at t = 0.
+        prior: KL at t = T−1.
+        steps: which KLs between them were evaluated.
+        denoising: those KLs times their weights.
+    """
+
+    reconstruction: Float[Tensor, " b"]
+    prior: Float[Tensor, " b"]
+    steps: Steps
+    denoising: Float[Tensor, "b k"]
+
+    @property
+    def total(self) -> Float[Tensor, " b"]:
+        """The sum of the three parts."""
+        return self.reconstruction + self.prior + self.denoising.sum(1)
+
+
+def bounds(
+    denoiser: Denoiser, x0: Float[Tensor, "b *d"], noise: Noise, steps: Steps, variances: Sequence[Variance], pixels: bool = False
+) -> list[Bound]:
+    """The bound with each reverse variance, all from the same k + 1 network calls.
+
+    ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an 8-bit image and its
+    likelihood a probability; otherwise a density. Raises ValueError for an ε prediction where a step has no signal.
+    """
+    schedule = denoiser.schedule
+    if denoiser.target == "eps" and bool(schedule.alphas_cumprod[-1] == 0):
+        raise ValueError("the bound needs x̂_0 at every step, which an ε prediction does not give where the SNR is 0: predict v or x0")
+
+    def said(t: Shaped[Tensor, " b"], number: int) -> Prediction:
+        return denoiser(schedule.add_noise(x0, noise(number), t), t)
+
+    first = said(torch.zeros(len(x0), dtype=torch.long, device=x0.device), 0)
+    reconstruction = [-_summed(decoder_log_likelihood(first, x0, variance, pixels)) for variance in variances]
+    denoising: list[list[Tensor]] = [[] for _ in variances]
+    for i, (t, weight) in enumerate(zip(steps.t.unbind(1), steps.weight.unbind(1), strict=True)):
+        prediction = said(t, i + 1)
+        for terms, variance in zip(denoising, variances, strict=True):
+            terms.append(weight * _summed(denoising_kl(prediction, x0, variance)))
+    prior = _summed(prior_kl(schedule, x0))
+    return [Bound(r, prior, steps, torch.stack(d, 1)) for r, d in zip(reconstruction, denoising, strict=True)]
+
+
+def draw_chain(schedule: Schedule, x0: Float[Tensor, "b *d"], noise: Noise) -> Float[Tensor, "nodes b *d"]:
+    """x_0 and a draw of every noisier sample from q(x_{1:T} | x_0): T + 1 nodes, node i + 1 at t = i."""
+    chain = [x0]
+    for t in range(schedule.num_steps):
+        chain.append(forward_step(schedule, chain[-1], noise(t), torch.tensor(t)))
+    return torch.stack(chain)
+
+
+def log_forward(schedule: Schedule, chain: Float[Tensor, "nodes b *d"]) -> Float[Tensor, " b"]:
+    """log q(x_{1:T} | x_0) of a chain (F7)."""
+    log_beta = torch.log(schedule.betas)
+    decay = torch.sqrt(1 - schedule.betas)
+    terms = [gaussian.log_density(chain[t + 1].double(), decay[t] * chain[t].double(), log_beta[t]) for t in range(schedule.num_steps)]
+    return torch.stack([_summed(term) for term in terms]).sum(0)
+
+
+def log_reverse(denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance: Variance, pixels: bool = False) -> Float[Tensor, " b"]:
+    """log p(x_{0:T}) of a chain: the prior, the reverse steps and the decoder (F7)."""
+    zero = torch.zeros((), dtype=torch.float64, device=chain.device)
+    total = _summed(gaussian.log_density(chain[-1].double(), zero, zero))
+    for t in range(denoiser.schedule.num_steps - 1, 0, -1):
+        said = denoiser(chain[t + 1], torch.tensor(t, device=chain.device))
+        mean = posterior_mean(denoiser.schedule, said.x0.double(), said.x_t.double(), said.t - 1, said.t)
+        total = total + _summed(gaussian.log_density(chain[t].double(), mean, reverse_log_variance(said, variance)))
+    said = denoiser(chain[1], torch.tensor(0, device=chain.device))
+    return total + _summed(decoder_log_likelihood(said, chain[0], variance, pixels))
+
+
+def gap(
+    denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], log_p: Float[Tensor, " b"], variance: Variance, pixels: bool = False
+) -> Float[Tensor, " b"]:
+    """log q(x_{1:T}|x_0) − log p(x_{1:T}|x_0) of a chain, given log p(x_0) of the model (L9).
+
+    Its mean over chains is the KL of the joints, by which the bound misses −log p(x_0).
+    """
+    return log_forward(denoiser.schedule, chain) - log_reverse(denoiser, chain, variance, pixels) + log_p
+
+
+def _summed(values: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
+    return values.flatten(1).sum(1)

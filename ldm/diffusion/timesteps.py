@@ -1,0 +1,99 @@
+"""Which t a training step draws: uniform, stratified over an update, or by importance (math.md T1, L7).
+
+The random number in [0, 1) that a t is made from comes with the sample, as a function of its position in the training
+stream. So a t does not depend on how an update is split over processes and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ldm.config import TIMESTEPS
+
+HISTORY = 10  # losses remembered of each t
+UNIFORM_SHARE = 0.001  # of the importance distribution
+
+
+def uniform_timesteps(uniform: Float[Tensor, " b"], num_steps: int) -> Int[Tensor, " b"]:
+    """t uniform on 0 … T−1 from draws in [0, 1)."""
+    return (uniform.double() * num_steps).long().clamp(max=num_steps - 1)
+
+
+def in_strata(uniform: Float[Tensor, " b"], place: Int[Tensor, " b"], batch_size: int) -> Float[Tensor, " b"]:
+    """Draws moved into the part of [0, 1) that belongs to a sample's place in the update: part i of ``batch_size`` equal ones.
+
+    Over an update they cover [0, 1) evenly, so that its mean loss varies less and has the same expectation.
+    """
+    return (place + uniform.double()) / batch_size
+
+
+class LossHistory:
+    """Importance sampling by the second moment of the loss: p_t ∝ √E[L_t²] (Nichol & Dhariwal 2021, section 3.3).
+
+    E[L_t²] is over the last ``HISTORY`` losses of each t. A share of 0.001 stays uniform, and all of it until every t has
+    its losses. Nothing here waits for the device.
+    """
+
+    def __init__(self, num_steps: int, device: torch.device | str = "cpu") -> None:
+        self.num_steps = num_steps
+        # the last row takes what is not to be remembered
+        self._losses = torch.zeros(num_steps + 1, HISTORY, dtype=torch.float64, device=device)
+        self._seen = torch.zeros(num_steps + 1, dtype=torch.int64, device=device)  # losses ever met, of each t
+
+    @property
+    def probabilities(self) -> Float[Tensor, " T"]:
+        """p_t, float64."""
+        uniform = torch.full((self.num_steps,), 1 / self.num_steps, dtype=torch.float64, device=self._losses.device)
+        size = self._losses[:-1].square().mean(1).sqrt()
+        known = (self._seen[:-1] >= HISTORY).all() & (size.sum() > 0)
+        return torch.where(known, (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE * uniform, uniform)
+
+    def draw(self, uniform: Float[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+        """t by the inverse of its distribution function, and the weights 1/(T p_t) that leave the expected gradient as it was."""
+        p = self.probabilities
+        t = torch.searchsorted(p.cumsum(0), uniform.double(), right=True).clamp(max=self.num_steps - 1)
+        return t, 1 / (self.num_steps * p[t])
+
+    def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
+        """Remember the losses of one update, in their order; those that are not finite are left out."""
+        row = torch.where(losses.isfinite(), t, self.num_steps)
+        same = row[:, None] == row[None, :]
+        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # samples of the same t, so that each gets a slot of its own
+        slot = (self._seen[row] + before) % HISTORY
+        self._seen.index_add_(0, row, torch.ones_like(row))
+        kept = torch.where(after < HISTORY, row, self.num_steps)  # more than fit: the latest stay
+        self._losses.index_put_((kept, slot), losses.to(self._losses.dtype))
+
+    def state(self) -> dict[str, Any]:
+        """JSON state."""
+        return {"losses": self._losses[:-1].tolist(), "seen": self._seen[:-1].tolist()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``state()``. Raises ValueError where it is of another T."""
+        if len(state["seen"]) != self.num_steps:
+            raise ValueError(f"the history is of {len(state['seen'])} timesteps, not of {self.num_steps}")
+        self._losses[:-1] = torch.tensor(state["losses"], dtype=torch.float64)
+        self._seen[:-1] = torch.tensor(state["seen"])
+
+
+class Timesteps:
+    """The timesteps of the updates of one run, by the ``name`` of ``ObjectiveConfig.timesteps``."""
+
+    def __init__(self, name: str, num_steps: int, batch_size: int, device: torch.device | str = "cpu") -> None:
+        if name not in TIMESTEPS:
+            raise ValueError(f"timesteps must be one of {', '.join(TIMESTEPS)}, got {name!r}")
+        self.name, self.num_steps, self.batch_size = name, num_steps, batch_size
+        self.history = LossHistory(num_steps, device) if name == "importance" else None
+
+    def draw(self, uniform: Float[Tensor, " b"], position: Int[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+        """t of the samples at these positions, and the weight of each loss in the mean."""
+        if self.history is not None:
+            return self.history.draw(uniform)
+        if self.name == "stratified":
+            uniform = in_strata(uniform, position % self.batch_size, self.batch_size)
+        return uniform_timesteps(uniform, self.num_steps), torch.ones_like(uniform)
