@@ -7,6 +7,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from denoisers import gaussian_denoiser, network, their_scheduler
 from torch import Tensor
 
 from ldm.config import TARGETS, ScheduleConfig
@@ -19,7 +20,6 @@ from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
 from ldm.diffusion.samplers.grids import GRIDS, check_steps
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.diffusers import scheduler_to_diffusers
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -101,26 +101,6 @@ def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) 
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
 
 
-def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A smooth nonlinear denoiser that answers in the words of ``name``."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        x, dtype, t = x.double(), x.dtype, t.reshape(-1)
-        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-        x0 = a * x / (a**2 + 0.5 * s**2) * 0.7 + 0.3 * torch.tanh(x + 0.2)
-        eps = (x - a * x0) / s
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[name].to(dtype)
-
-    return denoise
-
-
-def their_scheduler(cls: type, schedule: Schedule, config: ScheduleConfig, name: str, **extra: object) -> object:
-    layout = {k: v for k, v in scheduler_to_diffusers(config, name).items() if not k.startswith("_")}
-    theirs = cls.from_config({**layout, **extra})
-    theirs.alphas_cumprod = schedule.alphas_cumprod.clone()  # the table apart, so that float64 compares the algorithm
-    return theirs
-
-
 CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in TARGETS]
 
 
@@ -186,17 +166,6 @@ def test_ddim_with_eta_one_is_ddpm(name: str, grid: Tensor, schedule: Schedule) 
     one = ddim(Denoiser(schedule, name, network(schedule, name)), x, grid, lambda i: noise[i], eta=1.0)
     two = ddpm(Denoiser(schedule, name, network(schedule, name)), x, grid, lambda i: noise[i])
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
-
-
-def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """E[x_0 | x_t] for data N(mean, std²), exactly, in the words of ``name``."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-        return {"x0": x0, "eps": (x - a * x0) / s, "v": (a * x - x0) / s}[name]
-
-    return denoise
 
 
 @pytest.mark.parametrize(
