@@ -136,7 +136,6 @@ class DiffusionTask:
         self.device, self.schedule = device, schedule
         self.objective = Objective(config, schedule, pixels=self.codec is None)
         self.timesteps = Timesteps(config.timesteps, steps, batch_size, device)
-        self._update_losses = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         x0, eps = self._x0(batch), batch["eps"]
@@ -146,15 +145,9 @@ class DiffusionTask:
         terms = self.objective.terms(self.wrapped["unet"], x0, eps, t, cond)
         loss = (weight * terms.total).mean()
         backward(loss)
-        self._note(batch["position"], t, terms.total.detach())
+        self.timesteps.note(batch["position"], t, terms.total.detach())
         vlb = {} if terms.vlb is None else {"vlb": (weight * terms.vlb).mean().detach()}
         return {"loss": loss.detach(), **vlb}
-
-    def _note(self, position: Tensor, t: Tensor, losses: Tensor) -> None:
-        """Keep the losses of a micro-batch until the update is over, where timesteps are drawn by them."""
-        if self.timesteps.history is not None:
-            place = position % self.config.train.batch_size
-            self._update_losses[:, place] = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses]).float()
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -174,19 +167,14 @@ class DiffusionTask:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Remember the losses of the whole global batch, in the order of positions, where timesteps are drawn by them."""
-        if self.timesteps.history is None:
-            return
-        share, t, losses = reduce(self._update_losses)  # each process knows its own places: the mean is a share of the value
-        self.timesteps.history.update((t / share).round().long(), losses / share)
-        self._update_losses = torch.zeros_like(self._update_losses)
+        """Which t the next update draws may depend on the losses of this one."""
+        self.timesteps.after_update(reduce)
 
     def state(self) -> dict[str, Any]:
-        return {} if self.timesteps.history is None else {"losses": self.timesteps.history.state()}
+        return {"timesteps": self.timesteps.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        if self.timesteps.history is not None:
-            self.timesteps.history.load_state(state["losses"])
+        self.timesteps.load_state(state.get("timesteps", {}))  # checkpoints of before did not keep it
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
