@@ -18,11 +18,15 @@ from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, at_le
 SOURCES = ("folder", "shapes", "shapes-two", "digits", "textures")
 CAPTIONS = ("metadata", "sidecar", "class", "none")
 SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
+LEARNED = "learned"  # the schedule that is trained with the network
 GIVEN = "given"  # the schedule whose β are listed in the configuration
 TARGETS = ("eps", "x0", "v", "score")
 WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
 TIMESTEPS = ("uniform", "stratified", "importance")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLERS = (
+    "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
+    "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
+)  # fmt: skip
 GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
 VARIANCES = ("posterior", "beta", "learned")
 TRACKERS = ("tensorboard", "wandb")
@@ -242,9 +246,13 @@ class ScheduleConfig:
     betas: tuple[float, ...] | None = None  # for name: given, all of them
     shift: float = 1.0  # side of what is diffused over the side that the schedule was made for: λ' = λ − log(shift)
     zero_terminal_snr: bool = False  # no signal at all at the last step (v or x0 targets)
+    start: str = "cosine"  # learned: the shape before training, cosine or linear in γ = −2λ
+    ends: tuple[float, float] = (-10.0, 10.0)  # learned: γ of the first and of the last step before training
+    lr: float = 3e-3  # learned: the learning rate of its table, with the run's warm-up and decay
 
     def __post_init__(self) -> None:
-        one_of(self, (*SCHEDULES, GIVEN), "name")
+        one_of(self, (*SCHEDULES, LEARNED, GIVEN), "name")
+        self._check_learned()
         at_least(self, 2, "num_steps")
         between(self, 1e-12, 0.999, "beta_start", "beta_end")
         between(self, 1e-3, 1e3, "shift")
@@ -261,6 +269,20 @@ class ScheduleConfig:
                 raise ConfigError(f"betas must be num_steps = {self.num_steps} numbers, got {len(self.betas)}")
             if not all(0 < beta < 1 for beta in self.betas[:-1]) or not 0 < self.betas[-1] <= 1:
                 raise ConfigError("betas must lie strictly between 0 and 1 (the last may be 1)")
+
+    def _check_learned(self) -> None:
+        """Raise ConfigError for settings of a learned schedule that are out of range or have no schedule to act on."""
+        one_of(self, ("cosine", "linear"), "start")
+        at_least(self, 1e-12, "lr")
+        if not -19.0 <= self.ends[0] <= -2.0 or not 2.0 <= self.ends[1] <= 19.0:
+            raise ConfigError(f"ends must be γ in [-19, -2] and γ in [2, 19], got {list(self.ends)}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        learned = ("start", "ends", "lr")
+        for name in ("beta_start", "beta_end", "shift", "zero_terminal_snr") if self.name == LEARNED else learned:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} has no meaning for {'a' if self.name == LEARNED else 'any but a'} learned schedule: leave it out"
+                )
 
     @property
     def ends_without_signal(self) -> bool:
@@ -350,6 +372,19 @@ class DiffusionRun:
             )
         if self.sample.variance == "learned" and not self.objective.learned_variance:
             raise ConfigError("sample.variance learned needs objective.learned_variance: true")
+        if self.schedule.name == LEARNED:
+            self._check_learned_schedule()
+
+    def _check_learned_schedule(self) -> None:
+        if self.train.compile or self.train.mixed_precision == "fp16":
+            raise ConfigError(
+                "schedule.name learned differentiates the network by its input as well: set train.compile=false and no fp16 (bf16 or no)"
+            )
+        if self.objective.timesteps == "importance":
+            raise ConfigError(
+                "objective.timesteps importance lowers the variance of one loss, a learned schedule that of the bound at uniform t:"
+                " choose uniform or stratified, or another schedule"
+            )
 
 
 RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun]] = {

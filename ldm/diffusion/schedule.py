@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ldm.config import ScheduleConfig
+from ldm.config import LEARNED, ScheduleConfig
 
 SMALLEST_SIGNAL = 2.0**-24  # ᾱ that stands for 0 where λ must be finite (as in diffusers' solvers)
 
@@ -90,10 +90,11 @@ class Schedule:
 
     Args:
         betas: [T], the variance added at each step, in (0, 1); the last may be 1 (zero terminal SNR).
+        check: look at the numbers; a GPU has to be waited for.
     """
 
-    def __init__(self, betas: Float[Tensor, " T"]) -> None:
-        if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all()):
+    def __init__(self, betas: Float[Tensor, " T"], check: bool = True) -> None:
+        if check and (betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all())):
             raise ValueError("betas must be one row of numbers strictly between 0 and 1 (the last may be 1)")
         self.betas = betas.double()
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
@@ -102,12 +103,17 @@ class Schedule:
         zero = torch.zeros(1, dtype=torch.float64, device=betas.device)
         self._alpha = torch.cat([zero + 1, torch.exp(log_bar / 2)])
         self._sigma = torch.cat([zero, torch.sqrt(-torch.expm1(log_bar))])
-        finite = torch.where(torch.isinf(log_bar), math.log(SMALLEST_SIGNAL), log_bar)
+        self.least_signal = SMALLEST_SIGNAL  # the ᾱ that stands for 0, below every other
+        if self.betas[-1] == 1 and self.num_steps > 1:
+            self.least_signal = min(SMALLEST_SIGNAL, self.alphas_cumprod[-2].item() / 4)
+        finite = torch.where(torch.isinf(log_bar), math.log(self.least_signal), log_bar)
         self.half_log_snr_table = (finite - torch.log(-torch.expm1(finite))) / 2  # λ of t = 0 … T−1, finite
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Schedule:
-        """Build the schedule that ``config`` names."""
+        """Build the schedule that ``config`` names. Raises ValueError for a learned one."""
+        if config.name == LEARNED:
+            raise ValueError("a learned schedule has its table in the model that learned it, not in its settings")
         given = {"beta_start": config.beta_start, "beta_end": config.beta_end}
         if config.betas is not None:
             betas = torch.tensor(config.betas, dtype=torch.float64)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import NONE, NULL_CAPTION, ConfigError, DiffusionRun
+from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.processes import Processes
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.learned_schedule import LearnedSchedule, Watched, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
@@ -54,8 +55,11 @@ class DiffusionTask:
         out_channels = 2 * channels if config.objective.learned_variance else channels
         self.unet = seeded(seed, lambda: UNet(config.unet, channels, out_channels, context_dim))
         self.networks: dict[str, nn.Module] = {"unet": self.unet}
+        self.learned = LearnedSchedule(config.schedule) if config.schedule.name == LEARNED else None
+        if self.learned is not None:
+            self.networks["schedule"] = self.learned
         self.wrapped = self.networks
-        self._set_process(Schedule.from_config(config.schedule), torch.device("cpu"))
+        self._set_process(self.learned.schedule() if self.learned else Schedule.from_config(config.schedule), torch.device("cpu"))
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
@@ -120,7 +124,8 @@ class DiffusionTask:
         return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
 
     def lr_scale(self, network: str) -> float:
-        return 1.0
+        """A learned schedule has a rate of its own."""
+        return self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0
 
     def to(self, device: torch.device) -> None:
         self._set_process(self.schedule.to(device), device)
@@ -133,21 +138,42 @@ class DiffusionTask:
     def _set_process(self, schedule: Schedule, device: torch.device) -> None:
         """The schedule with what is tabulated from it, and an empty history of losses."""
         config, steps, batch_size = self.config.objective, schedule.num_steps, self.config.train.batch_size
-        self.device, self.schedule = device, schedule
-        self.objective = Objective(config, schedule, pixels=self.codec is None)
+        self.device = device
+        self._take_table(schedule)
         self.timesteps = Timesteps(config.timesteps, steps, batch_size, device)
 
+    def _take_table(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.objective = Objective(self.config.objective, schedule, pixels=self.codec is None)
+
+    def _refresh(self) -> None:
+        """Take the table that a learned schedule has by now."""
+        if self.learned is not None:
+            self._take_table(self.learned.schedule())
+
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        self._refresh()
         x0, eps = self._x0(batch), batch["eps"]
         t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
-        terms = self.objective.terms(self.wrapped["unet"], x0, eps, t, cond)
+        watched = Watched(self.wrapped["unet"]) if self.learned is not None else None
+        terms = self.objective.terms(watched or self.wrapped["unet"], x0, eps, t, cond)
         loss = (weight * terms.total).mean()
+        figures = {} if watched is None else self._train_schedule(watched, x0, eps, t, backward)
         backward(loss)
         self.timesteps.note(batch["position"], t, terms.total.detach())
         vlb = {} if terms.vlb is None else {"vlb": (weight * terms.vlb).mean().detach()}
-        return {"loss": loss.detach(), **vlb}
+        return {"loss": loss.detach(), **vlb, **figures}
+
+    def _train_schedule(
+        self, watched: Watched, x0: Tensor, eps: Tensor, t: Tensor, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Gradients for the learned schedule, from the network's call that its own loss is made of; the network gets none."""
+        error, slope = error_and_slope(self.schedule, self.config.objective.target, watched, x0, eps, t)
+        loss, figures = schedule_loss(self.wrapped["schedule"](), t, error, slope, x0, eps, self.codec is None)
+        backward(loss)
+        return figures
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -178,6 +204,7 @@ class DiffusionTask:
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
+        self._refresh()
         train = self.config.train
         total = (
             train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
@@ -201,8 +228,9 @@ class DiffusionTask:
     def pipeline(self) -> Pipeline:
         """The model as it stands."""
         config = self.config
+        schedule = config.schedule if self.learned is None else self.learned.given()
         return Pipeline(
-            self.unet, config.schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
+            self.unet, schedule, config.objective.target, self.codec, self.text, config.data.image_size, config.sample,
             caption_dropout=config.caption_dropout if self.text else None,
         ).to(self.device)  # fmt: skip
 
