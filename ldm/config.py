@@ -23,7 +23,10 @@ GIVEN = "given"  # the schedule whose β are listed in the configuration
 TARGETS = ("eps", "x0", "v", "score")
 WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
 TIMESTEPS = ("uniform", "stratified", "importance")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLERS = (
+    "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
+    "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
+)  # fmt: skip
 GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
 VARIANCES = ("posterior", "beta", "learned")
 TRACKERS = ("tensorboard", "wandb")

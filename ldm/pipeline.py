@@ -380,6 +380,8 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
         check_steps(num_steps, settings.steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if settings.steps < (fewest := SAMPLERS[settings.sampler].fewest):
+        raise ConfigError(f"steps must be at least {fewest} for the {settings.sampler} sampler, got {settings.steps}")
     if size < factor or size % factor:
         raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
 

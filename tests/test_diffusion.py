@@ -3,6 +3,7 @@
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,22 @@ import ldm.data.sources
 import ldm.training.trackers
 from ldm.config import TARGETS, ScheduleConfig
 from ldm.diffusion.objective import WEIGHTINGS, target
-from ldm.diffusion.process import posterior_mean, posterior_variance, to_eps, to_x0, transition
+from ldm.diffusion.process import (
+    forward_step,
+    from_x0,
+    learned_log_variance,
+    posterior_mean,
+    posterior_variance,
+    reverse_mean,
+    score,
+    to_eps,
+    to_x0,
+    transition,
+)
 from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.diffusion.schedule import SCHEDULES, Schedule
+from ldm.diffusion.schedule import SCHEDULES, Schedule, shifted
 from ldm.interop.diffusers import scheduler_to_diffusers
 
 NAMES = sorted(SCHEDULES)
@@ -50,7 +62,7 @@ def test_tables_are_those_of_diffusers(name: str, steps: int, zero_terminal: boo
     assert ours.num_steps == steps == len(theirs.alphas_cumprod)
     # theirs are float32 throughout, so the tolerances are theirs
     bar = theirs.alphas_cumprod.double()
-    assert (ours.alphas_cumprod - bar).abs().max() < 9e-7 * max(1, steps / 1000)
+    assert (ours.alphas_cumprod - bar).abs().max() < 9e-7 * max(1, steps / 1000) * (2 if zero_terminal else 1)
     rtol = (3e-5 + 6e-8 / (1 - bar[0].item())) * (2 if zero_terminal else 1)
     torch.testing.assert_close(ours.sigma(t).square(), 1 - bar, rtol=rtol, atol=1e-6 if zero_terminal else 0)
     torch.testing.assert_close(ours.alpha(t), ours.alphas_cumprod.sqrt(), rtol=1e-11, atol=0)
@@ -78,6 +90,62 @@ def test_clean_data_is_step_minus_one(schedule: Schedule) -> None:
     t = torch.arange(1000)
     torch.testing.assert_close(schedule.half_log_snr(t), schedule.snr(t).log() / 2)
     assert (schedule.half_log_snr(t).diff() < 0).all()
+
+
+def test_fractional_steps_lie_between_in_lambda(schedule: Schedule) -> None:
+    """At whole t the table itself; between two, λ on the straight line, and back by ``time``."""
+    whole = torch.arange(-1, 1000)
+    assert torch.equal(schedule.alpha(whole.double()), schedule.alpha(whole)) and torch.equal(
+        schedule.sigma(whole.double()), schedule.sigma(whole)
+    )
+    t = torch.tensor([0.0, 0.25, 3.5, 499.9, 998.125, 999.0], dtype=torch.float64)
+    table = schedule.half_log_snr(torch.arange(1000))
+    expected = torch.from_numpy(np.interp(t.numpy(), np.arange(1000), table.numpy()))
+    torch.testing.assert_close(schedule.half_log_snr(t), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(schedule.time(schedule.half_log_snr(t)), t, rtol=0, atol=1e-8)
+    assert schedule.time(torch.tensor([100.0, -100.0], dtype=torch.float64)).tolist() == [0, 999]
+    with pytest.raises(ValueError, match="between −1 and 0"):
+        schedule.alpha(torch.tensor(-0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_terminal_snr_as_printed(name: str) -> None:
+    """√ᾱ'_t = (√ᾱ_t − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T): first value kept, last exactly 0, β_T = 1 (math.md F4)."""
+    plain, zero = (Schedule.from_config(ScheduleConfig(name, zero_terminal_snr=flag)) for flag in (False, True))
+    signal, last = plain.alphas_cumprod.sqrt(), torch.tensor(999)
+    expected = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    torch.testing.assert_close(zero.alpha(torch.arange(1000)), expected, rtol=1e-9, atol=1e-15)
+    assert zero.alpha(last) == 0 and zero.sigma(last) == 1 and zero.snr(last) == 0 and zero.betas[-1] == 1
+    assert zero.half_log_snr_table.isfinite().all() and (zero.half_log_snr_table.diff() < 0).all()
+    x0, eps = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    assert torch.equal(zero.add_noise(x0, eps, last[None]), eps)
+    for target_ in ("x0", "v"):  # the others say nothing of x_0 there
+        torch.testing.assert_close(to_x0(zero, target_, target(zero, target_, x0, eps, last[None]), eps, last[None]), x0)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 4.0])
+def test_a_resolution_shift_moves_lambda(schedule: Schedule, ratio: float) -> None:
+    """Averaging ratio² pixels with independent noise raises λ by log ratio: the shifted process, averaged, is the first one."""
+    moved = Schedule(shifted(schedule.betas, ratio))
+    t = torch.arange(1000)
+    torch.testing.assert_close(moved.half_log_snr(t), schedule.half_log_snr(t) - math.log(ratio), rtol=1e-7, atol=1e-7)
+    noise = moved.sigma(t) / moved.alpha(t) / ratio  # deviation of the mean of ratio² pixels
+    torch.testing.assert_close(noise, schedule.sigma(t) / schedule.alpha(t), rtol=1e-6, atol=0)
+    assert torch.equal(Schedule.from_config(ScheduleConfig("cosine", shift=2.0)).betas, shifted(SCHEDULES["cosine"](1000), 2.0))
+
+
+def test_schedules_as_printed() -> None:
+    """F5's other rows: β scaled by 1000/T, β through a sigmoid, ᾱ through a sigmoid, β as given."""
+    torch.testing.assert_close(SCHEDULES["linear_rescaled"](250), 4 * SCHEDULES["linear"](250))
+    expected = [1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * i / 99)) for i in range(100)]
+    torch.testing.assert_close(SCHEDULES["sigmoid"](100), torch.tensor(expected, dtype=torch.float64))
+    logistic = [1 / (1 + math.exp(3 - 6 * i / 100)) for i in range(101)]
+    bar = [(logistic[-1] - value) / (logistic[-1] - logistic[0]) for value in logistic]
+    table = Schedule.from_config(ScheduleConfig("sigmoid_signal", 100)).alphas_cumprod
+    torch.testing.assert_close(table[:98], torch.tensor(bar[1:99], dtype=torch.float64))  # the last β is clipped
+    given = ScheduleConfig("given", 3, betas=(0.1, 0.2, 1.0))
+    assert Schedule.from_config(given).betas.tolist() == [0.1, 0.2, 1.0]
 
 
 def test_given_betas_reach_the_table() -> None:
@@ -154,6 +222,59 @@ def test_posterior_of_neighbours_as_printed(schedule: Schedule) -> None:
     clean, zero = torch.tensor([-1]), torch.tensor([0])
     assert posterior_variance(schedule, clean, zero) == 0
     torch.testing.assert_close(posterior_mean(schedule, x0[:1], x_t[:1], clean, zero), x0[:1])
+
+
+def test_one_step_is_its_formula(schedule: Schedule) -> None:
+    """F1, and the same mean and variance as F3 between neighbours."""
+    t = torch.arange(1, 1000)
+    one, zero = torch.ones(999, 2, dtype=torch.float64), torch.zeros(999, 2, dtype=torch.float64)
+    ratio, v = transition(schedule, t - 1, t)
+    torch.testing.assert_close(forward_step(schedule, one, zero, t)[:, 0], ratio, rtol=1e-9, atol=0)
+    torch.testing.assert_close(forward_step(schedule, zero, one, t)[:, 0].square(), v, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (4, 5), (300, 301), (100, 700), (-1, 0), (-1, 500), (0, 999)])
+def test_reverse_mean_from_the_noise(schedule: Schedule, s: int, t: int) -> None:
+    """P3 is P1 and P2 with x̂_0 of P4; between neighbours as printed, (x_t − β_t/√(1−ᾱ_t) ε)/√α_t."""
+    x_t, eps = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    s_, t_ = torch.tensor(s), torch.tensor(t)
+    mean = reverse_mean(schedule, eps, x_t, s_, t_)
+    x0 = (x_t - schedule.sigma(t_) * eps) / schedule.alpha(t_)
+    scale = x0.abs().max().item()  # at the noisy end x̂_0 is large and cancels
+    torch.testing.assert_close(mean, posterior_mean(schedule, x0, x_t, s_, t_), rtol=1e-7, atol=1e-11 * scale)
+    if t == s + 1:
+        beta, bar = schedule.betas[t], schedule.alphas_cumprod[t]
+        torch.testing.assert_close(mean, (x_t - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt(), rtol=1e-8, atol=1e-9)
+
+
+def test_learned_variance_lies_between_its_ends(schedule: Schedule) -> None:
+    """P5: o = 1 gives β_t, o = −1 gives β̃_t, 0 their geometric mean, and more than 1 more than β_t; t = 0 uses β̃ of t = 1."""
+    for s, t in ((0, 1), (400, 401), (998, 999), (10, 60)):
+        s_, t_ = torch.tensor(s), torch.tensor(t)
+        large, small = transition(schedule, s_, t_)[1].item(), posterior_variance(schedule, s_, t_).item()
+        output = torch.tensor([[1.0, -1.0, 0.0, 3.0]], dtype=torch.float64)
+        expected = [large, small, math.sqrt(large * small), large * large / small]
+        assert learned_log_variance(schedule, output, s_, t_).exp()[0].tolist() == pytest.approx(expected, rel=1e-7)
+        if t == s + 1:
+            assert large == pytest.approx(schedule.betas[t].item(), rel=1e-7)
+    first = learned_log_variance(schedule, torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor(-1), torch.tensor(0)).exp()[0]
+    assert first.tolist() == pytest.approx(
+        [schedule.betas[0].item(), posterior_variance(schedule, torch.tensor(0), torch.tensor(1)).item()]
+    )
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_score_is_the_gradient_of_the_kernel(schedule: Schedule, name: str) -> None:
+    """With the true ε in the words of any target: autograd of log q(x_t | x_0)."""
+    t = torch.tensor([0, 30, 500, 999])
+    x0, eps = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    x_t = schedule.add_noise(x0, eps, t).requires_grad_()
+    log = torch.distributions.Normal(schedule.alpha(t)[:, None] * x0, schedule.sigma(t)[:, None]).log_prob(x_t).sum()
+    (gradient,) = torch.autograd.grad(log, x_t)
+    x_t = x_t.detach()
+    actual = score(schedule, name, target(schedule, name, x0, eps, t), x_t, t)
+    torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(from_x0(schedule, name, x0, x_t, t), target(schedule, name, x0, eps, t), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -39,6 +39,7 @@ CALLS: list[tuple[str, list[str], str]] = [  # script, arguments, a file that it
     ("train", ["tiny"], "runs/tiny/status.json"),
     ("sample", ["runs/tiny", "--prompt", "a small red circle on a white background", "--steps", "2"], "images"),
     ("evaluate", ["runs/tiny", "--images", "2", "--tune", "0"], "runs/tiny/report.json"),
+    ("sampler_report", ["runs/tiny", "--images", "1", "--steps", "2", "--samplers", "euler", "ddpm"], "runs/tiny/samplers.json"),
     ("report", ["runs/tiny"], "runs/tiny/report.html"),
     ("train_autoencoder", ["plain.yaml"], "runs/plain/status.json"),
     ("train_autoencoder", ["gan.yaml"], "runs/gan/status.json"),

@@ -23,6 +23,7 @@ COMMANDS = {
     "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
     "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
     "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
+    "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
     "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
     "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }

@@ -103,7 +103,10 @@ class Schedule:
         zero = torch.zeros(1, dtype=torch.float64, device=betas.device)
         self._alpha = torch.cat([zero + 1, torch.exp(log_bar / 2)])
         self._sigma = torch.cat([zero, torch.sqrt(-torch.expm1(log_bar))])
-        finite = torch.where(torch.isinf(log_bar), math.log(SMALLEST_SIGNAL), log_bar)
+        self.least_signal = SMALLEST_SIGNAL  # the ᾱ that stands for 0, below every other
+        if self.betas[-1] == 1 and self.num_steps > 1:
+            self.least_signal = min(SMALLEST_SIGNAL, self.alphas_cumprod[-2].item() / 4)
+        finite = torch.where(torch.isinf(log_bar), math.log(self.least_signal), log_bar)
         self.half_log_snr_table = (finite - torch.log(-torch.expm1(finite))) / 2  # λ of t = 0 … T−1, finite
 
     @classmethod

@@ -25,6 +25,8 @@ def ddpm(
     where the network has learned it, else posterior.
     """
     schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
     for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
         said = denoiser(x, t)
         x0 = said.x0
@@ -38,8 +40,6 @@ def ddpm(
 def _deviation(schedule: Schedule, variance: str, said: Prediction, s: Tensor, t: Tensor) -> Tensor:
     if variance == "learned":
         return (said.log_variance(s) / 2).exp()
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
     value = posterior_variance(schedule, s, t) if variance == "posterior" else transition(schedule, s, t)[1]
     return like(value.sqrt(), said.x_t)
 
@@ -48,7 +48,13 @@ def ddim(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
     eta: float = 0.0, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2)."""
+    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2).
+
+    η from 0, deterministic, to 1, ancestral; anything else is a ValueError. Stable Diffusion's own DDIM ends at ᾱ[0], not at
+    clean data: a grid whose last entry is 0.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 and 1, got {eta}")
     schedule = denoiser.schedule
     for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
         said = denoiser(x, t)

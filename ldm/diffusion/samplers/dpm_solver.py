@@ -1,33 +1,163 @@
-"""DPM-Solver++: exponential integrators in λ for x̂_0 (math.md S3)."""
+"""DPM-Solver++: exponential integrators in λ for x̂_0 (math.md S3).
+
+Each step solves x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0(λ) dλ with a polynomial in place of x̂_0. The deterministic ones follow
+the probability flow, those named ``sde`` the reverse diffusion with the same marginals.
+
+``start``: exact samples at the grid's nodes 1, 2, …, taken in place of the solver's own, to measure its order.
+``lower_final``: with fewer than 15 steps the last is of first order and the one before it of second at most.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
 from ldm.diffusion.schedule import like
+
+FEW_STEPS = 15  # below it Lu et al.'s solvers lower their last orders
+
+# data(path, step, [x̂_0 now, of the call before, …]): the constant x̂_0 that would make the same step
+Data = Callable[[Path, int, list[Tensor]], Tensor]
 
 
 def dpmpp_2m(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
-) -> Float[Tensor, "b *d"]:
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++(2M): second order, multistep, one call a step (Lu et al. 2022, Algorithm 2).
 
     The first step, and a last one that ends at clean data, are of first order. Deterministic.
     """
+    return _multistep(denoiser, x, grid, 2, _two, start, lower_final, callback)
+
+
+def dpmpp_3m(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """DPM-Solver++(3M) with the second derivative of x̂_0 in full: third order (Lu et al. 2022, appendix; math.md S5)."""
+    return _multistep(denoiser, x, grid, 3, _three, start, lower_final, callback)
+
+
+def dpmpp_3m_published(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """DPM-Solver++(3M) as published and in diffusers: its second derivative is half of what it should be, so it is of second order."""
+    return _multistep(denoiser, x, grid, 3, _three_published, start, lower_final, callback)
+
+
+def dpmpp_2s(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    lower_final: bool = True, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """DPM-Solver++(2S) on pairs of steps, the node between them its middle: second order (Lu et al. 2022, Algorithm 1).
+
+    The first step of a pair is of first order; the second takes the pair again from its beginning, by x̂_0 at both nodes. With
+    an odd number of steps the last is of first order; with an even one too where ``lower_final`` or where it ends at clean
+    data. One call a step. Deterministic.
+    """
     path = Path.of(denoiser.schedule, grid, x)
-    before: Tensor | None = None  # x̂_0 of the last call
+    first, x0_first = x, x  # of the pair
     for i in range(path.steps):
         x0 = denoiser(x, path.t[i]).x0
-        h = path.lam[i + 1] - path.lam[i]
-        data = x0
-        if before is not None and path.sigma[i + 1] > 0:
-            r = (path.lam[i] - path.lam[i - 1]) / h
-            data = x0 + like(1 / (2 * r), x) * (x0 - before)
-        x = like(path.sigma[i + 1] / path.sigma[i], x) * x - like(path.alpha[i + 1] * torch.expm1(-h), x) * data
-        before = x0
+        if i % 2 == 0 or (i == path.steps - 1 and (lower_final or path.sigma[i + 1] == 0)):
+            first, x0_first = x, x0
+            x = _solved(path, i, i + 1, x, x0)
+        else:
+            r = (path.lam[i] - path.lam[i - 1]) / (path.lam[i + 1] - path.lam[i - 1])
+            x = _solved(path, i - 1, i + 1, first, x0_first + like(1 / (2 * r), x) * (x0 - x0_first))
         x = told(callback, i, x, x0)
     return x
+
+
+def dpmpp_sde(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5). Equals DDIM with η = 1."""
+    return _multistep_sde(denoiser, x, grid, noise, 1, True, callback)
+
+
+def dpmpp_2m_sde(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    lower_final: bool = True, callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense, one call a step (Lu et al. 2022, section 5)."""
+    return _multistep_sde(denoiser, x, grid, noise, 2, lower_final, callback)
+
+
+def _multistep(
+    denoiser: Denoiser,
+    x: Tensor,
+    grid: Tensor,
+    order: int,
+    data: Data,
+    start: Sequence[Tensor],
+    lower_final: bool,
+    callback: Callback | None,
+) -> Tensor:
+    path = Path.of(denoiser.schedule, grid, x)
+    check_start(path, start)
+    said: list[Tensor] = []  # x̂_0, the newest first
+    for i in range(path.steps):
+        said = [denoiser(x, path.t[i]).x0, *said[: order - 1]]
+        known = said[: path.order(i, order, lower_final and path.steps < FEW_STEPS)]
+        after = start[i] if i < len(start) else _solved(path, i, i + 1, x, (data if len(known) == order else _two)(path, i, known))
+        x = told(callback, i, after, said[0])
+    return x
+
+
+def _multistep_sde(
+    denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, order: int, lower_final: bool, callback: Callback | None
+) -> Tensor:
+    """x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) x̂_0 + σ_s √(1 − e^{−2h}) z. No noise where the step ends at clean data."""
+    path = Path.of(denoiser.schedule, grid, x)
+    said: list[Tensor] = []
+    for i in range(path.steps):
+        said = [denoiser(x, path.t[i]).x0, *said[: order - 1]]
+        data = _two(path, i, said[: path.order(i, order, lower_final and path.steps < FEW_STEPS)])
+        h = path.lam[i + 1] - path.lam[i]
+        replaced = -torch.expm1(-2 * h)  # share of the variance that is drawn anew
+        x = like(path.sigma[i + 1] / path.sigma[i] * torch.exp(-h), x) * x + like(path.alpha[i + 1] * replaced, x) * data
+        if path.sigma[i + 1] > 0:
+            x = x + like(path.sigma[i + 1] * replaced.sqrt(), x) * noise(i)
+        x = told(callback, i, x, said[0])
+    return x
+
+
+def _solved(path: Path, i: int, j: int, x: Tensor, data: Tensor) -> Tensor:
+    """The flow from node i to node j with x̂_0 constant: (σ_j/σ_i) x + α_j (1 − e^{−h}) x̂_0."""
+    h = path.lam[j] - path.lam[i]
+    return like(path.sigma[j] / path.sigma[i], x) * x - like(path.alpha[j] * torch.expm1(-h), x) * data
+
+
+def _two(path: Path, i: int, said: list[Tensor]) -> Tensor:
+    """x̂_0 at the middle of the step, by the line through the last two; the last alone where it is the only one."""
+    if len(said) == 1:
+        return said[0]
+    r = (path.lam[i] - path.lam[i - 1]) / (path.lam[i + 1] - path.lam[i])
+    return said[0] + like(1 / (2 * r), said[0]) * (said[0] - said[1])
+
+
+def _three(path: Path, i: int, said: list[Tensor], curvature: float = 2.0) -> Tensor:
+    """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', the derivatives by divided differences of the last three.
+
+    φ_k of −h: φ_1 = (1 − e^{−h})/h, φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: of a second divided difference.
+    """
+    h, before, earlier = (path.lam[i + 1 - k] - path.lam[i - k] for k in range(3))
+    slope = (said[0] - said[1]) / like(before, said[0])
+    bend = (slope - (said[1] - said[2]) / like(earlier, said[0])) / like(before + earlier, said[0])
+    phi_1 = -torch.expm1(-h) / h
+    phi_2 = (1 - phi_1) / h
+    phi_3 = (0.5 - phi_2) / h
+    slope = slope + like(before, bend) * bend  # at the node itself
+    return said[0] + like(phi_2 / phi_1 * h, slope) * slope + like(curvature * phi_3 / phi_1 * h**2, bend) * bend
+
+
+def _three_published(path: Path, i: int, said: list[Tensor]) -> Tensor:
+    return _three(path, i, said, curvature=1.0)

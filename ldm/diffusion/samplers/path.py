@@ -9,14 +9,14 @@ around it. A sampler works in the type of ``x``, its coefficients in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.diffusion.schedule import SMALLEST_SIGNAL, Schedule
+from ldm.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
 # callback(step, sample after the step, x̂_0 that the step used): returns None, or what the sampler goes on with instead
@@ -27,7 +27,7 @@ Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 class Path:
     """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
 
-    λ is infinite at clean data only: where no signal is left, ᾱ = 2⁻²⁴ stands for 0.
+    λ is infinite at clean data only: where no signal is left, ``Schedule.least_signal`` stands for ᾱ.
     """
 
     t: Float[Tensor, " nodes"]
@@ -43,14 +43,34 @@ class Path:
             raise ValueError(f"a grid must fall from at most {schedule.num_steps - 1} to at least −1, got {grid.tolist()}")
         alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
         nothing = alpha == 0
-        sigma = torch.where(nothing, math.sqrt(1 - SMALLEST_SIGNAL), sigma)
-        alpha = torch.where(nothing, math.sqrt(SMALLEST_SIGNAL), alpha)
+        sigma = torch.where(nothing, math.sqrt(1 - schedule.least_signal), sigma)
+        alpha = torch.where(nothing, math.sqrt(schedule.least_signal), alpha)
         return cls(grid, alpha, sigma, torch.log(alpha) - torch.log(sigma))
 
     @property
     def steps(self) -> int:
         """S."""
         return len(self.t) - 1
+
+    @property
+    def level(self) -> Float[Tensor, " nodes"]:
+        """σ/α, the noise level of x/α; 0 at clean data."""
+        return self.sigma / self.alpha
+
+    def order(self, step: int, highest: int, lowered: bool) -> int:
+        """The order of a multistep solver in λ at ``step``: no more than the network calls before it allow, plus one.
+
+        ``lowered``: no more than the steps that are left. A step into clean data, where λ is infinite, is of first order.
+        """
+        if self.sigma[step + 1] == 0:
+            return 1
+        return min(highest, step + 1, self.steps - step if lowered else highest)
+
+
+def check_start(path: Path, start: Sequence[Tensor]) -> None:
+    """Raise ValueError where there are more exact samples than nodes after the first."""
+    if len(start) > path.steps:
+        raise ValueError(f"start must hold at most {path.steps} samples, one for each node after the first, got {len(start)}")
 
 
 def told(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:

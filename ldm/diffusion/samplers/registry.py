@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm.diffusion.samplers.ancestral import ddim, ddpm
-from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
+from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
+from ldm.diffusion.samplers.edm import dpm2, euler, euler_ancestral, heun, lms
+from ldm.diffusion.samplers.langevin import PER_LEVEL, annealed_langevin, predictor_corrector
+from ldm.diffusion.samplers.pndm import FEWEST, plms
+from ldm.diffusion.samplers.unipc import unipc
 
 
 @dataclass(frozen=True)
@@ -17,21 +21,41 @@ class Sampler:
 
     Attributes:
         function: sampler(denoiser, x, grid, noise, *, callback, and the ``options``).
-        order: of convergence as steps double (math.md S5); weak for stochastic ones. None: not stated.
+        order: of convergence as steps double (math.md S5), with exact starting values from 3 on; weak for stochastic ones.
+        stochastic: draws noise at its steps with the settings' defaults (ddim does so where eta is above 0).
         options: settings of SampleConfig that it reads, by name.
-        calls: network calls for a number of steps.
+        calls: network calls for a number of steps, on a grid that ends at clean data.
         fewest: the smallest number of steps.
     """
 
     function: Callable[..., Tensor]
-    order: float | None
+    order: float
+    stochastic: bool = False
     options: tuple[str, ...] = ()
     calls: Callable[[int], int] = lambda steps: steps
     fewest: int = 1
 
 
+def _two_but_the_last(steps: int) -> int:
+    return 2 * steps - 1
+
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, 1, ("variance",)),
-    "ddim": Sampler(ddim, 1, ("eta",)),
+    "ddpm": Sampler(ddpm, 1, True, ("variance",)),
+    "ddim": Sampler(ddim, 1, options=("eta",)),
     "dpmpp_2m": Sampler(dpmpp_2m, 2),
+    "dpmpp_3m": Sampler(dpmpp_3m, 3),
+    "dpmpp_3m_published": Sampler(dpmpp_3m_published, 2),
+    "dpmpp_2s": Sampler(dpmpp_2s, 2),
+    "dpmpp_sde": Sampler(dpmpp_sde, 1, True),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, True),
+    "unipc": Sampler(unipc, 3),
+    "euler": Sampler(euler, 1),
+    "euler_ancestral": Sampler(euler_ancestral, 1, True),
+    "heun": Sampler(heun, 2, calls=_two_but_the_last),
+    "dpm2": Sampler(dpm2, 2, calls=_two_but_the_last),
+    "lms": Sampler(lms, 4),
+    "plms": Sampler(plms, 2, calls=lambda steps: steps + 1, fewest=FEWEST),
+    "annealed_langevin": Sampler(annealed_langevin, 0.5, True, calls=lambda steps: PER_LEVEL * (steps - 1) + 1),
+    "predictor_corrector": Sampler(predictor_corrector, 1, True, ("eta",), calls=_two_but_the_last),
 }

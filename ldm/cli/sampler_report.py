@@ -1,0 +1,111 @@
+"""Measure the samplers: orders and distances on exact targets, or on a trained run.
+
+  ldm sampler-report
+  ldm sampler-report runs/demo --images 16 --within 4
+
+Without a run: each sampler's order of convergence, and how close it comes to a mixture of Gaussians whose scores are
+exact. With one: how far each sampler is from 1,000 steps of DDIM from the same noise, root mean square over the pixels in
+levels of 255, and the cheapest within --within. Samplers that draw noise end elsewhere by design: their sets of images
+are compared (sliced Wasserstein distance), and they are not chosen from. Writes samplers.json and samplers.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.console import Console
+from ldm.config import SAMPLERS, ConfigError
+
+FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # and their defaults
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """On what, how many steps, and where to."""
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a finished run of train-ldm; left out: the exact targets")
+    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all)")
+    parser.add_argument("--steps", nargs="+", type=int, metavar="N", help="numbers of steps (default 10 20 50 100; with a run 5 10 20 50)")
+    parser.add_argument("--images", type=int, help=f"with a run: images of each (default {FOR_RUNS['images']})")
+    parser.add_argument(
+        "--within", type=float, metavar="D", help=f"with a run: a distance that is good enough (default {FOR_RUNS['within']:g})"
+    )
+    parser.add_argument("--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the files (default: the run, or sampler-report)")
+    parser.add_argument("--device", help="with a run: cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, measure, print and write."""
+    names = arguments.samplers or list(SAMPLERS)
+    for name in names:
+        if name not in SAMPLERS:
+            raise ConfigError(f"--samplers: {name!r} is none of {', '.join(SAMPLERS)}")
+    for option in (*FOR_RUNS, "device"):
+        if arguments.run is None and getattr(arguments, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')} goes with a run: name one, or leave it out")
+    steps = sorted(set(arguments.steps or ((10, 20, 50, 100) if arguments.run is None else (5, 10, 20, 50))))
+    if steps[0] < 1 or steps[-1] > 1000:
+        raise ConfigError(f"--steps must lie between 1 and 1000, got {' '.join(map(str, steps))}")
+    given = {name: default if getattr(arguments, name) is None else getattr(arguments, name) for name, default in FOR_RUNS.items()}
+    for name, value in given.items():
+        if value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
+    out = Path(arguments.out or arguments.run or "sampler-report")
+    if arguments.run is None:
+        _exact(names, steps, _folder(out), Console())
+    else:
+        _trained(Path(arguments.run), names, steps, given, arguments.device, out, Console())
+
+
+def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> None:
+    from ldm.evaluation.conformance import CASES, conformance
+    from ldm.evaluation.sampler_plots import error_curves, exact_panels, exact_table
+    from ldm.interop.weights import write_json
+
+    report = conformance([name for name, case in CASES.items() if case.sampler in names], steps, console.progress)
+    for line in exact_table(report):
+        console.say(line)
+    console.say(f"W: sliced Wasserstein distance to exact draws; {report['floor']:.3f} between two sets of those ({report['draws']} each)")
+    write_json(out / "samplers.json", report)
+    error_curves(exact_panels(report), out / "samplers.png")
+    console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
+
+
+def _trained(run: Path, names: list[str], steps: list[int], given: dict[str, Any], device: str | None, out: Path, console: Console) -> None:
+    from ldm.evaluation.sampler_plots import error_curves, run_panels, run_table
+    from ldm.evaluation.sampler_runs import captions, compare_samplers
+    from ldm.interop.weights import write_json
+    from ldm.pipeline import Pipeline
+
+    prompts = captions(run, given["images"])
+    try:
+        pipe = Pipeline.from_pretrained(run, device)
+    except (RuntimeError, AssertionError) as error:
+        if device is None:
+            raise
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    _folder(out)
+    report = compare_samplers(pipe, prompts, names, steps, given["within"], given["batch_size"], console.progress)
+    for line in run_table(report):
+        console.say(line)
+    console.say(f"distances in {report['unit']}, network calls in brackets; reference: ddim, {report['reference']['steps']} steps")
+    if report["floor"] is not None:
+        console.say(f"sliced Wasserstein distance between the reference and ddim from other noise: {report['floor']:.2f}")
+    best = report["cheapest"]
+    if best is None:
+        console.say(f"nothing here is within {given['within']:g} of the reference")
+    else:
+        how = f"{best['sampler']}, {best['steps']} steps, {best['calls']} network calls ({best['rms']:.2f})"
+        console.say(f"cheapest within {given['within']:g}: {how}")
+    write_json(out / "samplers.json", report)
+    error_curves(run_panels(report), out / "samplers.png")
+    console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be a folder: {error.strerror}") from None
+    return out

@@ -1,0 +1,157 @@
+"""Data of which everything is known: a Gaussian mixture, its marginals q(x_t), scores and E[x_0 | x_t] (math.md F6).
+
+Noise keeps a mixture a mixture: x_t = α x_0 + σ ε has the means α μ_k and the covariances α² Σ_k + σ² I. A finite set
+of points is a mixture with zero variance, one Gaussian a mixture of one. All in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Model
+from ldm.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Σ_k w_k N(μ_k, Σ_k), Σ_k given by its axes and the variances along them. ``of`` and ``points`` make one.
+
+    Noise levels are given as ``alpha`` and ``sigma``, each one number or one per sample; 1 and 0 are the data.
+
+    Attributes:
+        weights: [k], positive, their sum 1.
+        means: [k, d].
+        variances: [k, d], along the axes.
+        axes: [k, d, d], orthogonal, an axis in each column; None: the coordinates' own.
+    """
+
+    weights: Float[Tensor, " k"]
+    means: Float[Tensor, "k d"]
+    variances: Float[Tensor, "k d"]
+    axes: Float[Tensor, "k d d"] | None = None
+
+    def __post_init__(self) -> None:
+        if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-6:
+            raise ValueError(f"weights must be positive and sum to 1, got {self.weights.tolist()}")
+        if not bool((self.variances >= 0).all()):
+            raise ValueError("variances must not be negative: a covariance has no negative eigenvalue")
+
+    @classmethod
+    def of(cls, weights: Float[Tensor, " k"], means: Float[Tensor, "k d"], covariances: Float[Tensor, "k *dd"]) -> GaussianMixture:
+        """From covariances [k] (isotropic: one variance each) or [k, d, d] (full). Raises ValueError for no such thing."""
+        weights, means, covariances = weights.double(), means.double(), covariances.double()
+        if covariances.ndim == 1:
+            return cls(weights, means, covariances[:, None].expand_as(means))
+        if covariances.ndim != 3 or not torch.allclose(covariances, covariances.mT):
+            raise ValueError(f"covariances must be [k] or symmetric [k, d, d], got the shape {list(covariances.shape)}")
+        variances, axes = torch.linalg.eigh(covariances)
+        return cls(weights, means, variances, axes)
+
+    @classmethod
+    def points(cls, points: Float[Tensor, "k d"]) -> GaussianMixture:
+        """A finite set, each point as likely as the others."""
+        return cls.of(torch.full((len(points),), 1 / len(points)), points, torch.zeros(len(points)))
+
+    def component(self, k: int) -> GaussianMixture:
+        """q(x_0 | class k): one Gaussian."""
+        axes = None if self.axes is None else self.axes[k : k + 1]
+        return GaussianMixture(torch.ones(1, dtype=torch.float64), self.means[k : k + 1], self.variances[k : k + 1], axes)
+
+    def moments(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+        """Mean and covariance of x_0."""
+        mean = self.weights @ self.means
+        away = self.means - mean
+        within = torch.diag_embed(self.variances) if self.axes is None else self.axes @ torch.diag_embed(self.variances) @ self.axes.mT
+        return mean, torch.einsum("k,kde->de", self.weights, within + away[:, :, None] * away[:, None])
+
+    def log_density(
+        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """log q(x_t), in nats. ``prior``: other weights of the components for each sample, a class as one-hot."""
+        return torch.logsumexp(self._log_joint(x, alpha, sigma, prior), 1)
+
+    def log_posterior(self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"]) -> Float[Tensor, "b k"]:
+        """log q(class | x_t): the exact classifier, differentiable in x."""
+        return torch.log_softmax(self._log_joint(x, alpha, sigma, None), 1)
+
+    def score(
+        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """∇ log q(x_t)."""
+        away, variances = self._away(x, alpha, sigma)
+        return self._mixed(self._log_joint(x, alpha, sigma, prior), self._turned_back(-away / variances))
+
+    def denoised(
+        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """E[x_0 | x_t]."""
+        away, variances = self._away(x, alpha, sigma)
+        gain = _column(alpha) * self.variances / variances
+        return self._mixed(self._log_joint(x, alpha, sigma, prior), self.means + self._turned_back(gain * away))
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, alpha: float = 1.0, sigma: float = 0.0
+    ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
+        """n draws of x_t, and the component of each."""
+        of = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
+        z = (alpha**2 * self.variances[of] + sigma**2).sqrt() * z
+        return alpha * self.means[of] + (z if self.axes is None else torch.einsum("nde,ne->nd", self.axes[of], z)), of
+
+    def denoiser(self, schedule: Schedule, target: str) -> Denoiser:
+        """What a perfectly trained network says, in the words of ``target``."""
+        model = self.model(schedule, target)
+        return Denoiser(schedule, target, lambda x_t, t: model(x_t, t, Condition()))
+
+    def model(self, schedule: Schedule, target: str) -> Model:
+        """The same with conditions, for guidance: ``vector`` [b, k] is a class as one-hot.
+
+        Its entries multiply the mixture's own weights, so all ones, or no vector, is q(x_t) without a class.
+        """
+
+        def predict(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            x, a, s = x_t.double().flatten(1), schedule.alpha(t), schedule.sigma(t)
+            prior = None if cond.vector is None else cond.vector.double() * self.weights
+            if target == "x0":
+                said = self.denoised(x, a, s, prior)
+            else:
+                said = -s.reshape(-1, 1) * self.score(x, a, s, prior)
+            if target == "v":
+                said = a.reshape(-1, 1) * said - s.reshape(-1, 1) * self.denoised(x, a, s, prior)
+            return said.to(x_t.dtype).reshape(x_t.shape)
+
+        return predict
+
+    def _away(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x − α μ_k [b, k, d] and the variances α² Σ_k + σ² I, both along the axes."""
+        away = x.double()[:, None] - _column(alpha) * self.means
+        if self.axes is not None:
+            away = torch.einsum("bkd,kde->bke", away, self.axes)
+        return away, _column(alpha) ** 2 * self.variances + _column(sigma) ** 2
+
+    def _turned_back(self, along: Tensor) -> Tensor:
+        return along if self.axes is None else torch.einsum("bke,kde->bkd", along, self.axes)
+
+    def _log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, prior: Tensor | None) -> Tensor:
+        """log w_k + log q(x_t | class k), [b, k]."""
+        away, variances = self._away(x, alpha, sigma)
+        if bool((variances == 0).any()):
+            raise ValueError("a point without noise has no density: take sigma > 0, or a variance > 0")
+        weights = self.weights if prior is None else prior / prior.sum(1, keepdim=True)
+        return torch.log(weights) - (away.square() / variances + torch.log(2 * math.pi * variances)).sum(2) / 2
+
+    @staticmethod
+    def _mixed(log_joint: Tensor, parts: Tensor) -> Tensor:
+        return (torch.softmax(log_joint, 1)[:, :, None] * parts).sum(1)
+
+
+def _column(level: Tensor) -> Tensor:
+    """One number or one per sample, against [b, k, d]."""
+    return level.double().reshape(-1, 1, 1)

@@ -1,0 +1,141 @@
+"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow (math.md S3).
+
+y = x/α obeys dy/d(σ/α) = (y − x̂_0)/(σ/α) = ε̂. A step from level σ̃ to σ̃_n with any slope d' is
+y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), d the slope at its beginning: written so, nothing cancels where σ̃ is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
+from ldm.diffusion.schedule import like
+
+LMS_ORDER = 4
+
+
+def slope(path: Path, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+    """dy/d(σ/α) at node i, which is ε̂; by α and σ of the path, which are never 0 where there is noise."""
+    return (x - like(path.alpha[i], x) * x0) / like(path.sigma[i], x)
+
+
+def stepped(
+    path: Path, i: int, x0: Float[Tensor, "b *d"], d: Float[Tensor, "b *d"], further: Float[Tensor, "b *d"] | None = None
+) -> Float[Tensor, "b *d"]:
+    """x at node i + 1 along the slope d; ``further`` is added to y."""
+    x = like(path.alpha[i + 1], d) * x0 + like(path.sigma[i + 1], d) * d
+    return x if further is None else x + like(path.alpha[i + 1], d) * further
+
+
+def euler(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """Euler's method: first order, one call a step (Karras et al. 2022). Equals DDIM with η = 0."""
+    path = Path.of(denoiser.schedule, grid, x)
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        x = told(callback, i, stepped(path, i, x0, slope(path, i, x, x0)), x0)
+    return x
+
+
+def euler_ancestral(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """Euler's method to a level below the next, and noise up to it: σ̃_n² = σ̃_down² + σ̃_up². Equals DDIM with η = 1.
+
+    First order in the weak sense, one call a step. No noise where the step ends at clean data.
+    """
+    path = Path.of(denoiser.schedule, grid, x)
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        level, after = path.level[i], path.level[i + 1]
+        up = after * (1 - (after / level).square()).sqrt()
+        down = after * after / level
+        y = x0 + like(down, x) * slope(path, i, x, x0)
+        if after > 0:
+            y = y + like(up, x) * noise(i)
+        x = told(callback, i, like(path.alpha[i + 1], x) * y, x0)
+    return x
+
+
+def heun(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """Heun's method, the mean of the slopes at both ends: second order, two calls a step (Karras et al. 2022, Algorithm 1).
+
+    A last step that ends at clean data is Euler's, one call. Deterministic.
+    """
+    path = Path.of(denoiser.schedule, grid, x)
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        d = slope(path, i, x, x0)
+        x = stepped(path, i, x0, d)
+        if path.sigma[i + 1] > 0:
+            end = slope(path, i + 1, x, denoiser(x, path.t[i + 1]).x0)
+            x = stepped(path, i, x0, d, like((path.level[i + 1] - path.level[i]) / 2, x) * (end - d))
+        x = told(callback, i, x, x0)
+    return x
+
+
+def dpm2(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """The slope at the geometric mean of both levels: second order, two calls a step (Lu et al. 2022a; k-diffusion's DPM2).
+
+    The middle lies between nodes: its t is fractional. A last step that ends at clean data is Euler's, one call.
+    Deterministic.
+    """
+    schedule = denoiser.schedule
+    path = Path.of(schedule, grid, x)
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        d = slope(path, i, x, x0)
+        after = stepped(path, i, x0, d)
+        if path.sigma[i + 1] > 0:
+            half = Path.of(schedule, torch.stack([path.t[i], schedule.time((path.lam[i] + path.lam[i + 1]) / 2)]), x)
+            middle = stepped(half, 0, x0, d)
+            change = slope(half, 1, middle, denoiser(middle, half.t[1]).x0) - d
+            after = stepped(path, i, x0, d, like(path.level[i + 1] - path.level[i], x) * change)
+        x = told(callback, i, after, x0)
+    return x
+
+
+def lms(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    start: Sequence[Tensor] = (), callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """Linear multistep, the exact integral of the polynomial through the last four slopes: one call a step (k-diffusion's LMS).
+
+    Of fourth order with exact samples at the nodes 1, 2, 3 (``start``); its own first steps have one slope, two, three.
+    Deterministic.
+    """
+    path = Path.of(denoiser.schedule, grid, x)
+    check_start(path, start)
+    slopes: list[Tensor] = []  # the newest first
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        slopes = [slope(path, i, x, x0), *slopes[: LMS_ORDER - 1]]
+        weights = adams_weights(path.level[: i + 2].flip(0)[: len(slopes) + 1])
+        further = sum((like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x))
+        x = told(callback, i, start[i] if i < len(start) else stepped(path, i, x0, slopes[0], further), x0)
+    return x
+
+
+def adams_weights(levels: Float[Tensor, " nodes"]) -> Float[Tensor, " slopes"]:
+    """Integrals from levels[1] to levels[0] of the Lagrange polynomials through levels[1], levels[2], …, of degree 3 at most.
+
+    By Gauss and Legendre's two points, which are exact for cubic polynomials.
+    """
+    end, nodes = levels[0], levels[1:]
+    half = (end - nodes[0]) / 2
+    points = (end + nodes[0]) / 2 + half * torch.tensor([-1.0, 1.0], dtype=levels.dtype, device=levels.device) / 3**0.5
+    weights = []
+    for j, node in enumerate(nodes):
+        others = torch.cat([nodes[:j], nodes[j + 1 :]])
+        weights.append(half * ((points[:, None] - others) / (node - others)).prod(1).sum())
+    return torch.stack(weights)

@@ -1,0 +1,43 @@
+"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler (math.md S3)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.samplers.edm import slope, stepped
+from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.schedule import like
+
+FEWEST = 2  # steps: the first has two calls, the second of them at the second node
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+) -> Float[Tensor, "b *d"]:
+    """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step (Liu et al. 2022, eq. 9, 12; Heun's first step).
+
+    S + 1 calls for S steps, at least 2. Second order: the steps are not equal in σ/α, in which it would be of fourth.
+    Deterministic.
+
+    Raises:
+        ValueError: fewer than 2 steps.
+    """
+    path = Path.of(denoiser.schedule, grid, x)
+    if path.steps < FEWEST:
+        raise ValueError(f"plms needs at least {FEWEST} steps, got {path.steps}")
+    slopes: list[Tensor] = []  # ε̂, the newest first
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        slopes = [slope(path, i, x, x0), *slopes[:3]]
+        if i == 0:
+            ahead = stepped(path, 0, x0, slopes[0])
+            combined = (slopes[0] + slope(path, 1, ahead, denoiser(ahead, path.t[1]).x0)) / 2
+        else:
+            combined = torch.stack([w * d for w, d in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)]).sum(0)
+        x = stepped(path, i, x0, slopes[0], like(path.level[i + 1] - path.level[i], x) * (combined - slopes[0]))
+        x = told(callback, i, x, x0)
+    return x

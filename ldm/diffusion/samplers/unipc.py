@@ -1,0 +1,83 @@
+"""UniPC: a predictor and a corrector of any order in λ for x̂_0 (Zhao et al. 2023; math.md S3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
+from ldm.diffusion.schedule import like
+
+ORDERS = (1, 2, 3)
+SOLVERS = ("bh1", "bh2")  # B(h) = h, or e^h − 1; of −h, since x̂_0 is predicted
+
+
+def unipc(
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    order: int = 2, solver: str = "bh2", corrector: bool = True, start: Sequence[Tensor] = (), lower_final: bool = True,
+    callback: Callback | None = None,
+) -> Float[Tensor, "b *d"]:  # fmt: skip
+    """UniPC-p, p = ``order``: of order p + 1 with its corrector, p without (UniP-p); one call a step. Deterministic.
+
+    The call at a node serves twice: first to correct the sample there, then to predict the next, so that the last step is
+    not corrected. ``callback`` is told of samples as predicted; one that it replaces is not corrected.
+
+    Args:
+        solver: ``bh1`` or ``bh2``, the B(h) of the paper.
+        start: exact samples at the nodes 1, 2, …, taken in place of the solver's own, to measure its order.
+        lower_final: no step has a higher order than there are steps left. One into clean data is of first order in any case.
+
+    Raises:
+        ValueError: unknown order or solver.
+    """
+    if order not in ORDERS or solver not in SOLVERS:
+        raise ValueError(f"order must be one of 1, 2, 3 and solver one of {', '.join(SOLVERS)}, got {order!r} and {solver!r}")
+    path = Path.of(denoiser.schedule, grid, x)
+    check_start(path, start)
+    said: list[Tensor] = []  # x̂_0, the newest first
+    before: Tensor | None = None  # where the step to be corrected began
+    for i in range(path.steps):
+        x0 = denoiser(x, path.t[i]).x0
+        if before is not None:
+            x = _updated(path, i - 1, before, said[: path.order(i - 1, order, lower_final)], solver, x0)
+        said = [x0, *said[: order - 1]]
+        after = start[i] if i < len(start) else _updated(path, i, x, said[: path.order(i, order, lower_final)], solver)
+        given = told(callback, i, after, x0)
+        before = x if corrector and i >= len(start) and given is after else None
+        x = given
+    return x
+
+
+def _updated(path: Path, i: int, x: Tensor, said: list[Tensor], solver: str, ahead: Tensor | None = None) -> Tensor:
+    """The sample at node i + 1 from that at node i and x̂_0 at the nodes i, i − 1, …; ``ahead`` is x̂_0 at node i + 1 (corrector)."""
+    h = path.lam[i + 1] - path.lam[i]
+    x_next = like(path.sigma[i + 1] / path.sigma[i], x) * x - like(path.alpha[i + 1] * torch.expm1(-h), x) * said[0]
+    ratios = [(path.lam[i - k] - path.lam[i]) / h for k in range(1, len(said))] + ([] if ahead is None else [torch.ones_like(h)])
+    if not ratios:
+        return x_next
+    others = [*said[1:], *([] if ahead is None else [ahead])]
+    scale = -h if solver == "bh1" else torch.expm1(-h)  # B(h)
+    for weight, r, data in zip(_weights(h, torch.stack(ratios), scale), ratios, others, strict=True):
+        x_next = x_next - like(path.alpha[i + 1] * scale * weight / r, x) * (data - said[0])
+    return x_next
+
+
+def _weights(h: Float[Tensor, ""], ratios: Float[Tensor, " k"], scale: Float[Tensor, ""]) -> Float[Tensor, " k"]:
+    """ρ of the system Σ_m ρ_m r_m^{n−1} = n! φ_{n+1}(−h) (−h)/B(h), n = 1 … k; ½ where it has one unknown (as in the paper's code).
+
+    φ_1(z) = (e^z − 1)/z, φ_{n+1}(z) = (φ_n(z) − 1/n!)/z.
+    """
+    if len(ratios) == 1:
+        return torch.full_like(ratios, 0.5)
+    z, right = -h, []
+    phi = torch.expm1(z) / z
+    for n in range(1, len(ratios) + 1):
+        phi = (phi - 1 / math.factorial(n)) / z
+        right.append(math.factorial(n) * phi * z / scale)
+    rows = torch.stack([ratios.pow(n) for n in range(len(ratios))])
+    return torch.linalg.solve(rows, torch.stack(right))
