@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_ranks import started, torchrun
 from torch import Tensor
 
 from ldm import config as configuration
@@ -399,6 +401,23 @@ def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -
     with torch.no_grad():
         task.learned.ends.add_(0.1)
     torch.testing.assert_close(task.pipeline().schedule.betas, task.learned.schedule().betas, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_table_that_one_learns(run: Path, tmp_path: Path) -> None:
+    config = tmp_path / "longer.yaml"
+    config.write_text(yaml.safe_dump({"run": str(run), **TREE, "train": {**TREE["train"], "steps": 8}}))
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
+        (tmp_path / name).mkdir()
+        started(launcher, "train", str(tmp_path / name), "ldm", str(config), str(run), "4")
+    expected, found = (load_file(tmp_path / name / "0.safetensors") for name in ("one", "two"))
+    assert found.keys() == expected.keys() and {"schedule.ends", "schedule.increments"} <= found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    first, second = (load_file(tmp_path / f"{name}/run0/checkpoints/step-00000008/model_schedule.safetensors") for name in ("one", "two"))
+    assert bool((first["increments"] != saved(run).increments).any())
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -492,7 +492,7 @@ def task(folder: Path, *overrides: str) -> DiffusionTask:
 
 
 def history(run: Path, step: int) -> dict[str, Any]:
-    return json.loads((run / f"checkpoints/step-{step:08d}/state.json").read_text())["task"]["losses"]
+    return json.loads((run / f"checkpoints/step-{step:08d}/state.json").read_text())["task"]["timesteps"]
 
 
 def test_a_hybrid_run_trains_validates_and_draws(trained: Path) -> None:
@@ -542,11 +542,11 @@ def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(train
             one.timesteps.history = filled(3)
             for positions in micro_batches:
                 one.micro_step(collate([one.stream[p] for p in positions]), 1, lambda loss: None)
-        mean = torch.stack([one._update_losses for one in tasks]).mean(0)
+        mean = torch.stack([one.timesteps._update for one in tasks]).mean(0)
         for one in tasks:
             one.after_update(1, lambda _: mean)
-            assert not one._update_losses.any()
-        return [one.state()["losses"] for one in tasks]
+            assert not one.timesteps._update.any()
+        return [one.state()["timesteps"] for one in tasks]
 
     (whole,) = after([[list(range(8, 16))]])
     share = 8 // processes

@@ -39,10 +39,13 @@ class LearnedSchedule(nn.Module):
         self.num_steps, self.start = config.num_steps, config.start
         self.ends = nn.Parameter(torch.zeros(2))
         self.increments = nn.Parameter(torch.zeros(min(KNOTS, config.num_steps - 1)))
-        lower, upper = torch.tensor(RANGES, dtype=torch.float64).unbind(1)
-        first = (torch.tensor(config.ends, dtype=torch.float64) - lower) / (upper - lower)
+        lowest, highest = torch.tensor(RANGES, dtype=torch.float64).unbind(1)
+        self.lowest: Tensor
+        self.width: Tensor
         self.first_ends: Tensor
-        self.register_buffer("first_ends", torch.logit(first))
+        self.register_buffer("lowest", lowest, persistent=False)
+        self.register_buffer("width", highest - lowest, persistent=False)
+        self.register_buffer("first_ends", torch.logit((torch.tensor(config.ends, dtype=torch.float64) - lowest) / self.width))
 
     def forward(self) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
         """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior alone."""
@@ -50,8 +53,7 @@ class LearnedSchedule(nn.Module):
         return self._gamma(ends, clock.detach()), self._gamma(ends.detach(), clock)
 
     def _ends(self) -> Float[Tensor, "2"]:
-        lower, upper = torch.tensor(RANGES, dtype=torch.float64, device=self.ends.device).unbind(1)
-        return lower + (upper - lower) * torch.sigmoid(self.first_ends + self.ends.double())
+        return self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double())
 
     def _clock(self) -> Float[Tensor, " T"]:
         """h at t = 0 … T−1."""

@@ -6,7 +6,7 @@ stream. So a t does not depend on how an update is split over processes and micr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,13 +82,17 @@ class LossHistory:
 
 
 class Timesteps:
-    """The timesteps of the updates of one run, by the ``name`` of ``ObjectiveConfig.timesteps``."""
+    """The timesteps of the updates of one run, by the ``name`` of ``ObjectiveConfig.timesteps``.
+
+    Importance sampling learns once an update, from the losses of the whole global batch in the order of their positions.
+    """
 
     def __init__(self, name: str, num_steps: int, batch_size: int, device: torch.device | str = "cpu") -> None:
         if name not in TIMESTEPS:
             raise ValueError(f"timesteps must be one of {', '.join(TIMESTEPS)}, got {name!r}")
         self.name, self.num_steps, self.batch_size = name, num_steps, batch_size
         self.history = LossHistory(num_steps, device) if name == "importance" else None
+        self._update = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
 
     def draw(self, uniform: Float[Tensor, " b"], position: Int[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
         """t of the samples at these positions, and the weight of each loss in the mean."""
@@ -97,3 +101,25 @@ class Timesteps:
         if self.name == "stratified":
             uniform = in_strata(uniform, position % self.batch_size, self.batch_size)
         return uniform_timesteps(uniform, self.num_steps), torch.ones_like(uniform)
+
+    def note(self, position: Int[Tensor, " b"], t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
+        """Keep the losses of a micro-batch, without the weights of ``draw``, until its update is over."""
+        if self.history is not None:
+            rows = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses])
+            self._update[:, position % self.batch_size] = rows.to(self._update.dtype)
+
+    def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Remember the losses of the update; ``reduce`` averages a tensor over processes."""
+        if self.history is not None:
+            share, t, losses = reduce(self._update)  # each process knows its own places: the mean is a share of the value
+            self.history.update((t / share).round().long(), losses / share)
+            self._update = torch.zeros_like(self._update)
+
+    def state(self) -> dict[str, Any]:
+        """JSON state, empty where nothing is remembered."""
+        return {} if self.history is None else self.history.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``state()``."""
+        if self.history is not None:
+            self.history.load_state(state)

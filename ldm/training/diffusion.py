@@ -141,7 +141,6 @@ class DiffusionTask:
         self.device = device
         self._take_table(schedule)
         self.timesteps = Timesteps(config.timesteps, steps, batch_size, device)
-        self._update_losses = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
 
     def _take_table(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -163,7 +162,7 @@ class DiffusionTask:
         loss = (weight * terms.total).mean()
         figures = {} if watched is None else self._train_schedule(watched, x0, eps, t, backward)
         backward(loss)
-        self._note(batch["position"], t, terms.total.detach())
+        self.timesteps.note(batch["position"], t, terms.total.detach())
         vlb = {} if terms.vlb is None else {"vlb": (weight * terms.vlb).mean().detach()}
         return {"loss": loss.detach(), **vlb, **figures}
 
@@ -175,12 +174,6 @@ class DiffusionTask:
         loss, figures = schedule_loss(self.wrapped["schedule"](), t, error, slope, x0, eps, self.codec is None)
         backward(loss)
         return figures
-
-    def _note(self, position: Tensor, t: Tensor, losses: Tensor) -> None:
-        """Keep the losses of a micro-batch until the update is over, where timesteps are drawn by them."""
-        if self.timesteps.history is not None:
-            place = position % self.config.train.batch_size
-            self._update_losses[:, place] = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses]).float()
 
     def _x0(self, batch: Batch) -> Tensor:
         """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
@@ -200,19 +193,14 @@ class DiffusionTask:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Remember the losses of the whole global batch, in the order of positions, where timesteps are drawn by them."""
-        if self.timesteps.history is None:
-            return
-        share, t, losses = reduce(self._update_losses)  # each process knows its own places: the mean is a share of the value
-        self.timesteps.history.update((t / share).round().long(), losses / share)
-        self._update_losses = torch.zeros_like(self._update_losses)
+        """Which t the next update draws may depend on the losses of this one."""
+        self.timesteps.after_update(reduce)
 
     def state(self) -> dict[str, Any]:
-        return {} if self.timesteps.history is None else {"losses": self.timesteps.history.state()}
+        return {"timesteps": self.timesteps.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        if self.timesteps.history is not None:
-            self.timesteps.history.load_state(state["losses"])
+        self.timesteps.load_state(state.get("timesteps", {}))  # checkpoints of before did not keep it
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
