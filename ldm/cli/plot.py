@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schedules = _sub(plots, "schedules", "noise schedules side by side", SCHEDULES_HELP)
     schedules.add_argument("run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule")
     schedules.add_argument("--names", nargs="+", metavar="NAME", help=f"some of {', '.join(SCHEDULES)} (default: all, with a RUN none)")
-    schedules.add_argument("--num-steps", type=int, default=1000, metavar="T", help="steps of the named schedules (default 1000)")
+    schedules.add_argument("--num-steps", type=int, metavar="T", help="steps of the named schedules (default 1000)")
     schedules.add_argument("--zero-terminal-snr", action="store_true", help="each named schedule also with no signal at the last step")
     schedules.add_argument("--shift", type=float, help="each named schedule also shifted for a side so many times as large")
     schedules.add_argument("--image", metavar="FILE", help="the picture along t (default: a drawn shape)")
@@ -94,14 +94,17 @@ def _schedules(arguments: argparse.Namespace, console: Console) -> None:
         if name not in SCHEDULES:
             raise ConfigError(f"--names {name}: no such schedule, known are {', '.join(SCHEDULES)}")
     names = arguments.names or (() if arguments.run else SCHEDULES)
+    if not names and (arguments.zero_terminal_snr, arguments.shift, arguments.num_steps) != (False, None, None):
+        raise ConfigError("--zero-terminal-snr, --shift and --num-steps are for the schedules of --names: name some")
     ours = _schedule_of(Path(arguments.run)) if arguments.run else None
     file = _out(arguments)
     from ldm.data.decode import read_image
     from ldm.data.images import prepare
     from ldm.evaluation import schedules
 
-    shown = [schedules.own(f"{arguments.run}\n({ours.name})", ours)] if ours else []
-    shown += schedules.entries(tuple(dict.fromkeys(names)), arguments.num_steps, arguments.zero_terminal_snr, arguments.shift)
+    shown = [schedules.own(f"run {Path(arguments.run).resolve().name}\n({ours.name})", ours)] if ours else []
+    num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
+    shown += schedules.entries(tuple(dict.fromkeys(names)), num_steps, arguments.zero_terminal_snr, arguments.shift)
     picture = prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()
     schedules.schedules_page(shown, picture).save(file, {"schedules": [dataclasses.asdict(entry.config) for entry in shown]})
     console.say(f"schedules: {file}")

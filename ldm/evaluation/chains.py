@@ -69,7 +69,7 @@ def forward_chain(
 def forward_page(pipe: Pipeline, data: DataConfig, n: int, times: Sequence[int] | None, seed: int) -> Page:
     """The forward chain of the first ``n`` validation images; ``times``: left out, equally spaced. Raises ConfigError."""
     last = pipe.schedule.num_steps - 1
-    times = sorted({round((i + 1) / COLUMNS * last) for i in range(COLUMNS)} if times is None else set(times))
+    times = sorted({min(round((i + 1) / COLUMNS * (last + 1)), last) for i in range(COLUMNS)} if times is None else set(times))
     if not times or times[0] < 0 or times[-1] > last:
         raise ConfigError(f"--times must lie between 0 and {last} (T − 1 of this model), got {', '.join(map(str, times))}")
     images, captions = validation_images(data, n)

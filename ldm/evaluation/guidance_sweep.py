@@ -24,7 +24,6 @@ from ldm.evaluation.judge import proportion
 from ldm.evaluation.page import CELL, EDGE, FONT, GAP, HEADER, Page, labels, spread, wrapped
 from ldm.pipeline import Pipeline
 
-SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 EACH = 4  # images of a caption, where there are captions enough
 REAL = 16  # real pictures of a caption, at most
 LOOKED_AT = 50_000  # samples of a source whose captions are read in search of these
@@ -153,25 +152,26 @@ def guidance_sweep(
 
 def guidance_page(found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray, "scales h w c"]], sampled: str) -> Page:
     """Accuracy and diversity over γ, and below a row of samples of each caption, with the same noise at every γ."""
-    left, high, top = 200, 270, 44
-    below = top + high + 84
+    left, high, top = 200, 270, 74
+    below = top + high + 70
     width = EDGE + left + spread(max(len(found), 7)) + EDGE
     page = Page(width, below + HEADER + spread(len(pictures)) + EDGE)
+    page.text(EDGE, EDGE + 8, f"Guidance: {sampled}, with 95 % intervals", fontsize=FONT + 1.5)
     half = (width - 2 * EDGE - 150) // 2
     scales = [setting.scale for setting in found]
-    across = f"guidance γ   ({sampled})"
-    right = page.panel(EDGE + 50, top, half, high, title="read by the judge as the caption says", across=across)
+    right = page.panel(EDGE + 50, top, half, high, title="read by the judge as the caption says", across="guidance γ")
     shares = [setting.judged["all"] for setting in found]
     _curve(right, scales, [(s["accuracy"], s["low"], s["high"]) for s in shares], ACCURACY_COLOUR)
     right.set_ylim(0, 1.03)
     right.set_ylabel("share of images", fontsize=FONT)
-    varied = page.panel(
-        width - EDGE - half, top, half, high, title="diversity within a caption (1: as varied as real images)", across=across
-    )
+    varied = page.panel(width - EDGE - half, top, half, high, title="diversity within a caption", across="guidance γ")
     _curve(varied, scales, [(s.diversity, s.diversity_low, s.diversity_high) for s in found], DIVERSITY_COLOUR)
     varied.axhline(1, color="0.45", linewidth=1.2, linestyle="--")
     varied.set_ylim(0, None)
-    varied.set_ylabel("pixel distance, over that of real images", fontsize=FONT)
+    varied.set_ylabel("pixel distance / that of real images", fontsize=FONT)
+    varied.annotate(
+        "as varied as real images", (1, 1), (0, 4), ("axes fraction", "data"), "offset points", fontsize=FONT - 1, ha="right", color="0.35"
+    )
     labels(page, EDGE + left, below, [f"γ = {scale:g}" for scale in scales])
     for i, (caption, row) in enumerate(pictures.items()):
         y = below + HEADER + i * (CELL + GAP)

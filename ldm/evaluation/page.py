@@ -100,7 +100,7 @@ def table(
     labels(page, EDGE + left, top, columns)
     for g, (text, images) in enumerate(groups):
         y = top + HEADER + g * high
-        page.text(EDGE, y + spread(r) / 2, wrapped(text, 20), parse_math=False)
+        page.text(EDGE, y + spread(r) / 2, wrapped(text, 18), parse_math=False)
         for i, row in enumerate(rows):
             page.text(EDGE + left - 10, y + i * (CELL + GAP) + CELL / 2, row, ha="right", color="0.35")
         page.pictures(EDGE + left, y, images)

@@ -72,13 +72,13 @@ def merged(shown: Sequence[Entry]) -> list[tuple[Entry, Schedule]]:
 
 def drawn_shape() -> Float[Tensor, "3 s s"]:
     """The picture of a strip where none is given."""
-    scene = Scene("white", (Object("large", "red", "star", STRIP // 2, STRIP // 2),))
+    scene = Scene("beige", (Object("large", "blue", "star", STRIP // 2, STRIP // 2),))
     return prepare(draw(scene, STRIP), STRIP)
 
 
 def times(num_steps: int, columns: int = COLUMNS) -> Int[Tensor, " k"]:
-    """Equally spaced whole t from 0 to T − 1, both included; each once where there are few."""
-    return torch.linspace(0, num_steps - 1, columns, dtype=torch.float64).round().long().unique()
+    """0, T/10, 2T/10 … and T − 1; each once where there are few."""
+    return torch.linspace(0, num_steps, columns, dtype=torch.float64).round().long().clamp(max=num_steps - 1).unique()
 
 
 def strip(schedule: Schedule, image: Float[Tensor, "c s s"], t: Int[Tensor, " k"]) -> Float[Tensor, "k c s s"]:
@@ -109,6 +109,11 @@ def schedules_page(shown: Sequence[Entry], image: Float[Tensor, "c s s"]) -> Pag
     return page
 
 
+def short(name: str, length: int = 20) -> str:
+    """The name, its middle left out where it would run into the pictures."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
+
+
 def _strips(page: Page, y: int, lines: Sequence[tuple[Entry, Schedule]], image: Tensor) -> None:
     """A row of x_t for each schedule; the piece of its line beside the name is the legend of the curves."""
     x = EDGE + LEFT
@@ -120,5 +125,5 @@ def _strips(page: Page, y: int, lines: Sequence[tuple[Entry, Schedule]], image: 
         at = 1 - (row + STRIP / 2) / page.height
         ends = [EDGE / page.width, (EDGE + 26) / page.width]
         page.figure.add_artist(Line2D(ends, [at, at], color=entry.colour, linestyle=entry.dash, linewidth=2.4))
-        page.text(EDGE + 36, row + STRIP / 2, entry.label, parse_math=False, fontsize=FONT)
+        page.text(EDGE + 36, row + STRIP / 2, "\n".join(short(line) for line in entry.label.split("\n")), parse_math=False, fontsize=FONT)
         page.pictures(x, row, to_uint8(strip(schedule, image, times(schedule.num_steps)))[None], STRIP)
