@@ -45,6 +45,7 @@ CALLS: list[tuple[str, list[str], str]] = [  # script, arguments, a file that it
     ("sample", ["runs/tiny", "--prompt", "a small red circle on a white background", "--steps", "2"], "images"),
     ("evaluate", ["runs/tiny", "--images", "2", "--tune", "0"], "runs/tiny/report.json"),
     ("report", ["runs/tiny"], "runs/tiny/report.html"),
+    ("plot", ["reverse", "runs/tiny", "--prompt", "a small red circle on a white background"], "runs/tiny/plots/reverse.png"),
     ("train_autoencoder", ["plain.yaml"], "runs/plain/status.json"),
     ("train_autoencoder", ["gan.yaml"], "runs/gan/status.json"),
     ("compare_autoencoders", ["runs/plain", "runs/gan"], "runs/comparison.png"),

@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
     "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
     "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
+    "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
     "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }
 
