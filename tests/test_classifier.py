@@ -21,7 +21,7 @@ from ldm.data.digits import caption
 from ldm.data.sources import open_source
 from ldm.data.stream import Stream, collate
 from ldm.evaluation.record import read_metrics
-from ldm.evaluation.sweep import VARIANTS, Point, diversity, picture
+from ldm.evaluation.sweep import diversity
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.weights import FolderError
 from ldm.models.classifier import NoisyClassifier
@@ -302,12 +302,18 @@ def test_captions_of_several_templates_are_one_class() -> None:
 # the sweep
 
 
-def test_diversity_is_the_mean_distance_within_a_label(tmp_path: Path) -> None:
+def test_diversity_is_the_mean_distance_within_a_label() -> None:
     images = np.zeros((5, 2, 2, 1), np.uint8)
     images[1], images[2] = 255, 51
     images[4, 0] = 255  # half of the pixels
     within_one = (1.0 + 0.2 + 0.8) / 3
     assert diversity(images, [0, 0, 0, 1, 1]) == pytest.approx((within_one + 0.5**0.5) / 2)
-    points = [Point(form, w, {"accuracy": 0.5, "low": 0.4, "high": 0.6}, 0.3, images) for form in VARIANTS for w in (0.0, 2.0)]
-    picture(points, tmp_path / "p.png")
+
+
+def test_the_sweep_draws_a_row_for_each_scale(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", str(here / "of-latents"), "--out", str(tmp_path / "p.png")]
+    assert main([*arguments, "--images", "20", "--steps", "1", "--scales", "0", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum("of 20 right" in line for line in said) == 4  # 0 is drawn once for all three
     assert Image.open(tmp_path / "p.png").size[0] > 300
+    assert main([*arguments, "--images", "19"]) == 2 and "images must be at least 20" in capsys.readouterr().err

@@ -42,6 +42,12 @@ GUIDANCE_HELP = """Guidance γ against what the judge reads and against diversit
 For runs on shapes, shapes-two and digits. 1 on the axis of diversity is as varied as real images of one caption. The
 figures stand beside the picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
 
+CLASSIFIER_HELP = """Classifier guidance of the unconditional model (γ = 0) against what the judge of digits reads and against diversity.
+
+  ldm plot classifier runs/digits --classifier runs/digits/classifier --scales 0 1 2 4 8 16
+
+Both forms, and the first also with an interval, all by ancestral sampling from the same noise, with rows of samples."""
+
 DEFAULT_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
@@ -70,11 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guidance.add_argument("--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="γ", help="default: 0 1 1.5 2 3 4 6 8")
     guidance.add_argument("--images", type=int, default=320, help="images for each γ (default 320)")
     guidance.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
+    classifier = _sub(plots, "classifier", "classifier guidance against accuracy and diversity", CLASSIFIER_HELP)
+    classifier.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm on digits, or a model folder")
+    classifier.add_argument("--classifier", metavar="RUN", required=True, help="a run of train-classifier")
+    classifier.add_argument(
+        "--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0], metavar="W", help="default: 0 1 2 4 8 16"
+    )
+    classifier.add_argument("--images", type=int, default=200, help="images for each scale (default 200)")
+    classifier.add_argument("--steps", type=int, default=25, help="network calls (default 25)")
     for sub in (reverse, guidance):
         sub.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
         sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
         sub.add_argument("--seed", type=int, help="0 to 2^63 − 1")
-    for name, sub in (("schedules", schedules), ("forward", forward), ("reverse", reverse), ("guidance", guidance)):
+    for name, sub in (
+        ("schedules", schedules),
+        ("forward", forward),
+        ("reverse", reverse),
+        ("guidance", guidance),
+        ("classifier", classifier),
+    ):
         sub.add_argument("--out", metavar="FILE", help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)")
 
 
@@ -186,7 +206,25 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     console.say(f"guidance: {file}   figures: {file.with_suffix('.json')}")
 
 
-PLOTS = {"schedules": _schedules, "forward": _forward, "reverse": _reverse, "guidance": _guidance}
+def _classifier(arguments: argparse.Namespace, console: Console) -> None:
+    scales = list(dict.fromkeys(arguments.scales))
+    for scale in scales:
+        SampleConfig(classifier_scale=scale)
+    file = _out(arguments)
+    from ldm.evaluation.sweep import classifier_sweep, picture, real_diversity
+    from ldm.pipeline import FolderInfo
+
+    real = real_diversity(FolderInfo.read(arguments.run).sample_size)
+    console.say(f"real digits: diversity {real:.3f}")
+
+    points = classifier_sweep(
+        arguments.run, arguments.classifier, scales, images=arguments.images, steps=arguments.steps, say=console.say
+    )  # fmt: skip
+    picture(points, real, file)
+    console.say(f"classifier guidance: {file}")
+
+
+PLOTS = {"schedules": _schedules, "forward": _forward, "reverse": _reverse, "guidance": _guidance, "classifier": _classifier}
 
 
 def _at_least_one(arguments: argparse.Namespace, name: str) -> None:

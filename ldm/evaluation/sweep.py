@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from ldm.config import ConfigError, SampleConfig
+from ldm.config import ConfigError, DataConfig, SampleConfig
 from ldm.data.digits import DigitsSource, caption
 from ldm.data.images import to_uint8
 from ldm.evaluation import plots
@@ -54,12 +54,12 @@ def classifier_sweep(
 
     All by ancestral sampling, so that they differ in nothing else. Raises ConfigError for captions that are no digits.
     """
+    if images < 2 * DIGITS:
+        raise ConfigError(f"images must be at least {2 * DIGITS}, two of each digit, got {images}")
     pipe = Pipeline.from_pretrained(run, device)
     judge = DigitJudge(pipe.sample_size)
     digits = [i % DIGITS for i in range(images)]
     points, start = [], SampleConfig("ddpm", steps, guidance_scale=0.0, seed=seed, classifier=classifier)
-    if images < 2 * DIGITS:
-        raise ConfigError(f"images must be at least {2 * DIGITS}, two of each digit, got {images}")
     for variant in variants:
         for weight in weights:
             if weight == 0 and (none := next((p for p in points if p.weight == 0), None)):  # the same in all
@@ -84,17 +84,18 @@ def diversity(images: UInt8[np.ndarray, "n h w c"], labels: Sequence[int]) -> fl
     return float(np.mean(means))
 
 
-def real_diversity(pipe: Pipeline, channels: int) -> float:
-    """``diversity`` of the validation split's real digits, at the size of the model's."""
-    from ldm.config import DataConfig
-
-    source = DigitsSource(DataConfig(source="digits", image_size=pipe.sample_size, image_channels=channels), "validation")
+def real_diversity(side: int) -> float:
+    """``diversity`` of the validation split's real digits, enlarged to ``side`` pixels."""
+    source = DigitsSource(DataConfig(source="digits", image_size=side, image_channels=1), "validation")
     samples = [source[i] for i in range(source.length or 0)]
     return diversity(np.stack([s.image for s in samples]), [s.truth for s in samples])
 
 
-def picture(points: Sequence[Point], file: Path) -> None:
-    """Save accuracy and diversity over the weight, a curve for each variant, and below them rows of samples by weight."""
+def picture(points: Sequence[Point], real: float, file: Path) -> None:
+    """Save accuracy and diversity over the weight, a curve for each variant, and below them rows of samples by weight.
+
+    ``real``: the diversity of real digits, a dashed line.
+    """
     from matplotlib.figure import Figure
 
     variants, weights = list(dict.fromkeys(p.variant for p in points)), list(dict.fromkeys(p.weight for p in points))
@@ -111,6 +112,7 @@ def picture(points: Sequence[Point], file: Path) -> None:
         ]
         left.errorbar(at, share, yerr=bars, marker=".", capsize=2, label=variant)
         right.plot(at, [p.diversity for p in mine], marker=".", label=variant)
+    right.axhline(real, color="0.45", linewidth=1, linestyle="--", label="real digits")
     for axes, title in ((left, "read as the digit asked for"), (right, "diversity within a digit")):
         axes.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
         axes.set_title(title, fontsize=9)
