@@ -1,6 +1,6 @@
 """Every knob of the pipeline, with its range, and the reading of YAML and `a.b=c` overrides. Imports no torch.
 
-One frozen dataclass per command: ``AutoencoderRun``, ``ClipRun``, ``DiffusionRun``.
+One frozen dataclass per command: ``AutoencoderRun``, ``ClipRun``, ``DiffusionRun``, ``ClassifierRun``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SAMPLERS = (
     "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
 )  # fmt: skip
 GRIDS = ("trailing", "leading", "linspace", "karras", "uniform_lambda")
+CLASSIFIER_FORMS = ("score", "mean")
 VARIANCES = ("posterior", "beta", "learned")
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -324,10 +325,25 @@ class SampleConfig:
     seed: int = 0
     grid: str = "trailing"  # where the steps lie
     variance: str | None = None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
+    guidance_rescale: float = 0.0  # share of the conditional output's deviation that guidance keeps
+    guidance_interval: tuple[float, float] | None = None  # σ = s/a, lowest and highest, between which there is guidance
+    dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
+    autoguidance: str | None = None  # a run or folder: a weaker model of the same latents, target and schedule
+    autoguidance_scale: float = 2.0
+    classifier: str | None = None  # a run of train-classifier: the prompt is one of its classes' captions
+    classifier_scale: float = 1.0
+    classifier_form: str = "score"  # or mean, for ddpm
 
     def __post_init__(self) -> None:
         one_of(self, SAMPLERS, "sampler")
         one_of(self, GRIDS, "grid")
+        one_of(self, CLASSIFIER_FORMS, "classifier_form")
+        between(self, 0.0, 1.0, "guidance_rescale")
+        between(self, 1e-6, 1.0, "dynamic_threshold")
+        between(self, 0.0, 100.0, "autoguidance_scale")
+        between(self, 0.0, 1e4, "classifier_scale")
+        if (interval := self.guidance_interval) is not None and not 0 <= interval[0] < interval[1] < float("inf"):
+            raise ConfigError(f"guidance_interval must be two numbers 0 ≤ lo < hi, got {list(interval)}")
         if self.variance is not None:
             one_of(self, VARIANCES, "variance")
         at_least(self, 1, "steps")
@@ -387,10 +403,41 @@ class DiffusionRun:
             )
 
 
-RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun]] = {
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The classifier of noisy samples (math.md L11): the down half of a U-Net, pooled."""
+
+    channels: tuple[int, ...] = (64, 128, 256)
+    layers_per_level: int = 1
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "layers_per_level", "groups")
+        divisible(self.channels, self.groups)
+
+
+@dataclass(frozen=True)
+class ClassifierRun:
+    """`ldm train-classifier`: what classifier guidance asks."""
+
+    run: str
+    data: DataConfig
+    diffusion: str  # a run of train-ldm or a model folder: its latents and its schedule are those of the classifier
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.source != "digits" and self.data.captions != "class":
+            raise ConfigError("data: classes are those of source: digits, or of a folder with captions: class")
+        if self.train.gradient_checkpointing:
+            raise ConfigError("train.gradient_checkpointing: the classifier offers none, leave it out")
+
+
+RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun]] = {
     "train-autoencoder": AutoencoderRun,
     "train-clip": ClipRun,
     "train-ldm": DiffusionRun,
+    "train-classifier": ClassifierRun,
 }
 
 
@@ -472,7 +519,7 @@ def config_file(run: str | Path) -> Path:
     return file
 
 
-def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun:
+def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
     """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
     file = config_file(run)
     values = _read(file, ())

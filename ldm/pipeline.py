@@ -28,14 +28,16 @@ from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, 
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.guidance import EVERYWHERE, Gradient, Guidance, classifier_gradient, mean_shift
 from ldm.diffusion.samplers.grids import GRIDS, check_steps
 from ldm.diffusion.samplers.path import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.interop import diffusers as layout
+from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.weights import FolderError, file_hash, read_json, read_module, write_json, write_module
+from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -52,6 +54,12 @@ class LatentCodec:
     autoencoder: AutoencoderKL
     scale: float = 1.0
     shift: float = 0.0
+    file: Path | None = None  # where the weights were read
+
+    @property
+    def hash(self) -> str | None:
+        """sha256 of the weights' file; None for an autoencoder that was read from none."""
+        return None if self.file is None else file_hash(self.file)
 
     def latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Float[Tensor, "b c h w"]:
         """A draw of the normalised latent from a posterior."""
@@ -86,6 +94,8 @@ class Pipeline:
     null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     hash: str = ""  # sha256 over the weights' files; empty before saving
+    _weaker: dict[str, Pipeline] = field(default_factory=dict, init=False, repr=False)  # autoguidance's, as they were named
+    _classifiers: dict[str, tuple[ClassifierInfo, NoisyClassifier]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule.from_config(self.schedule_config)
@@ -113,12 +123,16 @@ class Pipeline:
             self.codec.autoencoder.to(device)
         if self.text:
             self.text.to(device)
+        for weak in self._weaker.values():
+            weak.to(device)
+        for _, classifier in self._classifiers.values():
+            classifier.to(device)
         return self
 
     def __call__(
         self, prompts: str | Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
         seed: int | None = None, negative_prompt: str | None = None, eta: float | None = None, size: int | None = None,
-        batch_size: int = 16, callback: Callable[[int, int], None] | None = None,
+        batch_size: int = 16, callback: Callable[[int, int], None] | None = None, **further: Any,
     ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt. Image i of a seed starts from the same noise at any batch size.
 
@@ -128,6 +142,7 @@ class Pipeline:
             size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
             batch_size: pictures computed together.
             callback: called with (pictures finished, pictures in all) after each batch.
+            further: any other field of SampleConfig: ``guidance_rescale``, ``guidance_interval``, ``autoguidance``, ``classifier`` …
 
         Raises:
             ConfigError: an argument is out of range; the message names it.
@@ -139,6 +154,7 @@ class Pipeline:
             "seed": seed,
             "negative_prompt": negative_prompt,
             "eta": eta,
+            **further,
         }
         settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -175,12 +191,17 @@ class Pipeline:
             raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(indices)}")
         if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
             warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
+        if settings.classifier is not None:
+            for caption in prompts:  # all known, before the first is drawn
+                self._classifier(settings.classifier)[0].label(caption)
         indices = range(len(prompts)) if indices is None else indices
         shape = (self.unet.in_channels, size // self.factor, size // self.factor)
         sampler, grid = SAMPLERS[settings.sampler], GRIDS[settings.grid](self.schedule, settings.steps)
         options = {name: getattr(settings, name) for name in sampler.options}
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+            if (gradient := self._gradient(texts, settings, "mean")) is not None:
+                options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
             latent = sampler.function(
                 self.denoiser(texts, settings), self._noise(settings.seed, "x_T", numbers, shape), grid,
                 lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), callback=callback, **options,
@@ -190,8 +211,64 @@ class Pipeline:
     def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
         """What samplers call for these captions, guidance included."""
         cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
-        denoise = classifier_free(self._predict, cond, null, settings.guidance_scale if self.text else 1.0)
-        return Denoiser(self.schedule, self.target, denoise, self.learned_variance)
+        guidance = Guidance(
+            self._predict, cond, null, self.schedule, self.target, self.learned_variance,
+            scale=settings.guidance_scale if self.text else 1.0,
+            rescale=settings.guidance_rescale,
+            interval=settings.guidance_interval or EVERYWHERE,
+            weak=None if settings.autoguidance is None else self._weak(settings.autoguidance, captions, settings),
+            weak_scale=settings.autoguidance_scale,
+            gradient=self._gradient(captions, settings, "score"),
+            threshold=settings.dynamic_threshold,
+        )  # fmt: skip
+        return Denoiser(self.schedule, self.target, guidance, self.learned_variance)
+
+    def _weak(self, path: str, captions: list[str], settings: SampleConfig) -> Denoise:
+        """The model at ``path``, under the condition from which autoguidance starts. Raises ConfigError where it does not fit."""
+        if path not in self._weaker:
+            weak = Pipeline.from_pretrained(path, self.device, self.unet.conv_in.weight.dtype)
+            self._check_fits(f"autoguidance {path}", weak.codec.hash if weak.codec else None, weak.unet.in_channels, weak.schedule)
+            if weak.target != self.target:
+                raise ConfigError(f"autoguidance {path}: its target is {weak.target}, this model's is {self.target}: they must be equal")
+            if (weak.text is None) != (self.text is None):
+                raise ConfigError(f"autoguidance {path}: one of the models has a text encoder and the other has none")
+            self._weaker[path] = weak
+        weak = self._weaker[path]
+        null = settings.negative_prompt or weak.null_caption
+        cond = weak.condition(captions if settings.guidance_scale else [null] * len(captions))
+        return lambda x_t, t: weak._predict(x_t, t, cond)[:, : self.unet.in_channels]
+
+    def _gradient(self, captions: list[str], settings: SampleConfig, form: str) -> Gradient | None:
+        """w ∇ log p(y | x_t) of the classifier, y the class of each caption; None where the settings ask for none in this form."""
+        if settings.classifier is None or settings.classifier_form != form or settings.classifier_scale == 0:
+            return None
+        info, classifier = self._classifier(settings.classifier)
+        labels = torch.tensor([info.label(caption) for caption in captions], device=self.device)
+        return classifier_gradient(classifier, labels, settings.classifier_scale)
+
+    def _classifier(self, path: str) -> tuple[ClassifierInfo, NoisyClassifier]:
+        """The classifier at ``path``. Raises ConfigError where it does not fit this model."""
+        if path not in self._classifiers:
+            info, classifier = load_classifier(path)
+            self._check_fits(f"classifier {path}", info.autoencoder, info.in_channels, Schedule.from_config(info.schedule))
+            self._classifiers[path] = info, classifier.to(self.device)
+        return self._classifiers[path]
+
+    def _check_fits(self, name: str, autoencoder: str | None, channels: int, schedule: Schedule) -> None:
+        """Raise ConfigError where another network was not trained on this model's latents or schedule."""
+        mine = self.codec.hash if self.codec else None
+        if channels != self.unet.in_channels or (autoencoder is None) != (self.codec is None):
+            raise ConfigError(f"{name}: its latents have {channels} channels{'' if autoencoder else ' (pixels)'}, this model's"
+                              f" {self.unet.in_channels}{'' if self.codec else ' (pixels)'}")  # fmt: skip
+        if autoencoder != mine:
+            raise ConfigError(
+                f"{name}: its latents are those of another autoencoder ({autoencoder and autoencoder[:12]}, not {mine and mine[:12]})"
+            )
+        a, b = schedule.alphas_cumprod.cpu(), self.schedule.alphas_cumprod.cpu()
+        if len(a) != len(b):
+            raise ConfigError(f"{name}: its schedule has {len(a)} steps, this model's {len(b)}")
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-6):
+            raise ConfigError(f"{name}: its schedule is another than this model's (ᾱ differs by up to {float((a - b).abs().max()):.2g})")
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
@@ -212,6 +289,7 @@ class Pipeline:
         check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
         if settings.variance == "learned" and not self.learned_variance:
             raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
+        check_guidance(settings, self.codec is not None)
 
     def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
         """Write the model folder.
@@ -361,7 +439,7 @@ def load_codec(path: str | Path) -> LatentCodec:
     layout_ = read_json(folder / "config.json")
     config = autoencoder_from_diffusers(layout_)
     autoencoder = read_module(lambda: AutoencoderKL(config), folder / WEIGHTS).float()
-    return LatentCodec(autoencoder, layout_.get("scaling_factor", 0.18215), layout_.get("shift_factor") or 0.0)
+    return LatentCodec(autoencoder, layout_.get("scaling_factor", 0.18215), layout_.get("shift_factor") or 0.0, folder / WEIGHTS)
 
 
 def autoencoder_config(path: str | Path) -> AutoencoderConfig:
@@ -384,6 +462,20 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
         raise ConfigError(f"steps must be at least {fewest} for the {settings.sampler} sampler, got {settings.steps}")
     if size < factor or size % factor:
         raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+
+
+def check_guidance(settings: SampleConfig, latents: bool) -> None:
+    """Raise ConfigError for guidance that cannot be had, or that somebody would wait for in vain."""
+    if settings.dynamic_threshold is not None and latents:
+        raise ConfigError("dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out")
+    if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":
+        raise ConfigError(
+            f"classifier_form mean moves the mean of ancestral sampling: take sampler ddpm, not {settings.sampler}, or form score"
+        )
+    for owner, names in (("classifier", ("classifier_scale", "classifier_form")), ("autoguidance", ("autoguidance_scale",))):
+        for name in names:
+            if getattr(settings, owner) is None and getattr(settings, name) != getattr(SampleConfig, name):
+                raise ConfigError(f"{name} is for {owner}: name one, or leave it out")
 
 
 def _hash(folder: Path, files: list[str]) -> str:

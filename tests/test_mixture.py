@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.config import TARGETS
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.mixture import GaussianMixture
 from ldm.diffusion.process import to_x0
 from ldm.diffusion.schedule import Schedule
@@ -129,7 +129,7 @@ def test_a_class_is_one_component_and_guidance_leans_on_both(schedule: Schedule)
     parts = [mixture.component(k).score(x[i : i + 1], *(v[i] for v in level)) for i, k in ((0, 2), (1, 0))]
     scores = torch.cat(parts), mixture.score(x, *level)
     for scale in (0.0, 1.0, 4.0):
-        eps = classifier_free(mixture.model(schedule, "eps"), classes, everything, scale)(x, t)
+        eps = Guidance(mixture.model(schedule, "eps"), classes, everything, schedule, "eps", scale=scale)(x, t)
         expected = scores[1] + scale * (scores[0] - scores[1])
         torch.testing.assert_close(-eps / level[1][:, None], expected, rtol=1e-8, atol=1e-10)
 

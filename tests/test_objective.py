@@ -21,7 +21,6 @@ from ldm.config import TARGETS, ConfigError, DiffusionRun, ObjectiveConfig, Samp
 from ldm.data.stream import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.objective import WEIGHTINGS, Objective, error_ratio, target
 from ldm.diffusion.process import from_x0, learned_log_variance
 from ldm.diffusion.samplers.registry import SAMPLERS
@@ -268,18 +267,6 @@ def test_on_gaussian_data_the_exact_reverse_variance_is_learned() -> None:
     torch.testing.assert_close(learned, exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(scale.detach()[:, 0], power * bar.sqrt() / marginal[1:], rtol=1e-5, atol=0)
     assert ((learned / schedule.betas).log().abs() > 0.02).all()  # not where it began, nor at β
-
-
-def test_guidance_leaves_the_variance_to_the_condition() -> None:
-    def model(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert cond.vector is not None
-        return cond.vector[:, :, None, None].expand(-1, -1, 2, 2)
-
-    cond, null = Condition(vector=torch.tensor([[3.0, 30.0]])), Condition(vector=torch.tensor([[1.0, 10.0]]))
-    x, t = torch.zeros(1, 1, 2, 2), torch.tensor([5])
-    for scale, mean, variance in ((2.5, 6.0, 30.0), (1.0, 3.0, 30.0), (0.0, 1.0, 10.0)):
-        said = classifier_free(model, cond, null, scale)(x, t)
-        assert said.shape == (1, 2, 2, 2) and (said[:, 0] == mean).all() and (said[:, 1] == variance).all()
 
 
 # ---------------------------------------------------------------- timesteps

@@ -1,7 +1,6 @@
-"""Step grids, samplers and guidance against diffusers' schedulers, exact denoisers and their formulas."""
+"""Step grids and samplers against diffusers' schedulers, exact denoisers and their formulas."""
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import diffusers
@@ -11,10 +10,7 @@ from denoisers import gaussian_denoiser, network, their_scheduler
 from torch import Tensor
 
 from ldm.config import TARGETS, ScheduleConfig
-from ldm.diffusion.condition import Condition, concatenate
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.process import to_x0
 from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
 from ldm.diffusion.samplers.grids import GRIDS, check_steps
@@ -208,79 +204,3 @@ def test_dpmpp_2m_is_of_second_order() -> None:
             errors_.append(abs(out.item() - 2.0 * (std[-1] / std[0]).item()))
         found[name] = math.log2(errors_[0] / errors_[1])
     assert found["ddim"] == pytest.approx(1, abs=0.1) and found["dpmpp_2m"] == pytest.approx(2, abs=0.1), found
-
-
-# ---------------------------------------------------------------- guidance
-
-
-def counted() -> tuple[Callable[[Tensor, Tensor, Condition], Tensor], list[int]]:
-    calls: list[int] = []
-
-    def model(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        calls.append(len(x))
-        assert cond.context is not None
-        return torch.sin(3 * x) * cond.context.mean((1, 2))[:, None] + t[:, None] / 7
-
-    return model, calls
-
-
-@pytest.mark.parametrize(("scale", "which"), [(1.0, "cond"), (0.0, "null")])
-def test_guidance_of_one_and_zero_needs_one_evaluation(scale: float, which: str) -> None:
-    model, calls = counted()
-    conds = {"cond": Condition(context=torch.randn(3, 2, 4)), "null": Condition(context=torch.randn(3, 2, 4))}
-    x, t = torch.randn(3, 5), torch.tensor([4, 4, 4])
-    out = classifier_free(model, conds["cond"], conds["null"], scale)(x, t)
-    assert calls == [3] and torch.equal(out, model(x, t, conds[which]))
-
-
-@pytest.mark.parametrize("scale", [0.5, 3.0, 7.5])
-def test_guidance_is_its_formula(scale: float) -> None:
-    model, calls = counted()
-    cond, null = Condition(context=torch.randn(3, 2, 4)), Condition(context=torch.randn(3, 2, 4))
-    x, t = torch.randn(3, 5), torch.tensor([1, 2, 3])
-    out = classifier_free(model, cond, null, scale)(x, t)
-    assert calls == [6]  # both halves in one batch
-    w = scale - 1  # Ho & Salimans' w
-    torch.testing.assert_close(out, (1 + w) * model(x, t, cond) - w * model(x, t, null))
-
-
-def test_guidance_is_the_same_in_every_prediction() -> None:
-    schedule, t = Schedule.from_config(ScheduleConfig("linear")), torch.tensor([100, 800])
-    x = torch.randn(2, 4, dtype=torch.float64)
-    halves = [torch.randn(2, 4, dtype=torch.float64) for _ in range(2)]  # x̂_0 without and with the condition
-
-    def guided(name: str) -> Tensor:
-        def model(x_t: Tensor, at: Tensor, cond: Condition) -> Tensor:
-            x0 = torch.cat(halves)
-            a, s = schedule.alpha(at)[:, None], schedule.sigma(at)[:, None]
-            return {"x0": x0, "eps": (x_t - a * x0) / s, "v": (a * x_t - x0) / s}[name]
-
-        return to_x0(schedule, name, classifier_free(model, Condition(), Condition(), 4.0)(x, t), x, t)
-
-    torch.testing.assert_close(guided("eps"), guided("x0"))
-    torch.testing.assert_close(guided("v"), guided("x0"))
-
-
-def test_conditions_join_and_map() -> None:
-    a = Condition(torch.zeros(1, 2, 3), torch.zeros(1, 4), torch.zeros(1, 1, 2, 2), (torch.zeros(1, 5), torch.zeros(1, 6)))
-    b = a.map(lambda v: torch.cat([v, v]) + 1)
-    joined = concatenate(a, b)
-    assert joined.context is not None and joined.vector is not None and joined.concat is not None and joined.control is not None
-    for part, width in ((joined.context, 6), (joined.vector, 4), (joined.concat, 4), (joined.control[0], 5), (joined.control[1], 6)):
-        assert part.flatten(1).tolist() == [[0.0] * width, [1.0] * width, [1.0] * width]
-    assert concatenate(Condition(), Condition()) == Condition()
-
-
-@pytest.mark.parametrize(
-    ("kind", "value"),
-    [
-        ("context", torch.zeros(1, 2, 3)),
-        ("vector", torch.zeros(1, 4)),
-        ("concat", torch.zeros(1, 1, 2, 2)),
-        ("control", (torch.zeros(1, 5),)),
-    ],
-)
-def test_unequal_kinds_are_refused(kind: str, value: object) -> None:
-    for pair in ((Condition(**{kind: value}), Condition()), (Condition(), Condition(**{kind: value}))):
-        with pytest.raises(ValueError, match=f"one condition has {kind} and the other has not"):
-            concatenate(*pair)

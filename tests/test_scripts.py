@@ -27,6 +27,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "unet": {"channels": [16, 16], "layers_per_level": 1, "attention_levels": [1], "heads": [2], "groups": 4},
         "sample": {"steps": 2},
     },
+    "classifier": {
+        "run": "runs/classifier", "data": {"source": "digits", "image_size": 32, "image_channels": 3}, "diffusion": "runs/tiny",
+        "model": {"channels": [8, 8], "groups": 4}, "train": TRAIN,
+    },
     "plain": {"run": "runs/plain", "data": {"source": "textures", "image_size": 32, "size": 12}, **AUTOENCODER},
     "gan": {"run": "runs/gan", "data": {"source": "textures", "image_size": 32, "size": 12}, **AUTOENCODER, **ADVERSARY},
 }  # fmt: skip
@@ -37,10 +41,12 @@ CALLS: list[tuple[str, list[str], str]] = [  # script, arguments, a file that it
     ("cache_latents", ["tiny/ldm.yaml"], "runs/tiny/latents/cache.json"),
     ("train_ldm", ["tiny/ldm.yaml"], "runs/tiny/model/model_index.json"),
     ("train", ["tiny"], "runs/tiny/status.json"),
+    ("train_classifier", ["classifier.yaml"], "runs/classifier/model/classifier/config.json"),
     ("sample", ["runs/tiny", "--prompt", "a small red circle on a white background", "--steps", "2"], "images"),
     ("evaluate", ["runs/tiny", "--images", "2", "--tune", "0"], "runs/tiny/report.json"),
     ("sampler_report", ["runs/tiny", "--images", "1", "--steps", "2", "--samplers", "euler", "ddpm"], "runs/tiny/samplers.json"),
     ("report", ["runs/tiny"], "runs/tiny/report.html"),
+    ("plot", ["reverse", "runs/tiny", "--prompt", "a small red circle on a white background"], "runs/tiny/plots/reverse.png"),
     ("train_autoencoder", ["plain.yaml"], "runs/plain/status.json"),
     ("train_autoencoder", ["gan.yaml"], "runs/gan/status.json"),
     ("compare_autoencoders", ["runs/plain", "runs/gan"], "runs/comparison.png"),

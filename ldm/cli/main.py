@@ -21,10 +21,12 @@ COMMANDS = {
     "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
     "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it by itself)"),
     "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
+    "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
     "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
     "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
     "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
     "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
+    "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
     "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }
 

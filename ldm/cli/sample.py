@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console
-from ldm.config import SAMPLERS, ConfigError, SampleConfig
+from ldm.config import CLASSIFIER_FORMS, SAMPLERS, ConfigError, SampleConfig
+
+GIVEN = (  # settings that the command line may replace
+    "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
+    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--negative-prompt", help="what to steer away from")
+    parser.add_argument("--guidance-rescale", type=float, help="0 to 1: how much of the deviation that guidance adds is taken back")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO ≤ σ = s/a ≤ HI alone")
+    parser.add_argument("--dynamic-threshold", type=float, metavar="P", help="pixel models: clip x̂_0 at the quantile P of its size")
+    parser.add_argument("--autoguidance", metavar="RUN_OR_FOLDER", help="a weaker model to lean away from")
+    parser.add_argument("--autoguidance-scale", type=float, help="1: not at all (default 2)")
+    parser.add_argument("--classifier", metavar="RUN", help="a run of train-classifier: prompts are captions of its classes")
+    parser.add_argument("--classifier-scale", type=float, metavar="W", help="0: not at all (default 1)")
+    parser.add_argument("--classifier-form", help=f"one of {', '.join(CLASSIFIER_FORMS)} (mean: with ddpm; default score)")
     parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
     parser.add_argument("--batch-size", type=int, default=16, help="images computed together by one process (default 16)")
     parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
@@ -47,23 +60,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then load, draw and save."""
-    given = {
-        name: getattr(arguments, name)
-        for name in ("steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed")
-        if getattr(arguments, name) is not None
-    }
+    given = {name: getattr(arguments, name) for name in GIVEN if getattr(arguments, name) is not None}
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
-    from ldm.pipeline import FolderInfo, Pipeline, check_sampling
+    from ldm.pipeline import FolderInfo, Pipeline, check_guidance, check_sampling
 
     info = FolderInfo.read(arguments.model)
     settings = dataclasses.replace(info.defaults, **given)
     size = info.sample_size if arguments.size is None else arguments.size
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
-    if prompts and not info.has_text:
+    check_guidance(settings, info.autoencoder is not None)
+    captioned = info.has_text or settings.classifier is not None
+    if prompts and not captioned:
         raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")
+    if settings.classifier is not None:
+        from ldm.interop.classifier import read_classifier
+
+        classes = read_classifier(settings.classifier)[0]
+        for prompt in prompts:
+            classes.label(prompt)
     if not prompts:
-        if info.has_text:
+        if captioned:
             raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
         prompts = [""] * arguments.count
     console = Console()

@@ -1,32 +1,160 @@
-"""Guidance wraps a denoiser: `model(x_t, t, cond)` in, `denoise(x_t, t)` out (math.md G1)."""
+"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out (math.md G1–G3).
+
+The order, each step on what the one before it gives; what is not asked for costs nothing:
+
+1. interval: outside it only the plain model is asked, and 2 to 5 are left out;
+2. classifier-free guidance (a negative prompt is the null condition) and autoguidance, as a sum of two differences;
+3. rescale;
+4. the classifier's gradient, in the form that any sampler can use;
+5. (the other form is a sampler's: ``mean_shift``);
+6. dynamic thresholding, always.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition, concatenate
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.process import from_x0, to_x0
+from ldm.diffusion.schedule import Schedule, like
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # model(x_t [b, …], t [b], cond) -> prediction [b, …]
+Classifier = Callable[[Tensor, Tensor], Tensor]  # classifier(x_t [b, …], t [b]) -> logits [b, classes]
+Gradient = Callable[[Tensor, Tensor], Tensor]  # gradient(x_t [b, …], t [b]) -> w ∇ log p(y | x_t) [b, …]
+
+EVERYWHERE = (0.0, math.inf)  # the interval of σ = s/a that leaves nothing out
 
 
-def classifier_free(model: Model, cond: Condition, null_cond: Condition, scale: float) -> Denoise:
-    """ε(∅) + γ (ε(c) − ε(∅)) (Ho & Salimans 2022; γ = their w + 1), the same for predictions of x_0 and v.
+@dataclass(frozen=True)
+class Guidance:
+    """A model with its guidance; ``t`` is the same for the whole batch.
 
-    Both halves are evaluated in one batch. γ = 1 is the conditional model and γ = 0 the unconditional one, each
-    with the other evaluation left out. A negative prompt is a ``null_cond`` made from it. Channels beyond those of x_t
-    (a learned variance) are the conditional model's.
+    Attributes:
+        model, cond, null_cond: the model, its condition and the null condition (or a negative prompt's).
+        schedule, target: its process, and what it predicts.
+        learned_variance: the model returns 2c channels; guidance changes the first half, and the second is that of the
+            evaluation with the condition.
+        scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional one, each with one
+            evaluation; all else below then starts from that one.
+        rescale: φ of ``rescaled``.
+        interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one evaluation, with the condition
+            (γ = 1; with the null condition where γ = 0).
+        weak, weak_scale: autoguidance, a weaker model under the same condition, ``weak(x_t, t)``, and its scale.
+        gradient: w ∇ log p(y | x_t), added to the score.
+        threshold: p of ``thresholded``, 0 < p ≤ 1; None: none.
     """
-    if scale in (0.0, 1.0):
-        return lambda x_t, t: model(x_t, t, cond if scale else null_cond)
-    both = concatenate(null_cond, cond)
 
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        without, with_ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        c = x_t.shape[1]
-        return torch.cat([without[:, :c] + scale * (with_ - without)[:, :c], with_[:, c:]], dim=1)
+    model: Model
+    cond: Condition
+    null_cond: Condition
+    schedule: Schedule
+    target: str
+    learned_variance: bool = False
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = EVERYWHERE
+    weak: Denoise | None = None
+    weak_scale: float = 1.0
+    gradient: Gradient | None = None
+    threshold: float | None = None
 
-    return denoise
+    def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b *o"]:
+        """The guided prediction; 2c channels where the model has learned the reverse variance."""
+        inside = guides(self.schedule, self.interval, t)
+        if inside and self.scale not in (0.0, 1.0):
+            without, with_ = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self._both).chunk(2)
+        else:
+            without = with_ = self.model(x_t, t, self.cond if self.scale else self.null_cond)
+        if self.learned_variance:
+            without, (with_, variance) = without.chunk(2, dim=1)[0], with_.chunk(2, dim=1)
+            return torch.cat([self._guided(without, with_, x_t, t, inside), variance], dim=1)
+        return self._guided(without, with_, x_t, t, inside)
+
+    @cached_property
+    def _both(self) -> Condition:
+        return concatenate(self.null_cond, self.cond)
+
+    def _guided(self, without: Tensor, with_: Tensor, x_t: Tensor, t: Tensor, inside: bool) -> Tensor:
+        said = with_
+        if inside:
+            if without is not with_:
+                said = without + self.scale * (with_ - without)
+            if self.weak is not None and self.weak_scale != 1.0:
+                said = said + (self.weak_scale - 1) * (with_ - self.weak(x_t, t))
+            if self.rescale and said is not with_:
+                said = rescaled(said, with_, self.rescale)
+            if self.gradient is not None:
+                said = moved_score(self.schedule, self.target, said, self.gradient(x_t, t), t)
+        if self.threshold is not None:
+            x0 = thresholded(to_x0(self.schedule, self.target, said, x_t, t), self.threshold)
+            said = from_x0(self.schedule, self.target, x0, x_t, t)
+        return said
+
+
+def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:
+    """Whether σ = s/a of this step lies in the interval, ends included (Kynkäänniemi et al. 2024, eq. 5; G3).
+
+    Where no signal is left σ is infinite, outside of any finite interval. Raises ValueError where samples of a batch differ.
+    """
+    if interval == EVERYWHERE:
+        return True
+    ratio = schedule.sigma(t) / schedule.alpha(t)
+    inside = (interval[0] <= ratio) & (ratio <= interval[1])
+    if bool(inside.any()) != bool(inside.all()):
+        raise ValueError("guidance with an interval needs one t for the whole batch: some samples lie inside it and some outside")
+    return bool(inside.all())
+
+
+def rescaled(guided: Float[Tensor, "b *d"], cond: Float[Tensor, "b *d"], phi: float) -> Float[Tensor, "b *d"]:
+    """φ · (guided, with the conditional output's deviation) + (1 − φ) · guided (Lin et al. 2023, eq. 15 and 16).
+
+    Outputs are the network's own, whatever it predicts; deviations are over all dimensions but the batch.
+    """
+    dims = tuple(range(1, guided.ndim))
+    return guided * (phi * cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True) + 1 - phi)
+
+
+def thresholded(x0: Float[Tensor, "b *d"], p: float) -> Float[Tensor, "b *d"]:
+    """x̂_0 clipped to ±q and divided by q, q ≥ 1 the quantile p of each sample's |x̂_0| (Saharia et al. 2022, section 2.3)."""
+    q = torch.quantile(x0.abs().flatten(1), p, dim=1).clamp(min=1)
+    q = like(q, x0)
+    return x0.clamp(-q, q) / q
+
+
+def moved_score(
+    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], gradient: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]
+) -> Float[Tensor, "b *d"]:
+    """The prediction whose score is larger by ``gradient``: ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇ (G2, P4).
+
+    Where a_t = 0 there is no signal that a classifier could see, so its gradient is taken for the 0 that it should be.
+    """
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    factor = {"eps": -s, "x0": s.square() / a, "v": -s / a, "score": torch.ones_like(s)}[target]
+    return prediction + like(torch.where(a > 0, factor, 0.0), prediction) * gradient
+
+
+def classifier_gradient(classifier: Classifier, label: Int[Tensor, " b"], scale: float) -> Gradient:
+    """w ∇_{x_t} log p(y | x_t) of a classifier of noisy samples (Dhariwal & Nichol 2021; G2), by autograd."""
+
+    def gradient(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            log_p = classifier(x_t, t).log_softmax(dim=1).gather(1, label[:, None]).sum()
+            return scale * torch.autograd.grad(log_p, x_t)[0]
+
+    return gradient
+
+
+def mean_shift(gradient: Gradient, schedule: Schedule, interval: tuple[float, float] = EVERYWHERE) -> Gradient:
+    """The gradient that ancestral sampling multiplies by its variance and adds to its mean: μ + σ_t² w ∇ log p(y | x_t)
+    (Dhariwal & Nichol 2021, Algorithm 1; G2), 0 outside the interval.
+    """
+    return lambda x_t, t: gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)

@@ -47,6 +47,9 @@ HINTS = {
     "retrieval_top1": "Share of held-out images whose own caption ranks first; chance is 1 / retrieval_captions.",
     "retrieval_captions": "Distinct captions that retrieval_top1 chooses among.",
     "left_right": "Share of images that prefer their caption to the one with the relation turned round; chance is 0.5.",
+    "accuracy": "Share of noisy samples whose class the classifier names, over all noise levels: at much noise it can only guess, so"
+    " well below 1 is right. Validation falling while training rises is overfitting.",
+    "accuracy_by_t": "The same by tenth of 1…T: near 1 at little noise, 1 / classes where nothing can be seen any more.",
     "lr": "Learning rate of the update: warm-up, then train.lr_schedule.",
     "grad_norm": "Norm of the gradient before clipping at train.clip. Single spikes are normal; a steady rise announces divergence:"
     " lower train.lr.",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
-from ldm.config import NONE, RUNS, AutoencoderRun, ClipRun, ConfigError, DiffusionRun
+from ldm.config import NONE, RUNS, AutoencoderRun, ClassifierRun, ClipRun, ConfigError, DiffusionRun
 from ldm.data.sources import DataError, open_source
 from ldm.evaluation import panels, record, tables
 from ldm.evaluation.evaluate import JUDGES, Progress
@@ -30,7 +30,12 @@ from ldm.evaluation.reconstructions import Pair, extremes
 from ldm.interop.weights import FolderError
 from ldm.pipeline import load_codec
 
-MODELS = {"train-autoencoder": "vae/config.json", "train-clip": "text_encoder/config.json", "train-ldm": "model_index.json"}
+MODELS = {
+    "train-autoencoder": "vae/config.json",
+    "train-clip": "text_encoder/config.json",
+    "train-ldm": "model_index.json",
+    "train-classifier": "classifier/config.json",
+}
 GRIDS = 12  # pictures shown of each name
 STATES = {
     "running": "running (or killed: then nothing has said so)",
@@ -46,7 +51,7 @@ class Run:
     """A run directory as far as it has come."""
 
     path: Path
-    config: AutoencoderRun | ClipRun | DiffusionRun
+    config: AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun
     status: dict[str, Any]  # empty before the first log
     lines: list[dict[str, Any]]
     images: int  # validation images that are reconstructed
@@ -163,7 +168,7 @@ def _file(file: Path, side: int, wanted: int) -> Html:
 
 def _reconstructions(run: Run) -> Section | None:
     title, config = "Reconstructions", run.config
-    if isinstance(config, ClipRun) or run.images == 0:
+    if isinstance(config, (ClipRun, ClassifierRun)) or run.images == 0:
         return None
     if isinstance(config, DiffusionRun) and config.autoencoder == NONE:
         return title, element("p", "None: this run diffuses the pixels themselves, without an autoencoder.")

@@ -213,7 +213,7 @@ class DiffusionTask:
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             # a stride through the strata, so that neighbours in the data do not share a part of 1…T
-            strata = [p * _stride(total) % total for p in positions]
+            strata = [p * stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
             loss = self.objective.terms(self.unet, self._x0(moved), moved["eps"], t, cond).error.double()
@@ -264,7 +264,7 @@ def ensure_cache(
     return cache.LatentCache(folder, bound)
 
 
-def _stride(total: int) -> int:
+def stride(total: int) -> int:
     """A step coprime to ``total``, near its golden section."""
     step = max(1, round(total * 0.618))
     while np.gcd(step, total) != 1:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser, Prediction
+from ldm.diffusion.guidance import Gradient
 from ldm.diffusion.process import posterior_mean, posterior_variance, transition
 from ldm.diffusion.samplers.path import Callback, Noise, Path, told
 from ldm.diffusion.schedule import Schedule, like
@@ -17,12 +18,13 @@ VARIANCES = ("posterior", "beta", "learned")
 
 def ddpm(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
-    variance: str | None = None, callback: Callback | None = None,
+    variance: str | None = None, mean_shift: Gradient | None = None, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1). No noise where the step ends at clean data.
 
     ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or ``learned``; left out, learned
-    where the network has learned it, else posterior.
+    where the network has learned it, else posterior. ``mean_shift(x_t, t)``: what is added to the mean, times that
+    variance (classifier guidance, G2).
     """
     schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
     if variance not in VARIANCES:
@@ -31,6 +33,8 @@ def ddpm(
         said = denoiser(x, t)
         x0 = said.x0
         x = posterior_mean(schedule, x0, x, s, t)
+        if mean_shift is not None:
+            x = x + _deviation(schedule, variance, said, s, t).square() * mean_shift(said.x_t, t.expand(len(x)))
         if s >= 0:
             x = x + _deviation(schedule, variance, said, s, t) * noise(i)
         x = told(callback, i, x, x0)

@@ -1,0 +1,254 @@
+"""Plots that people look at.
+
+  ldm plot schedules                      all noise schedules: ᾱ, log SNR, and a picture along t
+  ldm plot forward runs/demo              how the model's own noise takes validation images apart
+  ldm plot reverse runs/demo --prompt "a small red circle on a white background"
+                                          how a sample comes about: x_t and the predicted x̂_0
+  ldm plot guidance runs/demo             guidance against accuracy and diversity, with samples
+
+`ldm plot NAME --help` says more of each. Plots of a run go to RUN/plots/, others to the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.console import Console, rank
+from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
+
+SCHEDULES_HELP = """Noise schedules side by side: ᾱ over t, log SNR over t, and what one picture looks like along t.
+
+  ldm plot schedules --names cosine scaled_linear --zero-terminal-snr --shift 2
+  ldm plot schedules runs/demo --names cosine linear
+
+With a RUN its own schedule is shown, beside those of --names. Schedules that agree at every t are drawn as one."""
+FORWARD_HELP = """The forward chain of a run's validation images: latents x_t, decoded, beside the images noised to the same level.
+
+  ldm plot forward runs/demo --images 3 --times 100 300 500 700 900
+
+A pixel model has x_t alone. Each x_t is drawn from the one before it."""
+REVERSE_HELP = """The reverse chain of each prompt: x_t and the model's x̂_0, both decoded, at some of the steps.
+
+  ldm plot reverse runs/demo --prompt "a small red circle on a white background" --prompt "a large blue star on a black background"
+
+Settings left out are the model's own. The images are those that `ldm sample` draws with the same prompts and seed."""
+GUIDANCE_HELP = """Guidance γ against what the judge reads and against diversity, with a row of samples of each of some captions.
+
+  ldm plot guidance runs/demo --scales 0 1 2 4 8 --images 320
+
+For runs on shapes, shapes-two and digits. 1 on the axis of diversity is as varied as real images of one caption. The
+figures stand beside the picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
+
+CLASSIFIER_HELP = """Classifier guidance of the unconditional model (γ = 0) against what the judge of digits reads and against diversity.
+
+  ldm plot classifier runs/digits --classifier runs/digits/classifier --scales 0 1 2 4 8 16
+
+Both forms, and the first also with an interval, all by ancestral sampling from the same noise, with rows of samples."""
+
+DEFAULT_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command for each plot."""
+    plots = parser.add_subparsers(dest="plot", metavar="plot", required=True)
+    schedules = _sub(plots, "schedules", "noise schedules side by side", SCHEDULES_HELP)
+    schedules.add_argument("run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule")
+    schedules.add_argument("--names", nargs="+", metavar="NAME", help=f"some of {', '.join(SCHEDULES)} (default: all, with a RUN none)")
+    schedules.add_argument("--num-steps", type=int, metavar="T", help="steps of the named schedules (default 1000)")
+    schedules.add_argument("--zero-terminal-snr", action="store_true", help="each named schedule also with no signal at the last step")
+    schedules.add_argument("--shift", type=float, help="each named schedule also shifted for a side so many times as large")
+    schedules.add_argument("--image", metavar="FILE", help="the picture along t (default: a drawn shape)")
+    forward = _sub(plots, "forward", "noise takes validation images apart", FORWARD_HELP)
+    forward.add_argument("run", metavar="RUN", help="a run of train-ldm")
+    forward.add_argument("--images", type=int, default=3, help="validation images (default 3)")
+    forward.add_argument("--times", type=int, nargs="+", metavar="T", help="the t shown (default 8, equally spaced)")
+    forward.add_argument("--seed", type=int, help="of the noise (default 0)")
+    reverse = _sub(plots, "reverse", "a sample comes about", REVERSE_HELP)
+    reverse.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
+    reverse.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    reverse.add_argument("--columns", type=int, default=8, help="steps shown, beside the sample (default 8)")
+    reverse.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
+    guidance = _sub(plots, "guidance", "guidance against accuracy and diversity", GUIDANCE_HELP)
+    guidance.add_argument("run", metavar="RUN", help="a run of train-ldm on shapes, shapes-two or digits")
+    guidance.add_argument("--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="γ", help="default: 0 1 1.5 2 3 4 6 8")
+    guidance.add_argument("--images", type=int, default=320, help="images for each γ (default 320)")
+    guidance.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
+    classifier = _sub(plots, "classifier", "classifier guidance against accuracy and diversity", CLASSIFIER_HELP)
+    classifier.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm on digits, or a model folder")
+    classifier.add_argument("--classifier", metavar="RUN", required=True, help="a run of train-classifier")
+    classifier.add_argument(
+        "--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0], metavar="W", help="default: 0 1 2 4 8 16"
+    )
+    classifier.add_argument("--images", type=int, default=200, help="images for each scale (default 200)")
+    classifier.add_argument("--steps", type=int, default=25, help="network calls (default 25)")
+    for sub in (reverse, guidance):
+        sub.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
+        sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
+        sub.add_argument("--seed", type=int, help="0 to 2^63 − 1")
+    for name, sub in (
+        ("schedules", schedules),
+        ("forward", forward),
+        ("reverse", reverse),
+        ("guidance", guidance),
+        ("classifier", classifier),
+    ):
+        sub.add_argument("--out", metavar="FILE", help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)")
+
+
+def _sub(plots: Any, name: str, text: str, description: str) -> argparse.ArgumentParser:
+    return plots.add_parser(name, help=text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw the plot that was asked for."""
+    if rank() and arguments.plot != "guidance":
+        return  # nothing to share out
+    PLOTS[arguments.plot](arguments, Console())
+
+
+def _schedules(arguments: argparse.Namespace, console: Console) -> None:
+    for name in arguments.names or ():
+        if name not in SCHEDULES:
+            raise ConfigError(f"--names {name}: no such schedule, known are {', '.join(SCHEDULES)}")
+    names = arguments.names or (() if arguments.run else SCHEDULES)
+    if not names and (arguments.zero_terminal_snr, arguments.shift, arguments.num_steps) != (False, None, None):
+        raise ConfigError("--zero-terminal-snr, --shift and --num-steps are for the schedules of --names: name some")
+    ours = _schedule_of(Path(arguments.run)) if arguments.run else None
+    file = _out(arguments)
+    from ldm.data.decode import read_image
+    from ldm.data.images import prepare
+    from ldm.evaluation import schedules
+
+    shown = [schedules.own(f"run {Path(arguments.run).resolve().name}\n({ours.name})", ours)] if ours else []
+    num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
+    shown += schedules.entries(tuple(dict.fromkeys(names)), num_steps, arguments.zero_terminal_snr, arguments.shift)
+    picture = prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()
+    schedules.schedules_page(shown, picture).save(file, {"schedules": [dataclasses.asdict(entry.config) for entry in shown]})
+    console.say(f"schedules: {file}")
+
+
+def _schedule_of(run: Path) -> ScheduleConfig:
+    """The schedule of a run, trained or not, or of a model folder."""
+    if (run / "config.yaml").is_file():
+        config = load_run(run)
+        if not isinstance(config, DiffusionRun):
+            raise ConfigError(f"{run} diffuses nothing and has no schedule: name a run of `ldm train-ldm`")
+        return config.schedule
+    from ldm.pipeline import FolderInfo
+
+    return FolderInfo.read(run).schedule
+
+
+def _forward(arguments: argparse.Namespace, console: Console) -> None:
+    _at_least_one(arguments, "images")
+    config = load(DiffusionRun, config_file(arguments.run))
+    seed = SampleConfig(seed=arguments.seed or 0).seed
+    file = _out(arguments)
+    from ldm.evaluation.chains import forward_page
+    from ldm.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(arguments.run)
+    page = forward_page(pipe, config.data, arguments.images, arguments.times, seed)
+    page.save(file, {"seed": seed, "model": pipe.hash})
+    console.say(f"forward chain: {file}")
+
+
+def _reverse(arguments: argparse.Namespace, console: Console) -> None:
+    _at_least_one(arguments, "columns")
+    given = _given(arguments, "sampler", "steps", "seed", "guidance_scale")
+    from ldm.pipeline import FolderInfo, Pipeline, check_sampling
+
+    info = FolderInfo.read(arguments.run)
+    settings = dataclasses.replace(info.defaults, **given)
+    check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
+    if bool(arguments.prompt) != info.has_text:
+        raise ConfigError(
+            "--prompt is needed: this model draws what a caption says"
+            if info.has_text
+            else "this model is unconditional: leave --prompt out"
+        )
+    file = _out(arguments)
+    from ldm.evaluation.chains import reverse_page
+
+    pipe, prompts = Pipeline.from_pretrained(info.folder), arguments.prompt or [""]
+    about = {"prompts": prompts, **dataclasses.asdict(settings), "model": pipe.hash}
+    reverse_page(pipe, prompts, settings, arguments.columns).save(file, about)
+    console.say(f"reverse chain: {file}")
+
+
+def _guidance(arguments: argparse.Namespace, console: Console) -> None:
+    _at_least_one(arguments, "batch_size")
+    if arguments.images < 2:
+        raise ConfigError(f"images must be at least 2 (diversity compares), got {arguments.images}")
+    given = _given(arguments, "sampler", "steps", "seed")
+    scales = list(dict.fromkeys(arguments.scales))
+    for scale in scales:
+        SampleConfig(guidance_scale=scale)
+    config_file(arguments.run)
+    file = _out(arguments)
+    from ldm.evaluation.guidance_sweep import guidance_sweep
+    from ldm.interop.weights import write_json
+    from ldm.training.launch import launched
+
+    processes, device = launched()
+    folder = Path(arguments.run)
+    report, page = guidance_sweep(folder, scales, arguments.images, given, arguments.batch_size, console.progress, processes, device)
+    for row in report["scales"]:
+        share, varied = row["judged"]["all"], f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})"
+        right = f"{share['accuracy']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
+        console.say(f"γ {row['scale']:<4g} right {right}   diversity {varied}   n = {share['n']}")
+    if processes.main:
+        page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
+        write_json(file.with_suffix(".json"), report)
+    console.say(f"guidance: {file}   figures: {file.with_suffix('.json')}")
+
+
+def _classifier(arguments: argparse.Namespace, console: Console) -> None:
+    scales = list(dict.fromkeys(arguments.scales))
+    for scale in scales:
+        SampleConfig(classifier_scale=scale)
+    file = _out(arguments)
+    from ldm.evaluation.sweep import classifier_sweep, picture, real_diversity
+    from ldm.pipeline import FolderInfo
+
+    real = real_diversity(FolderInfo.read(arguments.run).sample_size)
+    console.say(f"real digits: diversity {real:.3f}")
+
+    points = classifier_sweep(
+        arguments.run, arguments.classifier, scales, images=arguments.images, steps=arguments.steps, say=console.say
+    )  # fmt: skip
+    picture(points, real, file)
+    console.say(f"classifier guidance: {file}")
+
+
+PLOTS = {"schedules": _schedules, "forward": _forward, "reverse": _reverse, "guidance": _guidance, "classifier": _classifier}
+
+
+def _at_least_one(arguments: argparse.Namespace, name: str) -> None:
+    if getattr(arguments, name) < 1:
+        raise ConfigError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The sampling settings that were given, each within its range."""
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    SampleConfig(**given)
+    return given
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    """The file to write, its folder made: before anything slow."""
+    folder = Path(arguments.run) / "plots" if arguments.run else Path()
+    file = Path(arguments.out) if arguments.out is not None else folder / f"{arguments.plot}.png"
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a folder: name a file in it")
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--out {file} must end in .png, .pdf or .svg")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {file} cannot be written: {error.strerror}") from None
+    return file

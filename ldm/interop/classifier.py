@@ -1,0 +1,82 @@
+"""The folder of a classifier of noisy samples, `classifier/` with config.json and weights: what it knows, and what it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.config import ClassifierConfig, ConfigError, ScheduleConfig, build, to_dict
+from ldm.interop.weights import FolderError, read_json, read_module, write_json, write_module
+from ldm.models.classifier import NoisyClassifier
+
+WEIGHTS = "classifier.safetensors"
+CLASS_NAME = "NoisyClassifier"
+
+
+@dataclass(frozen=True)
+class ClassifierInfo:
+    """A classifier without its weights.
+
+    Attributes:
+        classes: their names, in the order of the logits.
+        captions: the number of the class that each caption means.
+        in_channels: of x_t.
+        schedule: the process whose t it is given.
+        autoencoder: sha256 of the weights of the autoencoder whose latents it knows; None: pixels.
+    """
+
+    model: ClassifierConfig
+    classes: tuple[str, ...]
+    captions: Mapping[str, int]
+    in_channels: int
+    schedule: ScheduleConfig
+    autoencoder: str | None
+
+    def label(self, caption: str) -> int:
+        """The class of a caption. Raises ConfigError naming those it knows."""
+        if caption not in self.captions:
+            raise ConfigError(f"the classifier knows no {caption!r}, only: {', '.join(self.captions)}")
+        return self.captions[caption]
+
+    def make(self) -> NoisyClassifier:
+        """The network with fresh weights."""
+        return NoisyClassifier(self.model, self.in_channels, len(self.classes))
+
+    def save(self, network: NoisyClassifier, folder: Path) -> None:
+        """Write the weights, then the configuration."""
+        write_module(network, folder / WEIGHTS)
+        about = {
+            "model": to_dict(self.model),
+            "in_channels": self.in_channels,
+            "classes": list(self.classes),
+            "captions": dict(self.captions),
+        }
+        made_for = {"schedule": to_dict(self.schedule), "autoencoder_sha256": self.autoencoder}
+        write_json(folder / "config.json", {"_class_name": CLASS_NAME, "format": 1, **about, **made_for})
+
+
+def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
+    """The classifier of a run or folder, and where its weights are. Raises FolderError or ConfigError."""
+    path = Path(path)
+    folder = next((f for f in (path / "model/classifier", path / "classifier", path) if (f / "config.json").is_file()), None)
+    if folder is None:
+        hint = "let its training finish" if path.exists() else "train one with `ldm train-classifier`"
+        raise FolderError(f"no classifier in {path}: {hint}")
+    about = read_json(folder / "config.json")
+    if about.get("_class_name") != CLASS_NAME:
+        raise FolderError(f"{folder} holds a {about.get('_class_name')}, no classifier: name a run of `ldm train-classifier`")
+    try:
+        model = build(ClassifierConfig, about["model"], "model.")
+        schedule = build(ScheduleConfig, about["schedule"], "schedule.")
+        rest = about["in_channels"], schedule, about["autoencoder_sha256"]
+        info = ClassifierInfo(model, tuple(about["classes"]), about["captions"], *rest)
+    except KeyError as error:
+        raise FolderError(f"{folder / 'config.json'}: {error.args[0]} is missing") from None
+    return info, folder / WEIGHTS
+
+
+def load_classifier(path: str | Path) -> tuple[ClassifierInfo, NoisyClassifier]:
+    """The classifier of a run or folder, frozen, float32. Raises FolderError or ConfigError."""
+    info, weights = read_classifier(path)
+    return info, read_module(info.make, weights).float()
