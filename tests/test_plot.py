@@ -41,12 +41,18 @@ VALIDATION = open_source(DataConfig(source="shapes", image_size=32), "validation
 
 @cache
 def all_captions() -> list[str]:
-    return [VALIDATION.text(i) for i in range(12_000)]
+    return [VALIDATION.text(i) for i in range(5_000)]
 
 
 def where(text: str) -> list[int]:
     """Samples of the validation set with this caption."""
     return [i for i, other in enumerate(all_captions()) if other == text]
+
+
+@pytest.fixture(autouse=True)
+def few_real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less of the validation set is searched."""
+    monkeypatch.setattr(guidance_sweep, "REAL", 4)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_a_strip_shows_one_noise_at_every_level() -> None:
         )
     together = np.concatenate(noises)
     np.testing.assert_allclose(together, np.broadcast_to(together[5], together.shape), atol=1e-3)
-    assert together[5].std() == pytest.approx(1, abs=0.02)
+    assert together[5].std() == pytest.approx(1, abs=0.04)
 
 
 # ---------------------------------------------------------------- chains
