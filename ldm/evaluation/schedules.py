@@ -72,8 +72,9 @@ def merged(shown: Sequence[Entry]) -> list[tuple[Entry, Schedule]]:
 
 def drawn_shape() -> Float[Tensor, "3 s s"]:
     """The picture of a strip where none is given."""
-    scene = Scene("beige", (Object("large", "blue", "star", STRIP // 2, STRIP // 2),))
-    return prepare(draw(scene, STRIP), STRIP)
+    side = STRIP // 2  # coarse noise is seen better, and makes a smaller file
+    scene = Scene("beige", (Object("large", "blue", "star", side // 2, side // 2),))
+    return prepare(draw(scene, side), side)
 
 
 def times(num_steps: int, columns: int = COLUMNS) -> Int[Tensor, " k"]:
