@@ -2,19 +2,22 @@
 
 import copy
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from denoisers import gaussian_denoiser, network, their_scheduler
 from torch import Tensor
 
-from ldm.config import SCHEDULES, TARGETS, ConfigError, SampleConfig, ScheduleConfig
+from ldm.config import SCHEDULES, ConfigError, SampleConfig, ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.process import from_x0
 from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
 from ldm.diffusion.samplers.edm import adams_weights, dpm2, euler, euler_ancestral, heun, lms
@@ -268,3 +271,210 @@ def test_ddim_ends_where_stable_diffusion_does(kind: str) -> None:
     for t in theirs.timesteps:
         expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
     torch.testing.assert_close(ddim(Denoiser(schedule, "v", denoise), x, grid, drawn(20, x)), expected, rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------- each other
+
+
+GRID_OF = {
+    "trailing 1": lambda s: GRIDS["trailing"](s, 1),
+    "trailing 12": lambda s: GRIDS["trailing"](s, 12),
+    "karras 7": lambda s: GRIDS["karras"](s, 7),
+    "uneven, above clean data": lambda s: torch.tensor([980.0, 700.5, 699.0, 420.0, 60.25, 3.0], dtype=torch.float64),
+}
+IDENTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "Euler is DDIM": (euler, ddim),
+    "Euler ancestral is DDIM with eta 1": (euler_ancestral, functools.partial(ddim, eta=1.0)),
+    "SDE-1 is DDIM with eta 1": (dpmpp_sde, functools.partial(ddim, eta=1.0)),
+    "SDE-1 is DDPM": (dpmpp_sde, functools.partial(ddpm, variance="posterior")),
+    "UniP-1 is DDIM": (functools.partial(unipc, order=1, corrector=False), ddim),
+    "UniP-2 with bh2 is 2M": (
+        functools.partial(unipc, order=2, corrector=False, lower_final=False),
+        functools.partial(dpmpp_2m, lower_final=False),
+    ),
+    "UniP-3 is 3M": (functools.partial(unipc, order=3, corrector=False, lower_final=False), functools.partial(dpmpp_3m, lower_final=False)),
+}
+
+
+@pytest.mark.parametrize("where", GRID_OF)
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_solvers_that_must_agree(identity: str, where: str) -> None:
+    for kind in KINDS:
+        schedule, x = process(kind), torch.randn(2, 5, dtype=torch.float64)
+        grid, denoiser = GRID_OF[where](schedule), Denoiser(schedule, "v", network(schedule, "v"))
+        noise = drawn(len(grid) - 1, x)
+        one, two = (solver(denoiser, x, grid, noise) for solver in IDENTITIES[identity])
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_result_does_not_depend_on_the_words_of_the_network(name: str, kind: str) -> None:
+    """ε, x_0 and v predictions that say the same give the same sample; the same noise gives the very same."""
+    schedule, x = process(kind), torch.randn(2, 5, dtype=torch.float64)
+    grid, noise = GRIDS["trailing"](schedule, 8), drawn(8, x)
+
+    def end(target: str) -> Tensor:
+        return SAMPLERS[name].function(Denoiser(schedule, target, network(schedule, target)), x, grid, noise)
+
+    said = end("v")
+    assert torch.equal(said, end("v"))
+    for target in ("eps", "x0"):
+        torch.testing.assert_close(end(target), said, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", ["x0", "v"])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_starts_without_signal(name: str, target: str) -> None:
+    """Zero terminal SNR, float32: finite, and where x̂_0 is always the same image, that image."""
+    image = torch.linspace(-1, 1, 5).expand(2, 5)
+    for kind in ("scaled_linear", "cosine"):
+        schedule, x = process(kind, True), torch.randn(2, 5)
+        sure = functools.partial(from_x0, schedule, target, image)
+        for steps in (SAMPLERS[name].fewest, 3, 20):
+            grid = GRIDS["trailing"](schedule, steps)
+            assert schedule.alpha(grid[0]) == 0
+            for denoise in (network(schedule, target), sure):
+                out = SAMPLERS[name].function(Denoiser(schedule, target, denoise), x, grid, drawn(steps, x))
+                assert out.isfinite().all()
+            torch.testing.assert_close(out, image, rtol=1e-3, atol=2e-3)
+
+
+# ---------------------------------------------------------------- order
+
+ORDERS: dict[str, tuple[Callable[..., Tensor], float]] = {
+    **{name: (s.function, s.order) for name, s in SAMPLERS.items() if not s.stochastic},
+    **{f"UniPC-{p}": (functools.partial(unipc, order=p), p + 1) for p in (1, 2, 3)},
+    **{f"UniP-{p}": (functools.partial(unipc, order=p, corrector=False), p) for p in (1, 2, 3)},
+    **{f"UniPC-{p} bh1": (functools.partial(unipc, order=p, solver="bh1"), p + 1) for p in (2, 3)},
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_solver_is_of_its_order(name: str) -> None:
+    """The error on Gaussian data as steps double, between two finite levels, with exact samples at the first nodes."""
+    solver, order = ORDERS[name]
+    schedule = process("scaled_linear")
+    lam, errors = schedule.half_log_snr_table, []
+    for steps in (80, 160):
+        grid = schedule.time(torch.linspace(lam[600], lam[20], steps + 1, dtype=torch.float64))
+        std = ((0.1 * schedule.alpha(grid)).square() + schedule.sigma(grid).square()).sqrt()
+        exact = 2 * std / std[0]  # the flow keeps x in proportion to the marginal's deviation
+        parameters = inspect.signature(solver).parameters
+        options = {"lower_final": False} if "lower_final" in parameters else {}
+        if "start" in parameters:
+            options["start"] = [exact[i].reshape(1, 1) for i in (1, 2, 3)]
+        denoiser = Denoiser(schedule, "x0", gaussian_denoiser(schedule, 0.0, 0.1, "x0"))
+        out = solver(denoiser, exact[0].reshape(1, 1), grid, drawn(steps, exact[:1]), **options)
+        errors.append(abs(out.item() - exact[-1].item()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+
+
+def test_weights_of_adams_are_integrals() -> None:
+    """Against the antiderivative of each Lagrange polynomial."""
+    for count in (1, 2, 3, 4):
+        levels = torch.tensor([0.3, 1.1, 2.7, 3.0, 7.4][: count + 1], dtype=torch.float64)
+        nodes = levels[1:].numpy()
+        for j, weight in enumerate(adams_weights(levels).tolist()):
+            others = np.delete(nodes, j)
+            integral = np.polynomial.Polynomial.fromroots(others).integ()
+            expected = (integral(0.3) - integral(1.1)) / np.prod(nodes[j] - others)
+            assert weight == pytest.approx(expected, rel=1e-9)
+
+
+# ---------------------------------------------------------------- callbacks, starts and refusals
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
+    """Where the network always sees the same image, what follows depends on the replaced sample alone."""
+    schedule, grid = process("linear"), GRIDS["trailing"](process("linear"), 5)
+    grid[-1] = 0
+    path, x = Path.of(schedule, grid, torch.zeros(1)), torch.randn(2, 3, dtype=torch.float64)
+    image, noise, given = torch.full_like(x, 0.3), drawn(5, x), torch.randn_like(x)
+    told: list[tuple[int, Tensor, Tensor]] = []
+
+    def callback(step: int, sample: Tensor, x0: Tensor) -> Tensor | None:
+        told.append((step, sample, x0))
+        return given if step == replaced else None
+
+    for replaced in range(5):
+        told.clear()
+        out = SAMPLERS[name].function(Denoiser(schedule, "x0", lambda x, t: image), x, grid, noise, callback=callback)
+        assert [step for step, _, _ in told] == [0, 1, 2, 3, 4] and all(torch.equal(x0, image) for _, _, x0 in told)
+        assert torch.equal(out, given if replaced == 4 else told[-1][1])
+        expected = given
+        if not SAMPLERS[name].stochastic:
+            for i in range(replaced + 1, 5):
+                expected = path.alpha[i + 1] * image + path.sigma[i + 1] * (expected - path.alpha[i] * image) / path.sigma[i]
+                torch.testing.assert_close(told[i][1], expected)
+
+
+@pytest.mark.parametrize("solver", [dpmpp_2m, dpmpp_3m, dpmpp_3m_published, unipc, lms])
+def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]) -> None:
+    schedule, x = process("linear"), torch.randn(2, 3, dtype=torch.float64)
+    grid, start, seen = GRIDS["trailing"](schedule, 5), [torch.randn_like(x) for _ in range(2)], []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.tanh(x)
+
+    solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=start)
+    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen[:3], [x, *start], strict=True))
+    with pytest.raises(ValueError, match="start must hold at most 5 samples, one for each node after the first, got 6"):
+        solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=[x] * 6)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_bad_grid_is_refused(name: str) -> None:
+    schedule, x = process("linear"), torch.zeros(1, 2)
+    for nodes in ([math.nan, 5.0, -1.0], [9.0, math.nan, -1.0], [9.0, 5.0, math.nan], [5.0, 9.0, -1.0], [1000.0, 3.0, -1.0], [3.0]):
+        with pytest.raises(ValueError, match="a grid must fall from at most 999 to at least −1, got"):
+            SAMPLERS[name].function(Denoiser(schedule, "v", network(schedule, "v")), x, torch.tensor(nodes), drawn(3, x))
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        (ddim, {"eta": 1.1}, "eta must lie between 0 and 1, got 1.1"),
+        (ddim, {"eta": -0.1}, "eta must lie between 0 and 1, got -0.1"),
+        (ddim, {"eta": math.nan}, "eta must lie between 0 and 1, got nan"),
+        (ddpm, {"variance": "small"}, "variance must be one of posterior, beta, learned, got 'small'"),
+        (unipc, {"order": 4}, "order must be one of 1, 2, 3 and solver one of bh1, bh2, got 4 and 'bh2'"),
+        (unipc, {"solver": "bh3"}, "order must be one of 1, 2, 3 and solver one of bh1, bh2, got 2 and 'bh3'"),
+        (plms, {}, "plms needs at least 2 steps, got 1"),
+    ],
+)
+def test_a_bad_option_is_refused(solver: Callable[..., Tensor], options: dict[str, Any], message: str) -> None:
+    schedule, x = process("linear"), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=message):
+        solver(Denoiser(schedule, "v", network(schedule, "v")), x, GRIDS["trailing"](schedule, 1), drawn(1, x), **options)
+
+
+def test_too_few_steps_for_a_sampler_are_refused_before_sampling() -> None:
+    for name, sampler in SAMPLERS.items():
+        check_sampling(SampleConfig(name, sampler.fewest), 64, 1000, 8)
+    with pytest.raises(ConfigError, match="steps must be at least 2 for the plms sampler, got 1"):
+        check_sampling(SampleConfig("plms", 1), 64, 1000, 8)
+
+
+def check_ddim_calls(numbers: Iterable[int]) -> None:
+    schedule, calls = process("scaled_linear"), []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return x
+
+    for steps in numbers:
+        calls.clear()
+        ddim(Denoiser(schedule, "x0", denoise), torch.zeros(1, 1), GRIDS["trailing"](schedule, steps), drawn(0, torch.zeros(1)))
+        assert len(calls) == steps
+
+
+def test_ddim_makes_as_many_calls_as_steps() -> None:
+    check_ddim_calls((*range(1, 12), 37, 333, 501, 999, 1000))
+
+
+@pytest.mark.slow
+def test_ddim_makes_as_many_calls_as_steps_for_every_number() -> None:
+    check_ddim_calls(range(1, 1001))

@@ -16,8 +16,8 @@ from ldm.data.folder import FolderSource
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
-from ldm.diffusion.timesteps import uniform_timesteps
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.timesteps import uniform_timesteps
 from ldm.evaluation.plots import grid
 from ldm.interop.classifier import ClassifierInfo
 from ldm.pipeline import FolderInfo, load_codec
