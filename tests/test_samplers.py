@@ -1,5 +1,6 @@
 """Step grids and samplers against diffusers' schedulers, exact denoisers and their formulas."""
 
+import math
 from itertools import pairwise
 
 import diffusers
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ldm.config import TARGETS, ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.ancestral import ddim, ddpm
+from ldm.diffusion.samplers.ancestral import ddim, ddim_inversion, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
 from ldm.diffusion.samplers.grids import GRIDS, check_steps
 from ldm.diffusion.samplers.registry import SAMPLERS
@@ -213,3 +214,27 @@ def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, 
     out = SAMPLERS[name].function(Denoiser(schedule, "v", denoise), x, trailing(steps), noise, **options)[:, 0]
     assert out[0].item() == pytest.approx(mean, abs=tolerance)
     assert (out[1:] - out[0]).square().sum().sqrt().item() == pytest.approx(std, rel=tolerance)
+
+
+def test_inversion_comes_back() -> None:
+    """DDIM from the inverted noise: the error of the round trip halves as steps double (first order), and is none where ε̂ is constant."""
+    schedule = SCHEDULES[1000]
+    denoiser = Denoiser(schedule, "v", network(schedule, "v"))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    lam = schedule.half_log_snr_table
+
+    def round_trip(steps: int, denoiser: Denoiser) -> float:
+        grid = schedule.time(torch.linspace(lam[800], lam[50], steps + 1, dtype=torch.float64))
+        noise = ddim_inversion(denoiser, x, grid)
+        assert (noise - x).abs().max() > 0.1
+        return float((ddim(denoiser, noise, grid, lambda i: x) - x).abs().max())
+
+    errors = [round_trip(steps, denoiser) for steps in (100, 200)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1), errors
+    constant = Denoiser(schedule, "eps", lambda x, t: torch.full_like(x, 0.3))
+    assert round_trip(10, constant) < 1e-12
+    grid = trailing(20)
+    asked: list[float] = []
+    recording = Denoiser(schedule, "eps", lambda x, t: (asked.append(t[0].item()), torch.full_like(x, 0.3))[1])
+    ddim_inversion(recording, x, grid)
+    assert asked == [0.0, *grid[:-1].flip(0).tolist()[:-1]]  # at the step of the sample held; clean data as the first level
