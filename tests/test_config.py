@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ldm import config
-from ldm.config import AutoencoderRun, ClipRun, ConfigError, DiffusionRun
+from ldm.config import AutoencoderRun, ClassifierRun, ClipRun, ConfigError, DiffusionRun
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name != "accelerate")  # those: tests/test_processes.py
@@ -20,7 +20,8 @@ SHIPPED = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name 
 AUTOENCODER = {"run": "r", "data": {"source": "textures", "image_size": 32}, "model": {"channels": [32, 32]}}
 CLIP = {"run": "r", "data": {"source": "shapes", "image_size": 32}}
 DIFFUSION = {"run": "r", "data": {"source": "shapes", "image_size": 32, "size": 64}, "autoencoder": "a", "text": "t"}
-TREES: dict[type, dict[str, Any]] = {AutoencoderRun: AUTOENCODER, ClipRun: CLIP, DiffusionRun: DIFFUSION}
+CLASSIFIER = {"run": "r", "data": {"source": "digits", "image_size": 32}, "diffusion": "d"}
+TREES: dict[type, dict[str, Any]] = {AutoencoderRun: AUTOENCODER, ClipRun: CLIP, DiffusionRun: DIFFUSION, ClassifierRun: CLASSIFIER}
 
 
 def read(folder: Path, cls: type, *overrides: str, text: str | None = None) -> Any:
@@ -258,6 +259,8 @@ def test_no_torch_is_imported() -> None:
 
 def kind(file: Path) -> type:
     keys = yaml.safe_load(file.read_text()).keys()
+    if "diffusion" in keys:
+        return ClassifierRun
     return DiffusionRun if "unet" in keys else AutoencoderRun if "loss" in keys else ClipRun
 
 
@@ -284,6 +287,10 @@ def test_shipped_file_is_sound(file: Path) -> None:
             x = torch.zeros(1, channels, side, side)
             unet = UNet(settings.unet, channels, channels, 48 if context is not None else None)
             assert unet(x, torch.zeros(1, dtype=torch.long), Condition(context=context)).shape == x.shape
+        elif isinstance(settings, ClassifierRun):
+            from ldm.models.classifier import NoisyClassifier
+
+            assert NoisyClassifier(settings.model, 4, 10)(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)).shape == (1, 10)
         else:
             from ldm.models.text import build_clip, train_tokenizer
 

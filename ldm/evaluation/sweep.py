@@ -21,7 +21,7 @@ from ldm.evaluation.judge import proportion
 from ldm.pipeline import Pipeline
 
 DIGITS = 10
-SHOWN = 20  # images of each setting in the picture: two of each digit
+SHOWN = 10  # images of each setting in the picture: one of each digit
 VARIANTS = {  # settings beside the weight, by the name in the picture
     "score": {},
     "score, σ ≤ 10": {"guidance_interval": (0.0, 10.0)},
@@ -99,8 +99,8 @@ def picture(points: Sequence[Point], real: float, file: Path) -> None:
     from matplotlib.figure import Figure
 
     variants, weights = list(dict.fromkeys(p.variant for p in points)), list(dict.fromkeys(p.weight for p in points))
-    figure = Figure(figsize=(4.2 * len(variants), 3.0 + 0.62 * len(weights)), dpi=110)
-    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 0.62 * len(weights)))
+    figure = Figure(figsize=(4.2 * len(variants), 3.0 + 0.5 * len(weights)), dpi=110)
+    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights)))
     left, right = above.subplots(1, 2)
     for variant in variants:
         mine = [p for p in points if p.variant == variant]
