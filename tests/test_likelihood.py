@@ -585,7 +585,7 @@ def test_figures_are_nats_over_the_images_dimensions(untrained: Path) -> None:
     bits = np.array([sum(row.parts("beta").values()) for row in rows.values()]) / (768 * math.log(2))
     assert found["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
     assert found["error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(5), rel=1e-4)
-    assert measured(untrained, images=1)["error"] is None
+    assert measured(untrained, images=1, timesteps=None)["error"] is None
 
 
 def test_the_deviation_is_kept_with_the_model(untrained: Path) -> None:

@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
     parser.add_argument("--likelihood", action="store_true", help="bits per dimension instead of judged samples")
-    parser.add_argument(
-        "--timesteps", type=int, default=32, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)"
-    )
+    parser.add_argument("--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)")
     parser.add_argument(
         "--variance", choices=VARIANCES, help="with --likelihood: of the reverse steps (default: learned where it is, else beta)"
     )
@@ -45,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.images is None:
         arguments.images = 256 if arguments.likelihood else 1000
     for name, low in (("images", 1), ("tune", 0), ("batch_size", 1), ("timesteps", 0)):
-        if getattr(arguments, name) < low:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(arguments, name)}")
     folder = Path(arguments.run)
     config_file(folder)

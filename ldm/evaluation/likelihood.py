@@ -34,6 +34,7 @@ from ldm.pipeline import LatentCodec, Pipeline
 SEED = 2000
 SPLIT = "validation"
 FIXED = ("posterior", "beta")
+DRAWN = 32  # steps for each image
 BINS = 40  # of t, in the report and the picture
 PARTS = ("reconstruction", "prior", "denoising")
 
@@ -80,13 +81,13 @@ class Nats:
 
 
 def likelihood(
-    run: Path, images: int, timesteps: int, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
+    run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
     processes: Processes = ALONE, device: torch.device | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
 
-    ``timesteps``: steps drawn for each image, 0 for all. ``variance``: of the reverse steps; left out, learned where the
-    model has learned it, else beta.
+    ``timesteps``: steps drawn for each image, 0 for all; left out, DRAWN or as many as there are.
+    ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta.
     Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
     """
     started = time.monotonic()
@@ -95,6 +96,7 @@ def likelihood(
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = pipe.schedule.num_steps - 1
+    timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:
         raise ConfigError(f"timesteps must lie between 1 and {last}, or be 0 for all of them, got {timesteps}")
     learned = pipe.unet.out_channels == 2 * pipe.unet.in_channels
@@ -205,9 +207,11 @@ def summary(pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: S
 def by_t(pipe: Pipeline, rows: Sequence[Nats], variance: str, dimensions: int) -> list[dict[str, float]]:
     """The denoising part in up to BINS bins of t, each drawn about equally often; the bins sum to the part."""
     cumulative = step_probabilities(pipe.schedule).cumsum(0).cpu()
-    count = min(BINS, len(cumulative))
-    ends = torch.searchsorted(cumulative, torch.arange(1, count, dtype=torch.float64) / count).tolist()
-    ends = sorted({*(end + 1 for end in ends), len(cumulative)})  # the last t of each bin
+    count = len(cumulative)
+    ends = list(range(1, count + 1))  # the last t of each bin
+    if count > BINS:
+        ends = torch.searchsorted(cumulative, torch.arange(1, BINS, dtype=torch.float64) / BINS).tolist()
+        ends = sorted({*(end + 1 for end in ends), count})
     sums = np.zeros((len(rows), len(ends)))
     for i, row in enumerate(rows):
         np.add.at(sums[i], np.searchsorted(ends, row.t), row.denoising[variance])

@@ -87,7 +87,7 @@ def likelihood(found: Mapping[str, Any], file: Path) -> None:
     per_step.stairs(bits / np.diff(edges), edges, baseline=None)
     per_step.set(xscale="log", yscale="log", ylabel="bits per dimension and step", title="each denoising step")
     cumulated.plot(edges, found["parts"]["prior"] + np.append(np.cumsum(bits[::-1])[::-1], 0.0))
-    cumulated.set(xscale="log", ylabel="bits per dimension", title="prior and all steps from the noise down to t", ylim=(0, None))
+    cumulated.set(xscale="log", ylabel="bits per dimension", title="prior and all steps down to t", ylim=(0, None))
     for axes in (per_step, cumulated):
         axes.set_xlabel("t (0: least noise)")
         axes.grid(alpha=0.3)
@@ -95,7 +95,7 @@ def likelihood(found: Mapping[str, Any], file: Path) -> None:
     shown = bars.barh(names, list(terms.values()))
     bars.bar_label(shown, [f"{value:.3f}" for value in terms.values()], padding=3, fontsize=8)
     bars.axvline(0, color="black", linewidth=0.8)
-    bars.margins(x=0.2)
+    bars.margins(x=0.35)
     bars.invert_yaxis()
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
     bars.set(xlabel="bits per dimension", title=f"in all {found['bits_per_dim']:.3f}{error}")
