@@ -1,16 +1,30 @@
 """The bound against closed forms of Gaussian data, quadrature and Monte Carlo; `ldm evaluate --likelihood` against both."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+from autoencoder.config import AutoencoderConfig
 from autoencoder.loss import vae_bound
+from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import TARGETS, ScheduleConfig
+from ldm import config as configuration
+from ldm.cli.main import main
+from ldm.config import TARGETS, DataConfig, DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.data.processes import ALONE, Processes
+from ldm.data.sources import BadSample, Sample, Skipped, open_source
 from ldm.diffusion import gaussian
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.likelihood import (
@@ -29,6 +43,11 @@ from ldm.diffusion.likelihood import (
 )
 from ldm.diffusion.process import from_x0
 from ldm.diffusion.schedule import Schedule
+from ldm.evaluation import decoder_noise
+from ldm.evaluation.likelihood import likelihood, measure
+from ldm.evaluation.record import figures
+from ldm.models.unet import UNet
+from ldm.pipeline import LatentCodec, Pipeline
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -364,3 +383,236 @@ def test_the_autoencoders_bound_is_tight_for_its_own_posterior() -> None:
         else:
             q, p = (Normal(m, math.sqrt(v)) for m, v in ((mean + shift, exact_variance_ * scale), (mean, exact_variance_)))
             assert value == pytest.approx(log_p - kl_divergence(q, p).item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------- the deviation of the decoder
+
+
+def test_the_fitted_deviation_is_the_likeliest() -> None:
+    """Against a scan of σ, on pixels drawn from the discretised model itself: many at 0 and 255, where an RMS is no guide."""
+    true = torch.tensor([0.004, 0.05, 0.6], dtype=torch.float64)
+    mean = 1.3 * (2 * torch.rand(6_000, 3) - 1)
+    continuous = mean.double() + true * torch.randn(6_000, 3, dtype=torch.float64)
+    image = (((continuous.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1).float()
+    got = decoder_noise.fit(image, mean)
+    torch.testing.assert_close(got, true, rtol=0.06, atol=0)
+    rms = (image - mean).double().square().mean(0).sqrt()
+    assert bool(((rms / true - 1).abs() > 0.05).all())
+
+    def cost(std: Tensor) -> Tensor:
+        return -gaussian.discretised_log_probability(image.double(), mean.double(), 2 * std.log()).mean(0)
+
+    scan = torch.stack([cost(got * factor) for factor in (0.5, 0.8, 0.9, 0.97, 1.03, 1.1, 1.3, 2.0)])
+    assert bool((cost(got) <= scan + 1e-9).all())
+
+
+def test_a_perfect_decoder_has_the_smallest_deviation() -> None:
+    image = (torch.arange(256).float() / 127.5 - 1)[:, None]
+    assert decoder_noise.SMALLEST <= decoder_noise.fit(image, image).item() < 3 * decoder_noise.SMALLEST + 1e-9
+
+
+# ---------------------------------------------------------------- the whole two-stage model, in closed form
+
+SIDE, CHANNELS = 8, 2  # of images, and channels of the latent, 4×4
+
+
+class Halved(AutoencoderKL):
+    """Posterior: means of 2×2 pixels, one deviation. Decoder: pixels repeated. No weights are used."""
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        mean = torch.nn.functional.avg_pool2d(image, 2)
+        return DiagonalGaussian(mean, torch.full_like(mean, -3.0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return torch.zeros(len(latent), CHANNELS, SIDE, SIDE)
+
+
+@dataclasses.dataclass
+class OneImage:
+    """The same image at every index, so that an average is over draws alone."""
+
+    image: np.ndarray
+    length: int | None = None
+    fingerprint: str = ""
+    skipped: tuple[Skipped, ...] = ()
+
+    def __getitem__(self, index: int) -> Sample:
+        if index % 50 == 49:
+            raise BadSample(str(index), "torn")
+        return Sample(self.image, "")
+
+    def text(self, index: int) -> str:
+        return ""
+
+    def captions(self, limit: int) -> list[str] | None:
+        return [""]
+
+
+class ExactPipeline(Pipeline):
+    """Its model of the latent is N(MEAN, VARIANCE) exactly, reverse variance and all, in the units of the normalised latent."""
+
+    MEAN, VARIANCE = 0.2, 0.3  # of the encoder's own latent
+
+    def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
+        assert self.codec is not None and settings.guidance_scale == 1.0
+        schedule, mean = self.schedule, (self.MEAN - self.codec.shift) * self.codec.scale
+        variance = self.VARIANCE * self.codec.scale**2
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            a, s = (value.reshape(-1, 1, 1, 1) for value in (schedule.alpha(t), schedule.sigma(t)))
+            x0 = mean + a * variance / (a**2 * variance + s**2) * (x_t - a * mean)
+            beta = schedule.betas[t].reshape(-1, 1, 1, 1)
+            before = schedule.alpha(t - 1).square().reshape(-1, 1, 1, 1) * (variance - 1) + 1
+            exact_ = before - (1 - beta) * before**2 / ((1 - beta) * before + beta)
+            later = t.clamp(min=1)
+            bar = schedule.alphas_cumprod
+            small = (schedule.betas[later] * (1 - bar[later - 1]) / (1 - bar[later])).log().reshape(-1, 1, 1, 1)
+            output = 2 * (exact_.log() - small) / (beta.log() - small) - 1
+            return torch.cat([x0, output.expand_as(x0)], 1)
+
+        return Denoiser(schedule, "x0", predict, learned_variance=True)
+
+
+def tiny_unet(channels: int) -> UNet:
+    unet = UNet(UNetConfig((8,), 1, (), (1,), groups=4), channels, channels, None)
+    for parameter in unet.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.25, 0.4), (-3.0, 0.1)])
+def test_the_whole_bound_is_a_closed_form(scale: float, shift: float) -> None:
+    """−log p(x|z) + E log q(z|x) − E log p(z), whatever the units of the latent: scale and shift cancel (L6)."""
+    codec = LatentCodec(Halved(AutoencoderConfig(CHANNELS, CHANNELS, (4, 4), 1, 4)), scale, shift)
+    pipe = ExactPipeline(tiny_unet(CHANNELS), ScheduleConfig("linear"), "x0", codec, None, SIDE)
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, CHANNELS), dtype=np.uint8)
+    data_ = DataConfig(source="textures", image_size=SIDE, image_channels=CHANNELS)
+    n, std = 250, [0.5, 0.8]
+    found = list(measure(pipe, OneImage(image), data_, range(n), 6, ["learned"], std, 3).values())
+    assert len(found) == n - n // 50
+    edges = image.astype(np.float64)[..., None] + [-0.5, 0.5]
+    edges[edges == -0.5], edges[edges == 255.5] = -np.inf, np.inf
+    mass = np.diff(norm.cdf(edges / 127.5 - 1, 0, np.array(std)[:, None]))
+    mu = image.astype(np.float64).reshape(4, 2, 4, 2, CHANNELS).mean((1, 3)) / 127.5 - 1
+    own = math.exp(-3)
+    log_q = -0.5 * mu.size * (1 + math.log(2 * math.pi * own))
+    model = ExactPipeline.VARIANCE
+    log_p = -0.5 * (math.log(2 * math.pi * model) + (own + (mu - ExactPipeline.MEAN) ** 2) / model).sum()
+    totals = torch.tensor([sum(row.terms("learned").values()) for row in found], dtype=torch.float64)
+    error = totals.std() / math.sqrt(len(found))
+    assert abs(totals.mean() - (-np.log(mass).sum() + log_q - log_p)) < 4 * error and error < 1.5
+    for row in found[:3]:
+        assert row.image == pytest.approx(-np.log(mass).sum(), rel=1e-6)
+        assert row.posterior == pytest.approx(log_q - mu.size * math.log(abs(scale)), rel=1e-5)
+        standard = 0.5 * (scale**2 * (own + (mu - shift) ** 2) - 1 - math.log(own * scale**2)).sum()
+        assert row.standard == pytest.approx(standard, rel=1e-5)
+
+
+# ---------------------------------------------------------------- the command
+
+STEPS = 12
+
+
+class Shared(Processes):
+    """Two processes' shares, one after the other."""
+
+    def over(self, n: int, work: Callable[[range], list[Any]]) -> list[Any]:
+        shares = [work(range(rank, n, 2)) for rank in (0, 1)]
+        return [shares[i % 2][i // 2] for i in range(n)]
+
+
+@pytest.fixture(scope="module", params=["latents", "pixels"])
+def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    run, latents = tmp_path_factory.mktemp("runs") / "run", request.param == "latents"
+    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 2, (4, 4), 1, 4)).eval().requires_grad_(False), 0.7, 0.1) if latents else None
+    Pipeline(tiny_unet(2 if latents else 3), ScheduleConfig("linear", STEPS, 1e-3, 0.5), "v", codec, None, 16).save_pretrained(
+        run / "model"
+    )
+    tree = {
+        "run": str(run), "data": {"source": "textures", "image_size": 16, "size": 20}, "autoencoder": str(run) if latents else "none",
+        "text": "none", "schedule": {"name": "linear", "num_steps": STEPS, "beta_start": 1e-3, "beta_end": 0.5},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    return run
+
+
+def measured(
+    run: Path, images: int = 5, timesteps: int = 4, batch: int = 5, processes: Processes = ALONE, **options: Any
+) -> dict[str, Any]:
+    settings = {"variance": None, "seed": 1, **options}
+    said = lambda *_: None  # noqa: E731
+    return likelihood(run, images, timesteps, settings["variance"], batch, settings["seed"], said, said, processes)
+
+
+def flat(report: dict[str, Any]) -> list[float]:
+    return [v for k, v in figures({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]}) if isinstance(v, float)]
+
+
+def test_the_command_merges_its_figures_into_the_report(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (untrained / "report.json").write_text('{"judge": {"kept": 1}, "likelihood": "old"}')
+    assert main(["evaluate", str(untrained), "--likelihood", "--images", "5", "--timesteps", "4", "--batch-size", "2"]) == 0
+    report = json.loads((untrained / "report.json").read_text())
+    found = report["likelihood"]
+    assert report["judge"] == {"kept": 1} and found["images"] == 5 and found["timesteps"] == 4 and found["variance"] == "beta"
+    assert f"{found['bits_per_dim']:.3f} ± {found['error']:.3f}" in capsys.readouterr().out
+    assert Image.open(untrained / "likelihood.png").size[0] > 600
+    assert sum(found["parts"].values()) == pytest.approx(found["bits_per_dim"], rel=1e-9)
+    assert sum(b["bits_per_dim"] for b in found["by_t"]) == pytest.approx(found["parts"]["denoising"], rel=1e-9)
+    assert [b["from"] for b in found["by_t"]] == list(range(1, STEPS)) and found["by_variance"]["beta"] == found["bits_per_dim"]
+    if "terms" in found:
+        terms = found["terms"]
+        assert sum(terms.values()) == pytest.approx(found["bits_per_dim"], rel=1e-9)
+        latent = terms["latent_reconstruction"] + terms["latent_prior"] + terms["latent_denoising"]
+        assert found["latent"]["dimensions"] == 2 * 8 * 8 and found["latent"]["bits_per_dim"] == pytest.approx(latent * 3 * 256 / 128)
+        assert terms["latent_prior"] == found["parts"]["prior"] and terms["latent_denoising"] == found["parts"]["denoising"]
+
+
+def test_neither_batches_nor_processes_matter(untrained: Path) -> None:
+    whole_ = measured(untrained)
+    for other in (measured(untrained, batch=2), measured(untrained, processes=Shared(0, 1, lambda value: [value]))):
+        assert flat(other) == pytest.approx(flat(whole_), rel=1e-4, abs=1e-6)
+    assert flat(measured(untrained, seed=2)) != pytest.approx(flat(whole_), rel=1e-3)
+    assert measured(untrained, variance="posterior")["bits_per_dim"] == pytest.approx(whole_["by_variance"]["posterior"])
+
+
+def test_figures_are_nats_over_the_images_dimensions(untrained: Path) -> None:
+    """The mean over images, each divided by 3·16·16·ln 2, and its error, from the rows themselves; all T here."""
+    config = configuration.load(DiffusionRun, untrained / "config.yaml")
+    pipe, found = Pipeline.from_pretrained(untrained, "cpu"), measured(untrained, timesteps=0)
+    assert found["timesteps"] == STEPS - 1
+    rows = measure(pipe, open_source(config.data, "validation"), config.data, range(5), 0, ["beta"], found.get("decoder_std"), 1)
+    bits = np.array([sum(row.parts("beta").values()) for row in rows.values()]) / (768 * math.log(2))
+    assert found["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
+    assert found["error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(5), rel=1e-4)
+    assert measured(untrained, images=1, timesteps=None)["error"] is None
+
+
+def test_the_deviation_is_kept_with_the_model(untrained: Path) -> None:
+    file = untrained / "model" / decoder_noise.FILE
+    found = measured(untrained)
+    if "decoder_std" not in found:
+        assert not file.exists()
+        return
+    kept = json.loads(file.read_text())
+    assert kept["decoder_std"] == found["decoder_std"]
+    file.write_text(json.dumps({**kept, "decoder_std": [9.0, 9.0, 9.0]}))
+    assert measured(untrained)["decoder_std"] == [9.0, 9.0, 9.0]
+    for key in ("autoencoder", "data"):  # of other weights, or other images
+        file.write_text(json.dumps({**kept, "decoder_std": [9.0, 9.0, 9.0], key: "other"}))
+        assert measured(untrained)["decoder_std"] == pytest.approx(found["decoder_std"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timesteps", "12"], "timesteps must lie between 1 and 11, or be 0 for all of them, got 12"),
+        (["--timesteps", "-1"], "timesteps must be at least 0, got -1"),
+        (["--variance", "learned"], "variance must be one of posterior, beta for this model, got learned"),
+        (["--images", "0"], "images must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(untrained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(untrained), "--likelihood", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -119,7 +119,7 @@ def evaluate(
     report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     if processes.main:
-        write_json(run / "report.json", report)
+        write_json(run / "report.json", report | _kept(run / "report.json", pipe.hash))
         logged = scalar_series(read_metrics(run))
         plots.curves({name: logged[name] for name in CURVES if name in logged}, run / "curves.png")
     return report
@@ -186,6 +186,12 @@ def _picture(run: Path, shown: list[np.ndarray], captions: list[str], rows: Iter
     wrong = [not row["all"] for row in rows]
     title = f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
     plots.captioned(np.stack(shown), captions[: len(shown)], run / "samples.png", wrong=wrong[: len(shown)], title=title)
+
+
+def _kept(file: Path, model: str) -> dict[str, Any]:
+    """The likelihood that an earlier call found for these very weights."""
+    known = read_json(file).get("likelihood") if file.is_file() else None
+    return {"likelihood": known} if isinstance(known, dict) and known.get("model") == model else {}
 
 
 def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:

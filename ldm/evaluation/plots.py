@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -71,6 +72,34 @@ def curves(series: Mapping[str, Points], file: Path) -> None:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def likelihood(found: Mapping[str, Any], file: Path) -> None:
+    """Where the bits of a report's ``likelihood`` are: per step along t, cumulated from noise to data, and by term."""
+    from matplotlib.figure import Figure
+
+    bins, terms = found["by_t"], found.get("terms", found["parts"])
+    edges = np.array([bins[0]["from"], *(b["to"] + 1 for b in bins)], dtype=float)
+    bits = np.array([b["bits_per_dim"] for b in bins])
+    figure = Figure(figsize=(12.5, 3.6), dpi=110)
+    per_step, cumulated, bars = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
+    per_step.stairs(bits / np.diff(edges), edges, baseline=None)
+    per_step.set(xscale="log", yscale="log", ylabel="bits per dimension and step", title="each denoising step")
+    cumulated.plot(edges, found["parts"]["prior"] + np.append(np.cumsum(bits[::-1])[::-1], 0.0))
+    cumulated.set(xscale="log", ylabel="bits per dimension", title="prior and all steps down to t", ylim=(0, None))
+    for axes in (per_step, cumulated):
+        axes.set_xlabel("t (0: least noise)")
+        axes.grid(alpha=0.3)
+    names = [name.replace("_", " ") for name in terms]
+    shown = bars.barh(names, list(terms.values()))
+    bars.bar_label(shown, [f"{value:.3f}" for value in terms.values()], padding=3, fontsize=8)
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.margins(x=0.35)
+    bars.invert_yaxis()
+    error = "" if found["error"] is None else f" ± {found['error']:.3f}"
+    bars.set(xlabel="bits per dimension", title=f"in all {found['bits_per_dim']:.3f}{error}")
+    figure.tight_layout()
     figure.savefig(file)
 
 

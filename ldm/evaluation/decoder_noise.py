@@ -1,0 +1,90 @@
+"""How far the decoder's output lies from an image: the σ of p(x|z), one for each channel, fitted on training data (math.md L6)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.config import DataConfig
+from ldm.data import streams
+from ldm.data.images import prepare
+from ldm.data.processes import Processes
+from ldm.data.sources import DataError, Source, open_source, readable
+from ldm.diffusion.gaussian import discretised_log_probability
+from ldm.interop.weights import read_json, write_json
+from ldm.pipeline import LatentCodec, Pipeline, autoencoder_hash, find_model
+
+FILE = "likelihood.json"  # in the model folder
+SEED = 2001
+IMAGES = 128  # training images of the fit
+PIXELS = 1024  # of each image, evenly spaced
+AT_ONCE = 16  # images computed together, whatever the caller's batch is: the fit is then the same for all
+SMALLEST = 1e-4  # σ of a reconstruction without error: a 40th of half a bin
+ROUNDS = 32  # of the golden section: the bracket of a factor 300 shrinks to 1e-6
+
+
+def of_run(run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, say: Callable[[str], None]) -> list[float]:
+    """σ of each channel: read from the model folder where it was fitted to these weights and data, else fitted and written there."""
+
+    def found() -> list[float]:
+        source, file = open_source(data, "train"), find_model(run) / FILE
+        bound = {"autoencoder": autoencoder_hash(run), "data": source.fingerprint, "image_size": data.image_size}
+        if file.is_file() and (known := read_json(file)).items() >= bound.items():
+            return known["decoder_std"]
+        assert pipe.codec is not None
+        say(f"fitting the decoder's deviation on {IMAGES} training images")
+        image, decoded = pairs(pipe.codec, source, data.image_size, pipe.device)
+        std = fit(image, decoded).tolist()
+        write_json(file, {"decoder_std": std, "values": len(image), **bound})
+        return std
+
+    return processes.each(lambda: found() if processes.main else [])[0]
+
+
+@torch.no_grad()
+def pairs(codec: LatentCodec, source: Source, size: int, device: torch.device) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+    """Pixels of training images, and what the decoder makes of a draw of their posterior."""
+    samples = itertools.islice(readable(source), IMAGES)
+    images, decoded = [], []
+    while read := list(itertools.islice(samples, AT_ONCE)):
+        image = torch.stack([prepare(sample.image, size) for _, sample in read]).to(device)
+        posterior = codec.autoencoder.encode(image)
+        noise = np.stack([streams.normal(SEED, "likelihood/fit", i, tuple(posterior.mean.shape[1:])) for i, _ in read])
+        answer = codec.decode(codec.latent(posterior, torch.from_numpy(noise).to(device)))
+        place = torch.linspace(0, size**2 - 1, min(PIXELS, size**2)).round().long().to(device)
+        images.append(image.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())
+        decoded.append(answer.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())
+    if not images:
+        raise DataError("no training image can be read: the decoder's deviation cannot be fitted")
+    return torch.cat(images), torch.cat(decoded)
+
+
+def fit(image: Float[Tensor, "n C"], decoded: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """The σ of each channel under which the 8-bit pixels are likeliest (discretised, L5), by golden section on log σ.
+
+    It is not the RMS: that counts a decoder's overshoot beyond 0 and 255, which costs nothing, and the width of a bin.
+    """
+    rms = (image.double() - decoded.double()).square().mean(0).sqrt().clamp(min=SMALLEST)
+    low, high = torch.log(rms / 100).clamp(min=math.log(SMALLEST)), torch.log(rms * 3)
+    golden = (math.sqrt(5) - 1) / 2
+
+    def cost(log_std: Tensor) -> Tensor:
+        return -discretised_log_probability(image.double(), decoded.double(), 2 * log_std).mean(0)
+
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = cost(left), cost(right)
+    for _ in range(ROUNDS):
+        below = at_left < at_right  # the minimum lies below `right`, else above `left`
+        low, high = torch.where(below, low, left), torch.where(below, right, high)
+        new = torch.where(below, high - golden * (high - low), low + golden * (high - low))
+        at_new = cost(new)
+        left, right = torch.where(below, new, right), torch.where(below, left, new)
+        at_left, at_right = torch.where(below, at_new, at_right), torch.where(below, at_left, at_new)
+    return torch.exp((low + high) / 2)
