@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.diffusion.samplers.registry import SAMPLERS
 
+TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 MARKERS = "osD^v<>P*Xdph"
 
 
@@ -39,6 +40,8 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
             )  # fmt: skip
         if panel.level is not None:
             axes.axhline(panel.level[1], color="grey", linestyle=":", label=panel.level[0])
+        axes.set_xticks(shown := [n for n in TICKS if axes.get_xlim()[0] <= n <= axes.get_xlim()[1]], [str(n) for n in shown])
+        axes.minorticks_off()
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("network calls")
         axes.set_ylabel(panel.error)
