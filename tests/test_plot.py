@@ -110,9 +110,8 @@ def test_variants_stand_beside_their_schedule() -> None:
     shown = schedules.entries(["scaled_linear"], 1000, zero_terminal_snr=True, shift=2.0)
     assert len({entry.colour for entry in shown}) == 1 and len({entry.dash for entry in shown}) == 3
     (plain, plain_ratio), (zero, zero_ratio), (_, shifted_ratio) = lines(shown)
-    assert (
-        plain[-1] == pytest.approx(4.682e-3, rel=1e-3) and zero[-1] == 0 and np.isnan(zero_ratio[-1]) and np.isfinite(zero_ratio[:-1]).all()
-    )
+    assert plain_ratio[-1] == pytest.approx(np.log(4.682e-3), abs=1e-4)
+    assert zero[-1] == 0 and np.isnan(zero_ratio[-1]) and np.isfinite(zero_ratio[:-1]).all()
     np.testing.assert_allclose(plain_ratio - shifted_ratio, 2 * np.log(2), rtol=1e-6)  # log SNR is 2λ
 
 
@@ -220,14 +219,13 @@ def test_diversity_is_a_ratio_with_its_interval() -> None:
 
 @pytest.mark.parametrize(("source", "wanted", "captions"), [("shapes", 3, 3), ("digits", 30, 10)])
 def test_real_pictures_have_the_caption(source: str, wanted: int, captions: int) -> None:
-    data = DataConfig(source=source, image_size=32, image_channels=3)
-    opened = open_source(data, "validation")
+    opened = open_source(DataConfig(source=source, image_size=32), "validation")
     real = guidance_sweep.real_pictures(opened, 32, wanted)
     assert len(real) == captions and next(iter(real)) == opened.text(0)
-    judge = JUDGES[source](32)
+    texts = all_captions() if source == "shapes" else [opened.text(i) for i in range(opened.length or 0)]
     for text, pictures in real.items():
-        assert len(pictures) == guidance_sweep.REAL and len(np.unique(pictures, axis=0)) > 1
-        assert np.mean([row["all"] for row in judge.right(pictures, [text] * len(pictures))]) > 0.8
+        expected = [opened[i].image for i, other in enumerate(texts) if other == text][:4]
+        assert np.array_equal(pictures, np.stack(expected)) and len(np.unique(pictures, axis=0)) > 1
 
 
 def redrawn(scale: float, captions: Sequence[str], numbers: Sequence[int]) -> Iterator[Tensor]:
@@ -324,8 +322,9 @@ def test_every_plot_is_drawn(here: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "reverse.png",
         "schedules.png",
     ]
+    said = capsys.readouterr().out
     for file in (tmp_path / "schedules.png", *(run / "plots").glob("*.png"), tmp_path / "new/reverse.png"):
-        assert str(file) in capsys.readouterr().out or file.exists()
+        assert file.name in said
         pixels = np.asarray(Image.open(file).convert("RGB"))
         assert pixels.shape[1] <= 1250 and (pixels[:8] == 255).all() and len(np.unique(pixels)) > 50
     about = json.loads(Image.open(run / "plots/reverse.png").text["ldm"])  # type: ignore[attr-defined]
