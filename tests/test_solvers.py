@@ -377,7 +377,7 @@ def test_weights_of_adams_are_integrals() -> None:
         nodes = levels[1:].numpy()
         for j, weight in enumerate(adams_weights(levels).tolist()):
             others = np.delete(nodes, j)
-            integral = np.polynomial.Polynomial.fromroots(others).integ()
+            integral = np.polynomial.Polynomial(np.atleast_1d(np.poly(others))[::-1]).integ()
             expected = (integral(0.3) - integral(1.1)) / np.prod(nodes[j] - others)
             assert weight == pytest.approx(expected, rel=1e-9)
 
@@ -387,24 +387,32 @@ def test_weights_of_adams_are_integrals() -> None:
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
-    """Where the network always sees the same image, what follows depends on the replaced sample alone."""
+    """The network is asked about it next; and where it always sees the same image, what follows depends on it alone."""
     schedule, grid = process("linear"), GRIDS["trailing"](process("linear"), 5)
     grid[-1] = 0
     path, x = Path.of(schedule, grid, torch.zeros(1)), torch.randn(2, 3, dtype=torch.float64)
     image, noise, given = torch.full_like(x, 0.3), drawn(5, x), torch.randn_like(x)
     told: list[tuple[int, Tensor, Tensor]] = []
+    asked: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(x)
+        return image
 
     def callback(step: int, sample: Tensor, x0: Tensor) -> Tensor | None:
         told.append((step, sample, x0))
-        return given if step == replaced else None
+        if step == replaced:
+            asked.clear()
+            return given
+        return None
 
     for replaced in range(5):
         told.clear()
-        out = SAMPLERS[name].function(Denoiser(schedule, "x0", lambda x, t: image), x, grid, noise, callback=callback)
+        out = SAMPLERS[name].function(Denoiser(schedule, "x0", denoise), x, grid, noise, callback=callback)
         assert [step for step, _, _ in told] == [0, 1, 2, 3, 4] and all(torch.equal(x0, image) for _, _, x0 in told)
-        assert torch.equal(out, given if replaced == 4 else told[-1][1])
+        assert (asked[0] is given) if replaced < 4 else (out is given)
         expected = given
-        if not SAMPLERS[name].stochastic:
+        if not SAMPLERS[name].stochastic and name not in ("lms", "plms"):  # these two remember the slopes of what was replaced
             for i in range(replaced + 1, 5):
                 expected = path.alpha[i + 1] * image + path.sigma[i + 1] * (expected - path.alpha[i] * image) / path.sigma[i]
                 torch.testing.assert_close(told[i][1], expected)
