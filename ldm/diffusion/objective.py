@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ldm.config import ObjectiveConfig
 from ldm.diffusion.condition import Condition
@@ -160,3 +161,12 @@ class Objective:
         decoder = -decoder_log_likelihood(said, x0, "learned", self.pixels)
         nats = torch.where(first, decoder, denoising_kl(said, x0, "learned"))
         return nats.flatten(1).mean(1).to(x0.dtype) / math.log(2)
+
+
+def classifier_loss(
+    schedule: Schedule, classifier: Callable[[Tensor, Tensor], Tensor], x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"],
+    t: Int[Tensor, " b"], label: Int[Tensor, " b"],
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b classes"]]:  # fmt: skip
+    """Cross-entropy −log p(label | x_t, t) of a classifier of noisy samples, and its logits (L11; Dhariwal & Nichol 2021)."""
+    logits = classifier(schedule.add_noise(x0, eps, t), t).float()
+    return cross_entropy(logits, label, reduction="none"), logits

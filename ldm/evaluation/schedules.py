@@ -125,6 +125,6 @@ def _strips(page: Page, y: int, lines: Sequence[tuple[Entry, Schedule]], image: 
         row = y + HEADER + i * (STRIP + GAP)
         at = 1 - (row + STRIP / 2) / page.height
         ends = [EDGE / page.width, (EDGE + 26) / page.width]
-        page.figure.add_artist(Line2D(ends, [at, at], color=entry.colour, linestyle=entry.dash, linewidth=2.4))
+        page.figure.add_artist(Line2D(ends, [at, at], color=entry.colour, linestyle=entry.dash, linewidth=2.4))  # type: ignore[arg-type]  # matplotlib lists the words
         page.text(EDGE + 36, row + STRIP / 2, "\n".join(short(line) for line in entry.label.split("\n")), parse_math=False, fontsize=FONT)
         page.pictures(x, row, to_uint8(strip(schedule, image, times(schedule.num_steps)))[None], STRIP)

@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.posterior import DiagonalGaussian
 from ldm.config import NONE, ClassifierRun, ConfigError, DataConfig, DiffusionRun
 from ldm.data.folder import FolderSource
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
 from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
+from ldm.diffusion.objective import classifier_loss
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import uniform_timesteps
 from ldm.evaluation.plots import grid
 from ldm.interop.classifier import ClassifierInfo
 from ldm.pipeline import FolderInfo, load_codec
-from ldm.training.diffusion import BINS, PICTURES, ensure_cache, stride
+from ldm.training.diffusion import BINS, PICTURES, diffused, ensure_cache, stride
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
@@ -97,17 +96,8 @@ class ClassifierTask:
     def _judged(self, classifier: Callable[[Tensor, Tensor], Tensor], batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy on x_t and whether the likeliest class is right, for each sample."""
         label = torch.tensor([self.info.label(text) for text in batch["text"]], device=self.device)
-        logits = classifier(self.schedule.add_noise(self._x0(batch), batch["eps"], t), t).float()
-        return F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label
-
-    def _x0(self, batch: Batch) -> Tensor:
-        """What is diffused: a fresh draw from the posterior, or the image."""
-        if self.codec is None:
-            return batch["image"]
-        with torch.no_grad():
-            cached = "moments" in batch
-            posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else self.codec.autoencoder.encode(batch["image"])
-            return self.codec.latent(posterior, batch["posterior"])
+        loss, logits = classifier_loss(self.schedule, classifier, diffused(self.codec, batch), batch["eps"], t, label)
+        return loss, logits.argmax(1) == label
 
     def begin(self) -> None:
         """The initial weights take nothing from the data."""

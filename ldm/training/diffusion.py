@@ -25,7 +25,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
 from ldm.evaluation.plots import grid
 from ldm.models.unet import UNet
-from ldm.pipeline import Pipeline, autoencoder_config, autoencoder_hash, load_codec
+from ldm.pipeline import LatentCodec, Pipeline, autoencoder_config, autoencoder_hash, load_codec
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
@@ -153,7 +153,7 @@ class DiffusionTask:
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         self._refresh()
-        x0, eps = self._x0(batch), batch["eps"]
+        x0, eps = diffused(self.codec, batch), batch["eps"]
         t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
@@ -174,15 +174,6 @@ class DiffusionTask:
         loss, figures = schedule_loss(self.wrapped["schedule"](), t, error, slope, x0, eps, self.codec is None)
         backward(loss)
         return figures
-
-    def _x0(self, batch: Batch) -> Tensor:
-        """What is diffused: a fresh draw from the posterior (never frozen in a cache), or the image."""
-        if self.codec is None:
-            return batch["image"]
-        with torch.no_grad():
-            cached = "moments" in batch
-            posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else self.codec.autoencoder.encode(batch["image"])
-            return self.codec.latent(posterior, batch["posterior"])
 
     def _condition(self, captions: list[str]) -> Condition:
         if self.text is None:
@@ -216,7 +207,7 @@ class DiffusionTask:
             strata = [p * stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = self.objective.terms(self.unet, self._x0(moved), moved["eps"], t, cond).error.double()
+            loss = self.objective.terms(self.unet, diffused(self.codec, moved), moved["eps"], t, cond).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()
@@ -242,6 +233,16 @@ class DiffusionTask:
     def export(self, run: RunDirectory) -> None:
         """Write ``model/``: the whole pipeline."""
         self.pipeline().save_pretrained(run.model)
+
+
+def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
+    """x_0 of a batch: a fresh draw of the latent from the posterior (never frozen in a cache), or the image."""
+    if codec is None:
+        return batch["image"]
+    with torch.no_grad():
+        cached = "moments" in batch
+        posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else codec.autoencoder.encode(batch["image"])
+        return codec.latent(posterior, batch["posterior"])
 
 
 def ensure_cache(
