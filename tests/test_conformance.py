@@ -58,13 +58,27 @@ def test_a_sampler_draws_noise_if_it_says_so(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind", "target"), PAIRS)
 def test_every_sampler_reaches_gaussian_data(name: str, kind: str, target: str) -> None:
-    """From N(0, I) to clean data in 24 steps, every sampler on every schedule, each target with each of both somewhere."""
+    """From N(0, I) to clean data in 16 steps, every sampler on every schedule, each target with each of both somewhere.
+
+    Equally spaced in λ: the first step of the trailing grid on the cosine schedule, from σ/α = 20,000 to 13, is too long for
+    heun and plms.
+    """
     if name == "annealed_langevin":
         pytest.skip("it needs hundreds of calls: test_langevin.py")
     schedule = Schedule.from_config(ScheduleConfig(kind))
-    (mean, variance), _ = gaussian_moments(CASES[name], schedule, target, GRIDS["trailing"](schedule, 24))
+    (mean, variance), _ = gaussian_moments(CASES[name], schedule, target, GRIDS["uniform_lambda"](schedule, 16))
     assert mean == pytest.approx(0.5, abs=0.06)  # at the last step some schedules still hold some of x_0
     assert math.sqrt(variance) == pytest.approx(0.3, rel=0.35)
+
+
+def test_heun_and_plms_need_a_grid_with_a_shorter_first_step() -> None:
+    """What docs/samplers.md warns of: the deviation of N(0.5, 0.3²) on the cosine schedule in 20 steps."""
+    schedule = Schedule.from_config(ScheduleConfig("cosine"))
+    for name in ("heun", "plms"):
+        found = {
+            g: gaussian_moments(CASES[name], schedule, "x0", GRIDS[g](schedule, 20))[0][1] ** 0.5 for g in ("trailing", "uniform_lambda")
+        }
+        assert found["trailing"] > 0.36 and found["uniform_lambda"] == pytest.approx(0.3, rel=0.12), found
 
 
 def test_all_pairs_are_covered() -> None:
@@ -74,7 +88,7 @@ def test_all_pairs_are_covered() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"annealed_langevin"}))
 def test_every_sampler_reaches_the_mixture(name: str) -> None:
-    found = reach(CASES[name], LINEAR, "x0", 50, draws=500)
+    found = reach(CASES[name], LINEAR, "x0", 30, draws=500)
     assert found["sliced_wasserstein"] < 0.15 and found["mean"] < 0.2 and found["covariance"] < 0.25, found
 
 
@@ -91,11 +105,11 @@ def test_a_wrong_solver_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return x
 
     monkeypatch.setitem(SAMPLERS, "turned", Sampler(turned, 2))
-    assert order(Case("turned", 2), LINEAR, steps=(40, 80)).measured == pytest.approx(1, abs=0.2)
+    assert order(Case("turned", 2), LINEAR, "x0", (20, 40)).measured == pytest.approx(1, abs=0.2)
     ddpm = SAMPLERS["ddpm"].function
     loud = lambda denoiser, x, grid, noise: ddpm(denoiser, x, grid, lambda i: 1.1 * noise(i))  # noqa: E731
     monkeypatch.setitem(SAMPLERS, "loud", Sampler(loud, 1, True))
-    assert order(Case("loud", 1), LINEAR, steps=(40, 80)).measured < 0.5
+    assert order(Case("loud", 1), LINEAR, "v", (20, 40)).measured < 0.5
 
 
 def test_the_flow_keeps_gaussian_quantiles() -> None:
@@ -163,7 +177,8 @@ def test_the_cheapest_is_counted_in_calls() -> None:
     assert cheapest(rows, 2.0) == rows[2] and cheapest(rows, 1.2) == rows[0] and cheapest(rows, 0.5) is None
 
 
-def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.evaluation.conformance.ORDER_STEPS", (5, 10))
     assert main(["sampler-report", "--samplers", "euler", "euler_ancestral", "--steps", "3", "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out/samplers.json").read_text())
     assert set(report["samplers"]) == {"euler", "euler_ancestral"} and (tmp_path / "out/samplers.png").stat().st_size > 10_000
@@ -177,6 +192,7 @@ def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["--samplers", "dpm"], "--samplers: 'dpm' is none of ddpm"),
         (["--steps", "0"], "--steps must lie between 1 and 1000"),
+        (["nowhere", "--grid", "even"], "--grid: 'even' is none of trailing"),
         (["--images", "4"], "--images goes with a run"),
         (["nowhere"], "nowhere is no run"),
         (["nowhere", "--within", "0"], "--within must be above 0"),

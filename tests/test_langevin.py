@@ -70,9 +70,9 @@ def test_without_steps_to_speak_of_annealed_dynamics_keeps_x_over_alpha() -> Non
     torch.testing.assert_close(clean, denoiser(out, grid[-1]).x0, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "options", "per_step"), [(NAMES[0], {}, 5), (NAMES[1], {}, 1), (NAMES[1], {"eta": 1.0}, 2)])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_calls_and_draws(name: str, steps: int) -> None:
+def test_calls_and_draws(name: str, options: dict[str, float], per_step: int, steps: int) -> None:
     """As many calls as the registry says, each draw its own, none in the last step, one callback a step."""
     calls, drawn, done = [], [], []
 
@@ -85,9 +85,9 @@ def test_calls_and_draws(name: str, steps: int) -> None:
         return torch.ones(2, 3)
 
     x, grid = torch.randn(2, 3), GRIDS["trailing"](SCHEDULE, steps)
-    out = SAMPLERS[name].function(Denoiser(SCHEDULE, "v", denoise), x, grid, noise, callback=lambda i, sample, _: done.append((i, sample)))
+    told = lambda i, sample, _: done.append((i, sample))  # noqa: E731
+    out = SAMPLERS[name].function(Denoiser(SCHEDULE, "v", denoise), x, grid, noise, callback=told, **options)
     assert len(calls) == SAMPLERS[name].calls(steps) and calls == sorted(calls, reverse=True) and set(calls) <= set(grid[:-1].tolist())
-    per_step = 1 if name == "predictor_corrector" else 5
     assert len(drawn) == len(set(drawn)) == per_step * (steps - 1)
     assert [i for i, _ in done] == list(range(steps)) and done[-1][1] is out and out.isfinite().all()
 

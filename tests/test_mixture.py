@@ -31,6 +31,14 @@ def plane() -> GaussianMixture:
     return GaussianMixture.of(tensor(0.2, 0.5, 0.3), tensor([-1.0, 0.5], [1.0, 1.0], [0.3, -1.5]), covariances)
 
 
+SKEW = tensor([1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5])  # its matrix of axes is not symmetric, as that of two by two may be
+
+
+def space() -> GaussianMixture:
+    covariances = torch.stack([SKEW, SKEW[[2, 0, 1]][:, [2, 0, 1]]])
+    return GaussianMixture.of(tensor(0.4, 0.6), tensor([-1.0, 0.5, 0.0], [1.0, 1.0, -0.5]), covariances)
+
+
 def at(alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
     return torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
 
@@ -71,7 +79,9 @@ def test_marginal_of_full_covariances_by_monte_carlo(alpha: float, sigma: float)
         assert ((mixture.denoised(x_t[None], *at(alpha, sigma)) - mean).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("mixture", [line(), plane(), GaussianMixture.points(torch.randn(5, 3))], ids=["line", "plane", "points"])
+@pytest.mark.parametrize(
+    "mixture", [line(), plane(), space(), GaussianMixture.points(torch.randn(5, 3))], ids=["line", "plane", "space", "points"]
+)
 @pytest.mark.parametrize("level", LEVELS)
 def test_score_is_the_gradient_and_tweedie_holds(mixture: GaussianMixture, level: tuple[float, float]) -> None:
     x = (2 * torch.randn(20, mixture.means.shape[1], dtype=torch.float64)).requires_grad_()
@@ -98,6 +108,9 @@ def test_draws_have_the_moments_and_the_classes() -> None:
     torch.testing.assert_close(shares.double(), mixture.weights, rtol=0, atol=0.006)
     inside = torch.cov(x0[of == 2].T)
     torch.testing.assert_close(inside, tensor([0.3, -0.25], [-0.25, 0.3]), rtol=0.03, atol=0.01)
+    mixed, of = space().draw(n)
+    torch.testing.assert_close(torch.cov(mixed[of == 0].T), SKEW, rtol=0, atol=0.02)
+    torch.testing.assert_close(torch.cov(mixed.T), space().moments()[1], rtol=0, atol=0.03)
     x_t, _ = mixture.draw(n, alpha=0.6, sigma=0.8)
     torch.testing.assert_close(torch.cov(x_t.T), 0.36 * covariance + 0.64 * torch.eye(2, dtype=torch.float64), rtol=0.02, atol=0.02)
 

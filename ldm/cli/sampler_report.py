@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
-from ldm.config import SAMPLERS, ConfigError
+from ldm.config import GRIDS, SAMPLERS, ConfigError
 
 FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # and their defaults
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--within", type=float, metavar="D", help=f"with a run: a distance that is good enough (default {FOR_RUNS['within']:g})"
     )
     parser.add_argument("--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})")
+    parser.add_argument("--grid", help=f"with a run: {', '.join(GRIDS)} (default: the model's own)")
     parser.add_argument("--out", metavar="FOLDER", help="folder of the files (default: the run, or sampler-report)")
     parser.add_argument("--device", help="with a run: cpu, cuda, cuda:1 … (default: a GPU where there is one)")
 
@@ -41,9 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         if name not in SAMPLERS:
             raise ConfigError(f"--samplers: {name!r} is none of {', '.join(SAMPLERS)}")
-    for option in (*FOR_RUNS, "device"):
+    for option in (*FOR_RUNS, "grid", "device"):
         if arguments.run is None and getattr(arguments, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')} goes with a run: name one, or leave it out")
+    if arguments.grid not in (None, *GRIDS):
+        raise ConfigError(f"--grid: {arguments.grid!r} is none of {', '.join(GRIDS)}")
     steps = sorted(set(arguments.steps or ((10, 20, 50, 100) if arguments.run is None else (5, 10, 20, 50))))
     if steps[0] < 1 or steps[-1] > 1000:
         raise ConfigError(f"--steps must lie between 1 and 1000, got {' '.join(map(str, steps))}")
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.run is None:
         _exact(names, steps, _folder(out), Console())
     else:
-        _trained(Path(arguments.run), names, steps, given, arguments.device, out, Console())
+        _trained(Path(arguments.run), names, steps, {**given, "grid": arguments.grid, "device": arguments.device}, out, Console())
 
 
 def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> None:
@@ -72,13 +75,13 @@ def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> N
     console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
 
 
-def _trained(run: Path, names: list[str], steps: list[int], given: dict[str, Any], device: str | None, out: Path, console: Console) -> None:
+def _trained(run: Path, names: list[str], steps: list[int], given: dict[str, Any], out: Path, console: Console) -> None:
     from ldm.evaluation.sampler_plots import error_curves, run_panels, run_table
     from ldm.evaluation.sampler_runs import captions, compare_samplers
     from ldm.interop.weights import write_json
     from ldm.pipeline import Pipeline
 
-    prompts = captions(run, given["images"])
+    device, prompts = given["device"], captions(run, given["images"])
     try:
         pipe = Pipeline.from_pretrained(run, device)
     except (RuntimeError, AssertionError) as error:
@@ -86,10 +89,12 @@ def _trained(run: Path, names: list[str], steps: list[int], given: dict[str, Any
             raise
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     _folder(out)
-    report = compare_samplers(pipe, prompts, names, steps, given["within"], given["batch_size"], console.progress)
+    report = compare_samplers(pipe, prompts, names, steps, given["within"], given["batch_size"], console.progress, given["grid"])
     for line in run_table(report):
         console.say(line)
-    console.say(f"distances in {report['unit']}, network calls in brackets; reference: ddim, {report['reference']['steps']} steps")
+    console.say(
+        f"distances in {report['unit']}, calls in brackets; grid {report['grid']}; reference: ddim, {report['reference']['steps']} steps"
+    )
     if report["floor"] is not None:
         console.say(f"sliced Wasserstein distance between the reference and ddim from other noise: {report['floor']:.2f}")
     best = report["cheapest"]

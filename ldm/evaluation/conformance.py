@@ -116,7 +116,7 @@ class Order:
     errors: list[tuple[int, int, float]]
 
 
-def order(case: Case, schedule: Schedule, target: str = "v", steps: Sequence[int] = ORDER_STEPS) -> Order:
+def order(case: Case, schedule: Schedule, target: str, steps: Sequence[int]) -> Order:
     """Measure the order of one sampler; each number of steps divides the last, which is twice the one before."""
     weak = draws_noise(case)
     errors = [weak_error(case, schedule, target, n) for n in steps] if weak else path_errors(case, schedule, target, steps)
@@ -264,6 +264,6 @@ def conformance(cases: Sequence[str], steps: Sequence[int], progress: Progress) 
         case = CASES[name]
         fewest = SAMPLERS[case.sampler].fewest
         reached = {str(n): reach(case, schedule, target, n) for n in steps if n >= fewest}
-        rows[name] = {**asdict(order(case, schedule, target)), "reach": reached}
+        rows[name] = {**asdict(order(case, schedule, target, ORDER_STEPS)), "reach": reached}
         progress(done, len(cases), {})
     return {"schedule": "linear", "target": target, "draws": DRAWS, "floor": floor(), "samplers": rows}

@@ -26,6 +26,7 @@ class Panel:
 def error_curves(panels: Sequence[Panel], file: Path) -> None:
     """Error against network calls, both axes logarithmic; a line per sampler, named beside the axes from the worst to the best."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     panels = [panel for panel in panels if panel.lines]
     figure = Figure(figsize=(7.6 * len(panels), 5.2), dpi=110)
@@ -41,7 +42,7 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
         if panel.level is not None:
             axes.axhline(panel.level[1], color="grey", linestyle=":", label=panel.level[0])
         axes.set_xticks(shown := [n for n in TICKS if axes.get_xlim()[0] <= n <= axes.get_xlim()[1]], [str(n) for n in shown])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("network calls")
         axes.set_ylabel(panel.error)

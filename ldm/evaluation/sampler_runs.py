@@ -39,23 +39,20 @@ def captions(run: Path, count: int) -> list[str]:
 
 
 def compare_samplers(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    samplers: Sequence[str],
-    steps: Sequence[int],
-    within: float,
-    batch_size: int,
-    progress: Progress,
-) -> dict[str, Any]:
+    pipe: Pipeline, prompts: Sequence[str], samplers: Sequence[str], steps: Sequence[int], within: float, batch_size: int,
+    progress: Progress, grid: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Distances of each sampler and number of steps to DDIM with η = 0 and 1,000 steps (or all T, where they are fewer).
 
     A deterministic sampler is compared image by image from the same x_T: the root mean square difference of pixels, in
     levels of 8 bits (0 to 255), over all images. A stochastic one ends elsewhere by design, so the two sets are compared:
     the sliced Wasserstein distance of their pixels, in the same levels; ``floor`` is that between the reference and DDIM
-    from other noise, with a tenth of its steps. Everything else is the model's own default, guidance and grid included.
+    from other noise, with a tenth of its steps. ``grid`` is that of all but the reference and its like; it and everything
+    else, left out, are the model's own defaults.
     """
     base = dataclasses.replace(pipe.defaults, sampler="ddim", eta=0.0, steps=min(REFERENCE_STEPS, pipe.schedule.num_steps))
-    wanted = [dataclasses.replace(base, sampler=name, steps=n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
+    own = dataclasses.replace(base, grid=grid or base.grid)
+    wanted = [dataclasses.replace(own, sampler=name, steps=n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
     for settings in wanted:
         pipe.check(settings, pipe.sample_size)
     others = any(SAMPLERS[name].stochastic for name in samplers)
@@ -90,6 +87,7 @@ def compare_samplers(
     return {
         "images": len(prompts),
         "reference": dataclasses.asdict(base),
+        "grid": own.grid,
         "unit": "pixel levels of 255",
         "floor": floor,
         "within": within,
