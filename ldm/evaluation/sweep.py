@@ -100,7 +100,8 @@ def picture(points: Sequence[Point], real: float, file: Path) -> None:
 
     variants, weights = list(dict.fromkeys(p.variant for p in points)), list(dict.fromkeys(p.weight for p in points))
     figure = Figure(figsize=(4.2 * len(variants), 3.0 + 0.5 * len(weights)), dpi=110)
-    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights)))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights)))
+    above, below = parts
     left, right = above.subplots(1, 2)
     for variant in variants:
         mine = [p for p in points if p.variant == variant]
