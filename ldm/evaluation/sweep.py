@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +100,8 @@ def picture(points: Sequence[Point], real: float, file: Path) -> None:
 
     variants, weights = list(dict.fromkeys(p.variant for p in points)), list(dict.fromkeys(p.weight for p in points))
     figure = Figure(figsize=(4.2 * len(variants), 3.0 + 0.5 * len(weights)), dpi=110)
-    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights))))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights)))
+    above, below = parts
     left, right = above.subplots(1, 2)
     for variant in variants:
         mine = [p for p in points if p.variant == variant]
