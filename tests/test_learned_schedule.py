@@ -26,7 +26,7 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.record import read_metrics
 from ldm.pipeline import Pipeline
-from ldm.training.diffusion import DiffusionTask
+from ldm.training.diffusion import UNCLIPPED, DiffusionTask
 
 pytestmark = pytest.mark.usefixtures("seed")
 Function = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -67,8 +67,10 @@ def test_gamma_rises_whatever_the_parameters_are(start: str, num_steps: int) -> 
 def test_it_starts_as_cosine_between_its_ends_or_linear_in_gamma() -> None:
     ends = (-9.0, 7.0)
     first, last = (math.acos(math.sqrt(1 / (1 + math.exp(gamma)))) for gamma in ends)
-    cosine = torch.cos(torch.linspace(first, last, 1000, dtype=torch.float64)).square()
-    torch.testing.assert_close(made(ends=ends).schedule().alphas_cumprod, cosine, rtol=1e-9, atol=0)
+    cosine = torch.cos(torch.linspace(first, last, 961, dtype=torch.float64)).square()
+    found = made(961, ends=ends).schedule().alphas_cumprod
+    torch.testing.assert_close(found[::30], cosine[::30], rtol=1e-9, atol=0)  # at the knots
+    torch.testing.assert_close(found, cosine, rtol=0, atol=3e-3)
     line = torch.linspace(*ends, 1000, dtype=torch.float64)
     torch.testing.assert_close(gammas(made(start="linear", ends=ends).schedule()), line, rtol=0, atol=1e-8)
     # between the first and the last steps, where its ends are cut, the published cosine schedule is the same curve
@@ -207,7 +209,7 @@ def test_the_ends_descend_the_bound(pixels: bool) -> None:
 # ---------------------------------------------------------------- the proof, with exact denoisers
 
 MEANS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-STD, STEPS = 0.3, 250
+STD, STEPS = 0.3, 1000
 
 
 def exact(a: Tensor, s: Tensor, x_t: Tensor) -> Tensor:
@@ -224,14 +226,17 @@ def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x0 + STD * noise, eps
 
 
+def common_draws() -> tuple[Tensor, Tensor]:
+    """100 draws for comparisons. The noise has mean square 1 exactly: half of what it lacks would count for each unit of γ_min."""
+    x0, eps = drawn(100, torch.Generator().manual_seed(11))
+    return x0, eps / eps.square().mean().sqrt()
+
+
 def errors_at(gamma: Tensor) -> Tensor:
-    """m of 200 fixed draws at each γ, [T, 200]."""
-    x0, eps = drawn(200, torch.Generator().manual_seed(11))
-    rows = []
-    for level in gamma:
-        a, s = torch.sigmoid(-level).sqrt().reshape(1, 1), torch.sigmoid(level).sqrt().reshape(1, 1)
-        rows.append((exact(a, s, a * x0 + s * eps) - eps).square().mean(1))
-    return torch.stack(rows)
+    """m of the common draws at each γ, [T, 100]."""
+    a, s = (torch.sigmoid(sign * gamma).sqrt().repeat_interleave(100)[:, None] for sign in (-1, 1))
+    x0, eps = (draws.repeat(len(gamma), 1) for draws in common_draws())
+    return (exact(a, s, a * x0 + s * eps) - eps).square().mean(1).reshape(len(gamma), 100)
 
 
 def variance_and_bound(gamma: Tensor) -> tuple[float, float]:
@@ -239,7 +244,7 @@ def variance_and_bound(gamma: Tensor) -> tuple[float, float]:
     snr, squared = torch.exp(-gamma), errors_at(gamma[1:])
     terms = len(gamma) / 2 * ((snr[:-1] - snr[1:]) / snr[1:])[:, None] * squared
     mean, square = terms.sum(0).mean() / len(gamma), terms.square().sum(0).mean() / len(gamma)
-    x0 = drawn(200, torch.Generator().manual_seed(11))[0]
+    x0 = common_draws()[0]
     bar = 1 / (1 + gamma[-1].exp())
     prior = 0.5 * (bar * (x0.square() - 1) - torch.log(1 - bar)).mean()
     return float(square - mean.square()), float(mean + prior + 0.5 * (math.log(2 * math.pi) + gamma[0] + 1))
@@ -256,24 +261,24 @@ def optimum(first: float, last: float) -> Tensor:
 
 
 def trained(updates: int) -> LearnedSchedule:
-    """The schedule alone, beside an exact denoiser."""
+    """The schedule alone, beside an exact denoiser: independent t, small batches and a clip at 1, as in training."""
     learned, generator = made(STEPS), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(learned.parameters())
     for i in range(updates):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 + math.cos(math.pi * i / updates))
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * i / updates))
         schedule = learned.schedule()
-        x0, eps = drawn(128, generator)
-        t = ((torch.arange(128) + torch.rand(128, generator=generator)) / 128 * STEPS).long()
+        x0, eps = drawn(32, generator)
+        t = (torch.rand(32, generator=generator) * STEPS).long()
         seen = watched(schedule, lambda x, t, c, held=schedule: exact(held.alpha(t)[:, None], held.sigma(t)[:, None], x), x0, eps, t)
         optimizer.zero_grad()
-        schedule_loss(learned(), t, *seen, x0, eps, False)[0].backward()
+        (UNCLIPPED * schedule_loss(learned(), t, *seen, x0, eps, False)[0]).backward()
         torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
         optimizer.step()
     return learned
 
 
 def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_optimum() -> None:
-    learned = trained(250)
+    learned = trained(600)
     gamma = gammas(learned.schedule())
     first, last = float(gamma[0]), float(gamma[-1])
     angle = torch.linspace(math.atan(math.exp(first / 2)), math.atan(math.exp(last / 2)), STEPS, dtype=torch.float64)
@@ -283,9 +288,9 @@ def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_opt
     print(f"variance {variance:.3f}, cosine {cosine_variance:.3f}, optimum {best_variance:.3f}")
     print(f"bound {bound:.4f}, cosine {cosine_bound:.4f}, optimum {best_bound:.4f}")
     print(f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, ends now {first:.2f}, {last:.2f}")
-    assert variance < 0.2 * cosine_variance and variance < 1.4 * best_variance
+    assert variance < 0.2 * cosine_variance and variance < 2.5 * best_variance
     assert bound < cosine_bound and bound < best_bound + 0.01
-    assert bound < variance_and_bound(gammas(made(STEPS).schedule()))[1] - 0.1  # the ends have moved for the better
+    assert bound < variance_and_bound(gammas(made(STEPS).schedule()))[1] - 0.12  # the ends have moved for the better
 
 
 # ---------------------------------------------------------------- in training

@@ -24,51 +24,48 @@ RANGES = ((-20.0, -1.0), (1.0, 20.0))  # where γ of the first and of the last s
 
 
 class LearnedSchedule(nn.Module):
-    """γ(t) = start(h(t/(T−1))): a start shape between two learned ends, on a learned clock h.
+    """γ(t) = γ_min + (γ_max − γ_min) h(t), with two learned ends and a learned h that rises from 0 to 1, linearly between knots.
 
-    h rises from 0 to 1, linearly between knots, by increments that are a softmax with a floor: γ rises with t whatever
-    the parameters are. All parameters are differences from the start and begin at 0, where h is the identity.
+    The increments of h are a softmax with a floor, so that γ rises with t whatever the parameters are. All parameters
+    are differences from the start and begin at 0. Straight parts keep a steep one from hiding in a single step, which
+    a random t would meet once in T draws.
 
     Args:
-        config: num_steps, start and ends are read. ``cosine`` is γ = 2 log tan θ with θ linear in h: the cosine
-            schedule (Nichol & Dhariwal 2021) cut to the ends; ``linear`` is linear in γ.
+        config: num_steps, start and ends are read. ``cosine`` has at the knots the γ = 2 log tan θ of the cosine schedule
+            (Nichol & Dhariwal 2021) cut to the ends, θ linear in t; ``linear`` is linear in γ.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         super().__init__()
-        self.num_steps, self.start = config.num_steps, config.start
+        self.num_steps, parts = config.num_steps, min(KNOTS, config.num_steps - 1)
         self.ends = nn.Parameter(torch.zeros(2))
-        self.increments = nn.Parameter(torch.zeros(min(KNOTS, config.num_steps - 1)))
+        self.increments = nn.Parameter(torch.zeros(parts))
         lowest, highest = torch.tensor(RANGES, dtype=torch.float64).unbind(1)
+        ends = torch.tensor(config.ends, dtype=torch.float64)
+        rise = _cosine_rise(ends, parts) if config.start == "cosine" else torch.full((parts,), 1 / parts, dtype=torch.float64)
         self.lowest: Tensor
         self.width: Tensor
         self.first_ends: Tensor
+        self.first_increments: Tensor
         self.register_buffer("lowest", lowest, persistent=False)
         self.register_buffer("width", highest - lowest, persistent=False)
-        self.register_buffer("first_ends", torch.logit((torch.tensor(config.ends, dtype=torch.float64) - lowest) / self.width))
+        self.register_buffer("first_ends", torch.logit((ends - lowest) / self.width))
+        self.register_buffer("first_increments", torch.log(rise - FLOOR / parts))
 
     def forward(self) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
         """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior alone."""
-        ends, clock = self._ends(), self._clock()
-        return self._gamma(ends, clock.detach()), self._gamma(ends.detach(), clock)
+        ends = self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double())
+        h = self._interior()
+        return ends[0] + (ends[1] - ends[0]) * h.detach(), ends[0].detach() + (ends[1] - ends[0]).detach() * h
 
-    def _ends(self) -> Float[Tensor, "2"]:
-        return self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double())
-
-    def _clock(self) -> Float[Tensor, " T"]:
+    def _interior(self) -> Float[Tensor, " T"]:
         """h at t = 0 … T−1."""
         parts = len(self.increments)
-        rise = (1 - FLOOR) * torch.softmax(self.increments.double(), 0) + FLOOR / parts
+        rise = (1 - FLOOR) * torch.softmax(self.first_increments + self.increments.double(), 0) + FLOOR / parts
         knots = F.pad(torch.cumsum(rise, 0), (1, 0))
         place = torch.arange(self.num_steps, dtype=torch.float64, device=rise.device) * parts / (self.num_steps - 1)
         part = place.long().clamp(max=parts - 1)
         return knots[part] + (place - part) * rise[part]
-
-    def _gamma(self, ends: Float[Tensor, "2"], clock: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-        if self.start == "linear":
-            return ends[0] + (ends[1] - ends[0]) * clock
-        first, last = torch.atan(torch.exp(ends / 2)).unbind()
-        return 2 * torch.log(torch.tan(first + (last - first) * clock))
 
     @torch.no_grad()
     def schedule(self) -> Schedule:
@@ -79,6 +76,13 @@ class LearnedSchedule(nn.Module):
     def given(self) -> ScheduleConfig:
         """The table as it stands, as a configuration that lists its β."""
         return ScheduleConfig(GIVEN, self.num_steps, betas=tuple(self.schedule().betas.tolist()))
+
+
+def _cosine_rise(ends: Float[Tensor, "2"], parts: int) -> Float[Tensor, " parts"]:
+    """Shares of the way from γ_min to γ_max that the cosine schedule goes in equal parts of its time."""
+    first, last = torch.atan(torch.exp(ends / 2)).tolist()
+    gamma = 2 * torch.log(torch.tan(torch.linspace(first, last, parts + 1, dtype=torch.float64)))
+    return gamma.diff() / (gamma[-1] - gamma[0])
 
 
 class Watched:
