@@ -109,7 +109,7 @@ def test_the_curves_are_the_schedules() -> None:
 def test_variants_stand_beside_their_schedule() -> None:
     shown = schedules.entries(["scaled_linear"], 1000, zero_terminal_snr=True, shift=2.0)
     assert len({entry.colour for entry in shown}) == 1 and len({entry.dash for entry in shown}) == 3
-    (plain, plain_ratio), (zero, zero_ratio), (_, shifted_ratio) = lines(shown)
+    (_, plain_ratio), (zero, zero_ratio), (_, shifted_ratio) = lines(shown)
     assert plain_ratio[-1] == pytest.approx(np.log(4.682e-3), abs=1e-4)
     assert zero[-1] == 0 and np.isnan(zero_ratio[-1]) and np.isfinite(zero_ratio[:-1]).all()
     np.testing.assert_allclose(plain_ratio - shifted_ratio, 2 * np.log(2), rtol=1e-6)  # log SNR is 2λ
