@@ -92,7 +92,7 @@ def lines(shown: Sequence[schedules.Entry]) -> list[tuple[np.ndarray, np.ndarray
     """What the page draws: ᾱ and log SNR of each line."""
     signal, ratio = schedules.schedules_page(shown, schedules.drawn_shape()).figure.axes[:2]
     pairs = list(zip(signal.lines, ratio.lines, strict=True))
-    assert all(np.array_equal(line.get_xdata(), np.arange(len(line.get_xdata()))) for pair in pairs for line in pair)
+    assert all(np.array_equal(x := np.asarray(line.get_xdata()), np.arange(len(x))) for pair in pairs for line in pair)
     return [(np.asarray(a.get_ydata()), np.asarray(b.get_ydata())) for a, b in pairs]
 
 

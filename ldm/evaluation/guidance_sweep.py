@@ -168,7 +168,7 @@ def guidance_page(found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray
     varied = page.panel(width - EDGE - half, top, half, high, title="diversity within a caption", across="guidance γ")
     _curve(varied, scales, [(s.diversity, s.diversity_low, s.diversity_high) for s in found], DIVERSITY_COLOUR)
     varied.axhline(1, color="0.45", linewidth=1.2, linestyle="--")
-    varied.set_ylim(0, None)
+    varied.set_ylim(0, max(1.15, varied.get_ylim()[1]))
     varied.set_ylabel("pixel distance / that of real images", fontsize=FONT)
     varied.annotate(
         "as varied as real images", (1, 1), (0, 4), ("axes fraction", "data"), "offset points", fontsize=FONT - 1, ha="right", color="0.35"

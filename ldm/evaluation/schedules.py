@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Entry:
     label: str
     config: ScheduleConfig
     colour: str
-    dash: str = "-"
+    dash: Literal["-", "--", ":"] = "-"
 
 
 def entries(names: Sequence[str], num_steps: int = 1000, zero_terminal_snr: bool = False, shift: float | None = None) -> list[Entry]:
