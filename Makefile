@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits demo-two textures test slow check format clean
+.PHONY: help install demo demo-pixels digits demo-two textures test slow check format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -34,6 +34,11 @@ demo: $(READY) ## train the demo on drawn shapes and evaluate it (CPU)
 	$(LDM) train-clip configs/demo/clip.yaml
 	$(LDM) train-ldm configs/demo/ldm.yaml
 	$(LDM) evaluate runs/demo
+
+demo-pixels: $(READY) ## a model of the demo's pixels and the likelihood of both (after demo)
+	$(LDM) train-ldm configs/demo-pixels/ldm.yaml
+	$(LDM) evaluate runs/demo --likelihood
+	$(LDM) evaluate runs/demo-pixels --likelihood
 
 digits: $(READY) ## the same on handwritten digits
 	$(LDM) train-autoencoder configs/digits/autoencoder.yaml
