@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--likelihood", action="store_true", help="bits per dimension instead of judged samples")
     parser.add_argument("--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)")
     parser.add_argument(
-        "--variance", choices=VARIANCES, help="with --likelihood: of the reverse steps (default: learned where it is, else beta)"
+        "--variance",
+        choices=VARIANCES,
+        help="with --likelihood: of the reverse steps (default: learned where it is, else beta for latents, posterior for pixels)",
     )
 
 

@@ -87,7 +87,8 @@ def likelihood(
     """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
 
     ``timesteps``: steps drawn for each image, 0 for all; left out, DRAWN or as many as there are.
-    ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta.
+    ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta for latents and
+    posterior for pixels: at the steps of least noise a latent is still a smooth density, and a pixel is known.
     Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
     """
     started = time.monotonic()
@@ -118,7 +119,7 @@ def likelihood(
     rows = [row for row in processes.over(min(images, source.length or images), share) if row is not None]
     if not rows:
         raise DataError(f"{run}: none of its {SPLIT} images can be read")
-    chosen = variance or ("learned" if learned else "beta")
+    chosen = variance or ("learned" if learned else "beta" if pipe.codec else "posterior")
     found = summary(pipe, config.data, rows, variances, chosen)
     settings = {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
     given = {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}
