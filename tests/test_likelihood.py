@@ -32,6 +32,7 @@ from ldm.diffusion.likelihood import (
     Steps,
     Variance,
     all_steps,
+    bits_per_dimension,
     bounds,
     draw_chain,
     drawn_steps,
@@ -40,6 +41,7 @@ from ldm.diffusion.likelihood import (
     log_reverse,
     prior_kl,
     step_probabilities,
+    two_stage_bound,
 )
 from ldm.diffusion.process import from_x0
 from ldm.diffusion.schedule import Schedule
@@ -96,12 +98,13 @@ def exact_variance(said: Prediction, s: Tensor, t: Tensor) -> Tensor:
     return torch.log(reverse_variance(said.denoiser.schedule, t))
 
 
-def whole(denoiser: Denoiser, *variances: Variance) -> list[Bound]:
+def whole(denoiser: Denoiser, *variances: Variance, x0: Tensor | None = None) -> list[Bound]:
     """The bound at the nodes with every step, all steps in one batch: a row is a node at one step."""
     every = all_steps(denoiser.schedule, 9)
     n = every.t.shape[1]
     rows = Steps(every.t.T.reshape(-1, 1), every.weight.T.reshape(-1, 1))
-    found = bounds(denoiser, data().repeat(n, 1), lambda _: OF_NOISE.repeat(n)[:, None].expand(-1, len(MEANS)), rows, variances)
+    x0 = data() if x0 is None else x0
+    found = bounds(denoiser, x0.repeat(n, 1), lambda _: OF_NOISE.repeat(n)[:, None].expand(-1, len(MEANS)), rows, variances)
     return [Bound(b.reconstruction[:9], b.prior[:9], every, b.denoising.reshape(n, 9).T) for b in found]
 
 
@@ -197,7 +200,7 @@ def test_a_learned_variance_lies_between_its_ends() -> None:
 def test_a_better_denoiser_has_a_smaller_bound_and_all_targets_the_same() -> None:
     schedule = Schedule.from_config(ScheduleConfig("linear", 60, 1e-3, 0.3))
     totals = [expected(whole(exact(schedule, target), exact_variance)[0].total) for target in TARGETS]
-    torch.testing.assert_close(torch.stack(totals), totals[0].expand(3))
+    torch.testing.assert_close(torch.stack(totals), totals[0].expand(len(TARGETS)))
     worse = Denoiser(schedule, "x0", lambda x_t, t: exact(schedule, "x0").predict(x_t, t) + 0.05)
     assert expected(whole(worse, exact_variance)[0].total) > totals[0] + 0.01
 
@@ -383,6 +386,25 @@ def test_the_autoencoders_bound_is_tight_for_its_own_posterior() -> None:
         else:
             q, p = (Normal(m, math.sqrt(v)) for m, v in ((mean + shift, exact_variance_ * scale), (mean, exact_variance_)))
             assert value == pytest.approx(log_p - kl_divergence(q, p).item(), abs=1e-5)
+
+
+def test_two_stages_are_bounded_by_their_parts() -> None:
+    """x = w z + noise, z Gaussian under its exact diffusion model: with the exact posterior the bound is −log p(x), with another
+    it is larger by KL(q ‖ posterior)."""
+    schedule, w, std = Schedule.from_config(ScheduleConfig("linear")), 1.7, 0.6
+    x = torch.tensor([0.9, -0.4, 2.0], dtype=torch.float64)
+    precise = 1 / VARIANCES + w**2 / std**2
+    mean = (MEANS / VARIANCES + w * x / std**2) / precise
+    log_p = Normal(w * MEANS, (w**2 * VARIANCES + std**2).sqrt()).log_prob(x).sum()
+    exact_posterior = Normal(mean, precise.rsqrt())
+    for q in (exact_posterior, Normal(mean + 0.1, 1.3 * precise.rsqrt())):
+        z = q.mean + q.stddev * OF_X0[:, None]
+        (latent,) = whole(exact(schedule), exact_variance, x0=z)
+        log_q = -gaussian.entropy(2 * q.stddev.log()).sum().expand(9)
+        bound = expected(two_stage_bound(Normal(w * z, std).log_prob(x).sum(1), log_q, latent.total))
+        expected_bound = -log_p + kl_divergence(q, exact_posterior).sum()
+        torch.testing.assert_close(bound, expected_bound, rtol=0, atol=1e-3)
+    assert bits_per_dimension(torch.tensor(3 * 4 * 4 * 5 * math.log(2)), 3 * 4 * 4) == pytest.approx(5)
 
 
 # ---------------------------------------------------------------- the deviation of the decoder

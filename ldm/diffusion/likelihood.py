@@ -8,6 +8,7 @@ type; everything after them is float64, since the terms of small t are small dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,8 +123,8 @@ def bounds(
     likelihood a probability; otherwise a density. Raises ValueError for an ε prediction where a step has no signal.
     """
     schedule = denoiser.schedule
-    if denoiser.target == "eps" and bool(schedule.alphas_cumprod[-1] == 0):
-        raise ValueError("the bound needs x̂_0 at every step, which an ε prediction does not give where the SNR is 0: predict v or x0")
+    if denoiser.target in ("eps", "score") and bool(schedule.alphas_cumprod[-1] == 0):
+        raise ValueError(f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0")
 
     def said(t: Shaped[Tensor, " b"], number: int) -> Prediction:
         return denoiser(schedule.add_noise(x0, noise(number), t), t)
@@ -137,6 +138,21 @@ def bounds(
             terms.append(weight * _summed(denoising_kl(prediction, x0, variance)))
     prior = _summed(prior_kl(schedule, x0))
     return [Bound(r, prior, steps, torch.stack(d, 1)) for r, d in zip(reconstruction, denoising, strict=True)]
+
+
+def two_stage_bound(
+    log_p_image: Float[Tensor, "*b"], log_q_latent: Float[Tensor, "*b"], latent: Float[Tensor, "*b"]
+) -> Float[Tensor, "*b"]:
+    """An upper bound of −log p(x) of an autoencoder whose prior is a diffusion model, nats summed over dimensions (L6).
+
+    −log p(x) ≤ E_{z∼q(z|x)} [−log p(x|z) + log q(z|x) + bound of −log p(z)], the arguments with their own signs.
+    """
+    return latent - log_p_image + log_q_latent
+
+
+def bits_per_dimension(nats: Float[Tensor, "*b"], dimensions: int) -> Float[Tensor, "*b"]:
+    """Nats summed over an image's dimensions in bits for each; ``dimensions`` are C·H·W of the ORIGINAL image (L6)."""
+    return nats / (dimensions * math.log(2))
 
 
 def draw_chain(schedule: Schedule, x0: Float[Tensor, "b *d"], noise: Noise) -> Float[Tensor, "nodes b *d"]:

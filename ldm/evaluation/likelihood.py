@@ -26,7 +26,7 @@ from ldm.data.images import prepare
 from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import DataError, Source, open_source, readable
 from ldm.diffusion import gaussian
-from ldm.diffusion.likelihood import all_steps, bounds, drawn_steps, step_probabilities
+from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
 from ldm.evaluation import decoder_noise, plots
 from ldm.interop.weights import read_json, write_json
 from ldm.pipeline import LatentCodec, Pipeline
@@ -63,6 +63,10 @@ class Nats:
     reconstruction: dict[str, float]
     t: list[int]
     denoising: dict[str, list[float]]
+
+    def diffused(self, variance: str) -> float:
+        """The bound of what is diffused (L3)."""
+        return self.reconstruction[variance] + self.prior + sum(self.denoising[variance])
 
     def terms(self, variance: str) -> dict[str, float]:
         """Every term of the bound; their sum is the whole."""
@@ -190,15 +194,16 @@ def summary(pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: S
     """The figures of the report, in bits per dimension of the image, but for ``latent``, which is per latent dimension."""
     dimensions = data.image_channels * data.image_size**2
     diffused = dimensions // pipe.factor**2 // data.image_channels * pipe.unet.in_channels
-    totals = {name: [sum(row.parts(name).values()) for row in rows] for name in variances}
+    image, posterior = _float64([row.image for row in rows]), _float64([row.posterior for row in rows])
+    latent = {name: _float64([row.diffused(name) for row in rows]) for name in variances}
+    totals = {name: two_stage_bound(-image, posterior, bound) for name, bound in latent.items()}
     mean, error = _bits(totals[chosen], dimensions)
     found: dict[str, Any] = {"bits_per_dim": mean, "error": error}
     found["parts"] = {name: _bits([row.parts(chosen)[name] for row in rows], dimensions)[0] for name in PARTS}
     if pipe.codec:
         terms = [row.terms(chosen) for row in rows]
         found["terms"] = {name: _bits([row[name] for row in terms], dimensions)[0] for name in terms[0]}
-        latent = [t["latent_reconstruction"] + t["latent_prior"] + t["latent_denoising"] for t in terms]
-        found["latent"] = dict(zip(("bits_per_dim", "error"), _bits(latent, diffused), strict=True)) | {"dimensions": diffused}
+        found["latent"] = dict(zip(("bits_per_dim", "error"), _bits(latent[chosen], diffused), strict=True)) | {"dimensions": diffused}
         found["with_standard_normal_prior"] = _bits([row.image + row.standard for row in rows], dimensions)[0]  # L12
     found["by_variance"] = {name: _bits(values, dimensions)[0] for name, values in totals.items()}
     found["by_t"] = by_t(pipe, rows, chosen, dimensions)
@@ -223,10 +228,14 @@ def by_t(pipe: Pipeline, rows: Sequence[Nats], variance: str, dimensions: int) -
     return bins
 
 
-def _bits(nats: Sequence[float] | np.ndarray, dimensions: int) -> tuple[float, float | None]:
+def _bits(nats: Sequence[float] | np.ndarray | Tensor, dimensions: int) -> tuple[float, float | None]:
     """Mean over images in bits per dimension, and its standard error; None for one image."""
-    values = np.asarray(nats) / (dimensions * math.log(2))
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    values = bits_per_dimension(torch.as_tensor(nats, dtype=torch.float64), dimensions)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _summed(values: Tensor) -> Tensor:
