@@ -14,19 +14,8 @@ from ldm.config import SCHEDULES, TARGETS, SampleConfig, ScheduleConfig, UNetCon
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS, Sampler
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation.conformance import (
-    CASES,
-    GAUSSIAN,
-    MIXTURE,
-    Case,
-    draws_noise,
-    flow,
-    gaussian_moments,
-    order,
-    reach,
-    sliced_wasserstein,
-    uniform,
-)
+from ldm.evaluation.conformance import reach, sliced_wasserstein
+from ldm.evaluation.orders import CASES, GAUSSIAN, MIXTURE, Case, draws_noise, flow, gaussian_moments, order, uniform
 from ldm.evaluation.sampler_runs import LEVELS, cheapest, compare_samplers
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline

@@ -14,7 +14,7 @@ from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.langevin import annealed_langevin, langevin_step, predictor_corrector
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation.conformance import MIXTURE, Case, gaussian_moments, uniform
+from ldm.evaluation.orders import MIXTURE, Case, gaussian_moments, uniform
 
 pytestmark = pytest.mark.usefixtures("seed")
 

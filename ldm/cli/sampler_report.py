@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> None:
-    from ldm.evaluation.conformance import CASES, conformance
+    from ldm.evaluation.conformance import conformance
+    from ldm.evaluation.orders import CASES
     from ldm.evaluation.sampler_plots import error_curves, exact_panels, exact_table
     from ldm.interop.weights import write_json
 
