@@ -532,6 +532,26 @@ def test_a_run_cut_off_has_the_same_history_and_weights(trained: Path, tmp_path:
         assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
 
 
+def test_the_training_step_weighs_by_importance_and_remembers_without(trained: Path) -> None:
+    one, passed = task(trained), []
+    one.timesteps.history = filled(3)
+    batch = collate([one.stream[p] for p in range(16, 24)])
+    p = filled(3).probabilities
+    t = (batch["t"][:, None] >= p.cumsum(0)).sum(1)
+    logged = one.micro_step(batch, 2, passed.append)
+    losses = one.objective.loss(one.unet, batch["image"], batch["eps"], t, Condition()).detach()
+    expected = (losses / (3 * p[t])).mean()
+    assert len(set(t.tolist())) > 1
+    for found in (passed[0].detach(), logged["loss"]):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=0)
+    before = one.timesteps.history.probabilities
+    one.after_update(2, lambda tensor: tensor)
+    plain = filled(3)
+    plain.update(t, losses)
+    torch.testing.assert_close(one.timesteps.history.probabilities, plain.probabilities, rtol=1e-5, atol=0)
+    assert not torch.equal(before, plain.probabilities)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(trained: Path, processes: int) -> None:
     """Shares of an update on tasks of their own, and their tensors averaged as the processes' are."""
