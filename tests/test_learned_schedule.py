@@ -278,7 +278,7 @@ def trained(updates: int) -> LearnedSchedule:
 
 
 def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_optimum() -> None:
-    learned = trained(600)
+    learned = trained(450)
     gamma = gammas(learned.schedule())
     first, last = float(gamma[0]), float(gamma[-1])
     angle = torch.linspace(math.atan(math.exp(first / 2)), math.atan(math.exp(last / 2)), STEPS, dtype=torch.float64)

@@ -26,46 +26,41 @@ RANGES = ((-20.0, -1.0), (1.0, 20.0))  # where γ of the first and of the last s
 class LearnedSchedule(nn.Module):
     """γ(t) = γ_min + (γ_max − γ_min) h(t), with two learned ends and a learned h that rises from 0 to 1, linearly between knots.
 
-    The increments of h are a softmax with a floor, so that γ rises with t whatever the parameters are. All parameters
-    are differences from the start and begin at 0. Straight parts keep a steep one from hiding in a single step, which
-    a random t would meet once in T draws.
+    The increments of h are a softmax with a floor, so that γ rises with t whatever the parameters are. Straight parts
+    keep a steep one from hiding in a single step, which a random t would meet once in T draws.
 
     Args:
-        config: num_steps, start and ends are read. ``cosine`` has at the knots the γ = 2 log tan θ of the cosine schedule
-            (Nichol & Dhariwal 2021) cut to the ends, θ linear in t; ``linear`` is linear in γ.
+        config: num_steps, start and ends are read. The parameters are departures, all 0 at first, from these ends and,
+            for ``cosine``, from the cosine schedule cut to the ends as they stand (Nichol & Dhariwal 2021: at the knots
+            γ = 2 log tan θ, θ linear in t); for ``linear``, from a straight line in γ.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         super().__init__()
-        self.num_steps, parts = config.num_steps, min(KNOTS, config.num_steps - 1)
+        self.num_steps, self.start = config.num_steps, config.start
         self.ends = nn.Parameter(torch.zeros(2))
-        self.increments = nn.Parameter(torch.zeros(parts))
+        self.increments = nn.Parameter(torch.zeros(min(KNOTS, config.num_steps - 1)))
         lowest, highest = torch.tensor(RANGES, dtype=torch.float64).unbind(1)
-        ends = torch.tensor(config.ends, dtype=torch.float64)
-        rise = _cosine_rise(ends, parts) if config.start == "cosine" else torch.full((parts,), 1 / parts, dtype=torch.float64)
         self.lowest: Tensor
         self.width: Tensor
         self.first_ends: Tensor
-        self.first_increments: Tensor
         self.register_buffer("lowest", lowest, persistent=False)
         self.register_buffer("width", highest - lowest, persistent=False)
-        self.register_buffer("first_ends", torch.logit((ends - lowest) / self.width))
-        self.register_buffer("first_increments", torch.log(rise - FLOOR / parts))
+        self.register_buffer("first_ends", torch.logit((torch.tensor(config.ends, dtype=torch.float64) - lowest) / self.width))
 
     def forward(self) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
         """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior alone."""
-        ends = self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double())
-        h = self._interior()
-        return ends[0] + (ends[1] - ends[0]) * h.detach(), ends[0].detach() + (ends[1] - ends[0]).detach() * h
+        ends, increments = self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double()), self.increments.double()
+        return self._gamma(ends, increments.detach()), self._gamma(ends.detach(), increments)
 
-    def _interior(self) -> Float[Tensor, " T"]:
-        """h at t = 0 … T−1."""
-        parts = len(self.increments)
-        rise = (1 - FLOOR) * torch.softmax(self.first_increments + self.increments.double(), 0) + FLOOR / parts
+    def _gamma(self, ends: Float[Tensor, "2"], increments: Float[Tensor, " parts"]) -> Float[Tensor, " T"]:
+        parts = len(increments)
+        start = _cosine_rise(ends, parts) if self.start == "cosine" else increments.new_full((parts,), 1 / parts)
+        rise = (1 - FLOOR) * torch.softmax(torch.log(start - FLOOR / parts) + increments, 0) + FLOOR / parts
         knots = F.pad(torch.cumsum(rise, 0), (1, 0))
         place = torch.arange(self.num_steps, dtype=torch.float64, device=rise.device) * parts / (self.num_steps - 1)
         part = place.long().clamp(max=parts - 1)
-        return knots[part] + (place - part) * rise[part]
+        return ends[0] + (ends[1] - ends[0]) * (knots[part] + (place - part) * rise[part])
 
     @torch.no_grad()
     def schedule(self) -> Schedule:
@@ -80,8 +75,9 @@ class LearnedSchedule(nn.Module):
 
 def _cosine_rise(ends: Float[Tensor, "2"], parts: int) -> Float[Tensor, " parts"]:
     """Shares of the way from γ_min to γ_max that the cosine schedule goes in equal parts of its time."""
-    first, last = torch.atan(torch.exp(ends / 2)).tolist()
-    gamma = 2 * torch.log(torch.tan(torch.linspace(first, last, parts + 1, dtype=torch.float64)))
+    first, last = torch.atan(torch.exp(ends / 2)).unbind()
+    place = torch.arange(parts + 1, dtype=torch.float64, device=ends.device) / parts
+    gamma = 2 * torch.log(torch.tan(first + (last - first) * place))
     return gamma.diff() / (gamma[-1] - gamma[0])
 
 
