@@ -189,27 +189,27 @@ def assert_same(found: tuple[Tensor, Tensor]) -> None:
 
 
 CASES = {  # schedule: spacing and steps; linspace is where its nodes are whole, which is for others than those that hold x/α 9 steps
-    "linear": (("trailing", 2), ("trailing", 20)),
-    "scaled_linear": (("trailing", 1), ("leading", 10), ("linspace", 10), ("karras", 6)),
-    "cosine": (("trailing", 5), ("karras", 16)),
+    "linear": (("trailing", 5), ("trailing", 2)),
+    "scaled_linear": (("karras", 6), ("trailing", 1), ("leading", 10), ("linspace", 10)),
+    "cosine": (("trailing", 16), ("karras", 9)),
 }
 
 
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_solver_is_that_of_diffusers(pair: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps and many, their three spacings and Karras' levels, every prediction they offer."""
+    """Few steps and many, their three spacings and Karras' levels; every prediction they offer in the first case that they have."""
     _, _, cls, _, predictions, has_karras = PAIRS[pair]
-    for spacing, steps in CASES[kind]:
+    compared = False
+    for i, (spacing, steps) in enumerate(CASES[kind]):
         if spacing == "karras" and not has_karras:
             continue
         steps = 9 if spacing == "linspace" and cls not in VARIANCE_EXPLODING else steps
-        for target in predictions:
-            end = {}
-            if "bh1" in pair:  # theirs is NaN at clean data
-                end = {"final_sigmas_type": "sigma_min"}
-                if spacing == "karras":
-                    continue  # theirs then takes a last step of no length
+        end = {"final_sigmas_type": "sigma_min"} if "bh1" in pair else {}  # theirs is NaN at clean data
+        if spacing == "karras" and end:
+            continue  # theirs then takes a last step of no length
+        for target in predictions if not compared else predictions[i % len(predictions) :][:1]:
+            compared = True
             assert_same(compare(pair, kind, target, spacing, steps, monkeypatch, **end))
 
 
@@ -299,7 +299,7 @@ IDENTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("where", GRID_OF)
 @pytest.mark.parametrize("identity", IDENTITIES)
 def test_solvers_that_must_agree(identity: str, where: str) -> None:
-    for kind in KINDS:
+    for kind in ("scaled_linear", "cosine"):
         schedule, x = process(kind), torch.randn(2, 5, dtype=torch.float64)
         grid, denoiser = GRID_OF[where](schedule), Denoiser(schedule, "v", network(schedule, "v"))
         noise = drawn(len(grid) - 1, x)
@@ -312,7 +312,7 @@ def test_solvers_that_must_agree(identity: str, where: str) -> None:
 def test_a_result_does_not_depend_on_the_words_of_the_network(name: str, kind: str) -> None:
     """ε, x_0 and v predictions that say the same give the same sample; the same noise gives the very same."""
     schedule, x = process(kind), torch.randn(2, 5, dtype=torch.float64)
-    grid, noise = GRIDS["trailing"](schedule, 8), drawn(8, x)
+    grid, noise = GRIDS["trailing"](schedule, 5), drawn(5, x)
 
     def end(target: str) -> Tensor:
         return SAMPLERS[name].function(Denoiser(schedule, target, network(schedule, target)), x, grid, noise)
@@ -331,7 +331,7 @@ def test_every_sampler_starts_without_signal(name: str, target: str) -> None:
     for kind in ("scaled_linear", "cosine"):
         schedule, x = process(kind, True), torch.randn(2, 5)
         sure = functools.partial(from_x0, schedule, target, image)
-        for steps in (SAMPLERS[name].fewest, 3, 20):
+        for steps in (SAMPLERS[name].fewest, 7):
             grid = GRIDS["trailing"](schedule, steps)
             assert schedule.alpha(grid[0]) == 0
             for denoise in (network(schedule, target), sure):
@@ -344,9 +344,10 @@ def test_every_sampler_starts_without_signal(name: str, target: str) -> None:
 
 ORDERS: dict[str, tuple[Callable[..., Tensor], float]] = {
     **{name: (s.function, s.order) for name, s in SAMPLERS.items() if not s.stochastic},
-    **{f"UniPC-{p}": (functools.partial(unipc, order=p), p + 1) for p in (1, 2, 3)},
-    **{f"UniP-{p}": (functools.partial(unipc, order=p, corrector=False), p) for p in (1, 2, 3)},
-    **{f"UniPC-{p} bh1": (functools.partial(unipc, order=p, solver="bh1"), p + 1) for p in (2, 3)},
+    "UniPC-1": (functools.partial(unipc, order=1), 2),
+    "UniPC-3": (functools.partial(unipc, order=3), 4),
+    "UniPC-3 bh1": (functools.partial(unipc, order=3, solver="bh1"), 4),
+    **{f"UniP-{p}": (functools.partial(unipc, order=p, corrector=False), p) for p in (2, 3)},
 }
 
 
@@ -356,11 +357,11 @@ def test_a_solver_is_of_its_order(name: str) -> None:
     solver, order = ORDERS[name]
     schedule = process("scaled_linear")
     lam, errors = schedule.half_log_snr_table, []
-    for steps in (80, 160):
+    parameters = inspect.signature(solver).parameters
+    for steps in (80, 160) if "start" in parameters else (20, 40):
         grid = schedule.time(torch.linspace(lam[600], lam[20], steps + 1, dtype=torch.float64))
         std = ((0.1 * schedule.alpha(grid)).square() + schedule.sigma(grid).square()).sqrt()
         exact = 2 * std / std[0]  # the flow keeps x in proportion to the marginal's deviation
-        parameters = inspect.signature(solver).parameters
         options = {"lower_final": False} if "lower_final" in parameters else {}
         if "start" in parameters:
             options["start"] = [exact[i].reshape(1, 1) for i in (1, 2, 3)]
@@ -420,15 +421,21 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, dpmpp_3m, dpmpp_3m_published, unipc, lms])
 def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]) -> None:
+    """The network is asked about them, and they are not corrected: of one image, what follows depends on the last alone."""
     schedule, x = process("linear"), torch.randn(2, 3, dtype=torch.float64)
-    grid, start, seen = GRIDS["trailing"](schedule, 5), [torch.randn_like(x) for _ in range(2)], []
+    grid, start, image = GRIDS["trailing"](schedule, 5), [torch.randn_like(x) for _ in range(2)], torch.full_like(x, 0.3)
+    asked: list[Tensor] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(x)
-        return torch.tanh(x)
+        asked.append(x)
+        return image
 
     solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=start)
-    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen[:3], [x, *start], strict=True))
+    assert len(asked) == 5 and all(torch.equal(a, b) for a, b in zip(asked[:3], [x, *start], strict=True))
+    if solver is not lms:  # it remembers the slopes at the first two
+        path = Path.of(schedule, grid, x)
+        expected = path.alpha[3] * image + path.sigma[3] * (start[1] - path.alpha[2] * image) / path.sigma[2]
+        torch.testing.assert_close(asked[3], expected)
     with pytest.raises(ValueError, match="start must hold at most 5 samples, one for each node after the first, got 6"):
         solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=[x] * 6)
 
@@ -480,7 +487,7 @@ def check_ddim_calls(numbers: Iterable[int]) -> None:
 
 
 def test_ddim_makes_as_many_calls_as_steps() -> None:
-    check_ddim_calls((*range(1, 12), 37, 333, 501, 999, 1000))
+    check_ddim_calls((*range(1, 12), 37, 333))
 
 
 @pytest.mark.slow
