@@ -1,12 +1,12 @@
 """Step grids, samplers and guidance against diffusers' schedulers, exact denoisers and their formulas."""
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
+from denoisers import gaussian_denoiser, network, their_scheduler
 from torch import Tensor
 
 from ldm.config import TARGETS, ScheduleConfig
@@ -19,7 +19,6 @@ from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
 from ldm.diffusion.samplers.grids import GRIDS, check_steps
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.diffusers import scheduler_to_diffusers
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -77,6 +76,29 @@ def test_published_grids() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("steps", [2, 7, 40])
+def test_karras_and_uniform_grids_are_their_formulas(kind: str, steps: int) -> None:
+    """(σ/α)^(1/7) and λ equally spaced between the schedule's ends, and both as in diffusers."""
+    config = ScheduleConfig(kind)
+    schedule = Schedule.from_config(config)
+    for name, of_lambda, option in (
+        ("karras", lambda lam: torch.exp(-lam / 7), "use_karras_sigmas"),
+        ("uniform_lambda", lambda lam: lam, "use_lu_lambdas"),
+    ):
+        grid = GRIDS[name](schedule, steps)
+        lam = schedule.half_log_snr(grid[:-1])
+        even = of_lambda(schedule.half_log_snr(torch.linspace(999.0, 0.0, 2, dtype=torch.float64)))
+        torch.testing.assert_close(of_lambda(lam), torch.linspace(*even.tolist(), steps, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+        theirs = their_scheduler(diffusers.DPMSolverMultistepScheduler, schedule, config, "eps", **{option: True})
+        theirs.set_timesteps(steps)
+        torch.testing.assert_close(theirs.sigmas[:-1].double(), torch.exp(-lam), rtol=1e-6, atol=0)
+        assert (theirs.timesteps - grid[:-1]).abs().max() < (1 if kind == "cosine" else 0.5 + 1e-9)  # whole: cut, or rounded
+    theirs = their_scheduler(diffusers.EulerDiscreteScheduler, schedule, config, "eps", use_karras_sigmas=True, timestep_spacing="linspace")
+    theirs.set_timesteps(steps)
+    assert (theirs.timesteps - GRIDS["karras"](schedule, steps)[:-1]).abs().max() < 1e-3  # fractional
+
+
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"annealed_langevin", "predictor_corrector"}))  # in test_langevin.py
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
 def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) -> None:
@@ -99,26 +121,6 @@ def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) 
     assert len(calls) == sampler.calls(steps) and sorted(set(calls).intersection(grid.tolist()), reverse=True) == grid[:-1].tolist()
     assert [i for i, _ in done] == list(range(steps)) and drawn == (list(range(steps - 1)) if sampler.stochastic else [])
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
-
-
-def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A smooth nonlinear denoiser that answers in the words of ``name``."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        x, dtype, t = x.double(), x.dtype, t.reshape(-1)
-        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-        x0 = a * x / (a**2 + 0.5 * s**2) * 0.7 + 0.3 * torch.tanh(x + 0.2)
-        eps = (x - a * x0) / s
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[name].to(dtype)
-
-    return denoise
-
-
-def their_scheduler(cls: type, schedule: Schedule, config: ScheduleConfig, name: str, **extra: object) -> object:
-    layout = {k: v for k, v in scheduler_to_diffusers(config, name).items() if not k.startswith("_")}
-    theirs = cls.from_config({**layout, **extra})
-    theirs.alphas_cumprod = schedule.alphas_cumprod.clone()  # the table apart, so that float64 compares the algorithm
-    return theirs
 
 
 CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in TARGETS]
@@ -188,20 +190,15 @@ def test_ddim_with_eta_one_is_ddpm(name: str, grid: Tensor, schedule: Schedule) 
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
 
 
-def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """E[x_0 | x_t] for data N(mean, std²), exactly, in the words of ``name``."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-        x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-        return {"x0": x0, "eps": (x - a * x0) / s, "v": (a * x - x0) / s}[name]
-
-    return denoise
-
-
 @pytest.mark.parametrize(
     ("name", "steps", "eta", "tolerance"),
-    [("ddpm", 1000, None, 0.01), ("ddim", 500, 0.0, 0.01), ("ddim", 500, 0.5, 0.01), ("dpmpp_2m", 50, None, 0.01)],
+    [
+        ("ddpm", 1000, None, 0.01),
+        ("ddim", 500, 0.0, 0.01),
+        ("ddim", 500, 0.5, 0.01),
+        ("dpmpp_2m", 50, None, 0.01),
+        ("dpmpp_2m_sde", 100, None, 0.01),
+    ],
 )
 def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, tolerance: float) -> None:
     """With the exact denoiser a sampler is affine in x_T and in each step's noise, so one run gives mean and variance exactly:
@@ -220,25 +217,6 @@ def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, 
     out = SAMPLERS[name].function(Denoiser(schedule, "v", denoise), x, trailing(steps), noise, **options)[:, 0]
     assert out[0].item() == pytest.approx(mean, abs=tolerance)
     assert (out[1:] - out[0]).square().sum().sqrt().item() == pytest.approx(std, rel=tolerance)
-
-
-def test_dpmpp_2m_is_of_second_order() -> None:
-    """Its error on Gaussian data falls by 4 as steps double, DDIM's by 2; measured between two noise levels."""
-    schedule = SCHEDULES[1000]
-    lam = schedule.half_log_snr_table
-    found = {}
-    for name in ("ddim", "dpmpp_2m"):
-        errors_ = []
-        for steps in (20, 40):
-            grid = schedule.time(torch.linspace(lam[600], lam[20], steps + 1, dtype=torch.float64))  # uniform in λ
-            a, s = schedule.alpha(grid), schedule.sigma(grid)
-            x = torch.full((1, 1), 2.0, dtype=torch.float64)
-            denoiser = Denoiser(schedule, "x0", gaussian_denoiser(schedule, 0.0, 0.1, "x0"))
-            out = SAMPLERS[name].function(denoiser, x, grid, lambda i, x=x: x)
-            std = ((0.1 * a) ** 2 + s**2).sqrt()  # the exact flow keeps x in proportion to the marginal's deviation
-            errors_.append(abs(out.item() - 2.0 * (std[-1] / std[0]).item()))
-        found[name] = math.log2(errors_[0] / errors_[1])
-    assert found["ddim"] == pytest.approx(1, abs=0.1) and found["dpmpp_2m"] == pytest.approx(2, abs=0.1), found
 
 
 # ---------------------------------------------------------------- guidance

@@ -60,19 +60,21 @@ def dpmpp_2s(
 
     The first step of a pair is of first order; the second takes the pair again from its beginning, by x̂_0 at both nodes. With
     an odd number of steps the last is of first order; with an even one too where ``lower_final`` or where it ends at clean
-    data. One call a step. Deterministic.
+    data. A middle that the callback replaced begins a new pair. One call a step. Deterministic.
     """
     path = Path.of(denoiser.schedule, grid, x)
-    first, x0_first = x, x  # of the pair
+    middle, first, x0_first = False, x, x  # whether x is the middle of a pair, and where that began
     for i in range(path.steps):
         x0 = denoiser(x, path.t[i]).x0
-        if i % 2 == 0 or (i == path.steps - 1 and (lower_final or path.sigma[i + 1] == 0)):
-            first, x0_first = x, x0
-            x = _solved(path, i, i + 1, x, x0)
-        else:
+        if middle and not (i == path.steps - 1 and (lower_final or path.sigma[i + 1] == 0)):
             r = (path.lam[i] - path.lam[i - 1]) / (path.lam[i + 1] - path.lam[i - 1])
-            x = _solved(path, i - 1, i + 1, first, x0_first + like(1 / (2 * r), x) * (x0 - x0_first))
-        x = told(callback, i, x, x0)
+            after = _solved(path, i - 1, i + 1, first, x0_first + like(1 / (2 * r), x) * (x0 - x0_first))
+            begun = False
+        else:
+            first, x0_first, begun = x, x0, True
+            after = _solved(path, i, i + 1, x, x0)
+        x = told(callback, i, after, x0)
+        middle = begun and x is after
     return x
 
 
