@@ -12,6 +12,7 @@ are compared (sliced Wasserstein distance), and they are not chosen from. Writes
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         _trained(Path(arguments.run), names, steps, {**given, "grid": arguments.grid, "device": arguments.device}, out, Console())
 
 
-def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> None:
+def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Console) -> None:
     from ldm.evaluation.conformance import conformance
     from ldm.evaluation.orders import CASES
     from ldm.evaluation.sampler_plots import error_curves, exact_panels, exact_table
@@ -76,7 +77,7 @@ def _exact(names: list[str], steps: list[int], out: Path, console: Console) -> N
     console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
 
 
-def _trained(run: Path, names: list[str], steps: list[int], given: dict[str, Any], out: Path, console: Console) -> None:
+def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[str, Any], out: Path, console: Console) -> None:
     from ldm.evaluation.sampler_plots import error_curves, run_panels, run_table
     from ldm.evaluation.sampler_runs import captions, compare_samplers
     from ldm.interop.weights import write_json
