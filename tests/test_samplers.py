@@ -120,7 +120,7 @@ def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) 
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
 
 
-CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in TARGETS]
+CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in ("eps", "x0", "v")]  # theirs
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])

@@ -119,12 +119,14 @@ class GaussianMixture:
         def predict(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
             x, a, s = x_t.double().flatten(1), schedule.alpha(t), schedule.sigma(t)
             prior = None if cond.vector is None else cond.vector.double() * self.weights
-            if target == "x0":
-                said = self.denoised(x, a, s, prior)
+            score = self.score(x, a, s, prior)
+            if target == "score":
+                said = score
+            elif target == "eps":
+                said = -_row(s) * score
             else:
-                said = -s.reshape(-1, 1) * self.score(x, a, s, prior)
-            if target == "v":
-                said = a.reshape(-1, 1) * said - s.reshape(-1, 1) * self.denoised(x, a, s, prior)
+                x0 = self.denoised(x, a, s, prior)
+                said = x0 if target == "x0" else -_row(a * s) * score - _row(s) * x0
             return said.to(x_t.dtype).reshape(x_t.shape)
 
         return predict
@@ -150,6 +152,10 @@ class GaussianMixture:
     @staticmethod
     def _mixed(log_joint: Tensor, parts: Tensor) -> Tensor:
         return (torch.softmax(log_joint, 1)[:, :, None] * parts).sum(1)
+
+
+def _row(level: Tensor) -> Tensor:
+    return level.reshape(-1, 1)
 
 
 def _column(level: Tensor) -> Tensor:
