@@ -197,7 +197,6 @@ def test_ddim_with_eta_one_is_ddpm(name: str, grid: Tensor, schedule: Schedule) 
         ("ddim", 500, 0.0, 0.01),
         ("ddim", 500, 0.5, 0.01),
         ("dpmpp_2m", 50, None, 0.01),
-        ("dpmpp_2m_sde", 100, None, 0.01),
     ],
 )
 def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, tolerance: float) -> None:
