@@ -144,7 +144,7 @@ USAGE = [
     (["evaluate", "run", "--images", "x"], "--images"),
 ]
 SAMPLING = [
-    (["--sampler", "euler"], "sampler must be one of ddpm, ddim, dpmpp_2m, got 'euler'"),
+    (["--sampler", "eulr"], "got 'eulr'"),
     (["--steps", "0"], "steps must be at least 1, got 0"),
     (["--steps", "-3"], "steps must be at least 1"),
     (["--steps", "1001"], "steps must lie between 1 and 1000, got 1001"),

@@ -101,7 +101,7 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, override: str, m
         ("objective.target=noise", "objective.target"),
         ("objective.weighting=p3", "objective.weighting"),
         ("objective.min_snr_gamma=0", "objective.min_snr_gamma"),
-        ("sample.sampler=eulers", "sample.sampler"),
+        ("sample.sampler=eulr", "sample.sampler"),
         ("sample.steps=0", "sample.steps"),
         ("sample.guidance_scale=.nan", "sample.guidance_scale"),
         ("sample.eta=2", "sample.eta"),

@@ -327,7 +327,7 @@ def test_a_foreign_autoencoder_keeps_its_scale_and_shift(pipe: Pipeline, folder:
         ("guidance_scale", -1.0),
         ("steps", 0),
         ("steps", 1001),
-        ("sampler", "euler"),
+        ("sampler", "eulr"),
         ("size", 15),
         ("size", 0),
         ("size", -2),
