@@ -460,6 +460,10 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
         raise ConfigError(str(error)) from None
     if settings.steps < (fewest := SAMPLERS[settings.sampler].fewest):
         raise ConfigError(f"steps must be at least {fewest} for the {settings.sampler} sampler, got {settings.steps}")
+    for name in ("eta", "variance"):
+        readers = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
+        if settings.sampler not in readers and getattr(settings, name) != getattr(SampleConfig, name):
+            raise ConfigError(f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out")
     if size < factor or size % factor:
         raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
 

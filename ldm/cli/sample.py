@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console
-from ldm.config import CLASSIFIER_FORMS, SAMPLERS, ConfigError, SampleConfig
+from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError, SampleConfig
 
 GIVEN = (  # settings that the command line may replace
     "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
-    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form",
+    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form", "grid", "variance",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -39,10 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts-file", help="a text file with one caption a line")
     parser.add_argument("--count", type=int, default=1, help="images per caption (default 1)")
     parser.add_argument("--size", type=int, help="side in pixels, a multiple of the autoencoder's factor")
-    parser.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
+    parser.add_argument("--steps", type=int, help="1 to the T of training, one network call each (heun and dpm2: two)")
     parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
     parser.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
+    parser.add_argument("--grid", help=f"where the steps lie: one of {', '.join(GRIDS)} (docs/samplers.md)")
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
+    parser.add_argument("--variance", help=f"of ddpm's noise: one of {', '.join(VARIANCES)}")
     parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument("--guidance-rescale", type=float, help="0 to 1: how much of the deviation that guidance adds is taken back")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO ≤ σ = s/a ≤ HI alone")
