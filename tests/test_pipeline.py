@@ -239,7 +239,7 @@ KINDS = [(True, True), (True, False), (False, True), (False, False)]
 def test_every_kind_of_model_draws_with_every_sampler(codec: bool, text: bool, tmp_path: Path) -> None:
     model = make(codec=codec, text=text, steps=12)
     for sampler in SAMPLERS:
-        for steps in (SAMPLERS[sampler].fewest, 3, 12):
+        for steps in (SAMPLERS[sampler].fewest, 3):
             eta = 0.5 if "eta" in SAMPLERS[sampler].options else 0.0
             images = torch.cat(list(model.sample(PROMPTS[:2], SampleConfig(sampler, steps, 2.0, eta))))
             assert images.shape == (2, 3, 16, 16) and images.isfinite().all()

@@ -371,24 +371,6 @@ def test_a_solver_is_of_its_order(name: str) -> None:
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, sampler in SAMPLERS.items() if sampler.stochastic))
-def test_a_stochastic_sampler_is_of_its_weak_order(name: str) -> None:
-    """The error of the variance on Gaussian data. A sampler is affine in its start and in each step's noise, so that one run
-    gives the variance exactly: row 0 starts at 0, row 1 at the deviation, row 2 + i gets 1 as the noise of step i."""
-    schedule, errors = process("linear"), []
-    lam, denoise = schedule.half_log_snr_table, gaussian_denoiser(schedule, 0.0, 0.4, "v")
-    options = {"lower_final": False} if "lower_final" in inspect.signature(SAMPLERS[name].function).parameters else {}
-    for steps in (40, 80):
-        grid = schedule.time(torch.linspace(lam[700], lam[20], steps + 1, dtype=torch.float64))
-        variance = (0.4 * schedule.alpha(grid)).square() + schedule.sigma(grid).square()
-        x = torch.zeros(2 + steps, 1, dtype=torch.float64)
-        x[1] = variance[0].sqrt()
-        unit = torch.eye(2 + steps, dtype=torch.float64)[:, :, None]
-        out = SAMPLERS[name].function(Denoiser(schedule, "v", denoise), x, grid, lambda i, unit=unit: unit[2 + i], **options)
-        errors.append(abs(out.square().sum().item() - variance[-1].item()))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(SAMPLERS[name].order, abs=0.2)
-
-
 def test_weights_of_adams_are_integrals() -> None:
     """Against the antiderivative of each Lagrange polynomial."""
     for count in (1, 2, 3, 4):
