@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ldm.models.text import TextEncoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that look ahead fail (docs/samplers.md)
 EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
 
 
@@ -198,6 +199,12 @@ class Pipeline:
         shape = (self.unet.in_channels, size // self.factor, size // self.factor)
         sampler, grid = SAMPLERS[settings.sampler], GRIDS[settings.grid](self.schedule, settings.steps)
         options = {name: getattr(settings, name) for name in sampler.options}
+        if sampler.looks_ahead and (ratio := first_step(self.schedule, grid)) > LONG_STEP:
+            warnings.warn(
+                f"{settings.sampler} on the {settings.grid} grid: the first of {settings.steps} steps lowers the noise {ratio:.0f}-fold,"
+                " too much for it; take grid karras, or another sampler such as dpmpp_2m (docs/samplers.md)",
+                stacklevel=3,
+            )
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
             if (gradient := self._gradient(texts, settings, "mean")) is not None:
@@ -450,6 +457,12 @@ def autoencoder_config(path: str | Path) -> AutoencoderConfig:
 def autoencoder_hash(path: str | Path) -> str:
     """sha256 of the autoencoder's weights file."""
     return file_hash(find_autoencoder(path) / WEIGHTS)
+
+
+def first_step(schedule: Schedule, grid: Tensor) -> float:
+    """By what factor the first step of a grid lowers σ/α; 1 where it is the only one, which ends at clean data."""
+    level = schedule.sigma(grid[:2]) / schedule.alpha(grid[:2])
+    return float(level[0] / level[1]) if level[1] > 0 else 1.0
 
 
 def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: int) -> None:

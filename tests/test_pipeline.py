@@ -232,6 +232,20 @@ def test_progress_is_reported_and_one_prompt_may_be_a_string(pipe: Pipeline) -> 
 # ---------------------------------------------------------------- kinds of model
 
 
+def test_a_first_step_too_long_for_a_sampler_is_told() -> None:
+    """heun and plms on the cosine schedule's trailing grid; not on a grid or schedule that begins gently, nor for others."""
+    model = make(steps=1000)
+    told = dataclasses.replace(model, schedule_config=ScheduleConfig("cosine"))
+    for sampler in ("heun", "plms"):
+        with pytest.warns(UserWarning, match=f"{sampler} on the trailing grid.*too much for it; take grid karras"):
+            list(told.sample(PROMPTS[:1], SampleConfig(sampler, 5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(told.sample(PROMPTS[:1], SampleConfig("heun", 5, grid="karras")))
+        list(told.sample(PROMPTS[:1], SampleConfig("dpmpp_2m", 5)))
+        list(dataclasses.replace(model, schedule_config=ScheduleConfig("scaled_linear")).sample(PROMPTS[:1], SampleConfig("heun", 5)))
+
+
 KINDS = [(True, True), (True, False), (False, True), (False, False)]
 
 
