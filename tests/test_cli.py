@@ -1,8 +1,10 @@
 """The commands as a person meets them: help without torch, one line for whatever is wrong, pictures that say how they were made."""
 
+import argparse
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,15 @@ def test_a_run_is_evaluated(run: Run, here: Path) -> None:
     assert seen["n"] == 3 and 0 <= seen["low"] <= seen["accuracy"] + 1e-9 <= seen["high"] <= 1 and "judge.single.held_out.all" in out
     assert report["settings"]["steps"] == 2 and len(report["tuned_on_seen"]) == len(GUIDANCE_SCALES)
     assert Image.open(here / "run/samples.png").size and Image.open(here / "run/curves.png").size
+
+
+def test_a_warning_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(arguments: argparse.Namespace) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn_explicit("mind the step", UserWarning, str(Path("somewhere") / "ldm" / "pipeline.py"), 1)
+
+    monkeypatch.setattr("ldm.cli.report.run", warn)
+    before = warnings.showwarning
+    code, _, err = run("report", "run")
+    assert code == 0 and err == "warning: mind the step\n" and warnings.showwarning is before

@@ -7,9 +7,11 @@ import importlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import IO, NoReturn
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 from ldm.cli.console import rank
 
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = parser().parse_args(argv)
     everywhere = False
+    shown = warnings.showwarning
+    warnings.showwarning = _one_line(shown)
     try:
         arguments.function(arguments)
     except KeyboardInterrupt:
@@ -92,8 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()  # before leaving, or the launcher may end this process first
         return 1
     finally:
+        warnings.showwarning = shown
         _leave_process_group(everywhere)
     return 0
+
+
+def _one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Show warnings meant for the person at the terminal as one line, from the main process; others as before."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if category is not UserWarning or "ldm" not in Path(filename).parts:
+            otherwise(message, category, filename, *rest, **more)
+        elif rank() == 0:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _leave_it_to_the_main_process() -> None:
