@@ -21,8 +21,10 @@ from ldm.data.digits import caption
 from ldm.data.sources import open_source
 from ldm.data.stream import Stream, collate
 from ldm.evaluation.digits import DigitJudge
+from ldm.evaluation.page import EDGE, HEADER
 from ldm.evaluation.record import read_metrics
 from ldm.evaluation.sweep import REAL, distance
+from ldm.evaluation.sweep_panels import BELOW
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.weights import FolderError
 from ldm.models.classifier import NoisyClassifier
@@ -336,9 +338,9 @@ def test_the_sweep_measures_what_the_pipeline_draws(
     twice = [c for c in captions for _ in range(2)]
     asked: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0.0, 10.0)}, {"classifier_form": "mean"})
     found = set()
-    for (name, of), settings in zip(report["variants"].items(), asked, strict=True):
+    for v, ((name, of), settings) in enumerate(zip(report["variants"].items(), asked, strict=True)):
         assert [row["scale"] for row in of["scales"]] == [40, 0, 80], name
-        for row in of["scales"]:
+        for k, row in enumerate(of["scales"]):
             guided = {"classifier": classifier, "classifier_scale": row["scale"], **settings} if row["scale"] else {}
             images = [np.asarray(i) for i in pipe(twice, sampler="ddpm", steps=2, guidance_scale=0.0, seed=0, batch_size=20, **guided)]
             grey = np.stack(images).reshape(20, 16, 16, -1)[..., :1]
@@ -346,6 +348,9 @@ def test_the_sweep_measures_what_the_pipeline_draws(
             varied = np.mean([distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
             assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(varied, rel=1e-6)
             found.add(row["diversity"])
+            for c in range(5):  # 64 pixels each, the first of its caption, 2 apart
+                y, x = BELOW + 2 * HEADER + 66 * k, EDGE + 54 + v * (5 * 66 - 2 + 24) + 66 * c
+                np.testing.assert_array_equal(picture[y : y + 64 : 4, x : x + 64 : 4, :1], grey[2 * c])
     assert len(found) == 7  # each variant moves the images, and each differently
 
 
