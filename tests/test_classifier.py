@@ -349,7 +349,7 @@ def test_the_sweep_measures_what_the_pipeline_draws(
             assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(varied, rel=1e-6)
             found.add(row["diversity"])
             for c in range(5):  # 64 pixels each, the first of its caption, 2 apart
-                y, x = BELOW + 2 * HEADER + 66 * k, EDGE + 54 + v * (5 * 66 - 2 + 24) + 66 * c
+                y, x = BELOW + 2 * HEADER + 66 * k, EDGE + 66 + v * (5 * 66 - 2 + 24) + 66 * c
                 np.testing.assert_array_equal(picture[y : y + 64 : 4, x : x + 64 : 4, :1], grey[2 * c])
     assert len(found) == 7  # each variant moves the images, and each differently
 

@@ -104,7 +104,7 @@ def classifier_page(points: Mapping[str, Sequence[tuple[Setting, np.ndarray]]], 
 
     ``captions``: those of the first images. Their last word stands over the column.
     """
-    left, apart = 54, 24
+    left, apart = 66, 24
     block, weights = spread(len(captions), SMALL), [row.scale for row, _ in next(iter(points.values()))]
     width = max(EDGE + left + len(points) * (block + apart) - apart + EDGE, 900)
     page = Page(width, BELOW + 2 * HEADER + spread(len(weights), SMALL) + EDGE)
@@ -115,6 +115,7 @@ def classifier_page(points: Mapping[str, Sequence[tuple[Setting, np.ndarray]]], 
         axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
         axes.set_xticks(weights, [f"{w:g}" for w in weights])
         axes.set_xticks([], minor=True)
+        axes.set_xlim(-0.4, 1.3 * max(1.0, *weights))
     varied.legend(fontsize=FONT - 1, frameon=False, loc="lower left")
     for k, w in enumerate(weights):
         page.text(EDGE + left - 10, BELOW + 2 * HEADER + k * (SMALL + GAP) + SMALL / 2, f"w = {w:g}", ha="right")
