@@ -20,8 +20,11 @@ from ldm.config import ClassifierConfig, ClassifierRun, ConfigError, DataConfig,
 from ldm.data.digits import caption
 from ldm.data.sources import open_source
 from ldm.data.stream import Stream, collate
+from ldm.evaluation.digits import DigitJudge
+from ldm.evaluation.page import EDGE, HEADER
 from ldm.evaluation.record import read_metrics
-from ldm.evaluation.sweep import diversity
+from ldm.evaluation.sweep import REAL, distance
+from ldm.evaluation.sweep_panels import BELOW
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.weights import FolderError
 from ldm.models.classifier import NoisyClassifier
@@ -302,18 +305,74 @@ def test_captions_of_several_templates_are_one_class() -> None:
 # the sweep
 
 
-def test_diversity_is_the_mean_distance_within_a_label() -> None:
-    images = np.zeros((5, 2, 2, 1), np.uint8)
-    images[1], images[2] = 255, 51
-    images[4, 0] = 255  # half of the pixels
-    within_one = (1.0 + 0.2 + 0.8) / 3
-    assert diversity(images, [0, 0, 0, 1, 1]) == pytest.approx((within_one + 0.5**0.5) / 2)
+def test_the_sweep_measures_what_the_pipeline_draws(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture and its figures from the command line; the figures again from images that the pipeline draws here."""
+    drawn: list[SampleConfig] = []
+    original = Pipeline.sample
 
+    def counted(self: Pipeline, prompts: Any, settings: SampleConfig, **further: Any) -> Any:
+        drawn.append(settings)
+        return original(self, prompts, settings, **further)
 
-def test_the_sweep_draws_a_row_for_each_scale(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", str(here / "of-latents"), "--out", str(tmp_path / "p.png")]
-    assert main([*arguments, "--images", "20", "--steps", "1", "--scales", "0", "2"]) == 0
+    monkeypatch.setattr(Pipeline, "sample", counted)
+    classifier = str(here / "of-latents")
+    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", classifier, "--out", str(tmp_path / "p.png")]
+    assert main([*arguments, "--images", "29", "--steps", "2", "--scales", "40", "0", "80"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert sum("of 20 right" in line for line in said) == 4  # 0 is drawn once for all three
-    assert Image.open(tmp_path / "p.png").size[0] > 300
-    assert main([*arguments, "--images", "19"]) == 2 and "images must be at least 20" in capsys.readouterr().err
+    assert sum(" right " in line and line.endswith("n = 20") for line in said) == 9
+    assert any(line.startswith("140/140") for line in said)
+    assert [s.classifier_scale for s in drawn] == [0, 40, 80, 40, 80, 40, 80]  # 0 is drawn once for all three
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    assert picture.shape[1] <= 1250 and (picture[:8] == 255).all()
+    report = json.loads((tmp_path / "p.json").read_text())
+    assert (report["captions"], report["images_of_each"], report["split"]) == (10, 2, "validation")
+    assert {"classifier_scale", "classifier_form", "guidance_interval"}.isdisjoint(report["sampling"])
+    monkeypatch.undo()
+    source = open_source(DataConfig(**DATA), "validation")
+    everything = [source[i] for i in range(source.length or 0)]
+    captions = list(dict.fromkeys(sample.text for sample in everything))
+    real = np.mean([distance(np.stack([s.image for s in everything if s.text == c][:REAL])) for c in captions])
+    pipe, judge = Pipeline.from_pretrained(here / "latents"), DigitJudge(16)
+    twice = [c for c in captions for _ in range(2)]
+    asked: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0.0, 10.0)}, {"classifier_form": "mean"})
+    found = set()
+    for v, ((name, of), settings) in enumerate(zip(report["variants"].items(), asked, strict=True)):
+        assert [row["scale"] for row in of["scales"]] == [40, 0, 80], name
+        for k, row in enumerate(of["scales"]):
+            guided = {"classifier": classifier, "classifier_scale": row["scale"], **settings} if row["scale"] else {}
+            images = [np.asarray(i) for i in pipe(twice, sampler="ddpm", steps=2, guidance_scale=0.0, seed=0, batch_size=20, **guided)]
+            grey = np.stack(images).reshape(20, 16, 16, -1)[..., :1]
+            right = sum(caption(d) == c for d, c in zip(judge.read(grey), twice, strict=True))
+            varied = np.mean([distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
+            assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(varied, rel=1e-6)
+            found.add(row["diversity"])
+            for c in range(5):  # 64 pixels each, the first of its caption, 2 apart
+                y, x = BELOW + 2 * HEADER + 66 * k, EDGE + 66 + v * (5 * 66 - 2 + 24) + 66 * c
+                np.testing.assert_array_equal(picture[y : y + 64 : 4, x : x + 64 : 4, :1], grey[2 * c])
+    assert len(found) == 7  # each variant moves the images, and each differently
+
+
+def test_a_sweep_without_zero_and_one_of_zero_alone(here: Path, tmp_path: Path) -> None:
+    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", str(here / "of-latents"), "--out", str(tmp_path / "p.png")]
+    for scale in ("0", "2"):
+        assert main([*arguments, "--images", "20", "--steps", "1", "--scales", scale]) == 0
+        report = json.loads((tmp_path / "p.json").read_text())
+        assert [[row["scale"] for row in of["scales"]] for of in report["variants"].values()] == [[float(scale)]] * 3
+
+
+def test_what_cannot_be_swept_is_said(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["plot", "classifier", str(here / "latents"), "--out", str(tmp_path / "p.png"), "--classifier"]
+    for more, message in (
+        ([str(here / "of-latents"), "--images", "19"], "images must be at least 20, two of each caption, got 19"),
+        ([str(here / "of-latents"), "--scales", "-1"], "classifier_scale must"),
+        ([str(here / "of-latents"), "--steps", "21"], "steps must lie between 1 and 20"),
+        ([str(here / "of-pixels"), "--steps", "2"], "its latents have 1 channels (pixels)"),
+        ([str(here / "latents")], "no classifier in"),
+        ([str(here / "of-latents/model/classifier")], "is no run: it has no config.yaml"),
+    ):
+        assert main([*start, *more]) in (2, 3, 4)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "p.json").exists()

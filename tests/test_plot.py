@@ -24,7 +24,7 @@ from ldm.data.images import prepare
 from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import open_source
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation import chains, guidance_sweep, page, schedules
+from ldm.evaluation import chains, page, schedules, sweep
 from ldm.evaluation.evaluate import JUDGES
 from ldm.models.text import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
@@ -52,7 +52,7 @@ def where(text: str) -> list[int]:
 @pytest.fixture(autouse=True)
 def few_real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less of the validation set is searched."""
-    monkeypatch.setattr(guidance_sweep, "REAL", 4)
+    monkeypatch.setattr(sweep, "REAL", 4)
 
 
 @pytest.fixture(scope="module")
@@ -195,23 +195,23 @@ def test_the_first_picture_is_the_noise_that_sampling_starts_from(pipe: Pipeline
 
 def test_distance_is_the_mean_over_pairs() -> None:
     black, white = np.zeros((4, 4, 3), dtype=np.uint8), np.full((4, 4, 3), 255, dtype=np.uint8)
-    assert guidance_sweep.distance(np.stack([black, white])) == 1
-    assert guidance_sweep.distance(np.stack([black] * 5)) == 0
-    assert guidance_sweep.distance(np.stack([black, black, white])) == pytest.approx(2 / 3)
+    assert sweep.distance(np.stack([black, white])) == 1
+    assert sweep.distance(np.stack([black] * 5)) == 0
+    assert sweep.distance(np.stack([black, black, white])) == pytest.approx(2 / 3)
     half = black.copy()
     half[:2] = 255
-    assert guidance_sweep.distance(np.stack([black, half])) == pytest.approx(np.sqrt(0.5))
+    assert sweep.distance(np.stack([black, half])) == pytest.approx(np.sqrt(0.5))
 
 
 def test_diversity_is_a_ratio_with_its_interval() -> None:
     rng = np.random.default_rng(0)
     real = rng.uniform(0.1, 0.3, 40)
-    assert guidance_sweep.diversity(real, real) == (1.0, 1.0, 1.0)
-    assert guidance_sweep.diversity(0 * real, real) == (0.0, 0.0, 0.0)
+    assert sweep.diversity(real, real) == (1.0, 1.0, 1.0)
+    assert sweep.diversity(0 * real, real) == (0.0, 0.0, 0.0)
     covered = 0
     for _ in range(100):  # the truth is ½
         drawn = real * rng.uniform(0, 1, 40)
-        value, low, high = guidance_sweep.diversity(drawn, real)
+        value, low, high = sweep.diversity(drawn, real)
         assert low < value < high and value == pytest.approx(drawn.mean() / real.mean())
         covered += low <= 0.5 <= high
     assert 86 <= covered <= 100
@@ -220,7 +220,7 @@ def test_diversity_is_a_ratio_with_its_interval() -> None:
 @pytest.mark.parametrize(("source", "wanted", "captions"), [("shapes", 3, 3), ("digits", 30, 10)])
 def test_real_pictures_have_the_caption(source: str, wanted: int, captions: int) -> None:
     opened = open_source(DataConfig(source=source, image_size=32), "validation")
-    real = guidance_sweep.real_pictures(opened, 32, wanted)
+    real = sweep.real_pictures(opened, 32, wanted)
     assert len(real) == captions and next(iter(real)) == opened.text(0)
     texts = all_captions() if source == "shapes" else [opened.text(i) for i in range(opened.length or 0)]
     for text, pictures in real.items():
@@ -234,9 +234,9 @@ def redrawn(scale: float, captions: Sequence[str], numbers: Sequence[int]) -> It
         yield prepare(VALIDATION[where(text)[number % 4 if scale <= 1 else 0]].image, 32)[None]
 
 
-def swept(processes: Processes) -> tuple[list[guidance_sweep.Setting], np.ndarray]:
+def swept(processes: Processes) -> tuple[list[sweep.Setting], np.ndarray]:
     real = {text: np.stack([VALIDATION[i].image for i in where(text)[:4]]) for text in (VALIDATION.text(i) for i in range(3))}
-    return guidance_sweep.sweep(redrawn, [1.0, 2.0], real, 4, JUDGES["shapes"](32), processes)
+    return sweep.sweep(redrawn, [1.0, 2.0], real, 4, JUDGES["shapes"](32), processes)
 
 
 def test_a_sweep_of_real_pictures() -> None:
@@ -344,7 +344,7 @@ def test_the_figures_of_a_sweep_are_those_of_the_pictures(here: Path, pipe: Pipe
     def spread(group: np.ndarray) -> float:
         return float(np.mean([np.sqrt(((a - b) ** 2).mean()) for i, a in enumerate(group) for b in group[:i]]))
 
-    real = [spread(np.stack([VALIDATION[i].image for i in where(text)[: guidance_sweep.REAL]]) / 255) for text in texts]
+    real = [spread(np.stack([VALIDATION[i].image for i in where(text)[: sweep.REAL]]) / 255) for text in texts]
     (row,) = report["scales"]
     assert row["diversity"] == pytest.approx((spread(images[:4]) + spread(images[4:])) / sum(real), rel=1e-2)
 

@@ -42,11 +42,13 @@ GUIDANCE_HELP = """Guidance γ against what the judge reads and against diversit
 For runs on shapes, shapes-two and digits. 1 on the axis of diversity is as varied as real images of one caption. The
 figures stand beside the picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
 
-CLASSIFIER_HELP = """Classifier guidance of the unconditional model (γ = 0) against what the judge of digits reads and against diversity.
+CLASSIFIER_HELP = """Classifier guidance w of the unconditional model (γ = 0) against what the judge reads and against diversity.
 
   ldm plot classifier runs/digits --classifier runs/digits/classifier --scales 0 1 2 4 8 16
 
-Both forms, and the first also with an interval, all by ancestral sampling from the same noise, with rows of samples."""
+For classifiers of digits. Both forms, and the first also with an interval, all by ancestral sampling from the same noise,
+with rows of samples. 1 on the axis of diversity is as varied as real images of one caption. The figures stand beside the
+picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
 
 DEFAULT_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
@@ -104,7 +106,7 @@ def _sub(plots: Any, name: str, text: str, description: str) -> argparse.Argumen
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw the plot that was asked for."""
-    if rank() and arguments.plot != "guidance":
+    if rank() and arguments.plot not in ("guidance", "classifier"):
         return  # nothing to share out
     PLOTS[arguments.plot](arguments, Console())
 
@@ -197,9 +199,7 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     folder = Path(arguments.run)
     report, page = guidance_sweep(folder, scales, arguments.images, given, arguments.batch_size, console.progress, processes, device)
     for row in report["scales"]:
-        share, varied = row["judged"]["all"], f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})"
-        right = f"{share['accuracy']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
-        console.say(f"γ {row['scale']:<4g} right {right}   diversity {varied}   n = {share['n']}")
+        console.say(_measured("γ", row))
     if processes.main:
         page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
         write_json(file.with_suffix(".json"), report)
@@ -211,17 +211,30 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
     for scale in scales:
         SampleConfig(classifier_scale=scale)
     file = _out(arguments)
-    from ldm.evaluation.sweep import classifier_sweep, picture, real_diversity
-    from ldm.pipeline import FolderInfo
+    from ldm.evaluation.classifier_sweep import classifier_sweep
+    from ldm.interop.weights import write_json
+    from ldm.training.launch import launched
 
-    real = real_diversity(FolderInfo.read(arguments.run).sample_size)
-    console.say(f"real digits: diversity {real:.3f}")
-
-    points = classifier_sweep(
-        arguments.run, arguments.classifier, scales, images=arguments.images, steps=arguments.steps, say=console.say
+    processes, device = launched()
+    report, page = classifier_sweep(
+        Path(arguments.run), Path(arguments.classifier), scales, arguments.images, arguments.steps,
+        progress=console.progress, processes=processes, device=device,
     )  # fmt: skip
-    picture(points, real, file)
-    console.say(f"classifier guidance: {file}")
+    for name, variant in report["variants"].items():
+        console.say(f"{name}:")
+        for row in variant["scales"]:
+            console.say(_measured("w", row))
+    if processes.main:
+        page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
+        write_json(file.with_suffix(".json"), report)
+    console.say(f"classifier guidance: {file}   figures: {file.with_suffix('.json')}")
+
+
+def _measured(symbol: str, row: dict[str, Any]) -> str:
+    """One setting of a sweep, in a line."""
+    share, varied = row["judged"]["all"], f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})"
+    right = f"{share['accuracy']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
+    return f"{symbol} {row['scale']:<4g} right {right}   diversity {varied}   n = {share['n']}"
 
 
 PLOTS = {"schedules": _schedules, "forward": _forward, "reverse": _reverse, "guidance": _guidance, "classifier": _classifier}

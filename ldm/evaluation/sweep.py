@@ -1,134 +1,106 @@
-"""Samples by strength of guidance: how many are what was asked for, and how much they differ (math.md G4)."""
+"""Samples of the same captions and noise at several strengths of guidance: how many are read right, how varied they are (math.md G4)."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
-from ldm.config import ConfigError, DataConfig, SampleConfig
-from ldm.data.digits import DigitsSource, caption
-from ldm.data.images import to_uint8
-from ldm.evaluation import plots
-from ldm.evaluation.digits import DigitJudge
+from ldm.config import ConfigError
+from ldm.data.images import prepare, to_uint8
+from ldm.data.processes import ALONE, Processes
+from ldm.data.sources import Source
+from ldm.evaluation.evaluate import Judge, Progress
 from ldm.evaluation.judge import proportion
-from ldm.pipeline import Pipeline
 
-DIGITS = 10
-SHOWN = 10  # images of each setting in the picture: one of each digit
-VARIANTS = {  # settings beside the weight, by the name in the picture
-    "score": {},
-    "score, σ ≤ 10": {"guidance_interval": (0.0, 10.0)},
-    "mean": {"classifier_form": "mean"},
-}
+REAL = 16  # real pictures of a caption, at most
+LOOKED_AT = 50_000  # samples of a source whose captions are read in search of these
+RESAMPLED = 1000  # bootstrap draws of the captions
+DIVERSITY = (
+    "mean root-mean-square pixel difference of two images of the same caption with different noise,"
+    " over that of two real validation images of the same caption (each mean taken per caption, then over captions)"
+)
+
+Draw = Callable[[float, Sequence[str], Sequence[int]], Iterable[Tensor]]  # (scale, captions, their numbers) → batches of images
 
 
 @dataclass(frozen=True)
-class Point:
-    """What one weight in one of VARIANTS gives.
+class Setting:
+    """What a sweep found at one guidance scale; intervals are of 95 %."""
 
-    Attributes:
-        accuracy: the share read as the digit asked for, with its 95 % interval.
-        diversity: mean distance of two images asked for as the same digit, root mean square over pixels in [0, 1].
-        images: the first SHOWN, uint8.
+    scale: float
+    judged: dict[str, dict[str, float]]  # per attribute of the judge; `all`: the image is what its caption says
+    diversity: float  # 1: as varied as real images of the same caption
+    diversity_low: float
+    diversity_high: float
+
+
+def distance(images: UInt8[np.ndarray, "n h w c"]) -> float:
+    """Mean over all pairs of the root-mean-square difference of pixels, in units of black to white. Needs n ≥ 2."""
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(flat, 2)]))
+
+
+def diversity(drawn: Float[np.ndarray, " captions"], real: Float[np.ndarray, " captions"]) -> tuple[float, float, float]:
+    """Mean distance among the images drawn over that among real ones, with its 95 % interval.
+
+    Both are given per caption. The interval is a bootstrap over captions (Efron & Tibshirani 1993), with a fixed seed.
     """
-
-    variant: str
-    weight: float
-    accuracy: dict[str, float]
-    diversity: float
-    images: UInt8[np.ndarray, "n h w c"]
+    picks = np.random.default_rng(0).integers(len(drawn), size=(RESAMPLED, len(drawn)))
+    low, high = np.quantile(drawn[picks].sum(1) / real[picks].sum(1), (0.025, 0.975))
+    return float(drawn.sum() / real.sum()), float(low), float(high)
 
 
-def classifier_sweep(
-    run: str | Path, classifier: str, weights: Sequence[float], variants: Sequence[str] = tuple(VARIANTS), *, images: int = 200,
-    steps: int = 25, seed: int = 0, batch_size: int = 100, device: torch.device | str | None = None, say: Callable[[str], Any] = print,
-) -> list[Point]:  # fmt: skip
-    """Digits drawn by the unconditional model (γ = 0) and classifier guidance, for each variant and weight from the same noise.
+def real_pictures(source: Source, size: int, wanted: int) -> dict[str, UInt8[np.ndarray, "n h w c"]]:
+    """Up to REAL pictures of each of the first ``wanted`` captions of a source, by caption, in its order.
 
-    All by ancestral sampling, so that they differ in nothing else. Raises ConfigError for captions that are no digits.
+    Raises ConfigError where a caption has only one: nothing can be said of how varied they are.
     """
-    if images < 2 * DIGITS:
-        raise ConfigError(f"images must be at least {2 * DIGITS}, two of each digit, got {images}")
-    pipe = Pipeline.from_pretrained(run, device)
-    judge = DigitJudge(pipe.sample_size)
-    digits = [i % DIGITS for i in range(images)]
-    points, start = [], SampleConfig("ddpm", steps, guidance_scale=0.0, seed=seed, classifier=classifier)
-    for variant in variants:
-        for weight in weights:
-            if weight == 0 and (none := next((p for p in points if p.weight == 0), None)):  # the same in all
-                points.append(dataclasses.replace(none, variant=variant))
-                continue
-            settings = dataclasses.replace(start, classifier_scale=weight, **VARIANTS[variant])
-            drawn = np.concatenate([to_uint8(part) for part in pipe.sample([caption(d) for d in digits], settings, batch_size=batch_size)])
-            right = sum(read == asked for read, asked in zip(judge.read(drawn), digits, strict=True))
-            points.append(Point(variant, weight, proportion(right, images), diversity(drawn, digits), drawn[:SHOWN]))
-            say(f"{variant}, w = {weight:g}: {right} of {images} right, diversity {points[-1].diversity:.3f}")
-    return points
+    length = min(source.length or LOOKED_AT, LOOKED_AT)
+    where: dict[str, list[int]] = {}
+    for i in range(length):
+        text = source.text(i)
+        if text in where or len(where) < wanted:
+            where.setdefault(text, []).append(i)
+        if len(where) == wanted and all(len(found) >= REAL for found in where.values()):
+            break
+    for text, found in where.items():
+        if len(found) < 2:
+            raise ConfigError(f"diversity needs two real images of a caption, but {text!r} has one")
+    return {text: to_uint8(torch.stack([prepare(source[i].image, size) for i in found[:REAL]])) for text, found in where.items()}
 
 
-def diversity(images: UInt8[np.ndarray, "n h w c"], labels: Sequence[int]) -> float:
-    """Root-mean-square pixel distance, values in [0, 1], averaged over all pairs of one label, then over labels."""
-    grey, own = images.astype(np.float64).mean(-1).reshape(len(images), -1) / 255, np.asarray(labels)
-    means = []
-    for label in sorted(set(labels)):
-        of_label = grey[own == label]
-        one, two = np.triu_indices(len(of_label), 1)
-        means.append(np.sqrt(np.square(of_label[one] - of_label[two]).mean(1)).mean())
-    return float(np.mean(means))
+def sweep(
+    draw: Draw, scales: Sequence[float], real: dict[str, np.ndarray], each: int, judge: Judge,
+    processes: Processes = ALONE, progress: Progress | None = None,
+) -> tuple[list[Setting], UInt8[np.ndarray, "captions scales h w c"]]:  # fmt: skip
+    """``each`` images of every caption at every scale, judged and compared; and the first image of each.
 
-
-def real_diversity(side: int) -> float:
-    """``diversity`` of the validation split's real digits, enlarged to ``side`` pixels."""
-    source = DigitsSource(DataConfig(source="digits", image_size=side, image_channels=1), "validation")
-    samples = [source[i] for i in range(source.length or 0)]
-    return diversity(np.stack([s.image for s in samples]), [s.truth for s in samples])
-
-
-def picture(points: Sequence[Point], real: float, file: Path) -> None:
-    """Save accuracy and diversity over the weight, a curve for each variant, and below them rows of samples by weight.
-
-    ``real``: the diversity of real digits, a dashed line.
+    ``draw`` makes images of captions with given numbers within the seed; a number has the same noise at every scale.
+    ``real``: real pictures by caption. Every process returns the same.
     """
-    from matplotlib.figure import Figure
+    texts = [text for text in real for _ in range(each)]
+    real_distances = np.array([distance(pictures) for pictures in real.values()])
+    settings, first = [], []
+    for k, scale in enumerate(scales):
 
-    variants, weights = list(dict.fromkeys(p.variant for p in points)), list(dict.fromkeys(p.weight for p in points))
-    figure = Figure(figsize=(4.2 * len(variants), 3.0 + 0.5 * len(weights)), dpi=110)
-    parts: Any = figure.subfigures(2, 1, height_ratios=(2.6, 0.5 * len(weights)))
-    above, below = parts
-    left, right = above.subplots(1, 2)
-    for variant in variants:
-        mine = [p for p in points if p.variant == variant]
-        at = [weights.index(p.weight) for p in mine]
-        share = [p.accuracy["accuracy"] for p in mine]
-        bars = [
-            [a - p.accuracy["low"] for a, p in zip(share, mine, strict=True)],
-            [p.accuracy["high"] - p.accuracy["accuracy"] for p in mine],
-        ]
-        left.errorbar(at, share, yerr=bars, marker=".", capsize=2, label=variant)
-        right.plot(at, [p.diversity for p in mine], marker=".", label=variant)
-    right.axhline(real, color="0.45", linewidth=1, linestyle="--", label="real digits")
-    for axes, title in ((left, "read as the digit asked for"), (right, "diversity within a digit")):
-        axes.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("classifier_scale w", fontsize=8)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    grids = below.subplots(len(weights), len(variants), squeeze=False)
-    for point in points:
-        axes = grids[weights.index(point.weight), variants.index(point.variant)]
-        axes.imshow(plots.grid(point.images, len(point.images)), interpolation="nearest", aspect="equal")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_ylabel(f"w = {point.weight:g}", fontsize=7, rotation=0, ha="right", va="center")
-        if point.weight == weights[0]:
-            axes.set_title(point.variant, fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, bbox_inches="tight")
+        def share(mine: range, k: int = k, scale: float = scale) -> list[tuple[dict[str, bool], np.ndarray]]:
+            captions, drawn = [texts[i] for i in mine], []
+            for images in draw(scale, captions, mine):
+                drawn += list(to_uint8(images))
+                if progress:
+                    progress(k * len(mine) + len(drawn), len(scales) * len(mine), {})
+            return list(zip(judge.right(np.stack(drawn), captions), drawn, strict=True))
+
+        pairs = processes.over(len(texts), share)
+        rows, images = [row for row, _ in pairs], np.stack([image for _, image in pairs])
+        images = images.reshape(len(real), each, *images.shape[1:])
+        judged = {name: proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
+        settings.append(Setting(scale, judged, *diversity(np.array([distance(group) for group in images]), real_distances)))
+        first.append(images[:, 0])
+    return settings, np.stack(first, axis=1)
