@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console, rank
 from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
+
+if TYPE_CHECKING:
+    from ldm.evaluation.page import Page
 
 SCHEDULES_HELP = """Noise schedules side by side: ᾱ over t, log SNR over t, and what one picture looks like along t.
 
@@ -90,13 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
         sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
         sub.add_argument("--seed", type=int, help="0 to 2^63 − 1")
-    for name, sub in (
-        ("schedules", schedules),
-        ("forward", forward),
-        ("reverse", reverse),
-        ("guidance", guidance),
-        ("classifier", classifier),
-    ):
+    for name, sub in plots.choices.items():
         sub.add_argument("--out", metavar="FILE", help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)")
 
 
@@ -192,7 +189,6 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     config_file(arguments.run)
     file = _out(arguments)
     from ldm.evaluation.guidance_sweep import guidance_sweep
-    from ldm.interop.weights import write_json
     from ldm.training.launch import launched
 
     processes, device = launched()
@@ -201,8 +197,7 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     for row in report["scales"]:
         console.say(_measured("γ", row))
     if processes.main:
-        page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
-        write_json(file.with_suffix(".json"), report)
+        _save(page, report, file)
     console.say(f"guidance: {file}   figures: {file.with_suffix('.json')}")
 
 
@@ -212,7 +207,6 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
         SampleConfig(classifier_scale=scale)
     file = _out(arguments)
     from ldm.evaluation.classifier_sweep import classifier_sweep
-    from ldm.interop.weights import write_json
     from ldm.training.launch import launched
 
     processes, device = launched()
@@ -225,9 +219,15 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
         for row in variant["scales"]:
             console.say(_measured("w", row))
     if processes.main:
-        page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
-        write_json(file.with_suffix(".json"), report)
+        _save(page, report, file)
     console.say(f"classifier guidance: {file}   figures: {file.with_suffix('.json')}")
+
+
+def _save(page: Page, report: dict[str, Any], file: Path) -> None:
+    from ldm.interop.weights import write_json
+
+    page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
+    write_json(file.with_suffix(".json"), report)
 
 
 def _measured(symbol: str, row: dict[str, Any]) -> str:
