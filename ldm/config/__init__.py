@@ -1,0 +1,55 @@
+"""The configuration: every knob with its range, and how it is read and written. Imports no torch."""
+
+from __future__ import annotations
+
+from autoencoder.config import ConfigError
+from ldm.config.data import CAPTIONS, SOURCES, DataConfig
+from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
+from ldm.config.process import GIVEN, LEARNED, SCHEDULES, TARGETS, TIMESTEPS, WEIGHTINGS, ObjectiveConfig, ScheduleConfig
+from ldm.config.reading import build, config_file, load, load_any, load_run, save, to_dict
+from ldm.config.runs import NONE, NULL_CAPTION, RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.config.sample import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, SampleConfig
+from ldm.config.train import LR_SCHEDULES, PRECISIONS, TRACKERS, LoraConfig, TrainConfig
+
+__all__ = [
+    "AutoencoderRun",
+    "CAPTIONS",
+    "CLASSIFIER_FORMS",
+    "ClassifierConfig",
+    "ClassifierRun",
+    "ClipConfig",
+    "ClipRun",
+    "ConfigError",
+    "DataConfig",
+    "DiffusionRun",
+    "GIVEN",
+    "GRIDS",
+    "LEARNED",
+    "LR_SCHEDULES",
+    "LoraConfig",
+    "NONE",
+    "NULL_CAPTION",
+    "ObjectiveConfig",
+    "PRECISIONS",
+    "RUNS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SOURCES",
+    "SampleConfig",
+    "ScheduleConfig",
+    "TARGETS",
+    "TIMESTEPS",
+    "TRACKERS",
+    "TrainConfig",
+    "UNetConfig",
+    "VARIANCES",
+    "VECTOR_MAPS",
+    "WEIGHTINGS",
+    "build",
+    "config_file",
+    "load",
+    "load_any",
+    "load_run",
+    "save",
+    "to_dict",
+]

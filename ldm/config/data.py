@@ -1,0 +1,73 @@
+"""Where images and captions come from. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, at_least, between, one_of
+
+SOURCES = ("folder", "shapes", "shapes-two", "shapes-striped", "digits", "textures")
+CAPTIONS = ("metadata", "sidecar", "class", "none")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and captions come from, and how an image becomes [c, size, size] in [−1, 1]."""
+
+    source: str = "folder"
+    folder: str | None = None  # for source: folder
+    captions: str = "metadata"  # folder: metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; none
+    text_column: str = "text"  # folder with metadata: the column that holds the caption
+    caption_templates: tuple[str, ...] = ("a photo of a {}",)  # folder with classes: {} is the class name; one for each image
+    image_size: int = 256
+    image_channels: int = 3
+    size: int | None = None  # procedural sources: number of training images; null: without end
+    crop: str = "center"  # or random
+    flip: bool = False  # mirror left–right with probability ½, but for captions that say left or right
+    background: tuple[int, int, int] = (255, 255, 255)  # folder: the colour under transparent pixels, 0 to 255
+    min_side: int | None = None  # folder: images with a shorter side are left out; null: a quarter of image_size
+    max_skipped: float = 0.01  # folder: share of images and rows that may be unusable before the run stops
+    accept_changes: bool = False  # folder: go on with a run although its images or captions have changed
+    validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
+    workers: int = 0  # data worker processes per training process
+    worker_timeout: int = 300  # seconds for which a data worker may give nothing before the run ends
+
+    def __post_init__(self) -> None:
+        one_of(self, SOURCES, "source")
+        one_of(self, CAPTIONS, "captions")
+        one_of(self, ("center", "random"), "crop")
+        at_least(self, 1, "image_size", "image_channels", "size", "min_side", "worker_timeout")
+        at_least(self, 0, "workers")
+        between(self, 0.0, 0.5, "validation_fraction")
+        between(self, 0.0, 1.0, "max_skipped")
+        if (self.folder is not None) != (self.source == "folder"):
+            raise ConfigError(f"folder goes with source: folder and with no other, got source {self.source!r} and folder {self.folder!r}")
+        if self.size is not None and self.source in ("folder", "digits"):
+            raise ConfigError(f"size is for procedural sources (shapes, shapes-two, textures), not for {self.source}")
+        if self.flip and self.source in ("shapes-two", "digits"):
+            raise ConfigError(f"flip must be false for {self.source}: a mirrored image no longer fits its caption")
+        if not all(0 <= part <= 255 for part in self.background):
+            raise ConfigError(f"background must be three numbers from 0 to 255, got {list(self.background)}")
+        if not self.caption_templates or any(template.count("{}") != 1 for template in self.caption_templates):
+            raise ConfigError(f"caption_templates must each hold {{}} once, got {list(self.caption_templates)}")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """Settings that the chosen source does not read must be left as they are, or somebody waits for an effect."""
+        unread: dict[str, str] = {}
+        if self.source != "folder":
+            unread = dict.fromkeys(("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder")
+        if self.captions != "metadata" or self.source != "folder":
+            unread["text_column"] = "captions: metadata"
+        if self.captions != "class":
+            unread["caption_templates"] = "captions: class"
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, where in unread.items():
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is for {where}: leave it out")
+
+    @property
+    def smallest_side(self) -> int:
+        """Images of a folder with a shorter side than this are left out."""
+        return max(1, self.image_size // 4) if self.min_side is None else self.min_side

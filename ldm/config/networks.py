@@ -1,0 +1,100 @@
+"""The networks but for the autoencoder, which has a room of its own. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, at_least, between, divisible, one_of
+
+VECTOR_MAPS = ("mlp", "linear", "identity")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The conditional U-Net, expressible as diffusers' UNet2DConditionModel.
+
+    Channel counts of input and output follow from the latent; the context width from the text encoder.
+    """
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_level: int = 2  # residual blocks per level going down; one more going up
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with self- and cross-attention; the middle always has it
+    heads: tuple[int, ...] = (8,)  # one number, or one per level
+    transformer_layers: int = 1
+    groups: int = 32
+    linear_projection: bool = False  # the transformer's projections as Linear (SD 2) or 1×1 convolution (SD 1)
+    scale_shift: bool = False  # timestep embedding scales and shifts, or is added
+    vector_dim: int | None = None  # width of a vector condition added to the timestep embedding
+    concat_channels: int = 0  # further input channels (mask, low-resolution image, …)
+    vector_map: str = "mlp"  # how a vector gets the embedding's width: mlp (two layers), linear (one), identity (it has it)
+    num_labels: int | None = None  # a label condition: one learned vector for each label, added to the timestep embedding
+    sinusoidal_labels: bool = False  # a label condition: a number, embedded as the timestep is
+    upcast_attention: bool = False  # scores in float32 whatever the precision: kept for other readers, here they always are
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "layers_per_level", "transformer_layers", "groups", "vector_dim", "num_labels")
+        at_least(self, 0, "concat_channels")
+        divisible(self.channels, self.groups)
+        self._check_class_embedding()
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.channels):
+                raise ConfigError(f"attention_levels: {level} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+        if len(self.heads) not in (1, len(self.channels)):
+            raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {list(self.heads)}")
+        for level in sorted({*self.attention_levels, len(self.channels) - 1}):  # the middle has the heads of the last
+            if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or self.channels[level] % h:
+                raise ConfigError(f"heads: {h} does not divide channels {self.channels[level]} of level {level}")
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the timestep embedding."""
+        return 4 * self.channels[0]
+
+    @property
+    def class_embedded(self) -> bool:
+        """Whether a vector or label condition is added to the timestep embedding."""
+        return self.vector_dim is not None or self.num_labels is not None or self.sinusoidal_labels
+
+    def _check_class_embedding(self) -> None:
+        """Raise ConfigError for more than one condition that is added to the timestep embedding, or a map without its vector."""
+        one_of(self, VECTOR_MAPS, "vector_map")
+        given = {"vector_dim": self.vector_dim, "num_labels": self.num_labels, "sinusoidal_labels": self.sinusoidal_labels or None}
+        if len(names := [name for name, value in given.items() if value is not None]) > 1:
+            raise ConfigError(f"{names[0]} and {names[1]} exclude each other: one condition is added to the timestep embedding")
+        if self.vector_map != "mlp" and self.vector_dim is None:
+            raise ConfigError("vector_map is for vector_dim: set it, or leave both out")
+        if self.vector_map == "identity" and self.vector_dim != self.time_dim:
+            raise ConfigError(f"vector_dim must be {self.time_dim} (4 · channels[0]) for vector_map identity, got {self.vector_dim}")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A small CLIP: transformers' text tower and vision tower of one width."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 2
+    max_length: int = 77  # tokens, start and end included
+    merges: int = 512  # learned BPE merges on top of the 2 × 256 byte symbols
+    patch_size: int = 4
+    projection: int = 64
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "width", "layers", "heads", "patch_size", "projection")
+        at_least(self, 0, "merges")
+        between(self, 4, 77, "max_length")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The classifier of noisy samples (math.md L11): the down half of a U-Net, pooled."""
+
+    channels: tuple[int, ...] = (64, 128, 256)
+    layers_per_level: int = 1
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "layers_per_level", "groups")
+        divisible(self.channels, self.groups)

@@ -1,0 +1,92 @@
+"""The diffusion process, and what the network learns of it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, at_least, between, one_of
+
+SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
+LEARNED = "learned"  # the schedule that is trained with the network
+GIVEN = "given"  # the schedule whose β are listed in the configuration
+TARGETS = ("eps", "x0", "v", "score")
+WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
+TIMESTEPS = ("uniform", "stratified", "importance")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule (math.md F4, F5). ``beta_start`` and ``beta_end``: null takes the published values."""
+
+    name: str = "scaled_linear"
+    num_steps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    betas: tuple[float, ...] | None = None  # for name: given, all of them
+    shift: float = 1.0  # side of what is diffused over the side that the schedule was made for: λ' = λ − log(shift)
+    zero_terminal_snr: bool = False  # no signal at all at the last step (v or x0 targets)
+    start: str = "cosine"  # learned: the shape before training, cosine or linear in γ = −2λ
+    ends: tuple[float, float] = (-10.0, 10.0)  # learned: γ of the first and of the last step before training
+    lr: float = 3e-3  # learned: the learning rate of its table, with the run's warm-up and decay
+
+    def __post_init__(self) -> None:
+        one_of(self, (*SCHEDULES, LEARNED, GIVEN), "name")
+        self._check_learned()
+        at_least(self, 2, "num_steps")
+        between(self, 1e-12, 0.999, "beta_start", "beta_end")
+        between(self, 1e-3, 1e3, "shift")
+        if self.name in ("cosine", "sigmoid_signal", GIVEN) and (self.beta_start, self.beta_end) != (None, None):
+            raise ConfigError(f"beta_start and beta_end have no meaning for the {self.name} schedule: leave them out")
+        if self.name == "linear_rescaled" and (self.beta_end or 0.02) * 1000 / self.num_steps >= 1:
+            raise ConfigError(
+                f"num_steps {self.num_steps} is too few for linear_rescaled: its last β, times 1000/num_steps, must be below 1"
+            )
+        if (self.betas is not None) != (self.name == GIVEN):
+            raise ConfigError(f"betas go with name: given and with no other, got name {self.name!r}")
+        if self.betas is not None:
+            if len(self.betas) != self.num_steps:
+                raise ConfigError(f"betas must be num_steps = {self.num_steps} numbers, got {len(self.betas)}")
+            if not all(0 < beta < 1 for beta in self.betas[:-1]) or not 0 < self.betas[-1] <= 1:
+                raise ConfigError("betas must lie strictly between 0 and 1 (the last may be 1)")
+
+    def _check_learned(self) -> None:
+        """Raise ConfigError for settings of a learned schedule that are out of range or have no schedule to act on."""
+        one_of(self, ("cosine", "linear"), "start")
+        at_least(self, 1e-12, "lr")
+        if not -19.0 <= self.ends[0] <= -2.0 or not 2.0 <= self.ends[1] <= 19.0:
+            raise ConfigError(f"ends must be γ in [-19, -2] and γ in [2, 19], got {list(self.ends)}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        learned = ("start", "ends", "lr")
+        for name in ("beta_start", "beta_end", "shift", "zero_terminal_snr") if self.name == LEARNED else learned:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} has no meaning for {'a' if self.name == LEARNED else 'any but a'} learned schedule: leave it out"
+                )
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether the SNR of the last step is 0."""
+        return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the network predicts, how timesteps are weighted, and how they are drawn (math.md L1, L2, L4, L7, L10)."""
+
+    target: str = "eps"
+    weighting: str = "simple"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    learned_variance: bool = False  # the U-Net also gives the reverse variance, in c further output channels
+    vlb_weight: float = 0.001  # learned_variance: of the variational bound, the sum over all t in bits per dimension
+    timesteps: str = "uniform"
+
+    def __post_init__(self) -> None:
+        one_of(self, TARGETS, "target")
+        one_of(self, WEIGHTINGS, "weighting")
+        one_of(self, TIMESTEPS, "timesteps")
+        at_least(self, 1e-6, "min_snr_gamma", "p2_gamma")
+        at_least(self, 1e-12, "vlb_weight")
+        if self.vlb_weight != 0.001 and not self.learned_variance:
+            raise ConfigError("vlb_weight is for learned_variance: true: leave it out")

@@ -1,0 +1,153 @@
+"""Reading YAML and `a.b=c` overrides into the dataclasses of this room, and writing them. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from autoencoder.config import ConfigError
+from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(
+                f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
+            )
+    missing = [
+        n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key {path}{missing[0]}")
+    try:
+        return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+    except ConfigError as error:
+        text = str(error)
+        if path and text.split(" ")[0].rstrip(":,") in fields:
+            text = path + text
+        raise ConfigError(text) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, name + ".")  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple:
+        items, parts = value if isinstance(value, (list, tuple)) else [value], typing.get_args(hint)
+        if parts[-1] is not Ellipsis and len(items) != len(parts):
+            raise ConfigError(f"{name} must be {len(parts)} values, got {list(items)}")
+        return tuple(_convert(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
+    return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:
+    """Read a YAML file, apply ``a.b=c`` overrides, and check everything. Raises ConfigError."""
+    return build(cls, _read(Path(file), overrides))
+
+
+def config_file(run: str | Path) -> Path:
+    """The saved configuration of a run directory. Raises ConfigError where there is none."""
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        below = sorted(str(other.parent) for other in Path(run).glob("*/config.yaml"))
+        hint = f"; there is one in {' and in '.join(below)}" if below else ""
+        raise ConfigError(f"{run} is no run: it has no config.yaml{hint}")
+    return file
+
+
+def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
+    """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
+    file = config_file(run)
+    values = _read(file, ())
+    # a saved configuration is resolved: of the classes with the most keys in common, the smallest is the one that wrote it
+    kind = max(RUNS.values(), key=lambda cls: (len(_names(cls) & values.keys()), -len(_names(cls))))
+    try:
+        return build(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def load_any(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
+    """A configuration of whichever command of ``RUNS`` its keys fit best. Raises ConfigError where they fit two alike."""
+    values = _read(Path(file), overrides)
+    fits = {command: _fit(cls, values) for command, cls in RUNS.items()}
+    best = [command for command, fit in fits.items() if fit == max(fits.values())]
+    if len(best) > 1:
+        raise ConfigError(f"{file} may be of {' or of '.join(best)}: say which by --command")
+    return build(RUNS[best[0]], values)
+
+
+def _fit(cls: type, values: Any) -> int:
+    """Keys that ``cls`` knows, less those that it does not know and those that it lacks."""
+    hints = typing.get_type_hints(cls)
+    lacking = sum(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name not in values)
+    inside = [
+        _fit(hints[key], value) for key, value in values.items() if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, dict)
+    ]
+    return sum(1 if key in hints else -1 for key in values) + sum(inside) - lacking
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
+    """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not file.is_file():
+        raise ConfigError(f"no configuration file {file}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{file} must be a mapping of settings, not a list")
+        tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def save(config: Any, file: str | Path) -> None:
+    """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(to_dict(config)), file)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts and lists, as JSON and YAML hold them."""
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+        for f in dataclasses.fields(config)
+        for v in [getattr(config, f.name)]
+    }

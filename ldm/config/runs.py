@@ -1,0 +1,153 @@
+"""What a training command reads: one dataclass for each. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, at_least, between
+from ldm.config.data import DataConfig
+from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
+from ldm.config.process import LEARNED, ObjectiveConfig, ScheduleConfig
+from ldm.config.sample import SampleConfig
+from ldm.config.train import TrainConfig
+
+NULL_CAPTION = ""  # the caption of no condition: what dropout trains and classifier-free guidance leans on
+NONE = "none"  # `autoencoder: none` is pixel space, `text: none` is unconditional
+
+
+@dataclass(frozen=True)
+class AutoencoderRun:
+    """`ldm train-autoencoder`: stage 1."""
+
+    run: str
+    data: DataConfig
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _same("data.image_channels", self.data.image_channels, "model.image_channels", self.model.image_channels)
+        _multiple("data.image_size", self.data.image_size, self.model.factor, "the autoencoder's factor")
+        if self.train.mixed_precision == "fp16":
+            raise ConfigError("train.mixed_precision fp16 overflows in the autoencoder: use bf16")
+        _no_lora(self.train)
+
+
+@dataclass(frozen=True)
+class ClipRun:
+    """`ldm train-clip`: a text encoder where no pretrained one is at hand."""
+
+    run: str
+    data: DataConfig
+    model: ClipConfig = field(default_factory=ClipConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _multiple("data.image_size", self.data.image_size, self.model.patch_size, "model.patch_size")
+        _no_lora(self.train)
+        if self.data.captions == "none":
+            raise ConfigError("data.captions none: there is nothing to train a text encoder on")
+        if self.train.micro_batch not in (None, self.train.batch_size):
+            raise ConfigError(
+                "train.micro_batch must be null: the contrastive loss compares the whole global batch, so accumulation is refused"
+            )
+
+
+@dataclass(frozen=True)
+class DiffusionRun:
+    """`ldm train-ldm`: stage 2."""
+
+    run: str
+    data: DataConfig
+    autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: diffuse the pixels themselves
+    text: str  # a run of train-clip, a CLIP text model by folder or name, or `none`: unconditional
+    init: str | None = None  # a run or model folder whose U-Net the training starts from; null: random weights
+    cache_latents: bool = True  # posterior moments encoded once, beside the run
+    cache_captions: int = 20_000  # encode captions once when the set has at most so many; 0: always in the step
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    prompts: tuple[str, ...] = ()  # of the grids drawn while training; empty: the first validation captions
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 1.0, "caption_dropout")
+        at_least(self, 0, "cache_captions")
+        if self.data.captions == "none" and self.text != NONE:
+            raise ConfigError("data.captions none: set text: none, or say where the captions are")
+        if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":
+            raise ConfigError("cache_latents cannot keep random crops: set data.crop=center or cache_latents=false")
+        if self.cache_latents and self.autoencoder != NONE and self.data.source not in ("folder", "digits") and self.data.size is None:
+            raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
+        for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
+            if getattr(self.unet, name) != getattr(UNetConfig, name):
+                raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
+        if self.schedule.ends_without_signal and self.objective.target in ("eps", "score"):
+            raise ConfigError(
+                f"objective.target {self.objective.target} says nothing of the image where the schedule leaves no signal: predict v or x0"
+            )
+        if self.sample.variance == "learned" and not self.objective.learned_variance:
+            raise ConfigError("sample.variance learned needs objective.learned_variance: true")
+        if self.schedule.name == LEARNED:
+            self._check_learned_schedule()
+        if self.init is not None and self.schedule.name == LEARNED:
+            raise ConfigError("schedule.name learned needs a network that learns with it from the start: leave init out")
+        if self.train.lora is not None and self.init is None:
+            raise ConfigError("train.lora needs init: the run or folder whose U-Net it changes")
+        if self.sample.lora:
+            raise ConfigError("sample.lora is for drawing (ldm sample --lora): leave it out")
+
+    def _check_learned_schedule(self) -> None:
+        if self.train.compile or self.train.mixed_precision == "fp16":
+            raise ConfigError(
+                "schedule.name learned differentiates the network by its input as well: set train.compile=false and no fp16 (bf16 or no)"
+            )
+        if self.objective.timesteps == "importance":
+            raise ConfigError(
+                "objective.timesteps importance lowers the variance of one loss, a learned schedule that of the bound at uniform t:"
+                " choose uniform or stratified, or another schedule"
+            )
+
+
+@dataclass(frozen=True)
+class ClassifierRun:
+    """`ldm train-classifier`: what classifier guidance asks."""
+
+    run: str
+    data: DataConfig
+    diffusion: str  # a run of train-ldm or a model folder: its latents and its schedule are those of the classifier
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.source != "digits" and self.data.captions != "class":
+            raise ConfigError("data: classes are those of source: digits, or of a folder with captions: class")
+        _no_lora(self.train)
+        if self.train.gradient_checkpointing:
+            raise ConfigError("train.gradient_checkpointing: the classifier offers none, leave it out")
+
+
+RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun]] = {
+    "train-autoencoder": AutoencoderRun,
+    "train-clip": ClipRun,
+    "train-ldm": DiffusionRun,
+    "train-classifier": ClassifierRun,
+}
+
+
+def _no_lora(train: TrainConfig) -> None:
+    if train.lora is not None:
+        raise ConfigError("train.lora is for train-ldm: leave it out")
+
+
+def _same(name_a: str, a: Any, name_b: str, b: Any) -> None:
+    if a != b:
+        raise ConfigError(f"{name_a} is {a} but {name_b} is {b}: they must be equal")
+
+
+def _multiple(name: str, value: int, factor: int, what: str) -> None:
+    if value % factor:
+        raise ConfigError(f"{name} {value} is not a multiple of {factor} ({what})")

@@ -1,0 +1,74 @@
+"""How images are drawn. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, at_least, between, one_of
+
+SAMPLERS = (
+    "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
+    "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
+)  # fmt: skip
+GRIDS = (
+    "trailing", "leading", "linspace", "linspace_fractional", "linspace_positive", "leading_positive", "karras", "uniform_lambda",
+)  # fmt: skip
+CLASSIFIER_FORMS = ("score", "mean")
+VARIANCES = ("posterior", "beta", "learned")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn from a trained model."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
+    negative_prompt: str = ""
+    seed: int = 0
+    grid: str = "trailing"  # where the steps lie
+    grid_offset: int = 1  # of the leading grids
+    end_clean: bool = True  # false: the last step ends at the noise of t = 0, as in Stable Diffusion's own schedulers
+    variance: str | None = None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
+    guidance_rescale: float = 0.0  # share of the conditional output's deviation that guidance keeps
+    guidance_interval: tuple[float, float] | None = None  # σ = s/a, lowest and highest, between which there is guidance
+    dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
+    autoguidance: str | None = None  # a run or folder: a weaker model of the same latents, target and schedule
+    autoguidance_scale: float = 2.0
+    classifier: str | None = None  # a run of train-classifier: the prompt is one of its classes' captions
+    classifier_scale: float = 1.0
+    classifier_form: str = "score"  # or mean, for ddpm
+    lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
+
+    def __post_init__(self) -> None:
+        self.loras()
+        one_of(self, SAMPLERS, "sampler")
+        one_of(self, GRIDS, "grid")
+        one_of(self, CLASSIFIER_FORMS, "classifier_form")
+        between(self, 0.0, 1.0, "guidance_rescale")
+        between(self, 1e-6, 1.0, "dynamic_threshold")
+        between(self, 0.0, 100.0, "autoguidance_scale")
+        between(self, 0.0, 1e4, "classifier_scale")
+        if (interval := self.guidance_interval) is not None and not 0 <= interval[0] < interval[1] < float("inf"):
+            raise ConfigError(f"guidance_interval must be two numbers 0 ≤ lo < hi, got {list(interval)}")
+        if self.variance is not None:
+            one_of(self, VARIANCES, "variance")
+        at_least(self, 1, "steps")
+        at_least(self, 0, "grid_offset")
+        between(self, 0.0, 100.0, "guidance_scale")
+        between(self, 0.0, 1.0, "eta")
+        between(self, 0, 2**63 - 1, "seed")
+
+    def loras(self) -> list[tuple[str, float]]:
+        """Path and scale of each LoRA; what follows the last colon is a scale where it is a number."""
+        pairs: list[tuple[str, float]] = []
+        for entry in self.lora:
+            path, _, scale = entry.rpartition(":")
+            try:
+                pairs.append((path, float(scale)) if path else (entry, 1.0))
+            except ValueError:
+                pairs.append((entry, 1.0))
+            if not pairs[-1][0] or not abs(pairs[-1][1]) <= 100:
+                raise ConfigError(f"lora must be PATH or PATH:SCALE with a scale from -100 to 100, got {entry!r}")
+        return pairs

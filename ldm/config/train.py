@@ -1,0 +1,85 @@
+"""How anything is trained. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, at_least, between, one_of
+
+TRACKERS = ("tensorboard", "wandb")
+PRECISIONS = ("no", "bf16", "fp16")
+LR_SCHEDULES = ("constant", "cosine")
+SAVE_ERRORS = ("stop", "continue")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers of a frozen U-Net get a low-rank change, and its size (Hu et al. 2021)."""
+
+    rank: int = 8
+    alpha: float | None = None  # the change is α / rank · B A; null: rank
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of layers' names; also proj_in, ff.net.2, conv1 …
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank")
+        at_least(self, 1e-12, "alpha")
+        if not self.targets:
+            raise ConfigError("targets must name at least one layer")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the one training loop needs. Schedules and intervals count optimizer updates."""
+
+    steps: int = 100_000
+    batch_size: int = 64  # the GLOBAL batch of one update
+    micro_batch: int | None = None  # per process and forward pass; null: batch_size / processes
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup: int = 0  # updates of linear rise
+    lr_end: float = 0.0  # cosine: the last learning rate, as a fraction of lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # global gradient norm; null: none
+    ema_decay: float = 0.9999  # ramped: min(ema_decay, (1 + k) / (10 + k)) at update k
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    log_every: int = 50
+    validate_every: int = 1000
+    validation_size: int = 256
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    rank_timeout: int = 1800  # seconds that a process waits for the others before the run ends
+    keep_every: int | None = None  # updates: checkpoints at its multiples stay for good and are not counted; null: none
+    save_errors: str = "stop"  # of a checkpoint on the way (full disk …); continue: warn and try again at the next interval
+    trackers: tuple[str, ...] = ("tensorboard",)
+    lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays as it is
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch_size", "micro_batch", "log_every", "validate_every")
+        at_least(self, 1, "validation_size", "sample_every", "checkpoint_every", "rank_timeout")
+        at_least(self, 2, "keep_checkpoints")
+        at_least(self, 1, "keep_every")
+        one_of(self, SAVE_ERRORS, "save_errors")
+        at_least(self, 0.0, "weight_decay", "warmup", "adam_eps")
+        at_least(self, 1e-12, "lr", "clip")
+        between(self, 0.0, 1.0, "lr_end")
+        between(self, 0.0, 0.9999999, "ema_decay")
+        between(self, 0, 2**63 - 1, "seed")
+        one_of(self, PRECISIONS, "mixed_precision")
+        one_of(self, LR_SCHEDULES, "lr_schedule")
+        if not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ConfigError(f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise ConfigError(f"trackers: {tracker!r} is none of {', '.join(TRACKERS)}")
