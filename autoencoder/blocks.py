@@ -99,35 +99,47 @@ def res_blocks(c_in: int, c_out: int, count: int, groups: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(count)])
 
 
-class DownLevel(nn.Module):
-    """The residual blocks of one encoder level and, but for the last level, the halving."""
+def attention_blocks(c: int, count: int, groups: int, attends: bool) -> nn.ModuleList:
+    """One attention block for each of ``count`` residual blocks where the level attends, else none."""
+    return nn.ModuleList([Attention(c, groups) for _ in range(count)] if attends else [])
 
-    def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, last: bool) -> None:
+
+class DownLevel(nn.Module):
+    """The residual blocks of one encoder level, attention after each where it attends and, but for the last level, the halving."""
+
+    def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()
-        self.resnets = res_blocks(c_in, c_out, config.layers_per_level, config.groups)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        count = config.layers_per_level
+        self.attentions = attention_blocks(c_out, count, config.groups, level in config.attention_levels)
+        self.resnets = res_blocks(c_in, c_out, count, config.groups)
+        self.downsamplers = nn.ModuleList([] if level == len(config.channels) - 1 else [Downsample(c_out)])
 
     def forward(self, x: Float[Tensor, "b c H W"], checkpointing: bool = False) -> Float[Tensor, "b d h w"]:
         """Map [b, c_in, H, W] to [b, c_out, H/2, W/2], or to [b, c_out, H, W] on the last level."""
-        for block in self.resnets:
+        for i, block in enumerate(self.resnets):
             x = block(x, checkpointing)
+            x = self.attentions[i](x) if len(self.attentions) else x
         for down in self.downsamplers:
             x = down(x)
         return x
 
 
 class UpLevel(nn.Module):
-    """The residual blocks of one decoder level (one more than the encoder's) and, but for the last level, the doubling."""
+    """The residual blocks of one decoder level (one more than the encoder's), attention after each where it attends and, but for
+    the level of full resolution, the doubling."""
 
-    def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, last: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()
-        self.resnets = res_blocks(c_in, c_out, config.layers_per_level + 1, config.groups)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+        count = config.layers_per_level + 1
+        self.attentions = attention_blocks(c_out, count, config.groups, level in config.attention_levels)
+        self.resnets = res_blocks(c_in, c_out, count, config.groups)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(c_out)])
 
     def forward(self, x: Float[Tensor, "b c h w"], checkpointing: bool = False) -> Float[Tensor, "b d H W"]:
-        """Map [b, c_in, h, w] to [b, c_out, 2h, 2w], or to [b, c_out, h, w] on the last level."""
-        for block in self.resnets:
+        """Map [b, c_in, h, w] to [b, c_out, 2h, 2w], or to [b, c_out, h, w] at full resolution."""
+        for i, block in enumerate(self.resnets):
             x = block(x, checkpointing)
+            x = self.attentions[i](x) if len(self.attentions) else x
         for up in self.upsamplers:
             x = up(x)
         return x

@@ -59,6 +59,7 @@ class AutoencoderConfig:
     layers_per_level: int = 2  # residual blocks per level of the encoder; the decoder has one more
     groups: int = 32  # GroupNorm groups
     mid_attention: bool = True  # one self-attention block at the lowest resolution
+    attention_levels: tuple[int, ...] = ()  # levels with self-attention after each residual block (0: the full resolution)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "image_channels", "latent_channels", "layers_per_level", "groups")
@@ -67,6 +68,9 @@ class AutoencoderConfig:
             raise ConfigError(
                 f"channels has {len(self.channels)} levels, so the factor is {self.factor}: use 2 to 6 levels (factor 2 to 32)"
             )
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.channels):
+                raise ConfigError(f"attention_levels: {level} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
 
     @property
     def factor(self) -> int:

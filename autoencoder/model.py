@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         inputs = channels[:1] + channels[:-1]
         self.down_blocks = nn.ModuleList(
-            [DownLevel(a, b, config, last=i == len(channels) - 1) for i, (a, b) in enumerate(zip(inputs, channels, strict=True))]
+            [DownLevel(a, b, config, level) for level, (a, b) in enumerate(zip(inputs, channels, strict=True))]
         )
         self.mid_block = MidBlock(channels[-1], config)
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], EPS)
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(channels[0], config)
         inputs = channels[:1] + channels[:-1]
         self.up_blocks = nn.ModuleList(
-            [UpLevel(a, b, config, last=i == len(channels) - 1) for i, (a, b) in enumerate(zip(inputs, channels, strict=True))]
+            [UpLevel(a, b, config, len(channels) - 1 - i) for i, (a, b) in enumerate(zip(inputs, channels, strict=True))]
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.image_channels, 3, padding=1)

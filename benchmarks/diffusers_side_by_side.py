@@ -1,6 +1,8 @@
 """A trained folder drawn by us and by diffusers from the same noise: the two grids and the largest difference.
 
 python benchmarks/diffusers_side_by_side.py runs/demo --out docs/pictures/diffusers.png
+
+The folder's scheduler is replaced by DDIM where it is another; `--steps` and `--guidance-scale` are those of both.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm.config import DiffusionRun, load
 from ldm.data import streams
 from ldm.data.images import to_uint8
 from ldm.data.sources import open_source
 from ldm.evaluation.plots import captioned
-from ldm.pipeline import Pipeline, find_model
+from ldm.interop.folder import find_model
+from ldm.pipeline import Pipeline
 
-COUNT, STEPS, SEED = 16, 20, 7
+COUNT, SEED = 16, 7
 
 
 def main() -> None:
@@ -28,23 +31,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, help="the picture (default RUN/diffusers.png)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
     arguments = parser.parse_args()
+    steps = arguments.steps
     source = open_source(load(DiffusionRun, arguments.run / "config.yaml").data, "held_out")
     prompts = [source[i].text for i in range(COUNT)]
     ours = Pipeline.from_pretrained(arguments.run, "cpu")
-    settings = dataclasses.replace(ours.defaults, sampler="ddim", steps=STEPS, eta=0.0, seed=SEED)
+    settings = dataclasses.replace(ours.defaults, sampler="ddim", steps=steps, guidance_scale=arguments.guidance_scale, eta=0.0, seed=SEED)
     pictures = np.concatenate([to_uint8(images) for images in ours.sample(prompts, settings)])
 
     theirs = StableDiffusionPipeline.from_pretrained(find_model(arguments.run))
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     side = ours.sample_size // ours.factor
     noise = np.stack([streams.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
     drawn = theirs(
-        prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=torch.from_numpy(noise), output_type="np"
+        prompts, num_inference_steps=steps, guidance_scale=settings.guidance_scale, latents=torch.from_numpy(noise), output_type="np"
     )
     other = (drawn.images * 255).round().astype(np.uint8)
     difference = np.abs(pictures.astype(int) - other.astype(int))
-    print(f"{COUNT} images, DDIM {STEPS} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255")
+    print(f"{COUNT} images, DDIM {steps} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255")
     rows = np.concatenate([pictures[:8], other[:8], pictures[8:], other[8:]])
     labels = [f"{who}: {p}" for half in (prompts[:8], prompts[8:]) for who in ("ours", "diffusers") for p in half]
     captioned(rows, labels, arguments.out or arguments.run / "diffusers.png", columns=8)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import ClassifierConfig, ConfigError, ScheduleConfig, build, to_dict
-from ldm.interop.weights import FolderError, read_json, read_module, write_json, write_module
+from ldm.interop.files import FolderError, read_json, write_json
+from ldm.interop.weights import read_module, write_module
 from ldm.models.classifier import NoisyClassifier
 
 WEIGHTS = "classifier.safetensors"

@@ -1,82 +1,53 @@
-"""Weights in safetensors: written whole, read strictly."""
+"""A network and its tensors: built around them without a copy, every one used and none missing."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+
+from ldm.interop.archive.archive import open_archive, write_tensors
+from ldm.interop.bundle import Part
+from ldm.interop.files import FolderError
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class FolderError(RuntimeError):
-    """A model folder is incomplete or does not fit together; the message names the file or tensor."""
-
-    exit_code = 4
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises FolderError naming the file."""
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FolderError(f"{file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise FolderError(f"{file}: should hold a JSON object")
-    return value
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as readable JSON, making the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def write_module(module: nn.Module, file: Path) -> None:
-    """Write all parameters and buffers under their own names."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, file, metadata={"format": "pt"})
+    """Write all parameters and buffers under their own names. Raises FolderError."""
+    write_tensors(file, module.state_dict())
 
 
 def read_module(make: Callable[[], M], file: Path) -> M:
-    """Build a module without allocating it and give it the weights of ``file``: every tensor used, none missing."""
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise FolderError(f"{file} is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    """The module with the weights of ``file``: every tensor used, none missing. Raises FolderError."""
+    return fill(make, Part({}, open_archive(file).tensors, (file,)))
+
+
+def fill(make: Callable[[], M], part: Part) -> M:
+    """Build a module without allocating it and give it the tensors of ``part``, frozen: every one used, none missing.
+
+    They stay memory-mapped until they are moved or changed. Raises FolderError.
+    """
     with torch.device("meta"):
         module = make()
-    check_tensors(module.state_dict(), tensors, str(file))
-    module.load_state_dict(tensors, assign=True)
+    check_tensors({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, part)
+    module.load_state_dict(dict(part.tensors), assign=True)
     return module.requires_grad_(False).eval()
 
 
-def check_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Raise FolderError unless both hold the same names and shapes."""
-    for name in wanted:
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
+    """Raise FolderError unless the part holds tensors of just these names and shapes."""
+    where, given = "the model" if not part.files else str(part.files[0] if len(part.files) == 1 else part.files[0].parent), part.tensors
+    for name, shape in wanted.items():
         if name not in given:
             near = difflib.get_close_matches(name, [n for n in given if n not in wanted], n=1)
             raise FolderError(f"{where}: tensor {name} is missing" + (f" (there is {near[0]})" if near else ""))
-        if wanted[name].shape != given[name].shape:
-            raise FolderError(f"{where}: tensor {name} is {list(given[name].shape)}, its configuration says {list(wanted[name].shape)}")
+        if shape != tuple(given[name].shape):
+            raise FolderError(f"{where}: tensor {name} is {list(given[name].shape)}, its configuration says {list(shape)}")
     for name in given:
         if name not in wanted:
             raise FolderError(f"{where}: tensor {name} belongs to no part of the network its configuration describes")
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,20 +6,23 @@ Radford et al. 2021. The only file that imports transformers and tokenizers.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from ldm.config import NULL_CAPTION, ClipConfig
@@ -28,15 +31,13 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 EMBEDDING_STD = 2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
 
-# What is read of a hub model: one text encoder with its tokenizer, safetensors alone.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-_MODEL_FILES = ("config.json", "model.safetensors")
-_HUB_FILES = [
-    *_MODEL_FILES,
-    *_TOKENIZER_FILES,
-    *(f"text_encoder/{name}" for name in _MODEL_FILES),
-    *(f"tokenizer/{name}" for name in _TOKENIZER_FILES),
-]
+ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP's
+# Names in older config.json files that say nothing of a CLIP's text tower: how to generate text, and what earlier releases wrote.
+_OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
+    "model_type", "torch_dtype", "dropout", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "tie_word_embeddings",
+    "tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention", "is_decoder", "finetuning_task", "num_labels",
+    "tokenizer_class", "prefix", "sep_token_id", "task_specific_params", "max_length",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -133,32 +134,47 @@ class TextEncoder:
         self.model, self.tokenizer = model.float().eval().requires_grad_(False), tokenizer
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> TextEncoder:
-        """Read a model folder (``text_encoder/`` and ``tokenizer/``, or both together in it) or a model of the hub.
+    def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Mapping[str, bytes]) -> TextEncoder:
+        """From the contents of files: config.json, weights by their names with the prefix `text_model.`, the tokenizer's files.
 
-        Raises ValueError where a file is missing or unreadable, or weights and configuration do not belong together.
+        Weights in float32 stay memory-mapped. Raises ValueError where weights and configuration do not belong together.
         """
-        folder = Path(name) if Path(name).is_dir() else _download(str(name))
-        split = (folder / "text_encoder").is_dir()
-        model_folder, tokenizer_folder = (folder / "text_encoder", folder / "tokenizer") if split else (folder, folder)
-        model = _load_model(model_folder)
-        if not ({"tokenizer.json", "vocab.json"} & {file.name for file in tokenizer_folder.glob("*")}):
-            raise ValueError(f"{tokenizer_folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+        _check_config(config)
         try:
-            return cls(model, CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{tokenizer_folder}: {_one_line(error)}") from None
+            with torch.device("meta"):
+                model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.get("text_config") or config)))
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"config.json: {_one_line(error)}") from None
+        _fill(_tower(model), {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()})
+        with TemporaryDirectory() as folder:
+            for name, content in tokenizer.items():
+                (Path(folder) / name).write_bytes(content)
+            return cls(model, _load_tokenizer(Path(folder)))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return json.loads(self.model.config.to_json_string(use_diff=True)) | {"architectures": ["CLIPTextModel"]}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name. With the prefix: transformers 4 leaves the encoder random without, transformers 5 reads both."""
+        return {f"text_model.{key}": value for key, value in _tower(self.model).state_dict().items()}
 
     def save(self, folder: str | Path) -> None:
         """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers and transformers read them."""
         target = Path(folder) / "text_encoder"
         target.mkdir(parents=True, exist_ok=True)
-        self.model.config.architectures = ["CLIPTextModel"]
-        self.model.config.save_pretrained(str(target))
-        # transformers 4 leaves the encoder random where the prefix is missing; transformers 5 reads both
-        state = {f"text_model.{key}": value.detach().cpu().contiguous() for key, value in _tower(self.model).state_dict().items()}
+        (target / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(self.tokenizer, Path(folder) / "tokenizer")
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The contents of `tokenizer/`."""
+        with TemporaryDirectory() as folder:
+            save_tokenizer(self.tokenizer, folder)
+            return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns itself."""
@@ -169,6 +185,11 @@ class TextEncoder:
     def device(self) -> torch.device:
         """Where the weights are and the states come out."""
         return self.model.device
+
+    @property
+    def tower(self) -> torch.nn.Module:
+        """The network itself; its parameters bear no prefix."""
+        return _tower(self.model)
 
     @property
     def width(self) -> int:
@@ -256,41 +277,52 @@ def _tower(model: CLIPTextModel) -> torch.nn.Module:
     return getattr(model, "text_model", model)
 
 
-def _load_model(folder: Path) -> CLIPTextModel:
-    """The text tower in ``folder``, every weight from the file."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no text encoder: config.json is missing")
-    if not ((folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()):
-        raise ValueError(f"{folder} holds no model.safetensors (pickled weights are not read: convert them to safetensors)")
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in ``folder``; transformers makes up one of two tokens where there is none."""
+    there = {file.name for file in folder.glob("*")}
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:  # without merges, letters alone are found
+        raise ValueError("it holds no tokenizer")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind not in ("clip", "clip_text_model"):
-            raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")
-        with _quiet():
-            config = CLIPTextConfig.from_pretrained(str(folder), local_files_only=True)
-            model, info = CLIPTextModel.from_pretrained(  # type: ignore[misc]
-                str(folder),
-                config=config,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported in info, with names
-                output_loading_info=True,
-            )
-        _check_keys(info)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: {_one_line(error)}") from None
-    return model
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing more particular for a file that it cannot read
+        raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
 
-def _check_keys(info: dict[str, set]) -> None:
-    """Refuse weights that would stay random, and weights of text layers that the configuration does not have."""
-    own = ("text_model.", "encoder.", "embeddings.", "final_layer_norm.")  # a full CLIP holds its vision tower besides
-    missing = sorted(info["missing_keys"])
-    wrong = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
-    extra = sorted(key for key in info["unexpected_keys"] if key.startswith(own) and not key.endswith("position_ids"))
-    for keys, what in ((missing, "is missing from"), (wrong, "has another shape than config.json says in"), (extra, "is not expected in")):
-        if keys:
-            raise ValueError(f"{keys[0]} {what} model.safetensors ({len(keys)} such weights)")
+def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
+    """The files of a tokenizer that pads with another token."""
+    files = {name: content for name, content in tokenizer.items() if name != "special_tokens_map.json"}
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    return files | {"tokenizer_config.json": json.dumps(settings | {"pad_token": token}, indent=2).encode()}
+
+
+def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the tower, built without memory, its weights. Raises ValueError unless names and shapes are its own."""
+    wanted = tower.state_dict()
+    for names, what in ((wanted.keys() - tensors.keys(), "is missing"), (tensors.keys() - wanted.keys(), "belongs to no layer of it")):
+        if names:
+            raise ValueError(f"text encoder: {min(names)} {what} ({len(names)} such weights)")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"text encoder: {name} is {list(tensor.shape)}, config.json says {list(wanted[name].shape)}")
+    tower.load_state_dict(dict(tensors), assign=True)
+    embeddings = tower.get_submodule("embeddings")
+    positions = torch.arange(wanted["embeddings.position_embedding.weight"].shape[0])
+    embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)  # the one thing that no file holds
+
+
+def _check_config(layout: object) -> None:
+    """Refuse a model that is no CLIP, a setting whose name transformers knows in no release, and an unknown activation."""
+    kind = layout.get("model_type") if isinstance(layout, Mapping) else layout
+    if kind not in ("clip", "clip_text_model") or not isinstance(layout, Mapping):
+        raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")
+    tower = layout.get("text_config") or {} if kind == "clip" else layout
+    known = {f.name for f in dataclasses.fields(CLIPTextConfig)}  # type: ignore[arg-type]
+    for key in tower:
+        if key not in known | _OLD_SETTINGS and not key.startswith("_"):
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            raise ValueError(f"config.json: unknown key {key}" + (f": did you mean {near[0]}?" if near else " of a CLIP text encoder"))
+    if (activation := tower.get("hidden_act", "quick_gelu")) not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act is {activation!r}, but CLIP has {' or '.join(ACTIVATIONS)}")
 
 
 @contextmanager
@@ -305,18 +337,6 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def _download(name: str) -> Path:
-    """The hub model's text encoder and tokenizer as a local folder."""
-    from huggingface_hub import snapshot_download
-
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
-        raise ValueError(f"no folder {name}, and it is not the name of a hub model either (owner/name)")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no folder {name}, and the hub gives no such model: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -44,7 +44,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.in_channels, self.out_channels, self.context_dim = config, in_channels, out_channels, context_dim
         self.gradient_checkpointing = False
-        channels, time_dim, levels = config.channels, 4 * config.channels[0], len(config.channels)
+        channels, time_dim, levels = config.channels, config.time_dim, len(config.channels)
         heads = config.heads if len(config.heads) > 1 else config.heads * levels
 
         def resnet(i: int, o: int) -> ResidualBlock:
@@ -57,7 +57,7 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(in_channels + config.concat_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepMLP(channels[0], time_dim)
-        self.class_embedding = TimestepMLP(config.vector_dim, time_dim) if config.vector_dim else None
+        self.class_embedding = class_embedding(config)
 
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of each skip connection
@@ -128,8 +128,14 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def _embed(self, t: Tensor, cond: Condition) -> Tensor:
-        time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(self.conv_in.weight.dtype))
-        return time if self.class_embedding is None else time + self.class_embedding(cond.vector)
+        time = self.time_embedding(self._sinusoid(t))
+        if self.class_embedding is None:
+            return time
+        given = cond.vector if cond.labels is None else self._sinusoid(cond.labels) if self.config.sinusoidal_labels else cond.labels
+        return time + self.class_embedding(given)
+
+    def _sinusoid(self, t: Tensor) -> Tensor:
+        return timestep_embedding(t, self.config.channels[0]).to(self.conv_in.weight.dtype)
 
     def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -139,8 +145,24 @@ class UNet(nn.Module):
     def _check(self, cond: Condition) -> None:
         for name, given, wanted in (
             ("context", cond.context is not None, self.context_dim is not None),
-            ("vector", cond.vector is not None, self.class_embedding is not None),
+            ("vector", cond.vector is not None, self.config.vector_dim is not None),
+            ("label", cond.labels is not None, self.config.num_labels is not None or self.config.sinusoidal_labels),
             ("concat", cond.concat is not None, self.config.concat_channels > 0),
         ):
             if given != wanted:
                 raise ValueError(f"this U-Net takes {'a' if wanted else 'no'} {name} condition, and {'one' if given else 'none'} was given")
+
+
+def class_embedding(config: UNetConfig) -> nn.Module | None:
+    """What turns a vector or label condition into a summand of the timestep embedding; None: there is no such condition."""
+    if config.num_labels is not None:
+        return nn.Embedding(config.num_labels, config.time_dim)
+    if config.sinusoidal_labels:
+        return TimestepMLP(config.channels[0], config.time_dim)
+    if config.vector_dim is None:
+        return None
+    if config.vector_map == "identity":
+        return nn.Identity()
+    return (
+        nn.Linear(config.vector_dim, config.time_dim) if config.vector_map == "linear" else TimestepMLP(config.vector_dim, config.time_dim)
+    )

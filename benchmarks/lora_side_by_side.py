@@ -1,0 +1,109 @@
+"""A LoRA trained here, drawn by us live and merged and by diffusers from the same noise; how many pictures are striped.
+
+python benchmarks/lora_side_by_side.py runs/demo runs/demo-lora --out docs/pictures/lora.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ldm.config import DataConfig, SampleConfig
+from ldm.data import streams
+from ldm.data.images import to_uint8
+from ldm.data.shapes import Scene, caption, parse, stripe
+from ldm.data.sources import open_source
+from ldm.evaluation.judge import ShapesJudge, agreement, proportion
+from ldm.evaluation.plots import captioned
+from ldm.interop.folder import find_model
+from ldm.interop.lora import find_lora
+from ldm.pipeline import Pipeline
+
+SHOWN, STEPS, SEED, SIDE = 8, 20, 7, 32
+DATA = DataConfig(source="shapes", image_size=SIDE)
+
+
+def ours(pipe: Pipeline, prompts: list[str], settings: SampleConfig) -> np.ndarray:
+    """Our pictures, uint8."""
+    return np.concatenate([to_uint8(images) for images in pipe.sample(prompts, settings, batch_size=50)])
+
+
+def theirs(base: Path, lora: Path, prompts: list[str], settings: SampleConfig) -> np.ndarray:
+    """Theirs, from the same noise."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(find_model(base))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(find_lora(lora).parent))
+    shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    noise = torch.from_numpy(np.stack([streams.normal(SEED, "sample/x_T", i, shape) for i in range(len(prompts))]))
+    drawn = pipe(prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=noise, output_type="np")
+    return (drawn.images * 255).round().astype(np.uint8)
+
+
+def told(name: str, pictures: np.ndarray, scenes: list[Scene]) -> None:
+    """How many are striped, and how many show all that was asked for."""
+    read = ShapesJudge(SIDE, 1, striped=True).read(pictures)
+    rows = [agreement(found, scene, striped=True) for found, scene in zip(read, scenes, strict=True)]
+    counts = {"striped": [scene.objects[0].striped for scene in read]}
+    counts |= {key: [row[key] for row in rows] for key in ("background", "size", "colour", "shape", "all")}
+    shares = {key: proportion(sum(values), len(values)) for key, values in counts.items()}
+    print(
+        f"{name:34s} " + "  ".join(f"{key} {s['accuracy']:.3f} ({s['low']:.3f}–{s['high']:.3f})" for key, s in shares.items()), flush=True
+    )
+
+
+def reconstructed(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+    """Drawings through the autoencoder and back: the ceiling."""
+    assert pipe.codec is not None
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return to_uint8(
+            pipe.codec.decode(pipe.codec.latent(posterior := pipe.codec.autoencoder.encode(x), torch.zeros_like(posterior.mean)))
+        )
+
+
+def main() -> None:
+    """Draw, judge, compare, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("lora", type=Path)
+    parser.add_argument("--images", type=int, default=200, help="of each kind of caption (default 200)")
+    parser.add_argument("--out", type=Path, help="the picture (default LORA/lora.png)")
+    arguments = parser.parse_args()
+    plain = [parse(open_source(DATA, "held_out").text(i)) for i in range(arguments.images)]
+    striped = [stripe(scene) for scene in plain]
+    real = [open_source(dataclasses.replace(DATA, source="shapes-striped"), "held_out")[i] for i in range(2 * arguments.images)]
+    for which in (False, True):
+        some = [s for s in real if s.truth.objects[0].striped == which]
+        images, scenes = np.stack([s.image for s in some]), [s.truth for s in some]
+        told(f"drawings, {'striped' if which else 'plain'}", images, scenes)
+        told("  through the autoencoder", reconstructed(Pipeline.from_pretrained(arguments.base, "cpu"), images), scenes)
+    base, live = Pipeline.from_pretrained(arguments.base, "cpu"), Pipeline.from_pretrained(arguments.base, "cpu")
+    live.load_lora(arguments.lora)
+    settings = dataclasses.replace(base.defaults, sampler="ddim", steps=STEPS, eta=0.0, seed=SEED)
+    rows: list[tuple[str, np.ndarray, list[str]]] = []
+    for scenes in (plain, striped):
+        prompts = [caption(scene) for scene in scenes]
+        kind = "striped" if scenes is striped else "plain"
+        drawn = {"base": ours(base, prompts, settings), "base + LoRA": ours(live, prompts, settings)}
+        merged = Pipeline.from_pretrained(arguments.base, "cpu")
+        merged.load_lora(arguments.lora)
+        merged.merge_lora()
+        drawn |= {"merged": ours(merged, prompts, settings), "diffusers": theirs(arguments.base, arguments.lora, prompts, settings)}
+        for name, pictures in drawn.items():
+            told(f"{name}, {kind} captions", pictures, scenes)
+            rows.append((name, pictures[:SHOWN], prompts[:SHOWN]))
+        for name in ("merged", "diffusers"):
+            difference = np.abs(drawn[name].astype(int) - drawn["base + LoRA"].astype(int))
+            print(f"{name} against live, {len(prompts)} images: largest difference {difference.max()} of 255", flush=True)
+    labels = [f"{name}: {prompt}" for name, _, prompts in rows for prompt in prompts]
+    captioned(np.concatenate([pictures for _, pictures, _ in rows]), labels, arguments.out or arguments.lora / "lora.png", columns=SHOWN)
+
+
+if __name__ == "__main__":
+    main()

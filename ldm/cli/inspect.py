@@ -1,0 +1,63 @@
+"""Say what a model is: a run, a model folder (ours or diffusers'), an autoencoder's folder, a single file (.safetensors, .ckpt).
+
+  ldm inspect runs/demo
+  ldm inspect sd-v1-5.ckpt --json
+
+Sizes, head counts, what it predicts, schedule, latent scale, types, and a sha256 of each part that is the same in every
+layout. Weights stay on disk: they are read piece by piece for their hashes, and not at all with --no-hashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.cli.console import Console
+from ldm.cli.reading import add_reading, reading
+
+TITLES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "process": "process"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to look at."""
+    parser.add_argument("model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file")
+    add_reading(parser)
+    parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the headers, and print."""
+    from ldm.interop.describe import describe
+    from ldm.interop.layouts import read_any
+
+    bundle = read_any(arguments.model, **reading(arguments))
+    about = {"layout": bundle.layout, **describe(bundle, not arguments.no_hashes)}
+    console = Console()
+    if arguments.json:
+        console.say(json.dumps(about, indent=2, ensure_ascii=False))
+        return
+    console.say(f"{arguments.model}: {about.pop('layout')}")
+    for name, facts in about.items():
+        console.say("\n".join(_lines(TITLES.get(name, name), facts)))
+
+
+def _lines(title: str, facts: Any) -> list[str]:
+    """A title, and a line for each fact."""
+    if not isinstance(facts, Mapping):
+        return [f"  {title:14s} {_value(facts)}"]
+    return [f"  {title}", *(f"    {name.replace('_', ' '):20s} {_value(value, name)}" for name, value in facts.items())]
+
+
+def _value(value: Any, name: str = "") -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    if name == "parameters":
+        return f"{value:,} ({value / 1e6:.2f} M)"
+    if name == "bytes":
+        return f"{value:,} ({value / 1e9:.2f} GB)"
+    return {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,179 @@
+"""What a pickle of weights may name: descriptions of tensors, plain values, and placeholders for what lies beside them.
+
+Nothing is imported or looked up by name here: a global is an entry of the table below, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Placeholder:
+    """A class, or an object of one, that is not built: its name, and nothing of its content."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class StorageType:
+    """What `torch.FloatStorage` and its like stand for; None: of bytes."""
+
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, eq=False)
+class StorageRef:
+    """A block of bytes of the file, by its key; ``count`` elements of ``dtype``, or bytes."""
+
+    key: str
+    dtype: torch.dtype | None
+    count: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize if self.dtype else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self.count * self.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRef:
+    """A tensor that is not built yet: a view of a storage; offset and strides in elements, none negative."""
+
+    storage: StorageRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """What the pickle may call."""
+
+    call: Callable[..., Any]
+
+
+PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf")  # all become placeholders
+_BESIDE = {
+    "argparse.Namespace", "typing.Any", "pathlib.PosixPath", "pathlib.WindowsPath", "collections.deque", "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer",
+    "torch.device", "datetime.datetime", "datetime.timedelta",
+    *(f"builtins.{t}" for t in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set",
+                                "str", "tuple", "type")),
+}  # fmt: skip
+_STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
+    "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+}  # fmt: skip
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_DTYPES = (*_STORAGES.values(), *(getattr(torch, name) for name in (*_FLOAT8, "uint16", "uint32", "uint64")))
+_NUMBERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}  # numpy's words
+_MODULES = {"__builtin__": "builtins"}  # Python 2's name, which protocol 2 writes
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None) -> TensorRef:
+    if not isinstance(storage, StorageRef) or dtype is None or type(shape) is not tuple or type(stride) is not tuple:
+        raise ValueError("a tensor is not described by storage, offset, shape and strides")
+    if len(shape) != len(stride) or len(shape) > 64 or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+        raise ValueError("a tensor's offset, shape and strides do not fit together or are negative")
+    return TensorRef(storage, dtype, offset, shape, stride)
+
+
+def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, hooks: Any = None, flags: Any = None) -> TensorRef:
+    if flags:
+        raise ValueError("a tensor that is a conjugate or negative view")
+    return _tensor(storage, offset, shape, stride, getattr(storage, "dtype", None))
+
+
+def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None) -> TensorRef:
+    if flags or type(dtype) is not torch.dtype:
+        raise ValueError("a tensor whose type is none, or that is a conjugate or negative view")
+    return _tensor(storage, offset, shape, stride, dtype)
+
+
+def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None, state: Any = None) -> TensorRef:
+    if not isinstance(data, TensorRef):
+        raise ValueError("a parameter that is no tensor")
+    return data
+
+
+def _size(shape: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(shape, tuple):
+        raise ValueError("a shape that is no tuple")
+    return shape
+
+
+def _ordered(pairs: Any = ()) -> dict[Any, Any]:
+    result: dict[Any, Any] = {}
+    for key, value in pairs:
+        put(result, key, value)
+    return result
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes that are not written as Latin-1")
+    return text.encode("latin1")
+
+
+def _numpy_type(code: Any, *_: Any) -> np.dtype | Placeholder:
+    return np.dtype(code) if type(code) is str and code in _NUMBERS else Placeholder("numpy.dtype")
+
+
+def _numpy_scalar(dtype: Any, data: Any = None) -> int | float | Placeholder:
+    data = data.encode("latin1") if type(data) is str else data
+    if not isinstance(dtype, np.dtype) or type(data) is not bytes:
+        return Placeholder("numpy.generic")
+    if len(data) != dtype.itemsize:
+        raise ValueError("a numpy number of another size than its type")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+_KNOWN: dict[str, Any] = {
+    **{f"{module}.{name}Storage": StorageType(t) for module in ("torch", "torch.cuda") for name, t in _STORAGES.items()},
+    "torch.storage.UntypedStorage": StorageType(None),
+    **{str(dtype): dtype for dtype in _DTYPES},
+    "torch._utils._rebuild_tensor": Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": Function(_tensor_v3),
+    "torch._utils._rebuild_parameter": Function(_parameter),
+    "torch._utils._rebuild_parameter_with_state": Function(_parameter),
+    "torch.Size": Function(_size),
+    "collections.OrderedDict": Function(_ordered),
+    "collections.defaultdict": Function(lambda factory=None: {}),
+    "_codecs.encode": Function(_encode),
+    "numpy.dtype": Function(_numpy_type),
+    "numpy.core.multiarray.scalar": Function(_numpy_scalar),
+    "numpy._core.multiarray.scalar": Function(_numpy_scalar),
+}
+
+
+def put(target: dict[Any, Any], key: Any, value: Any) -> None:
+    """One entry of a dict; its key is what hashes fast and cannot be nested."""
+    if not (isinstance(key, (str, float, bytes, Placeholder, torch.dtype)) or key is None or (isinstance(key, int) and abs(key) < 2**60)):
+        raise ValueError(f"a key that is a {type(key).__name__}")
+    if key in target:
+        raise ValueError(f"the key {str(key)[:80]!r} twice")
+    target[key] = value
+
+
+def find(module: str, name: str) -> Any:
+    """What a global stands for. Raises LookupError with its full name for one that no weights need."""
+    module = _MODULES.get(module, module)
+    full = f"{module}.{name}"
+    if full in _KNOWN:
+        return _KNOWN[full]
+    if (module.split(".")[0] in PACKAGES and name.isidentifier()) or full in _BESIDE:
+        return Placeholder(full)
+    raise LookupError(full)

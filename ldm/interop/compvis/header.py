@@ -1,0 +1,69 @@
+"""What the header of a single file of ours says: all of a model that is in no tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.config import ConfigError
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
+from ldm.interop.compvis.shapes import one_line
+from ldm.interop.files import FolderError
+
+KEY = "ldm"  # of the safetensors metadata, whose values are text
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """A model without its tensors.
+
+    Attributes:
+        configs: of each part, as in Bundle.
+        scheduler, tokenizer, extra: as in Bundle.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    scheduler: Mapping[str, Any] | None = None
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_header(metadata: Mapping[str, str]) -> Header | None:
+    """Our part of a file's metadata, or None where it has none. Raises FolderError for one that cannot be read."""
+    if KEY not in metadata:
+        return None
+    try:
+        said = json.loads(metadata[KEY])
+        if said["format"] != FORMAT:
+            raise FolderError(f"the file's header is of format {said['format']!r}, this version reads {FORMAT}")
+        configs = {str(part): dict(config) for part, config in said["parts"].items()}
+        scheduler = None if said["scheduler"] is None else dict(said["scheduler"])
+        header = Header(configs, scheduler, {name: text.encode() for name, text in said["tokenizer"].items()}, dict(said["extra"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FolderError(f"the file's header ({KEY}) cannot be read: {one_line(error)}") from None
+    if not configs or not configs.keys() <= {UNET, VAE, TEXT}:
+        raise FolderError(f"the file's header names the parts {', '.join(configs) or '(none)'}: known are {UNET}, {VAE} and {TEXT}")
+    if UNET in configs and scheduler is None:
+        raise FolderError("the file's header describes a U-Net without its scheduler")
+    return header
+
+
+def write_header(bundle: Bundle) -> dict[str, str]:
+    """The metadata that ``read_header`` reads. Raises ConfigError for a tokenizer file that is no text."""
+    tokenizer = {}
+    for name, content in bundle.tokenizer.items():
+        try:
+            tokenizer[name] = content.decode()
+        except UnicodeDecodeError:
+            raise ConfigError(f"tokenizer/{name} is no UTF-8 text: a single file's header cannot hold it") from None
+    said = {
+        "format": FORMAT,
+        "parts": {name: dict(part.config) for name, part in bundle.parts.items()},
+        "scheduler": None if bundle.scheduler is None else dict(bundle.scheduler),
+        "tokenizer": tokenizer,
+        "extra": dict(bundle.extra),
+    }
+    return {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)}

@@ -1,0 +1,238 @@
+"""The configurations of a CompVis single file without a header of ours, from the shapes of its tensors.
+
+What no tensor says (head counts, groups, target, scale of the latents) is known for the published families and asked for elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from autoencoder.config import AutoencoderConfig, at_least
+from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
+from ldm.config import ConfigError, ScheduleConfig, UNetConfig
+from ldm.interop.bundle import TEXT, UNET, VAE
+from ldm.interop.compvis.besides import PUBLISHED_SCALE
+from ldm.interop.compvis.shapes import Shapes, missing
+from ldm.interop.files import FolderError
+from ldm.interop.schedulers import scheduler_to_diffusers
+from ldm.interop.unet import unet_to_diffusers
+
+PUBLISHED_FACTOR = 8  # image side over latent side of both
+PUBLISHED_GROUPS = 32  # of every GroupNorm in that code
+HEAD_WIDTH = 64  # of Stable Diffusion 2, and of every published CLIP
+SD1_HEADS = 8
+OPENCLIP_WIDTH, OPENCLIP_LAYERS = 1024, 23  # of Stable Diffusion 2's text encoder; a 24th block is not used
+CLIP_WIDTH = 768  # of Stable Diffusion 1's
+WHICH_TARGET = (
+    "give prediction: eps for Stable Diffusion 2.0-base, 2.1-base and 2-inpainting (512 px),"
+    " v for 2.0 and 2.1 (768 px), and for a fine-tune that of its origin"
+)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the tensors of a file do not say. None: the published value, where the file is of a published family.
+
+    Attributes:
+        prediction: eps, v or x0.
+        heads: attention heads of the U-Net, one number or one per level.
+        groups, vae_groups: GroupNorm groups of the U-Net and of the autoencoder.
+        scale: factor on the autoencoder's latents.
+        image_size: side of the training images in pixels.
+        text_heads, text_layers, text_act: of the text encoder; the layers are those in use.
+    """
+
+    prediction: str | None = None
+    heads: int | tuple[int, ...] | None = None
+    groups: int | None = None
+    vae_groups: int | None = None
+    scale: float | None = None
+    image_size: int | None = None
+    text_heads: int | None = None
+    text_layers: int | None = None
+    text_act: str | None = None
+
+    def check(self, parts: Collection[str]) -> None:
+        """Raise ConfigError for a hint on a part that is not there."""
+        about = {"prediction": UNET, "heads": UNET, "groups": UNET, "image_size": UNET, "vae_groups": VAE, "scale": VAE}
+        for name, value in vars(self).items():
+            if value is not None and (part := about.get(name, TEXT)) not in parts:
+                raise ConfigError(f"{name} is about the {part}, which the file does not hold: leave it out")
+
+    def __post_init__(self) -> None:
+        if self.prediction not in (None, "eps", "v", "x0"):
+            raise ConfigError(f"prediction must be eps, v or x0, got {self.prediction!r}")
+        at_least(self, 1, "groups", "vae_groups", "image_size", "text_heads", "text_layers")
+        at_least(self, 1e-12, "scale")
+        if self.heads is not None and any(heads < 1 for heads in ([self.heads] if isinstance(self.heads, int) else self.heads)):
+            raise ConfigError(f"heads must be at least 1, got {self.heads}")
+
+
+def _same(values: list[Any], what: str) -> Any:
+    """The one value for all. Raises FolderError."""
+    if len(set(values)) != 1:
+        raise FolderError(f"the U-Net has {what} {values}: they must be equal, or the file lacks tensors")
+    return values[0]
+
+
+# ---------------------------------------------------------------- U-Net
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the published checkpoints with this projection and context width have."""
+
+    heads: tuple[int, ...]
+    prediction: str | None
+
+
+def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor: int | None) -> tuple[dict[str, Any], str]:
+    """unet/config.json of the tensors, and the target. ``latent_channels``, ``factor``: the autoencoder's, where there is one."""
+    levels = _levels(shapes)
+    channels = tuple(level[0][0] for level in levels)
+    depths = [depth for level in levels for _, depth in level if depth] + [shapes.count("middle_block.1.transformer_blocks.")]
+    if shapes.has("middle_block.1.qkv."):
+        raise ConfigError("the U-Net is an unconditional one of latent-diffusion: its attention blocks cannot be expressed here")
+    cross = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    linear, context = shapes.dimensions("middle_block.1.proj_in.weight") == 2, shapes(cross, 1)
+    family = _family(channels, linear, context)
+    heads = hints.heads if hints.heads is not None else family and family.heads
+    target = hints.prediction or (family and family.prediction)
+    if heads is None:
+        raise ConfigError(f"the U-Net is of no published family (its context is {context} wide, its projection"
+                          f" {'linear' if linear else 'a convolution'}): give heads, the number of attention heads")  # fmt: skip
+    if target is None:
+        raise ConfigError(
+            "what the U-Net predicts cannot be told from a file: " + (WHICH_TARGET if family else "give prediction: eps, v or x0")
+        )
+    into, out = shapes("input_blocks.0.0.weight", 1), shapes("out.2.weight", 0)
+    x_channels = latent_channels or (into if out == 2 * into else out)
+    if out not in (x_channels, 2 * x_channels) or into < x_channels:
+        raise FolderError(f"the U-Net takes {into} channels and gives {out}, which does not fit a sample of {x_channels}")
+    config = UNetConfig(
+        channels=channels,
+        layers_per_level=_same([len(level) for level in levels], "residual blocks per level"),
+        attention_levels=tuple(i for i, level in enumerate(levels) if any(depth for _, depth in level)),
+        heads=(heads,) if isinstance(heads, int) else heads,
+        transformer_layers=_same(depths, "transformer layers"),
+        groups=_groups(hints.groups, channels, "U-Net", "groups"),
+        linear_projection=linear,
+        scale_shift=shapes("middle_block.0.emb_layers.1.weight", 0) == 2 * channels[-1],
+        vector_dim=shapes("label_emb.0.0.weight", 1) if shapes.has("label_emb.0.") else None,
+        concat_channels=into - x_channels,
+    )
+    factor = factor or (PUBLISHED_FACTOR if family else 1)
+    layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)
+    classes = {"num_class_embeds": shapes("label_emb.weight", 0)} if shapes.has("label_emb.weight") else {}
+    return {**layout, **classes}, target
+
+
+def _levels(shapes: Shapes) -> list[list[tuple[int, int]]]:
+    """(channels, transformer layers) of each residual block of each level going down."""
+    levels: list[list[tuple[int, int]]] = [[]]
+    for block in range(1, shapes.count("input_blocks.")):
+        if shapes.has(f"input_blocks.{block}.0.op."):
+            levels.append([])
+            continue
+        channels = shapes(f"input_blocks.{block}.0.out_layers.3.weight", 0)
+        levels[-1].append((channels, shapes.count(f"input_blocks.{block}.1.transformer_blocks.")))
+    if not all(levels):
+        raise missing("input_blocks.1.0.out_layers.3.weight", [])
+    return levels
+
+
+def _family(channels: tuple[int, ...], linear: bool, context: int) -> Family | None:
+    if not linear and context == CLIP_WIDTH:
+        return Family((SD1_HEADS,), "eps")
+    if linear and context == OPENCLIP_WIDTH:
+        return Family(tuple(c // HEAD_WIDTH for c in channels), None)
+    return None
+
+
+def _groups(given: int | None, channels: tuple[int, ...], part: str, option: str) -> int:
+    """The hint, or the published number where it divides the channels. Raises ConfigError."""
+    if given is None and any(c % PUBLISHED_GROUPS for c in channels):
+        raise ConfigError(
+            f"the {part}'s channels {list(channels)} are no multiples of {PUBLISHED_GROUPS}: give {option}, the GroupNorm groups"
+        )
+    return given or PUBLISHED_GROUPS
+
+
+def _image_size(hints: Hints, family: Family | None, target: str) -> int:
+    """Pixels: 512, and 768 for what predicts v with Stable Diffusion 2's U-Net. Raises ConfigError for no published family."""
+    if hints.image_size is None and family is None:
+        raise ConfigError("the size of the training images is in no tensor: give image_size, in pixels")
+    return hints.image_size or (768 if family and family.prediction is None and target == "v" else 512)
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[str, Any]:
+    """vae/config.json of the tensors. ``given_scale``: what the file says of the latents' scale."""
+    levels = range(shapes.count("encoder.down."))
+    channels = tuple(shapes(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in levels)
+    config = AutoencoderConfig(
+        image_channels=shapes("encoder.conv_in.weight", 1),
+        latent_channels=shapes("decoder.conv_in.weight", 1),
+        channels=channels,
+        layers_per_level=shapes.count("encoder.down.0.block."),
+        groups=_groups(hints.vae_groups, channels, "autoencoder", "vae_groups"),
+        mid_attention=shapes.has("encoder.mid.attn_1."),
+        attention_levels=tuple(level for level in levels if shapes.has(f"encoder.down.{level}.attn.")),
+    )
+    scale = given_scale if hints.scale is None else hints.scale
+    if scale is None and (config.latent_channels, config.factor) != (4, 8):
+        raise ConfigError("the scale of this autoencoder's latents is in no tensor: give scale (1 leaves them as they are)")
+    return {**autoencoder_to_diffusers(config), "scaling_factor": PUBLISHED_SCALE if scale is None else scale}
+
+
+def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
+    """text_encoder/config.json of the tensors, in transformers' names or in OpenCLIP's."""
+    token, position = "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"
+    if openclip:
+        token, position = "token_embedding.weight", "positional_embedding"
+    vocabulary, width = shapes(token, 0), shapes(token, 1)
+    fc1 = "transformer.resblocks.0.mlp.c_fc.weight" if openclip else "text_model.encoder.layers.0.mlp.fc1.weight"
+    layers = _text_layers(shapes, hints, openclip, width)
+    published = width == (OPENCLIP_WIDTH if openclip else CLIP_WIDTH)
+    if not published and (hints.text_heads is None or (hints.text_act is None and not openclip)):
+        wanted = "text_heads" if openclip else "text_heads and text_act"
+        raise ConfigError(f"the text encoder is {width} wide, as no published one in this layout: give {wanted}")
+    heads = hints.text_heads or width // HEAD_WIDTH
+    if heads < 1 or width % heads:
+        raise ConfigError(f"text_heads: {heads} does not divide the text encoder's width {width}")
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes(fc1, 0),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": shapes(position, 0),
+        "hidden_act": hints.text_act or ("gelu" if openclip else "quick_gelu"),
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 1,
+        "projection_dim": width,
+    }
+
+
+def _text_layers(shapes: Shapes, hints: Hints, openclip: bool, width: int) -> int:
+    """The layers in use: all in transformers' names, all but the last in OpenCLIP's where it is there. Raises ConfigError."""
+    held = shapes.count("transformer.resblocks." if openclip else "text_model.encoder.layers.")
+    if hints.text_layers is not None or not openclip:
+        return held if hints.text_layers is None else hints.text_layers
+    if width != OPENCLIP_WIDTH or held not in (OPENCLIP_LAYERS, OPENCLIP_LAYERS + 1):
+        raise ConfigError(f"the text encoder has {held} OpenCLIP blocks {width} wide: give text_layers, how many of them are used")
+    return OPENCLIP_LAYERS
+
+
+def infer_scheduler(schedule: ScheduleConfig, target: str) -> dict[str, Any]:
+    """scheduler_config.json with the published sampling grid."""
+    return {**scheduler_to_diffusers(schedule, target), "timestep_spacing": "leading", "set_alpha_to_one": False}

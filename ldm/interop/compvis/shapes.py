@@ -1,0 +1,59 @@
+"""The shapes of a file's tensors, asked for by name; and what to say of a name that is not there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ldm.interop.files import FolderError
+
+
+class Shapes:
+    """The tensors of one part, by their names behind its prefix."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self.prefix = prefix
+        self._shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)}
+
+    def __call__(self, name: str, dimension: int) -> int:
+        """One side of a tensor. Raises FolderError where it is missing, or has no such side."""
+        if name not in self._shapes:
+            raise missing(self.prefix + name, [self.prefix + n for n in self._shapes])
+        shape = self._shapes[name]
+        if dimension >= len(shape):
+            raise FolderError(f"tensor {self.prefix}{name} is {list(shape)}: a number of dimensions that no network here has")
+        return shape[dimension]
+
+    def dimensions(self, name: str) -> int:
+        """How many sides a tensor has."""
+        self(name, 0)
+        return len(self._shapes[name])
+
+    def has(self, prefix: str) -> bool:
+        """Whether any name begins so."""
+        return any(name.startswith(prefix) for name in self._shapes)
+
+    def count(self, prefix: str) -> int:
+        """One more than the greatest number that follows ``prefix`` in a name; 0 where none does."""
+        found = [m for name in self._shapes if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
+        return max((int(m[1]) + 1 for m in found), default=0)
+
+
+def missing(name: str, among: Iterable[str]) -> FolderError:
+    """The error for a tensor that is not there, with the nearest that is."""
+    near = difflib.get_close_matches(name, list(among), n=1)
+    return FolderError(f"tensor {name} is missing" + (f" (there is {near[0]})" if near else ""))
+
+
+def nearest(name: str, expected: Iterable[str]) -> str:
+    """The end of a message on an unknown tensor."""
+    near = difflib.get_close_matches(name, list(expected), n=1)
+    return f": the nearest that does is {near[0]}" if near else ""
+
+
+def one_line(error: Exception) -> str:
+    """What another's error says, its kind before it (a KeyError says only the key)."""
+    return f"{type(error).__name__} {' '.join(str(error).split())}"

@@ -1,0 +1,114 @@
+"""What a model is, as its files say it: for `ldm inspect`. Weights are read for their hashes alone, piece by piece."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from torch import Tensor
+
+from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
+from autoencoder.layout import latent_scale
+from ldm.interop.archive.archive import tensor_hash
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers
+from ldm.interop.unet import unet_from_diffusers
+
+
+def describe(bundle: Bundle, hashes: bool = True) -> dict[str, Any]:
+    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale, and the hash of each part.
+
+    Raises ConfigError where a configuration cannot be expressed here.
+    """
+    tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
+    about: dict[str, Any] = {
+        name: {**_size(part.tensors), **tell[name](part), **({"sha256": part_hash(part)} if hashes else {})}
+        for name, part in bundle.parts.items()
+    }
+    if bundle.scheduler is not None:
+        about["process"] = _process(bundle.scheduler)
+    if bundle.tokenizer:
+        about["tokenizer"] = sorted(bundle.tokenizer)
+    if bundle.extra:
+        about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key != "sha256"}
+    if bundle.besides:
+        about["besides"] = dict(Counter(bundle.besides.values()))
+    return about
+
+
+def part_hash(part: Part) -> str:
+    """sha256 over names, types, shapes and values: the same in every layout, whatever file holds them."""
+    digest = sha256()
+    for name in sorted(part.tensors):
+        digest.update(f"{name} {tensor_hash(part.tensors[name])}\n".encode())
+    return digest.hexdigest()
+
+
+def _size(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "tensors": len(tensors),
+        "dtypes": dict(dtypes),
+    }
+
+
+def _unet(part: Part) -> dict[str, Any]:
+    config, channels, out_channels, context = unet_from_diffusers(part.config)
+    return {
+        "channels": list(config.channels),
+        "layers_per_level": config.layers_per_level,
+        "attention_levels": list(config.attention_levels),
+        "heads": list(config.heads),
+        "transformer_layers": config.transformer_layers,
+        "linear_projection": config.linear_projection,
+        "context": context,
+        "takes": channels + config.concat_channels,
+        "predicts": out_channels,
+        "learned_variance": out_channels == 2 * channels,
+    }
+
+
+def _autoencoder(part: Part) -> dict[str, Any]:
+    config = autoencoder_from_diffusers(part.config)
+    scale, shift = latent_scale(part.config)
+    return {
+        "factor": config.factor,
+        "latent_channels": config.latent_channels,
+        "channels": list(config.channels),
+        "layers_per_level": config.layers_per_level,
+        "latent_scale": scale,
+        "latent_shift": shift,
+    }
+
+
+def _text(part: Part) -> dict[str, Any]:
+    tower = part.config.get("text_config") or part.config
+    names = {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "tokens": "max_position_embeddings",
+        "vocabulary": "vocab_size",
+        "activation": "hidden_act",
+    }
+    return {ours: tower.get(theirs) for ours, theirs in names.items()}
+
+
+def _process(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    schedule, target = scheduler_from_diffusers(scheduler)
+    sampling, missing = sampler_from_diffusers(scheduler)
+    ends = None if schedule.beta_start is None else [schedule.beta_start, schedule.beta_end]
+    return {
+        "target": target,
+        "schedule": schedule.name,
+        "steps": schedule.num_steps,
+        "betas": ends,
+        "zero_terminal_snr": schedule.zero_terminal_snr,
+        "scheduler": scheduler.get("_class_name"),
+        **({"sampling": sampling} if sampling else {}),
+        **({"not_offered": missing} if missing else {}),
+    }

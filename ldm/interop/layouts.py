@@ -1,0 +1,122 @@
+"""A model at a path, whatever its layout: a run, a pipeline folder, an autoencoder's folder, a single file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import ConfigError
+from ldm.interop.archive.archive import open_archive
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.compvis.inferred import Hints
+from ldm.interop.compvis.layout import PREFIXES, from_compvis
+from ldm.interop.compvis.names import shapes_of
+from ldm.interop.files import FolderError, read_json
+from ldm.interop.folder import INDEX, find_autoencoder, find_model, read_folder, read_part, read_tokenizer_files
+from ldm.interop.hub import find_or_fetch
+from ldm.interop.lora import NAMES as LORA_NAMES
+from ldm.interop.reference import REFERENCE, Reference
+from ldm.interop.weights import check_tensors
+
+_WHAT_FOR = "draw with it by `ldm sample MODEL --lora` (docs/lora.md)"
+OPENCLIP_PAD = "!"  # the token 0, with which OpenCLIP fills up a caption; OpenAI's CLIP takes the end of text
+
+
+def read_model(path: str | Path, variant: str | None = None, **reading: Any) -> Bundle:
+    """The model at a path; no weight is looked at. ``reading``: what a single file does not say (``from_compvis``).
+
+    Raises FolderError or ConfigError.
+    """
+    if Path(path).is_file():
+        return read_file(Path(path), variant, **reading)
+    _refuse(reading, path)
+    folder = find_model(path)
+    if (reference := Reference.read(folder)) is not None:
+        raise ConfigError(f"{path} is a LoRA of {reference.base}, no model of its own: {_WHAT_FOR}")
+    return read_folder(folder, variant)
+
+
+def read_any(path: str | Path, variant: str | None = None, **reading: Any) -> Bundle:
+    """The model or the autoencoder alone at a path, every tensor checked against the configuration.
+
+    Raises FolderError or ConfigError.
+    """
+    if Path(path).is_dir() and not any((Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)):
+        _refuse(reading, path)
+        part, besides = read_part(_alone(Path(path)), VAE, variant)
+        bundle = Bundle({VAE: part}, besides=besides, layout="a folder of an AutoencoderKL")
+    else:
+        bundle = read_model(path, variant, **reading)
+    for name, part in bundle.parts.items():
+        check_tensors(shapes_of(name, part.config), part)
+    return bundle
+
+
+def _refuse(reading: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ConfigError for what is said of a folder that only a single file may leave open."""
+    if given := [name for name, value in reading.items() if value is not None]:
+        raise ConfigError(f"{given[0]} is for single files, and {path} is none: its own files say it")
+
+
+def _alone(path: Path) -> Path:
+    """The folder of an autoencoder. Raises FolderError saying what else is at a path without a model_index.json."""
+    if (path / UNET).is_dir():
+        raise FolderError(f"{path} holds {UNET}/ but no {INDEX}, which says what belongs to the model")
+    if any((folder / name).is_file() for folder in (path, path / "model") for name in LORA_NAMES):
+        raise ConfigError(f"{path} is a LoRA, no model of its own: {_WHAT_FOR}")
+    own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if own.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "model_type" in own:
+        raise FolderError(f"{path} is one part of a pipeline (a {own.get('_class_name') or own['model_type']}): name the folder above it")
+    if path.is_dir() and not any((folder / "config.json").is_file() for folder in (path, path / VAE, path / "model" / VAE)):
+        raise FolderError(f"{path} holds no model: expected {INDEX}, a run's model/, or the config.json of an autoencoder")
+    return find_autoencoder(path)
+
+
+def read_file(
+    file: Path, variant: str | None = None, weights: str | None = None, tokenizer: str | None = None, **hints: Any
+) -> Bundle:  # fmt: skip
+    """The model of a single file in CompVis' layout.
+
+    Args:
+        weights: `ema` or `raw`.
+        tokenizer: a folder, or a name of the hub, for a file without one.
+        hints: fields of ``Hints``.
+
+    Raises:
+        FolderError, ConfigError: as ``from_compvis``; or an option that does not belong to this file.
+    """
+    if variant is not None:
+        raise ConfigError(f"variant {variant} is for folders, and {file} is a single file")
+    archive = open_archive(file)
+    if any("lora" in name for name in archive.tensors) and not any(name.startswith(PREFIXES[UNET]) for name in archive.tensors):
+        raise ConfigError(f"{file} is a LoRA, no model of its own: {_WHAT_FOR}")
+    bundle = from_compvis(archive.tensors, archive.metadata, weights, Hints(**hints) if hints else None)
+    if tokenizer is not None:
+        bundle = replace(bundle, tokenizer=_tokenizer(file, bundle, tokenizer))
+    parts = {name: replace(part, files=archive.files) for name, part in bundle.parts.items()}
+    return replace(bundle, parts=parts, layout=f"a single file of CompVis' layout ({file.suffix})")
+
+
+def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:
+    """The tokenizer called ``name`` for a file that holds none. Raises ConfigError, FolderError."""
+    if TEXT not in bundle.parts or bundle.tokenizer:
+        raise ConfigError(f"tokenizer: {file} {'holds its own' if bundle.tokenizer else 'has no text encoder'}: leave it out")
+    folder = find_or_fetch(name)
+    files = read_tokenizer_files(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+    if bundle.parts[TEXT].config.get("hidden_act") == "gelu":
+        from ldm.models.text import padded_with  # transformers takes seconds to import
+
+        return padded_with(files, OPENCLIP_PAD)
+    return files
+
+
+def read_autoencoder(path: str | Path) -> Part:
+    """The autoencoder of a run, folder or single file. Raises FolderError or ConfigError."""
+    if not Path(path).is_file():
+        return read_part(find_autoencoder(path), VAE)[0]
+    bundle = read_file(Path(path))
+    if VAE not in bundle.parts:
+        raise ConfigError(f"{path} holds no autoencoder")
+    return bundle.parts[VAE]

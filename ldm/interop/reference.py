@@ -1,0 +1,55 @@
+"""A model folder that holds only a LoRA, and names the model that it changes: `lora.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.interop.files import FolderError, read_json, write_json
+
+REFERENCE = "lora.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a LoRA's folder says of its base.
+
+    Attributes:
+        folder: with the LoRA file.
+        base: the model folder that it changes.
+        sha256: of the base's weights (``Pipeline.hash``).
+        extra: what replaces entries of the base's `ldm.json`.
+    """
+
+    folder: Path
+    base: Path
+    sha256: str
+    extra: Mapping[str, Any]
+
+    def write(self) -> None:
+        """Write `lora.json`: the base's place as seen from the folder, so that both may move together, and in full."""
+        places = [os.path.relpath(self.base, self.folder), str(self.base.resolve())]
+        write_json(self.folder / REFERENCE, {"format": 1, "base": places, "base_sha256": self.sha256, **self.extra})
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference | None:
+        """The reference in a folder; None where there is none. Raises FolderError where the base is not where it was."""
+        if not (folder / REFERENCE).is_file():
+            return None
+        about = read_json(folder / REFERENCE)
+        try:
+            places, sha256 = about.pop("base"), about.pop("base_sha256")
+            base = next((place for p in places if (place := folder / p).exists()), None)
+        except (KeyError, TypeError):
+            raise FolderError(f"{folder / REFERENCE}: base and base_sha256 are missing or damaged") from None
+        if base is None:
+            raise FolderError(f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}")
+        return cls(folder, base, sha256, {key: value for key, value in about.items() if key != "format"})
+
+    def check(self, sha256: str) -> None:
+        """Raise FolderError unless the base has the weights that the LoRA was trained on."""
+        if sha256 != self.sha256:
+            raise FolderError(f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back")

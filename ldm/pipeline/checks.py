@@ -1,0 +1,64 @@
+"""Whether settings fit a model, before anything slow; every fault is a ConfigError."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldm.config import ConfigError, SampleConfig, UNetConfig
+from ldm.diffusion.samplers.grids import check_steps, make_grid
+from ldm.diffusion.samplers.registry import SAMPLERS
+from ldm.diffusion.schedule import Schedule
+
+LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that look ahead fail (docs/samplers.md)
+
+
+def grid_of(schedule: Schedule, settings: SampleConfig) -> Tensor:
+    """The grid that the settings say. Raises ConfigError where the schedule has no such."""
+    try:
+        return make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def first_step(schedule: Schedule, grid: Tensor) -> float:
+    """By what factor the first step of a grid lowers σ/α; 1 where it is the only one, which ends at clean data."""
+    level = schedule.sigma(grid[:2]) / schedule.alpha(grid[:2])
+    return float(level[0] / level[1]) if level[1] > 0 else 1.0
+
+
+def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: int) -> None:
+    """Raise ConfigError unless the settings fit a model of T = ``num_steps`` and this autoencoder factor."""
+    try:
+        check_steps(num_steps, settings.steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if settings.steps < (fewest := SAMPLERS[settings.sampler].fewest):
+        raise ConfigError(f"steps must be at least {fewest} for the {settings.sampler} sampler, got {settings.steps}")
+    for name in ("eta", "variance"):
+        readers = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
+        if settings.sampler not in readers and getattr(settings, name) != getattr(SampleConfig, name):
+            raise ConfigError(f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out")
+    if size < factor or size % factor:
+        raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+
+
+def check_drawable(unet: UNetConfig) -> None:
+    """Raise ConfigError for a U-Net that needs more than a caption."""
+    if unet.concat_channels:
+        raise ConfigError(f"this model takes {unet.concat_channels} further channels (a mask, an image) and is not drawn from by a caption")
+    if unet.class_embedded:
+        raise ConfigError("this model takes a class label or vector besides, and is not drawn from by a caption alone")
+
+
+def check_guidance(settings: SampleConfig, latents: bool) -> None:
+    """Raise ConfigError for guidance that cannot be had, or that somebody would wait for in vain."""
+    if settings.dynamic_threshold is not None and latents:
+        raise ConfigError("dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out")
+    if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":
+        raise ConfigError(
+            f"classifier_form mean moves the mean of ancestral sampling: take sampler ddpm, not {settings.sampler}, or form score"
+        )
+    for owner, names in (("classifier", ("classifier_scale", "classifier_form")), ("autoguidance", ("autoguidance_scale",))):
+        for name in names:
+            if getattr(settings, owner) is None and getattr(settings, name) != getattr(SampleConfig, name):
+                raise ConfigError(f"{name} is for {owner}: name one, or leave it out")

@@ -1,0 +1,75 @@
+"""The autoencoder in use: images to normalised latents and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from autoencoder.config import AutoencoderConfig
+from autoencoder.layout import from_diffusers, latent_scale
+from autoencoder.model import AutoencoderKL
+from autoencoder.posterior import DiagonalGaussian
+from ldm.interop.bundle import Part
+from ldm.interop.files import file_hash
+from ldm.interop.layouts import read_autoencoder
+from ldm.interop.weights import fill
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """Image to latent and back, with the scale and shift of a foreign autoencoder (1 and 0 for ours: folded into its weights)."""
+
+    autoencoder: AutoencoderKL
+    scale: float = 1.0
+    shift: float = 0.0
+    files: tuple[Path, ...] = ()  # where the weights were read
+
+    @property
+    def hash(self) -> str | None:
+        """sha256 of the weights' file (of the hashes of several); None for an autoencoder that was read from none."""
+        return files_hash(self.files) if self.files else None
+
+    def latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Float[Tensor, "b c h w"]:
+        """A draw of the normalised latent from a posterior."""
+        return (posterior.sample(noise) - self.shift) * self.scale
+
+    def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
+        """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders."""
+        return self.autoencoder.decode(latent.float() / self.scale + self.shift)
+
+
+def codec_of(part: Part) -> LatentCodec:
+    """The autoencoder of a model, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
+    config = from_diffusers(part.config)
+    autoencoder = fill(lambda: AutoencoderKL(config), part).float()
+    return LatentCodec(autoencoder, *latent_scale(part.config), part.files)
+
+
+def load_codec(path: str | Path) -> LatentCodec:
+    """The autoencoder of a run, folder or single file, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
+    return codec_of(read_autoencoder(path))
+
+
+def autoencoder_config(path: str | Path) -> AutoencoderConfig:
+    """The settings of the autoencoder of a run, folder or file. Raises FolderError or ConfigError."""
+    return from_diffusers(read_autoencoder(path).config)
+
+
+def autoencoder_hash(path: str | Path) -> str:
+    """sha256 of the autoencoder's weights file."""
+    return files_hash(read_autoencoder(path).files)
+
+
+def files_hash(files: Sequence[Path]) -> str:
+    """sha256 of one file, or of the hashes of several."""
+    return file_hash(files[0]) if len(files) == 1 else joined_hash(files)
+
+
+def joined_hash(files: Sequence[Path]) -> str:
+    """sha256 of the hashes of files."""
+    return sha256("".join(file_hash(file) for file in files).encode()).hexdigest()

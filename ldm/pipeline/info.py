@@ -1,0 +1,103 @@
+"""What a model says of itself, and its networks as they are read; weights stay mapped until they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig, build
+from ldm.interop import schedulers
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
+from ldm.interop.files import FolderError
+from ldm.interop.folder import find_model
+from ldm.interop.layouts import read_model
+from ldm.interop.reference import Reference
+from ldm.interop.unet import sample_side, unet_from_diffusers
+from ldm.interop.weights import fill
+from ldm.models.unet import UNet
+from ldm.pipeline.codec import joined_hash
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model says of itself; its weights are not looked at.
+
+    Attributes:
+        path: the folder or file.
+        unet: the arguments of UNet.
+        schedule, target: the process, and what the U-Net predicts.
+        sampling: fields of SampleConfig that its scheduler says; overruled by our own file's.
+        lora: a folder that changes the model at ``path``.
+    """
+
+    path: Path
+    bundle: Bundle
+    unet: tuple[UNetConfig, int, int, int | None]
+    schedule: ScheduleConfig
+    target: str
+    sampling: dict[str, Any]
+    lora: Reference | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, variant: str | None = None, **reading: Any) -> ModelInfo:
+        """Of a run, a model folder or a single file. Raises FolderError, or ConfigError for what cannot be expressed here."""
+        path = Path(path) if Path(path).is_file() else find_model(path)
+        if (reference := Reference.read(path)) is not None:
+            base = cls.read(reference.base)
+            if base.lora is not None:
+                raise FolderError(f"{path} is the LoRA of {reference.base}, itself a LoRA: merge that first")
+            bundle = dataclasses.replace(base.bundle, extra={**base.extra, **reference.extra})
+            return dataclasses.replace(base, bundle=bundle, lora=reference)
+        bundle = read_model(path, variant, **reading)
+        if UNET not in bundle.parts or bundle.scheduler is None:
+            raise ConfigError(f"{path} is an autoencoder alone, which draws nothing: name a model with a U-Net")
+        schedule, target = schedulers.scheduler_from_diffusers(bundle.scheduler)
+        sampling, missing = schedulers.sampler_from_diffusers(bundle.scheduler)
+        if missing and "defaults" not in bundle.extra:
+            warnings.warn(f"{path}: scheduler: {missing}: images are drawn with ddim instead, unless you name a sampler", stacklevel=1)
+        return cls(path, bundle, unet_from_diffusers(bundle.parts[UNET].config), schedule, target, sampling)
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """What only we write."""
+        return self.bundle.extra
+
+    @property
+    def autoencoder(self) -> Mapping[str, Any] | None:
+        """Its configuration, in diffusers' words; None: a pixel model."""
+        return self.bundle.parts[VAE].config if VAE in self.bundle.parts else None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it draws what a caption says."""
+        return TEXT in self.bundle.parts
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the weights' files, read for it; a LoRA's is not among them."""
+        return joined_hash(self.bundle.files)
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by the side of what is diffused."""
+        return autoencoder_from_diffusers(self.autoencoder).factor if self.autoencoder else 1
+
+    @property
+    def sample_size(self) -> int:
+        """Side of the training images in pixels."""
+        return self.extra.get("sample_size") or sample_side(self.bundle.parts[UNET].config) * self.factor
+
+    @property
+    def defaults(self) -> SampleConfig:
+        """Sampling settings for what a caller leaves out."""
+        return build(SampleConfig, self.extra.get("defaults", self.sampling), "defaults.")
+
+
+def load_unet(info: ModelInfo) -> UNet:
+    """The U-Net of a model, frozen, in the precision of the file, without a LoRA. Raises FolderError."""
+    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET])

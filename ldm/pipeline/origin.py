@@ -1,0 +1,172 @@
+"""What a picture says of its making: all that decides its pixels, kept in the PNG itself.
+
+`ldm sample` writes it under ``ldm`` as one JSON object; `ldm reproduce` reads it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
+from autoencoder.layout import latent_scale
+from ldm import __version__
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
+from ldm.interop.bundle import TEXT, UNET, VAE
+from ldm.interop.classifier import read_classifier
+from ldm.interop.files import file_hash
+from ldm.interop.lora import find_lora
+from ldm.pipeline.codec import joined_hash
+from ldm.pipeline.info import ModelInfo
+
+KEY = "ldm"
+_PASSING = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")  # of a text encoder's file: decide nothing
+_SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
+_WORK = ("images", "batch_size", "processes")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a picture, or a grid of several, came about.
+
+    Attributes:
+        prompts: a caption for each image; of a grid its images are the first of the seed.
+        index: number of the image within the seed; None: a grid.
+        model: ``Pipeline.hash``.
+        path, variant: where the model was, as it was named, and which of its weights.
+        parts: a hash of each thing of the model that decides pixels and is no weight.
+        others: a hash of each LoRA and guide, by the name that the settings give it.
+        drawn: with which versions, on what, and how the images were shared out; differs without changing what is drawn by more
+            than 1 of 255.
+    """
+
+    prompts: tuple[str, ...]
+    index: int | None
+    settings: SampleConfig
+    size: int
+    model: str
+    path: str | None = None
+    variant: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The number of each image within the seed."""
+        return tuple(range(len(self.prompts))) if self.index is None else (self.index,)
+
+    def batches(self) -> list[range]:
+        """Numbers of the images that were computed together, of each batch that holds one of these; empty where it is not recorded."""
+        if not all(name in self.drawn for name in _WORK):
+            return []
+        images, size, processes = (self.drawn[name] for name in _WORK)
+        if self.index is not None:
+            mine, place = range(self.index % processes, images, processes), self.index // processes
+            return [mine[place - place % size :][:size]]
+        shares = [range(rank, images, processes) for rank in range(min(processes, images))]
+        return [mine[start : start + size] for mine in shares for start in range(0, len(mine), size)]
+
+    def png(self) -> PngInfo:
+        """The metadata of a PNG, for Pillow's ``pnginfo``."""
+        about = {"prompt": self.prompts[0], "index": self.index} if self.index is not None else {"prompts": self.prompts}
+        rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
+        info = PngInfo()
+        info.add_itxt(KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest}, ensure_ascii=False))
+        return info
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads: what may move a pixel by 1 of 255."""
+    cuda = device.type == "cuda"
+    return {
+        "ldm": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": None if cuda else torch.get_num_threads(),
+    }
+
+
+def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
+    """What a PNG says of itself, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            picture.load()
+            text, pixels = picture.info.get(KEY), np.array(picture)
+    except FileNotFoundError:
+        raise ConfigError(f"no picture {file}") from None
+    except Image.UnidentifiedImageError:
+        raise ConfigError(f"{file} is no PNG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    if text is None:
+        raise ConfigError(f"{file} holds no settings: name a PNG as `ldm sample` wrote it, not one that another program saved again")
+    try:
+        return _parsed(json.loads(text)), pixels
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ConfigError(f"{file}: its settings are damaged, of another command or of a newer ldm: {what}") from None
+
+
+def _parsed(about: Any) -> Origin:
+    """Settings that an older ldm did not know have their defaults, which draw as it drew."""
+    if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
+        raise ValueError("they are no settings of `ldm sample`")
+    values: dict[str, Any] = {name: about.pop(name) for name in _SETTINGS if name in about}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    settings = SampleConfig(**values)
+    prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
+    index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
+    rest = {name: about.pop(name) for name in ("path", "variant", "parts", "others", "drawn") if name in about}
+    if about:
+        raise ValueError(f"unknown: {', '.join(about)}")
+    counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
+    if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts):
+        raise ValueError("size and the counts must be whole numbers, with a prompt at least")
+    if index is not None and not 0 <= index < rest.get("drawn", {}).get("images", index + 1):
+        raise ValueError(f"there is no image {index} among them")
+    return Origin(prompts, index, settings, size, model, **rest)
+
+
+def part_hashes(info: ModelInfo) -> dict[str, str]:
+    """A hash of each thing of a model that decides pixels and lies in no file of weights."""
+    about: dict[str, Any] = {
+        UNET: [dataclasses.asdict(info.unet[0]), *info.unet[1:]],
+        "process": [dataclasses.asdict(info.schedule), info.target],
+        "null_caption": info.extra.get("null_caption", NULL_CAPTION),
+    }
+    if info.autoencoder is not None:
+        about[VAE] = [dataclasses.asdict(autoencoder_from_diffusers(info.autoencoder)), *latent_scale(info.autoencoder)]
+    if info.has_text:
+        about[TEXT] = {key: value for key, value in info.bundle.parts[TEXT].config.items() if key not in _PASSING}
+        about["tokenizer"] = {name: sha256(content).hexdigest() for name, content in info.bundle.tokenizer.items()}
+    return {name: _hash(value) for name, value in about.items()}
+
+
+def other_hashes(settings: SampleConfig) -> dict[str, str]:
+    """A hash of each LoRA and guide that settings name. Raises FolderError or ConfigError."""
+    found = {path: file_hash(find_lora(path)) for path, _ in settings.loras()}
+    if settings.classifier is not None:
+        weights = read_classifier(settings.classifier)[1]
+        found[settings.classifier] = joined_hash((weights, weights.with_name("config.json")))
+    if settings.autoguidance is not None:
+        info = ModelInfo.read(settings.autoguidance)
+        lora = [find_lora(info.lora.folder)] if info.lora is not None else []
+        found[settings.autoguidance] = _hash([joined_hash((*info.bundle.files, *lora)), part_hashes(info)])
+    return found
+
+
+def _hash(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

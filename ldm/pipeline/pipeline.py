@@ -1,0 +1,341 @@
+"""Text to images: one folder holds everything, and it is a diffusers pipeline folder.
+
+pipe = ldm.Pipeline.from_pretrained("runs/demo")
+images = pipe(["a small red circle on a white background"], steps=20, guidance_scale=3.0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
+from ldm.data import streams
+from ldm.data.images import to_pil, to_uint8
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
+from ldm.diffusion.samplers.path import Callback as StepCallback
+from ldm.diffusion.samplers.registry import SAMPLERS
+from ldm.diffusion.schedule import Schedule
+from ldm.interop import diffusers as layout
+from ldm.interop import schedulers
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.files import file_hash
+from ldm.interop.folder import write_folder
+from ldm.interop.lora import find_lora, read_lora
+from ldm.interop.unet import unet_to_diffusers
+from ldm.models.lora import Lora
+from ldm.models.unet import UNet
+from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_sampling, first_step, grid_of
+from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
+from ldm.pipeline.guides import Guides
+from ldm.pipeline.info import ModelInfo, load_unet
+
+if TYPE_CHECKING:
+    from ldm.models.text import TextEncoder
+
+
+@dataclass
+class Pipeline:
+    """A trained model, ready to draw from.
+
+    Attributes:
+        unet, schedule_config, target: the denoiser, its process, and what it predicts.
+        codec: the autoencoder, or None: the samples are images.
+        text: the text encoder, or None: unconditional.
+        sample_size: side of the training images in pixels, the default.
+        defaults: settings for arguments that a call leaves out.
+        null_caption: the caption that stands for no condition.
+        caption_dropout: share of captions dropped in training; None where unknown.
+    """
+
+    unet: UNet
+    schedule_config: ScheduleConfig
+    target: str
+    codec: LatentCodec | None
+    text: TextEncoder | None
+    sample_size: int
+    defaults: SampleConfig = field(default_factory=SampleConfig)
+    null_caption: str = NULL_CAPTION
+    caption_dropout: float | None = None
+    files: tuple[Path, ...] = ()  # of the weights; none before saving
+    _guides: Guides = field(default_factory=Guides, init=False, repr=False)
+    _loras: dict[str, list[Lora]] = field(default_factory=dict, init=False, repr=False)  # that have been read, as they were named
+    _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)  # LoRAs, live and merged
+    _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)  # with how to take it off
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule.from_config(self.schedule_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the weights' files and the LoRAs loaded since, read for it; empty before saving."""
+        digest = joined_hash(self.files) if self.files else ""
+        for path, scale in self._loaded:
+            digest = sha256(f"{digest} {file_hash(find_lora(path))} {scale}".encode()).hexdigest()
+        return digest
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by the side of what is diffused."""
+        return self.codec.autoencoder.config.factor if self.codec else 1
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the second half of the U-Net's output channels gives the reverse variance."""
+        return self.unet.out_channels == 2 * self.unet.in_channels
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move every network to ``device``."""
+        self.unet.to(device)
+        self.schedule = self.schedule.to(device)
+        if self.codec:
+            self.codec.autoencoder.to(device)
+        if self.text:
+            self.text.to(device)
+        self._guides.to(device)
+        for lora in (lora for loras in self._loras.values() for lora in loras):
+            lora.to(device)
+        return self
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Let the networks compute with the LoRA at ``path`` (a file, folder or run), times ``scale``, besides those loaded before.
+
+        Raises FolderError where it does not fit, and then changes nothing.
+        """
+        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path))]
+        self._loaded.append((str(path), scale))
+
+    def merge_lora(self) -> None:
+        """Add the loaded LoRAs to the weights for good, which costs nothing when drawing. To be without them, open the model again."""
+        for lora, scale, detach in self._live:
+            detach()
+            lora.merge(scale)
+        self._live.clear()
+
+    def _lora(self, path: str) -> list[Lora]:
+        """What the LoRA at ``path`` changes, not attached."""
+        if path not in self._loras:
+            networks: dict[str, torch.nn.Module] = {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
+            self._loras[path] = [lora.to(self.device) for lora in read_lora(path, networks).values()]
+        return self._loras[path]
+
+    @contextmanager
+    def _under(self, settings: SampleConfig) -> Iterator[None]:
+        """The LoRAs of a call, attached for the block."""
+        with ExitStack() as stack:
+            for path, scale in settings.loras():
+                for lora in self._lora(path):
+                    stack.callback(lora.attach(scale))
+            yield
+
+    def __call__(
+        self, prompts: str | Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
+        seed: int | None = None, negative_prompt: str | None = None, eta: float | None = None, size: int | None = None,
+        batch_size: int = 16, callback: Callable[[int, int], None] | None = None, **further: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """One picture per prompt. Image i of a seed starts from the same noise at any batch size.
+
+        Args:
+            prompts: one or several captions (ignored by an unconditional model, where they only count).
+            steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's own defaults hold.
+            size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
+            batch_size: pictures computed together.
+            callback: called with (pictures finished, pictures in all) after each batch.
+            further: any other field of SampleConfig: ``guidance_rescale``, ``guidance_interval``, ``autoguidance``, ``classifier`` …
+
+        Raises:
+            ConfigError: an argument is out of range; the message names it.
+        """
+        given = {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "sampler": sampler,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "eta": eta,
+            **further,
+        }
+        settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pictures = []
+        for images in self.sample(prompts, settings, size=size, batch_size=batch_size):
+            pictures += to_pil(to_uint8(images))
+            if callback:
+                callback(len(pictures), len(prompts))
+        return pictures
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        settings: SampleConfig,
+        *,
+        size: int | None = None,
+        batch_size: int = 16,
+        indices: Sequence[int] | None = None,
+        callback: StepCallback | None = None,
+    ) -> Iterator[Float[Tensor, "b C H W"]]:
+        """Batches of images in about [−1, 1], in the order of the prompts.
+
+        ``indices``: the number of each image within the seed, which determines its noise (left out: 0, 1, …); a process
+        that draws a share of the images passes theirs.
+        ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
+        diffused; what it returns, unless None, is what the sampler goes on with.
+        """
+        size = self.sample_size if size is None else size
+        self.check(settings, size)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if indices is not None and len(indices) != len(prompts):
+            raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(indices)}")
+        if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
+            warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
+        if settings.classifier is not None:
+            for caption in prompts:  # all known, before the first is drawn
+                self._guides.classifier(self, settings.classifier)[0].label(caption)
+        indices = range(len(prompts)) if indices is None else indices
+        shape = (self.unet.in_channels, size // self.factor, size // self.factor)
+        sampler, grid = SAMPLERS[settings.sampler], grid_of(self.schedule, settings)
+        options = {name: getattr(settings, name) for name in sampler.options}
+        if sampler.looks_ahead and (ratio := first_step(self.schedule, grid)) > LONG_STEP:
+            warnings.warn(
+                f"{settings.sampler} on the {settings.grid} grid: the first of {settings.steps} steps lowers the noise {ratio:.0f}-fold,"
+                " too much for it; take grid karras, or another sampler such as dpmpp_2m (docs/samplers.md)",
+                stacklevel=3,
+            )
+        for i in range(0, len(prompts), batch_size):
+            texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+            if (gradient := self._guides.gradient(self, texts, settings, "mean")) is not None:
+                options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
+            with self._under(settings):
+                latent = sampler.function(
+                    self.denoiser(texts, settings), self._noise(settings.seed, "x_T", numbers, shape), grid,
+                    lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), callback=callback, **options,
+                )  # fmt: skip
+            yield self.codec.decode(latent) if self.codec else latent
+
+    def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
+        """What samplers call for these captions, guidance included."""
+        cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        guidance = Guidance(
+            self._predict, cond, null, self.schedule, self.target, self.learned_variance,
+            scale=settings.guidance_scale if self.text else 1.0,
+            rescale=settings.guidance_rescale,
+            interval=settings.guidance_interval or EVERYWHERE,
+            weak=None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings),
+            weak_scale=settings.autoguidance_scale,
+            gradient=self._guides.gradient(self, captions, settings, "score"),
+            threshold=settings.dynamic_threshold,
+        )  # fmt: skip
+        return Denoiser(self.schedule, self.target, guidance, self.learned_variance)
+
+    def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
+        noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
+        return torch.from_numpy(noise).to(self.device)
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network in its own precision; the sampler's state stays in float32."""
+        return self.unet(x_t.to(self.unet.conv_in.weight.dtype), t, cond).float()
+
+    def condition(self, captions: list[str]) -> Condition:
+        """What the U-Net is given for these captions."""
+        if self.text is None:
+            return Condition()
+        return Condition(context=self.text.encode(captions).to(self.device, self.unet.conv_in.weight.dtype))
+
+    def check(self, settings: SampleConfig, size: int) -> None:
+        """Raise ConfigError where the settings do not fit this model."""
+        check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
+        if settings.variance == "learned" and not self.learned_variance:
+            raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
+        check_guidance(settings, self.codec is not None)
+        check_drawable(self.unet.config)
+        for path, _ in settings.loras():
+            self._lora(path)
+
+    def bundle(self) -> Bundle:
+        """The model as its files hold it; the tensors are those of the networks, not copies. Raises ConfigError under live LoRAs."""
+        if self._live:
+            raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
+        side, unet = self.sample_size // self.factor, self.unet
+        config = unet_to_diffusers(unet.config, unet.in_channels, unet.out_channels, unet.context_dim, side)
+        parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
+        if self.codec:
+            vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
+            scale = {"sample_size": self.sample_size, "scaling_factor": self.codec.scale, "shift_factor": self.codec.shift or None}
+            parts[VAE] = Part({**vae, **scale}, self.codec.autoencoder.state_dict())
+        if self.text:
+            parts[TEXT], tokenizer = Part(self.text.config, self.text.tensors), self.text.tokenizer_files()
+        extra = {
+            "format": 1,
+            "null_caption": self.null_caption,
+            "caption_dropout": self.caption_dropout,
+            "sample_size": self.sample_size,
+            "defaults": dataclasses.asdict(self.defaults),
+        }
+        return Bundle(parts, schedulers.scheduler_to_diffusers(self.schedule_config, self.target, self.defaults), tokenizer, extra)
+
+    def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
+        """Write the model folder.
+
+        ``for_diffusers``: refuse (ConfigError, by name) what no pipeline of diffusers can express, instead of writing it
+        under our own class name.
+        """
+        bundle = self.bundle()
+        if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:
+            raise ConfigError(f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
+        self.files = write_folder(bundle, Path(folder))
+        self._loaded.clear()  # merged, and so in the files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **reading: Any,
+    ) -> Pipeline:
+        """Open a run, a model folder (ours or diffusers') or a single file. Raises FolderError or ConfigError.
+
+        Args:
+            dtype: of the U-Net; the autoencoder and the text encoder stay in float32.
+            device: left out, a GPU where there is one.
+            variant: of a folder's weights: fp16, non_ema.
+            reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
+        """
+        info = ModelInfo.read(path, variant, **reading)
+        codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
+        text = None
+        if info.has_text:
+            from ldm.interop.text import text_of  # transformers takes seconds to import
+
+            text = text_of(info.bundle, info.path)
+        pipe = cls(
+            load_unet(info).to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
+            info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
+        )  # fmt: skip
+        if info.lora is not None:
+            info.lora.check(info.hash)
+            pipe.load_lora(info.lora.folder)
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

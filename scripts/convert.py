@@ -1,0 +1,7 @@
+"""`ldm convert`, for `accelerate launch`."""
+
+import sys
+
+from ldm.cli.main import main
+
+sys.exit(main(["convert", *sys.argv[1:]]))
