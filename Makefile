@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels digits demo-two textures test slow check format clean
+.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture check format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -40,6 +40,10 @@ demo-pixels: $(READY) ## a model of the demo's pixels and the likelihood of both
 	$(LDM) evaluate runs/demo --likelihood
 	$(LDM) evaluate runs/demo-pixels --likelihood
 
+demo-lora: $(READY) ## teach the demo stripes by a LoRA, and draw it (after demo)
+	$(LDM) train-ldm configs/demo-lora/ldm.yaml
+	$(LDM) evaluate runs/demo-lora
+
 digits: $(READY) ## the same on handwritten digits
 	$(LDM) train-autoencoder configs/digits/autoencoder.yaml
 	$(LDM) train-clip configs/digits/clip.yaml
@@ -62,6 +66,12 @@ test: $(READY) ## run the tests
 
 slow: $(READY) ## run the tests marked slow
 	$(PY) -m pytest -m slow
+
+signals: $(READY) ## signals × launchers × phases of training: what is saved, with which codes (10 minutes)
+	$(PY) tests/signals.py
+
+torture: $(READY) ## kill training 25 times, each stage, and compare its end with an unbroken run
+	$(PY) tests/torture.py
 
 check: $(READY) ## formatting, lint and types, then the tests
 	$(PY) -m ruff format --check .

@@ -1,6 +1,7 @@
 """For every test: shapes and types in signatures are checked, one thread, no network."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # sub-processes too
@@ -23,7 +24,13 @@ from ldm.cli.main import main
 from ldm.config import SCHEDULES, AutoencoderRun, ClipRun, DiffusionRun, ScheduleConfig
 from ldm.diffusion.schedule import Schedule
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
+
 torch.set_num_threads(1)
+
+
+class PowerCut(BaseException):
+    """An end that nothing catches, so that nothing is saved before it."""
 
 
 @pytest.fixture
@@ -83,6 +90,12 @@ class Stages:
     def settings(self, name: str, *overrides: str) -> Any:
         cls = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}[name]
         return configuration.load(cls, self.folder / f"{name}.yaml", list(overrides))
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> None:
+    """Training flushes them to zero for its whole process, which hypothesis refuses to draw numbers under."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What tests/test_ranks.py starts, alone or under torchrun: training from a checkpoint, with gradients and draws written down.
 
-ranks.py train OUT COMMAND CONFIG FROM MICRO_BATCH…   for each micro-batch, go on from a copy of the run FROM
+ranks.py train JOBS                                   go on from copies of runs: JSON, the fields of Job
 ranks.py sabotage OUT COMMAND CONFIG                  wrong set-ups, each of which must be refused
 """
 
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,40 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import config as configuration
-from ldm.cli import train_autoencoder, train_clip, train_ldm
 from ldm.cli.console import Console
-from ldm.config import AutoencoderRun, ClipRun, DiffusionRun
+from ldm.cli.training import make_task
+from ldm.config import AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.training import shelf
 from ldm.training.launch import launched
 from ldm.training.loop import Loop
 
-COMMANDS = {"autoencoder": (train_autoencoder, AutoencoderRun), "clip": (train_clip, ClipRun), "ldm": (train_ldm, DiffusionRun)}
+KINDS = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun, "lora": DiffusionRun, "classifier": ClassifierRun}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Go on from update ``at`` of a copy of the run ``base`` in OUT/run, and write what ``watch`` sees of updates ``gradients``."""
+
+    out: str
+    command: str
+    config: str
+    base: str
+    at: int
+    micro_batch: int | None
+    gradients: tuple[int, ...]
 
 
 def made(command: str, config: str, run: Path, *overrides: str) -> Loop:
     """The loop of a training command, before its first update."""
-    module, cls = COMMANDS[command]
-    settings = configuration.load(cls, config, [f"run={run}", *overrides])
-    return Loop(module._task(settings, Console()), settings.train, settings, settings.run, 0, Console())
+    settings = configuration.load(KINDS[command], config, [f"run={run}", *overrides])
+    return Loop(make_task(settings, Console()), settings.train, settings, settings.run, 0, Console())
 
 
-def watch(loop: Loop) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """The gradients of the loop's first update, by network and parameter, and a digest of each position's sample: filled as it trains."""
+def watch(loop: Loop, updates: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """The gradients of some updates, by update, network and parameter, and a digest of each position's sample: filled as it trains."""
     gradients: dict[str, torch.Tensor] = {}
     draws: dict[int, str] = {}
-    first, step, micro_step = loop.step, loop._step, loop.task.micro_step
-    names = {id(p): f"{n}.{key}" for n, network in loop.task.networks.items() for key, p in network.named_parameters()}
+    norm, micro_step = loop.optimizers.norm, loop.task.micro_step
 
     def record(batch: Any, update: int, backward: Any) -> Any:
         for i, position in enumerate(batch["position"].tolist()):
@@ -47,28 +60,44 @@ def watch(loop: Loop) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
             draws[position] = hashlib.sha256(json.dumps(row).encode()).hexdigest()
         return micro_step(batch, update, backward)
 
-    def keep(optimizer: Any, parameters: list[nn.Parameter]) -> Any:
-        if loop.step == first:
-            gradients.update({names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None})
-        return step(optimizer, parameters)
+    def keep(name: str) -> Any:
+        if loop.step in updates:
+            parameters = loop.task.networks[name].named_parameters()
+            gradients.update({f"{loop.step}.{name}.{key}": p.grad.clone() for key, p in parameters if p.grad is not None})
+        return norm(name)
 
-    loop._step, loop.task.micro_step = keep, record  # type: ignore[method-assign]
+    loop.optimizers.norm, loop.task.micro_step = keep, record  # type: ignore[method-assign]
     return gradients, draws
 
 
-def train(out: Path, command: str, config: str, base: str, micro_batches: list[str]) -> None:
-    """Train each variant to its end; OUT/N.safetensors has the gradients of its first update, OUT/N.json the draws of all."""
-    for number, micro_batch in enumerate(micro_batches):
-        run = out / f"run{number}"
-        launched()[0].each(lambda run=run: None if run.exists() or int(os.environ.get("RANK", 0)) else shutil.copytree(base, run))
-        loop = made(command, config, run, f"train.micro_batch={micro_batch}")
-        gradients, draws = watch(loop)
+def train(jobs: Path) -> None:
+    """Train each job to its end; OUT/gradients.safetensors, OUT/draws.json."""
+    for job in [Job(**{**fields, "gradients": tuple(fields["gradients"])}) for fields in json.loads(jobs.read_text())]:
+        out = Path(job.out)
+        launched()[0].each(lambda job=job: None if int(os.environ.get("RANK", 0)) else copied(job))
+        loop = made(job.command, job.config, out / "run", f"train.micro_batch={'null' if job.micro_batch is None else job.micro_batch}")
+        assert loop.step == job.at
+        gradients, draws = watch(loop, job.gradients)
         loop.train()
         everyone = gather_object([draws])
         if loop.accelerator.is_main_process:
-            save_file(gradients, out / f"{number}.safetensors")
+            save_file(gradients, out / "gradients.safetensors")
             assert sum(map(len, everyone)) == len({p for part in everyone for p in part})  # no position is read twice
-            (out / f"{number}.json").write_text(json.dumps({str(p): d for part in everyone for p, d in part.items()}))
+            (out / "draws.json").write_text(json.dumps({str(p): d for part in everyone for p, d in part.items()}))
+
+
+def copied(job: Job) -> None:
+    """The run as it was after update ``at``."""
+    shutil.copytree(job.base, Path(job.out) / "run")
+    for path in shelf.steps(Path(job.out) / "run/checkpoints"):
+        if shelf.step_of(path) > job.at:
+            shutil.rmtree(path)
+
+
+def write(jobs: list[Job], file: Path) -> Path:
+    """For ``train``."""
+    file.write_text(json.dumps([asdict(job) for job in jobs]))
+    return file
 
 
 def sabotage(out: Path, command: str, config: str) -> None:
@@ -118,10 +147,10 @@ def sabotage(out: Path, command: str, config: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, out, *rest = sys.argv[1:]
+    what, place, *rest = sys.argv[1:]
     if what == "train":
-        train(Path(out), rest[0], rest[1], rest[2], rest[3:])
+        train(Path(place))
     else:
-        sabotage(Path(out), *rest)
+        sabotage(Path(place), *rest)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -20,6 +20,8 @@ CONFIGS = {
     "factor2-1ch": AutoencoderConfig(1, 2, (16, 16), 1, 8),
     "factor4": AutoencoderConfig(3, 4, (8, 16, 24), 1, 8),
     "factor8-two-layers": AutoencoderConfig(3, 4, (8, 12, 16, 16), 2, 4),
+    "factor8-attention": AutoencoderConfig(3, 4, (8, 12, 16, 16), 2, 4, attention_levels=(2, 3)),
+    "factor4-attention": AutoencoderConfig(1, 2, (8, 16, 24), 1, 4, mid_attention=False, attention_levels=(1,)),
     "factor32": AutoencoderConfig(1, 2, (4, 8, 8, 8, 12, 16), 1, 4),
     "factor32-plain": AutoencoderConfig(5, 6, (4, 8, 8, 8, 12, 16), 2, 2, mid_attention=False),
 }
@@ -172,7 +174,9 @@ def test_layout_round_trip(config: AutoencoderConfig) -> None:
         ({"act_fn": "relu"}, "act_fn is 'relu'"),
         ({"use_quant_conv": False}, "use_quant_conv is False"),
         ({"use_post_quant_conv": False}, "use_post_quant_conv"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "up_block_types .* mirror of down_block_types"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}, "up_block_types .* mirror"),
+        ({"down_block_types": ["DownBlock2D"] * 3}, "down_block_types"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types"),
         ({"out_channels": 1}, "out_channels 1 differs from in_channels 3"),
         ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
@@ -183,6 +187,15 @@ def test_layout_round_trip(config: AutoencoderConfig) -> None:
 def test_layout_refuses_what_it_cannot_express(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_diffusers({**to_diffusers(SMALL), **change})
+
+
+def test_attention_levels() -> None:
+    assert AutoencoderConfig(channels=(32, 64)).attention_levels == ()  # configurations of before read as they did
+    layout = to_diffusers(AutoencoderConfig(channels=(32, 32, 64), attention_levels=(2,)))
+    assert layout["down_block_types"] == ["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    assert layout["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
+    with pytest.raises(ConfigError, match=r"attention_levels: 3 is no level of 3"):
+        AutoencoderConfig(channels=(32, 32, 64), attention_levels=(3,))
 
 
 def test_import_is_free_of_torch() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ScheduleConfig
-from ldm.training import checkpoint
-from ldm.training.checkpoint import BackgroundWriter, CheckpointError, load, newest_valid, save
+from ldm.training import checkpoint, shelf
+from ldm.training.checkpoint import load, save
+from ldm.training.shelf import CheckpointError, newest_valid
 
 CONFIG = ScheduleConfig()  # any dataclass will do
 
@@ -93,10 +94,10 @@ def test_a_copied_folder_under_another_number_is_refused(tmp_path: Path) -> None
 def test_retention_counts_intact_checkpoints_only(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, tensors(), {}, CONFIG, keep=2)
-    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path)] == [2, 3]
+    assert [shelf.step_of(p) for p in shelf.steps(tmp_path)] == [2, 3]
     flip(tmp_path / "step-00000003" / "model.safetensors")
     save(tmp_path, 4, tensors(), {}, CONFIG, keep=2)
-    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path)] == [2, 3, 4]  # 3 is damaged: 2 must stay
+    assert [shelf.step_of(p) for p in shelf.steps(tmp_path)] == [2, 3, 4]  # 3 is damaged: 2 must stay
     with pytest.raises(CheckpointError, match="keep must be at least 2"):
         save(tmp_path, 5, tensors(), {}, CONFIG, keep=1)
 
@@ -165,17 +166,17 @@ def test_a_killed_writer_leaves_a_valid_newest_checkpoint(tmp_path: Path) -> Non
             path, problems = newest_valid(tmp_path)
             assert path is not None and problems == []
             read, state = load(path)
-            assert checkpoint.step_of(path) > reached and state == {"step": checkpoint.step_of(path)}
+            assert shelf.step_of(path) > reached and state == {"step": shelf.step_of(path)}
             assert torch.equal(read["model"]["w"], torch.full((200_000,), float(state["step"])))
-            reached = checkpoint.step_of(path)
-            leftovers += len(checkpoint.remove_stale(tmp_path))
+            reached = shelf.step_of(path)
+            leftovers += len(shelf.remove_stale(tmp_path))
             assert list(tmp_path.glob(".tmp-*")) == []
         nursery.stdin.close()
     assert leftovers > 0  # some kill did hit a write
 
 
 def newest_name(folder: Path) -> int:
-    return max((checkpoint.step_of(p) for p in checkpoint.steps(folder)), default=0)
+    return max((shelf.step_of(p) for p in shelf.steps(folder)), default=0)
 
 
 def test_stale_folders_of_the_dead_go_and_of_the_living_stay(tmp_path: Path) -> None:
@@ -186,38 +187,9 @@ def test_stale_folders_of_the_dead_go_and_of_the_living_stay(tmp_path: Path) -> 
     for path in (dead, living, own):
         path.mkdir()
         (path / "model.safetensors").write_bytes(b"half")
-    messages = checkpoint.remove_stale(tmp_path)
+    messages = shelf.remove_stale(tmp_path)
     assert len(messages) == 2 and str(dead) in messages[0] + messages[1]
     assert not dead.exists() and not own.exists() and living.exists()
-
-
-def test_background_writer_copies_before_it_returns(tmp_path: Path) -> None:
-    live = {"model": {"w": torch.ones(1000)}}
-    state: dict[str, object] = {"list": [1]}
-    with BackgroundWriter(tmp_path) as writer:
-        for step in (1, 2, 3):
-            writer.submit(step, live, state, CONFIG)
-            live["model"]["w"] += 1  # the next update
-            state["list"] = [step + 1]
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000003"]
-    for step in (2, 3):
-        read, read_state = load(tmp_path / f"step-{step:08d}")
-        assert torch.equal(read["model"]["w"], torch.full((1000,), float(step))) and read_state == {"list": [step]}
-
-
-def test_background_error_comes_out_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", fail)
-        writer = BackgroundWriter(tmp_path)
-        writer.submit(1, tensors(), {}, CONFIG)
-        with pytest.raises(CheckpointError, match=r"step-00000001.*No space left"):
-            writer.submit(2, tensors(), {}, CONFIG)
-    writer.submit(3, tensors(), {}, CONFIG)  # the fault is over: it works again
-    assert writer.wait() == tmp_path / "step-00000003"
-    writer.close()
 
 
 def network() -> tuple[nn.Module, list[str]]:

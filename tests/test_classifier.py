@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import PowerCut
 from PIL import Image
 
 from autoencoder.config import AutoencoderConfig
@@ -26,10 +27,11 @@ from ldm.evaluation.record import read_metrics
 from ldm.evaluation.sweep import REAL, distance
 from ldm.evaluation.sweep_panels import BELOW
 from ldm.interop.classifier import ClassifierInfo, load_classifier
-from ldm.interop.weights import FolderError
+from ldm.interop.files import FolderError
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentCodec, Pipeline
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec
 from ldm.training.classifier import ClassifierTask, find_classes
 
 TRAIN = {
@@ -102,12 +104,12 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(here: Path, tmp_path: Pat
     original = Stream.read
 
     def cut(self: Stream, position: int) -> Any:
-        if not self.validation and position // 8 == 3:
-            raise RuntimeError("power cut")
+        if not self.validation and position == 8 * 3 + 4:  # the first of two micro-batches is done
+            raise PowerCut
         return original(self, position)
 
     arguments = ["train-classifier", str(here / "latents.yaml"), f"run={tmp_path}"]
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(Stream, "read", cut)
         main(arguments)
     assert main(arguments) == 0
@@ -207,7 +209,7 @@ def test_strong_guidance_makes_the_classifier_sure(here: Path, pipe: Pipeline) -
     with torch.no_grad():
         network.linear.weight *= 20  # it has hardly been trained
     pipe = dataclasses.replace(pipe)
-    pipe._classifiers["sure"] = info, network
+    pipe._guides.classifiers["sure"] = info, network
     for form in ("score", "mean"):
         found = {}
         for scale in (0.0, 3.0):

@@ -28,7 +28,7 @@ from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import SCHEDULES, Schedule, shifted
-from ldm.interop.diffusers import scheduler_to_diffusers
+from ldm.interop.schedulers import scheduler_to_diffusers
 
 NAMES = sorted(SCHEDULES)
 

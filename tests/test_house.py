@@ -33,7 +33,7 @@ ONLY_IN = {  # a foreign package, and the paths that may import it
     "transformers": ("ldm/models/text.py",),
     "tokenizers": ("ldm/models/text.py",),
     "lpips": ("autoencoder/perceptual.py",),
-    "diffusers": (),
+    **dict.fromkeys(("diffusers", "peft"), ()),
     "pickle": ("autoencoder/perceptual.py",),  # the name of its error
     **dict.fromkeys(("_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), ()),
 }

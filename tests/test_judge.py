@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest
 
 from ldm.config import DataConfig
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, caption, coverage, draw, margin
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, caption, coverage, draw, margin, stripe
 from ldm.data.sources import open_source
 from ldm.evaluation.digits import DigitJudge
 from ldm.evaluation.judge import ShapesJudge, agreement, proportion, score
@@ -188,3 +188,19 @@ def test_digit_judge_survives_noise_and_names_misuse(digit_judge):
     assert np.mean([a == s.truth for a, s in zip(read, samples, strict=True)]) >= 0.95
     with pytest.raises(ValueError, match=r"uint8 \[n, 32, 32, c\]"):
         digit_judge.read(np.zeros((1, 8, 8, 1), np.uint8))
+
+
+def test_stripes_are_read(side: int = 32):
+    """Drawn, and blurred and noisy."""
+    data = DataConfig(source="shapes-striped", image_size=side)
+    samples = [open_source(data, split)[i] for split in ("validation", "held_out") for i in range(N // 2)]
+    assert 0.35 * N < sum(s.truth.objects[0].striped for s in samples) < 0.65 * N
+    images = np.stack([s.image for s in samples])
+    judge = ShapesJudge(side, 1, striped=True)
+    assert [reading.objects for reading in judge.read(images)] == [s.truth.objects for s in samples]
+    rows = [agreement(r, s.truth, striped=True) for r, s in zip(judge.read(spoil(images, 0.6, 0.03)), samples, strict=True)]
+    assert sum(row["stripes"] for row in rows) >= 0.99 * N and sum(row["all"] for row in rows) >= 0.97 * N
+    plain = Scene("white", (Object("small", "red", "circle", 9, 9),))
+    assert agreement(plain, stripe(plain), striped=True) == {
+        "background": True, "size": True, "colour": True, "shape": True, "stripes": False, "all": False,
+    }  # fmt: skip

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from conftest import PowerCut
 from safetensors.torch import load_file
 from test_ranks import started, torchrun
 from torch import Tensor
@@ -349,12 +350,12 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(run: Path, tmp_path: Path
 
     def cut(self: Stream, position: int) -> Any:
         if not self.validation and position == 8 * 3 + 5:
-            raise RuntimeError("power cut")
+            raise PowerCut
         return read(self, position)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "read", cut)
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises(PowerCut):
             main(["train-ldm", str(run.parent / "ldm.yaml"), f"run={tmp_path}/run"])
     assert main(["train-ldm", str(run.parent / "ldm.yaml"), f"run={tmp_path}/run"]) == 0
     files = [*(run / "checkpoints/step-00000004").glob("*.safetensors"), *(run / "model").rglob("*.*")]

@@ -49,7 +49,8 @@ from ldm.evaluation import decoder_noise, plots
 from ldm.evaluation.likelihood import likelihood, measure
 from ldm.evaluation.record import figures
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentCodec, Pipeline
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec
 
 pytestmark = pytest.mark.usefixtures("seed")
 

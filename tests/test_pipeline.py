@@ -23,10 +23,11 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ClipConfig, ConfigError, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data import streams
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.interop.weights import FolderError
+from ldm.interop.files import FolderError
 from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentCodec, Pipeline, load_codec
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec, load_codec
 
 PROMPTS = ["a small red circle", "two blue stars above it", "", "a green square on white"]
 LATENT = (4, 8, 8)
@@ -263,12 +264,12 @@ def test_every_kind_of_model_draws_with_every_sampler(codec: bool, text: bool, t
     assert ((again.codec is None), (again.text is None)) == (not codec, not text)
 
 
-@pytest.mark.parametrize("extra", [{"vector_dim": 3}, {"concat_channels": 2}])
-def test_a_further_condition_carries_our_name(extra: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [{"vector_dim": 3}, {"num_labels": 3}, {"sinusoidal_labels": True}, {"concat_channels": 2}])
+def test_a_further_condition_carries_our_name(extra: dict[str, Any], tmp_path: Path) -> None:
     plain = make(codec=True, text=True, steps=12)
     unet = UNet(dataclasses.replace(plain.unet.config, **extra), plain.unet.in_channels, plain.unet.out_channels, plain.unet.context_dim)
     model = dataclasses.replace(plain, unet=unet)
-    with pytest.raises(ConfigError, match=r"with a vector or concatenated condition cannot be expressed"):
+    with pytest.raises(ConfigError, match=r"with a vector, label or concatenated condition cannot be expressed"):
         model.save_pretrained(tmp_path / "refused", for_diffusers=True)
     model.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "LatentDiffusionPipeline"

@@ -29,7 +29,7 @@ from ldm.evaluation import report as reporting
 from ldm.evaluation.html import element
 from ldm.evaluation.panels import HINTS, quantity, thin
 from ldm.evaluation.report import GRIDS, evenly
-from ldm.pipeline import load_codec
+from ldm.pipeline.codec import load_codec
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"

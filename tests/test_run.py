@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import DIFFUSION
 
+from ldm.cli.main import main
 from ldm.config import AutoencoderRun, ClipRun, DataConfig, build, load
 from ldm.evaluation.record import RunError, read_metrics, read_status
 from ldm.training.run import RunDirectory, refused_changes
@@ -48,6 +51,22 @@ def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path: Path) ->
             RunDirectory(path)
         holder.send_signal(signal.SIGKILL)
     RunDirectory(path).close()
+
+
+def test_a_run_may_have_any_name_and_two(tmp_path: Path) -> None:
+    tree = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0}
+    tree["train"] = {**DIFFUSION["train"], "steps": 2, "sample_every": 2, "trackers": ["tensorboard"]}
+    place = tmp_path / "Läufe, 運行 [1]"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place, target_is_directory=True)
+    file = place / "ldm é.yaml"
+    file.write_text(yaml.safe_dump({"run": str(tmp_path / "link/erster Lauf"), **tree}, allow_unicode=True), encoding="utf-8")
+    assert main(["train-ldm", str(file), "train.checkpoint_every=1"]) == 0
+    run = place / "erster Lauf"
+    assert (read_status(run) or {})["state"] == "done" and (run / "model/model_index.json").is_file()
+    assert len(list((run / "samples").glob("*.png"))) == 1 and list((run / "tensorboard").iterdir())
+    with RunDirectory(run), pytest.raises(RunError, match="is in use"):
+        RunDirectory(tmp_path / "link/erster Lauf")
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:

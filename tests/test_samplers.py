@@ -13,7 +13,7 @@ from ldm.config import TARGETS, ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.ancestral import ddim, ddim_inversion, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m
-from ldm.diffusion.samplers.grids import GRIDS, check_steps
+from ldm.diffusion.samplers.grids import GRIDS, check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 
@@ -60,6 +60,30 @@ def test_grids_are_those_of_diffusers(steps: int) -> None:
         theirs = diffusers.DDIMScheduler(timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0)
         theirs.set_timesteps(steps)
         assert GRIDS[name](SCHEDULES[1000], steps).tolist() == [*theirs.timesteps.tolist(), -1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9, 20, 30, 50, 77, 333, 500, 998])
+def test_grids_of_other_families_are_those_of_diffusers(steps: int) -> None:
+    """DPM-Solver's spacings of S + 1 nodes, and Euler's fractional t."""
+    for name, spacing in (("linspace_positive", "linspace"), ("leading_positive", "leading")):
+        theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=1)
+        theirs.set_timesteps(steps)
+        assert (GRIDS[name](SCHEDULES[1000], steps)[:-1] - theirs.timesteps).abs().max() <= (name == "linspace_positive") * (steps % 2 == 0)
+    if steps > 1:
+        euler = diffusers.EulerDiscreteScheduler(timestep_spacing="linspace")
+        euler.set_timesteps(steps)
+        assert (GRIDS["linspace_fractional"](SCHEDULES[1000], steps)[:-1] - euler.timesteps).abs().max() < 1e-3
+
+
+def test_a_grid_may_have_an_offset_and_end_at_the_first_noise() -> None:
+    schedule = SCHEDULES[1000]
+    assert make_grid("leading", schedule, 4).tolist() == [751, 501, 251, 1, -1]
+    assert make_grid("leading", schedule, 4, offset=7, end_clean=False).tolist() == [757, 507, 257, 7, 0]
+    assert make_grid("leading", schedule, 4, offset=400).tolist() == [999, 749, 499, 249, -1]  # no more than there is room for
+    assert make_grid("trailing", schedule, 4, offset=7).tolist() == [999, 749, 499, 249, -1]  # it has none
+    for name, offset in (("leading", 0), ("linspace", 1), ("karras", 1)):
+        with pytest.raises(ValueError, match=f"{name} grid is t = 0 already"):
+            make_grid(name, schedule, 4, offset=offset, end_clean=False)
 
 
 def test_published_grids() -> None:

@@ -245,3 +245,18 @@ def test_unfit_settings_are_named():
         source(side=23)
     with pytest.raises(DataError, match="no split 'test'"):
         open_source(DataConfig(source="shapes", image_size=32), "test")
+
+
+def test_striped_scenes_say_so_and_show_the_background_between_their_stripes():
+    data = open_source(DataConfig(source="shapes-striped", image_size=32), "validation")
+    samples = [data[i] for i in range(60)]
+    assert {s.truth.objects[0].striped for s in samples} == {True, False}
+    for sample in samples:
+        (o,) = sample.truth.objects
+        assert ("striped" in sample.text) == o.striped and sample.text == caption(sample.truth)
+        found = parse(sample.text)
+        assert (found.background, found.objects[0].striped, found.objects[0].colour) == (sample.truth.background, o.striped, o.colour)
+        same = (sample.image == BACKGROUNDS[sample.truth.background]).all(-1).all(1)  # rows of background alone
+        gaps = [bool(same[o.y + d]) for d in (-4, -3, 3, 4)]  # stripes are 4 pixels high, one across the middle
+        assert all(gaps) == o.striped
+    assert open_source(DataConfig(source="shapes", image_size=32), "validation").fingerprint != data.fingerprint

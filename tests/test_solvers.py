@@ -30,7 +30,7 @@ from ldm.diffusion.samplers.pndm import plms
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.samplers.unipc import unipc
 from ldm.diffusion.schedule import Schedule
-from ldm.pipeline import check_sampling
+from ldm.pipeline.checks import check_sampling
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),

@@ -191,6 +191,19 @@ def test_flips_are_half_and_crops_even() -> None:
     assert ((table - 500) ** 2 / 500).sum() < 24.3  # 7 degrees: crop and flip are independent of each other
 
 
+def test_an_image_comes_mirrored_and_not_and_in_another_crop_each_epoch() -> None:
+    data = DataConfig(source="shapes", image_size=8, crop="random", flip=True)
+    reading = Stream(Ramp(3, side=(8, 40)), data, 0, Draws({}))
+    seen: dict[str, list[tuple[bool, int]]] = {}
+    for position in range(60):  # twenty epochs
+        sample = reading[position]
+        columns = values(sample["image"])[0, 0]
+        seen.setdefault(sample["text"], []).append((bool(columns[0] > columns[-1]), int(columns.min())))
+    assert len(seen) == 3
+    for views in seen.values():
+        assert len({mirrored for mirrored, _ in views}) == 2 and len({column for _, column in views}) > 10
+
+
 def test_a_caption_that_says_left_or_right_is_never_mirrored() -> None:
     class Sided(Ramp):
         def __getitem__(self, index: int) -> Sample:
@@ -236,7 +249,7 @@ def test_a_data_error_arrives_as_one_line(workers: int) -> None:
 
 
 def test_workers_leave_signals_to_the_trainer() -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the trainer still needs its batches."""
+    """Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group, but the trainer still needs its batches."""
     reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}))
     feed = batches(reading, Split(5, 5, 1, 0), 0, 30, workers=2)
     for _ in range(2):  # one from each, so that both are at work
@@ -244,7 +257,7 @@ def test_workers_leave_signals_to_the_trainer() -> None:
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker.pid or 0, number)
     assert len(list(feed)) == 28
     for worker in workers:

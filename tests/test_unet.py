@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.config import ConfigError, UNetConfig
 from ldm.diffusion.condition import Condition
-from ldm.interop.diffusers import unet_from_diffusers, unet_to_diffusers
+from ldm.interop.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.layers import timestep_embedding
 from ldm.models.unet import UNet
 
@@ -126,7 +126,8 @@ def test_published_architectures_are_read() -> None:
         "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False, "use_linear_projection": True,
         "num_class_embeds": None, "only_cross_attention": False, "upcast_attention": True,
     }  # fmt: skip
-    assert unet_from_diffusers({**common, **two}) == (UNetConfig(heads=(5, 10, 20, 20), linear_projection=True), 4, 4, 1024)
+    published = UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True)
+    assert unet_from_diffusers({**common, **two}) == (published, 4, 4, 1024)
     inpainting = unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 9})
     assert inpainting == (UNetConfig(concat_channels=5), 4, 4, 768)
 

@@ -8,7 +8,7 @@ from ldm import config
 from ldm.cli import training
 from ldm.cli.console import Console
 
-add_arguments = training.add_arguments
+add_arguments = training.add_settings
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> None:
     if settings.autoencoder == config.NONE or not settings.cache_latents:
         raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")
     from ldm.data.sources import open_source
-    from ldm.pipeline import load_codec
+    from ldm.pipeline.codec import load_codec
     from ldm.training.diffusion import ensure_cache
     from ldm.training.launch import launched
 

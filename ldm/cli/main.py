@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
 import time
 import traceback
@@ -25,10 +27,18 @@ COMMANDS = {
     "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
     "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
     "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
+    "reproduce": ("ldm.cli.reproduce", "draw a picture of `ldm sample` again, from what its PNG says, and compare"),
     "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
     "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
     "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
+    "checkpoints": ("ldm.cli.checkpoints", "list a run's checkpoints, whether they are intact, and which one the next start takes"),
+    "replay": ("ldm.cli.replay", "compute a non-finite update again, and name the first module that broke"),
+    "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off goes on exactly"),
     "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
+    "convert": ("ldm.cli.convert", "write a model in another layout: a diffusers folder, a single file"),
+    "inspect": ("ldm.cli.inspect", "say what a model, a folder or a file is: sizes, process, types, hashes"),
+    "status": ("ldm.cli.status", "say in one line what a run is doing; the exit code says it to scripts"),
+    "diff": ("ldm.cli.diff", "say what differs between two runs, or two models"),
     "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }
 
@@ -37,6 +47,7 @@ CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
+LATE = ("Timed out waiting", "wait timeout after")  # and that one is there and silent: in an exchange, and at the first meeting
 GRACE = 10  # seconds that a failing process leaves to the main one to say the same; the launcher then ends both
 
 
@@ -66,18 +77,32 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """As parse_args, but key=value may stand behind options, too: argparse ends a list of positions at the first option."""
+    top = parser()
+    arguments, left = top.parse_known_args(argv)
+    if left and (not hasattr(arguments, "overrides") or any(one.startswith("-") for one in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = _parse(argv)
     everywhere = False
     shown = warnings.showwarning
     warnings.showwarning = _one_line(shown)
     try:
-        arguments.function(arguments)
+        code = arguments.function(arguments)  # None, but of the commands whose exit code is their answer
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our lines, `head` for one, has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
+        return 0
     except Exception as error:
         code = getattr(error, "exit_code", None)  # the errors that a person can mend carry one
         everywhere = getattr(error, "everywhere", False)  # and those that every process raises are marked
@@ -88,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code is not None:
             print(f"ldm {arguments.command}{place}: {error}", file=sys.stderr, flush=True)
             return code
-        if any(sign in str(error) for sign in LOST):
-            print(f"ldm {arguments.command}{place}: another process has ended: its own line says why", file=sys.stderr, flush=True)
+        if (fault := _of_another(error, arguments.command)) is not None:
+            print(f"ldm {arguments.command}{place}: {fault}", file=sys.stderr, flush=True)
             return 1
         if not everywhere:
             raise
@@ -98,7 +123,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.showwarning = shown
         _leave_process_group(everywhere)
-    return 0
+    return code or 0
+
+
+def _of_another(error: Exception, command: str) -> str | None:
+    """What an error in an exchange tells of another process; None for any other error."""
+    if any(sign in str(error) for sign in LOST):
+        return "another process has ended: its own line, if it could write one, says why"
+    if any(sign in str(error) for sign in LATE):
+        waited = re.search(r"(\d+)ms", str(error))
+        limit = f" for {int(waited[1]) / 1000:g} s" if waited else ""
+        setting = " (train.rank_timeout)" if command.startswith("train") else ""
+        return f"another process has not answered{limit}{setting}: it hangs, or its work takes longer than that"
+    return None
 
 
 def _one_line(otherwise: Callable[..., None]) -> Callable[..., None]:

@@ -136,9 +136,9 @@ def _schedule_of(run: Path) -> ScheduleConfig:
         if not isinstance(config, DiffusionRun):
             raise ConfigError(f"{run} diffuses nothing and has no schedule: name a run of `ldm train-ldm`")
         return config.schedule
-    from ldm.pipeline import FolderInfo
+    from ldm.pipeline.info import ModelInfo
 
-    return FolderInfo.read(run).schedule
+    return ModelInfo.read(run).schedule
 
 
 def _forward(arguments: argparse.Namespace, console: Console) -> None:
@@ -158,9 +158,11 @@ def _forward(arguments: argparse.Namespace, console: Console) -> None:
 def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "columns")
     given = _given(arguments, "sampler", "steps", "seed", "guidance_scale")
-    from ldm.pipeline import FolderInfo, Pipeline, check_sampling
+    from ldm.pipeline import Pipeline
+    from ldm.pipeline.checks import check_sampling
+    from ldm.pipeline.info import ModelInfo
 
-    info = FolderInfo.read(arguments.run)
+    info = ModelInfo.read(arguments.run)
     settings = dataclasses.replace(info.defaults, **given)
     check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
     if bool(arguments.prompt) != info.has_text:
@@ -172,7 +174,7 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     file = _out(arguments)
     from ldm.evaluation.chains import reverse_page
 
-    pipe, prompts = Pipeline.from_pretrained(info.folder), arguments.prompt or [""]
+    pipe, prompts = Pipeline.from_pretrained(arguments.run), arguments.prompt or [""]
     about = {"prompts": prompts, **dataclasses.asdict(settings), "model": pipe.hash}
     reverse_page(pipe, prompts, settings, arguments.columns).save(file, about)
     console.say(f"reverse chain: {file}")
@@ -224,7 +226,7 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _save(page: Page, report: dict[str, Any], file: Path) -> None:
-    from ldm.interop.weights import write_json
+    from ldm.interop.files import write_json
 
     page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
     write_json(file.with_suffix(".json"), report)

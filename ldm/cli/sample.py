@@ -1,17 +1,16 @@
-"""Draw images from a run or a model folder (ours or diffusers').
+"""Draw images from a run, a model folder (ours or diffusers') or a single file that `ldm convert` wrote.
 
   ldm sample runs/demo --prompt "a small red circle on a white background" --count 4
 
-Each PNG carries its settings (`ldm` in its metadata); grid-*.png shows all of them. Settings left out are the
-model's own. Image i of a seed starts from the same noise at any batch size and number of processes; started by
-`accelerate launch scripts/sample.py` or torchrun, each process draws its share.
+Each PNG carries its settings (`ldm` in its metadata), from which `ldm reproduce` draws it again; grid-*.png shows all of
+them. Settings left out are the model's own. Image i of a seed starts from the same noise at any batch size and number of
+processes; started by `accelerate launch scripts/sample.py` or torchrun, each process draws its share.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError
 
 GIVEN = (  # settings that the command line may replace
     "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
-    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form", "grid", "variance",
+    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form", "grid", "variance", "lora",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -30,11 +29,13 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.data.processes import Processes
+    from ldm.pipeline.origin import Origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to draw, and how."""
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
+    parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts-file", help="a text file with one caption a line")
     parser.add_argument("--count", type=int, default=1, help="images per caption (default 1)")
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classifier", metavar="RUN", help="a run of train-classifier: prompts are captions of its classes")
     parser.add_argument("--classifier-scale", type=float, metavar="W", help="0: not at all (default 1)")
     parser.add_argument("--classifier-form", help=f"one of {', '.join(CLASSIFIER_FORMS)} (mean: with ddpm; default score)")
+    parser.add_argument(
+        "--lora", action="append", metavar="PATH[:SCALE]", help="a LoRA file, folder or run on top of the model; may be given several times"
+    )
     parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
     parser.add_argument("--batch-size", type=int, default=16, help="images computed together by one process (default 16)")
     parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
@@ -65,15 +69,30 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in GIVEN if getattr(arguments, name) is not None}
     if "guidance_interval" in given:
         given["guidance_interval"] = tuple(given["guidance_interval"])
+    if "lora" in given:
+        given["lora"] = tuple(given["lora"])
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
-    from ldm.pipeline import FolderInfo, Pipeline, check_guidance, check_sampling
+    from ldm.pipeline import Pipeline
+    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling
+    from ldm.pipeline.info import ModelInfo
+    from ldm.pipeline.origin import Origin, other_hashes, part_hashes, surroundings
 
-    info = FolderInfo.read(arguments.model)
+    try:
+        info = ModelInfo.read(arguments.model, arguments.variant)
+        if info.has_text and not info.bundle.tokenizer:
+            raise ConfigError("it holds no tokenizer: give tokenizer")
+    except ConfigError as error:
+        if Path(arguments.model).is_file():  # there are more options than this command should have
+            raise ConfigError(
+                f"{arguments.model}: {error} (to `ldm convert {arguments.model} FOLDER`; then draw from the folder)"
+            ) from None
+        raise
     settings = dataclasses.replace(info.defaults, **given)
     size = info.sample_size if arguments.size is None else arguments.size
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
+    check_drawable(info.unet[0])
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
         raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")
@@ -88,14 +107,19 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
         prompts = [""] * arguments.count
     console = Console()
-    processes, device = _devices(arguments.device)
+    processes, device = devices(arguments.device)
     out = Path(arguments.out)
     first = processes.each(lambda: _first_number(out))[0]  # agreed, before anyone writes
-    pipe = Pipeline.from_pretrained(info.folder, device)
-    images = processes.over(len(prompts), lambda mine: _draw(pipe, prompts, mine, first, settings, size, arguments, console))
+    pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant)
+    pipe.check(settings, size)
+    work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
+    origin = Origin(
+        tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant, part_hashes(info), other_hashes(settings),
+        {**surroundings(device), **work},
+    )  # fmt: skip
+    images = processes.over(len(prompts), lambda mine: _draw(pipe, origin, mine, first, out, console))
     if processes.main and len(prompts) > 1:
-        about = {"prompts": prompts, **dataclasses.asdict(settings), "size": size, "model": pipe.hash}
-        _save_grid(images, arguments.count if arguments.count > 1 else min(8, len(prompts)), about, out / f"grid-{first:05d}.png")
+        _save_grid(images, arguments.count if arguments.count > 1 else min(8, len(prompts)), origin, out / f"grid-{first:05d}.png")
     console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {arguments.out}/ from {first:05d}")
 
 
@@ -116,7 +140,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 
-def _devices(name: str | None) -> tuple[Processes, torch.device]:
+def devices(name: str | None) -> tuple[Processes, torch.device]:
     """Who draws, and where this process does."""
     import torch
 
@@ -143,39 +167,29 @@ def _first_number(out: Path) -> int:
     return 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
 
 
-def _draw(
-    pipe: Any, prompts: list[str], mine: range, first: int, settings: SampleConfig, size: int, arguments: argparse.Namespace,
-    console: Console,
-) -> list[np.ndarray]:  # fmt: skip
+def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
     """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
     from ldm.data.images import to_pil, to_uint8
 
     drawn: list[np.ndarray] = []
-    for images in pipe.sample([prompts[i] for i in mine], settings, size=size, batch_size=arguments.batch_size, indices=mine):
+    prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
+    for images in pipe.sample([prompts[i] for i in mine], whole.settings, size=whole.size, batch_size=batch_size, indices=mine):
         arrays = to_uint8(images)
         for picture, i in zip(to_pil(arrays), mine[len(drawn) :], strict=False):
-            about = {"prompt": prompts[i], **dataclasses.asdict(settings), "index": i, "size": size, "model": pipe.hash}
-            picture.save(Path(arguments.out) / f"{first + i:05d}-{_slug(prompts[i])}.png", pnginfo=_metadata(about))
+            origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)
+            picture.save(out / f"{first + i:05d}-{_slug(prompts[i])}.png", pnginfo=origin.png())
         drawn += list(arrays)
         console.progress(len(drawn), len(mine), {})
     return drawn
 
 
-def _save_grid(images: list[np.ndarray], columns: int, about: dict[str, Any], file: Path) -> None:
+def _save_grid(images: list[np.ndarray], columns: int, origin: Origin, file: Path) -> None:
     import numpy as np
     from PIL import Image
 
     from ldm.evaluation.plots import grid
 
-    Image.fromarray(grid(np.stack(images), columns)).save(file, pnginfo=_metadata(about))
-
-
-def _metadata(about: dict[str, Any]) -> Any:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("ldm", json.dumps(about, ensure_ascii=False))
-    return info
+    Image.fromarray(grid(np.stack(images), columns)).save(file, pnginfo=origin.png())
 
 
 def _slug(text: str) -> str:

@@ -66,7 +66,7 @@ def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Conso
     from ldm.evaluation.conformance import conformance
     from ldm.evaluation.orders import CASES
     from ldm.evaluation.sampler_plots import error_curves, exact_panels, exact_table
-    from ldm.interop.weights import write_json
+    from ldm.interop.files import write_json
 
     report = conformance([name for name, case in CASES.items() if case.sampler in names], steps, console.progress)
     for line in exact_table(report):
@@ -80,7 +80,7 @@ def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Conso
 def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[str, Any], out: Path, console: Console) -> None:
     from ldm.evaluation.sampler_plots import error_curves, run_panels, run_table
     from ldm.evaluation.sampler_runs import captions, compare_samplers
-    from ldm.interop.weights import write_json
+    from ldm.interop.files import write_json
     from ldm.pipeline import Pipeline
 
     device, prompts = given["device"], captions(run, given["images"])

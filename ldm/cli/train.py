@@ -34,8 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise config.ConfigError(f"{folder} holds none of {', '.join(f'{stage}.yaml' for stage in STAGES)}")
     overrides = _by_stage(arguments.overrides, list(files))
     settings = {stage: _load(stage, file, overrides[stage]) for stage, file in files.items()}
-    if len(kinds := {s.train.mixed_precision for s in settings.values()}) > 1:  # accelerate holds one for the whole process
-        raise config.ConfigError(f"train.mixed_precision is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage")
+    for name in ("mixed_precision", "rank_timeout"):  # accelerate holds one for the whole process
+        if len(kinds := {str(getattr(s.train, name)) for s in settings.values()}) > 1:
+            raise config.ConfigError(f"train.{name} is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage")
     for stage, file in files.items():
         STAGES[stage].run(argparse.Namespace(config=file, overrides=overrides[stage]))
 

@@ -7,21 +7,13 @@ Writes RUN/model/classifier.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ldm.cli import training
-from ldm.cli.console import Console
 from ldm.config import ClassifierRun
 
 add_arguments = training.add_arguments
 
 
-def _task(settings: ClassifierRun, console: Console) -> Any:
-    from ldm.training.classifier import ClassifierTask
-
-    return ClassifierTask(settings, console.say)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
-    training.run(arguments, ClassifierRun, _task)
+    training.run(arguments, ClassifierRun)

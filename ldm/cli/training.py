@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,79 @@ from ldm import config
 from ldm.cli.console import Console, rank
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", help="YAML file: autoencoder.yaml, clip.yaml or ldm.yaml of configs/demo, for example")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as train.steps=100")
 
 
-def run(arguments: argparse.Namespace, kind: type, make_task: Callable[[Any, Console], Any]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, its overrides, and where to go on from."""
+    add_settings(parser)
+    parser.add_argument(
+        "--from", dest="start", metavar="UPDATE_OR_FOLDER",
+        help="go on from this checkpoint of the run, not from the newest (later ones are set aside)",
+    )  # fmt: skip
+
+
+def make_task(settings: Any, console: Console) -> Any:
+    """The task of a run's configuration, whichever command it is of."""
+    match settings:  # each brings torch, and some transformers: seconds
+        case config.AutoencoderRun():
+            from ldm.training.autoencoder import AutoencoderTask
+
+            return AutoencoderTask(settings)
+        case config.ClipRun():
+            from ldm.training.clip import ClipTask
+
+            return ClipTask(settings)
+        case config.ClassifierRun():
+            from ldm.training.classifier import ClassifierTask
+
+            return ClassifierTask(settings, console.say)
+        case _:
+            from ldm.training.diffusion import DiffusionTask
+
+            return DiffusionTask(settings, console.say)
+
+
+def run(arguments: argparse.Namespace, kind: type) -> None:
     """Read the configuration, make the task and train it."""
     settings = config.load(kind, arguments.config, arguments.overrides)
     _check_place(settings)
     console = Console()
-    if _finished(settings, console):
+    start = getattr(arguments, "start", None)  # `train` has no such argument
+    if start is None and _finished(settings, console):
         return
-    from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.run import require_same
 
-    task = make_task(settings, console)
+    require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
+    from ldm.training.launch import launched
+    from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.stopping import end_with_launcher
+
+    end_with_launcher()
+    launched(patience=settings.train.rank_timeout)  # before the task, which may need the others
+    try:
+        task = make_task(settings, console)
+    except Exception as error:
+        _fail(settings, error)
+        raise
     for note in task.notes:
         console.say(note)
-    Loop(task, settings.train, settings, settings.run, settings.data.workers, console).train()
+    Loop(task, settings.train, settings, settings.run, settings.data.workers, console, start).train()
     console.say(f"done: {settings.run}")
+
+
+def _fail(settings: Any, error: Exception) -> None:
+    """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
+    from ldm.evaluation.record import RunError
+    from ldm.training.run import RunDirectory
+
+    if rank() == 0 and (Path(settings.run) / "config.yaml").is_file():
+        with suppress(RunError), RunDirectory(settings.run) as run:  # another process may be at work on it
+            run.start(settings)
+            run.fail(error)
 
 
 def _check_place(settings: Any) -> None:

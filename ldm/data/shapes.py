@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -56,6 +56,7 @@ class Object:
     shape: str
     x: int = 0
     y: int = 0
+    striped: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Scene:
 def caption(scene: Scene) -> str:
     """The one English sentence of a scene."""
     names = []
+    if len(scene.objects) == 1 and scene.objects[0].striped:  # short: the demo's text encoder reads 12 tokens, four of them `striped`
+        o = scene.objects[0]
+        return f"a {o.size} striped {o.colour} {o.shape} on {scene.background}"
     for o in scene.objects:
         name = f"{o.size} {o.colour} {o.shape}" if o.size else f"{o.colour} {o.shape}"
         names.append(("an " if name[0] in "aeiou" else "a ") + name)
@@ -82,6 +86,7 @@ def _one(words: tuple[str, ...] | dict[str, tuple[int, ...]]) -> str:
 
 _THING = rf"an? {_one(COLOURS)} {_one(SHAPES)}"
 _SINGLE = re.compile(rf"a {_one(SIZES)} {_one(COLOURS)} {_one(SHAPES)} on a {_one(BACKGROUNDS)} background")
+_STRIPED = re.compile(rf"a {_one(SIZES)} striped {_one(COLOURS)} {_one(SHAPES)} on {_one(BACKGROUNDS)}")
 _DOUBLE = re.compile(rf"{_THING} {_one(RELATIONS)} {_THING} on a {_one(BACKGROUNDS)} background")
 
 
@@ -91,6 +96,9 @@ def parse(text: str) -> Scene:
     if match := _SINGLE.fullmatch(text):
         size, colour, shape, background = match.groups()
         scene = Scene(background, (Object(size, colour, shape),))
+    elif match := _STRIPED.fullmatch(text):
+        size, colour, shape, background = match.groups()
+        scene = Scene(background, (Object(size, colour, shape, striped=True),))
     elif match := _DOUBLE.fullmatch(text):
         colour_1, shape_1, relation, colour_2, shape_2, background = match.groups()
         scene = Scene(background, (Object(None, colour_1, shape_1), Object(None, colour_2, shape_2)), relation)
@@ -126,12 +134,20 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return across * (outer - notch[1]) <= (outer - along) * notch[0]
 
 
+STRIPE = 1 / 8  # of the side: height of a stripe, and of the gap between two, which shows the background
+
+
 @lru_cache(maxsize=256)
-def coverage(shape: str, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½)."""
+def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarray:
+    """How much of each pixel a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½).
+
+    ``stripe``: height of horizontal stripes in pixels, one of them across the middle; None: none.
+    """
     half, fine = math.ceil(radius - 0.5), 8
     points = ((np.arange((2 * half + 1) * fine) + 0.5) / fine - half - 0.5) / radius
     inside = _inside(shape, points[None, :], points[:, None])
+    if stripe is not None:
+        inside = inside & (np.floor(points * radius / stripe + 0.5) % 2 == 0)[:, None]
     mask = inside.reshape(2 * half + 1, fine, 2 * half + 1, fine).mean((1, 3), dtype=np.float32)
     mask.flags.writeable = False  # shared by all callers
     return mask
@@ -142,7 +158,7 @@ def draw(scene: Scene, side: int) -> np.ndarray:
     image = np.empty((side, side, 3), dtype=np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
-        mask = coverage(o.shape, RADII[o.size] * side)[..., None]
+        mask = coverage(o.shape, RADII[o.size] * side, STRIPE * side if o.striped else None)[..., None]
         half = mask.shape[0] // 2
         if min(o.x, o.y) < half or max(o.x, o.y) >= side - half:
             raise ValueError(f"the {o.shape} at ({o.x}, {o.y}) leaves the canvas of {side} pixels")
@@ -213,14 +229,22 @@ def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
     return Scene(scene.background, (_at(scene.objects[0], *near), _at(scene.objects[1], *far)), scene.relation)
 
 
+def stripe(scene: Scene) -> Scene:
+    """The scene with every object striped."""
+    return replace(scene, objects=tuple(replace(o, striped=True) for o in scene.objects))
+
+
 def _at(o: Object, x: int, y: int) -> Object:
-    return Object(o.size, o.colour, o.shape, x, y)
+    return replace(o, x=x, y=y)
 
 
 class ShapesSource:
-    """Scenes drawn by index: `objects` is 1 or 2, the side is ``data.image_size``. Raises DataError."""
+    """Scenes drawn by index: `objects` is 1 or 2, the side is ``data.image_size``. Raises DataError.
 
-    def __init__(self, data: DataConfig, split: str, objects: int) -> None:
+    ``striped``: every other object on average is striped, and its caption says so.
+    """
+
+    def __init__(self, data: DataConfig, split: str, objects: int, striped: bool = False) -> None:
         if data.image_channels != 3:
             raise DataError(f"{data.source} are drawn in colour: image_channels must be 3, got {data.image_channels}")
         if data.image_size < SMALLEST_SIDE:
@@ -230,8 +254,12 @@ class ShapesSource:
         self.length: int | None = data.size if split == "train" else EPOCH
         self._offset = OFFSETS[split]
         self._combinations = combinations(objects, split == "held_out")
+        self._name = f"shapes-{objects}"
+        if striped:
+            self._combinations += tuple(stripe(scene) for scene in self._combinations)
+            self._name += "-striped"
         facts = [VERSION, COLOURS, BACKGROUNDS, SHAPES, RADII["small"], RADII["large"], RADII[None], OFF_CENTRE]
-        facts += [self.side, objects, split, self.length]
+        facts += [self.side, objects, split, self.length] + ([STRIPE] if striped else [])
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
@@ -241,7 +269,7 @@ class ShapesSource:
     def _scene(self, index: int) -> Scene:
         if index < 0 or (self.length is not None and index >= self.length):
             raise IndexError(f"index {index} is outside 0 to {self.length}")
-        rng = generator(0, f"shapes-{self.objects}", self._offset + index)  # not the run's seed: the data set is fixed
+        rng = generator(0, self._name, self._offset + index)  # not the run's seed: the data set is fixed
         return place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
 
     def text(self, index: int) -> str:

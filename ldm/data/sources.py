@@ -79,6 +79,12 @@ def _shapes_two(data: DataConfig, split: str) -> Source:
     return ShapesSource(data, split, objects=2)
 
 
+def _shapes_striped(data: DataConfig, split: str) -> Source:
+    from ldm.data.shapes import ShapesSource
+
+    return ShapesSource(data, split, objects=1, striped=True)
+
+
 def _digits(data: DataConfig, split: str) -> Source:
     from ldm.data.digits import DigitsSource
 
@@ -101,6 +107,7 @@ OPENERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "folder": _folder,
     "shapes": _shapes,
     "shapes-two": _shapes_two,
+    "shapes-striped": _shapes_striped,
     "digits": _digits,
     "textures": _textures,
 }

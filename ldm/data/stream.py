@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import ConfigError, DataConfig
 from ldm.data import streams
 from ldm.data.cache import LatentCache
+from ldm.data.folder import FolderSource
 from ldm.data.images import prepare
 from ldm.data.sources import BadSample, DataError, Skipped, Source
+from ldm.data.workers import Workers
 
 SUBSTITUTES = 100  # samples tried in place of one that cannot be read, before the run stops
-WORKER_TIMEOUT = 300  # seconds after which a hanging data worker ends the run
-WORKER_GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
 
 DIRECTION = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -68,6 +67,12 @@ class Stream(Dataset[Batch]):
             except BadSample as bad:
                 skipped.append(bad.skipped)
         raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files")
+
+    def named(self, position: int) -> str:
+        """A position as a person looks it up: with its image, where that is a file."""
+        source = self.source
+        file = f" ({source.folder / source.rows[self.order[position]].file_name})" if isinstance(source, FolderSource) else ""
+        return f"position {position}{file}"
 
     def _drawn(self, position: int) -> Batch:
         """The random numbers of a position, and the position itself."""
@@ -146,20 +151,25 @@ def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: 
 
 def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
     """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
+    crew = Workers(workers, stream.data.worker_timeout)
     loader = DataLoader(
-        _Carried(stream),
+        _Carried(stream, crew),
         batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
         collate_fn=_collate_carried,
         num_workers=workers,
-        worker_init_fn=_leave_signals,
-        timeout=WORKER_TIMEOUT if workers else 0,
+        worker_init_fn=crew.enter,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch, skipped in loader:
-        stream.skipped |= dict.fromkeys(skipped)
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    with crew.watched(loader) as feed:
+        try:
+            for positions in _Positions(split, first, last):
+                batch, skipped = crew.take(feed, positions, stream.named)
+                stream.skipped |= dict.fromkeys(skipped)
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            del feed  # ends them in peace where nothing is wrong
 
 
 class _Carried(Dataset[Any]):
@@ -167,10 +177,11 @@ class _Carried(Dataset[Any]):
     is and not as the text of a traceback.
     """
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, crew: Workers) -> None:
+        self.stream, self.crew = stream, crew
 
     def __getitem__(self, position: int) -> tuple[Batch | DataError, list[Skipped]]:
+        self.crew.at(position)
         try:
             return self.stream.read(position)
         except DataError as error:
@@ -181,12 +192,6 @@ def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skippe
     samples = [sample for sample, _ in carried]
     error = next((s for s in samples if isinstance(s, DataError)), None)
     return error or collate(samples), [skipped for _, several in carried for skipped in several]
-
-
-def _leave_signals(worker: int) -> None:
-    """In a worker: the trainer decides when to stop, even where the signal went to the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
 
 
 class _Positions:

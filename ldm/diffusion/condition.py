@@ -6,26 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The four kinds of condition; each may be absent.
+    """The kinds of condition; each may be absent.
 
     Attributes:
         context: [b, l, d], attended to by cross-attention (text).
-        vector: [b, d], added to the timestep embedding (class, pooled text, size).
+        vector: [b, d], added to the timestep embedding (pooled text, size).
         concat: [b, k, h, w], appended to the input channels (mask, low-resolution image).
         control: residuals added to the skip connections, in the order in which the encoder half makes them; the
             last one is added to the middle block's output (ControlNet).
+        labels: [b], the number of a class, or a number such as a noise level; embedded, and added to the timestep embedding.
     """
 
     context: Float[Tensor, "b l d"] | None = None
     vector: Float[Tensor, "b v"] | None = None
     concat: Float[Tensor, "b k h w"] | None = None
     control: tuple[Tensor, ...] | None = None
+    labels: Shaped[Tensor, " b"] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply ``function`` to every tensor present."""

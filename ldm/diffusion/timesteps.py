@@ -108,11 +108,11 @@ class Timesteps:
             rows = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses])
             self._update[:, position % self.batch_size] = rows.to(self._update.dtype)
 
-    def after_update(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Remember the losses of the update; ``reduce`` averages a tensor over processes."""
+    def after_update(self, reduce: Callable[[Tensor], Tensor], finite: Tensor | bool = True) -> None:
+        """Remember the losses of the update, unless it was not ``finite``; ``reduce`` averages a tensor over processes."""
         if self.history is not None:
             share, t, losses = reduce(self._update)  # each process knows its own places: the mean is a share of the value
-            self.history.update((t / share).round().long(), losses / share)
+            self.history.update((t / share).round().long(), losses / share / torch.as_tensor(finite).to(losses))  # x / 0 is left out
             self._update = torch.zeros_like(self._update)
 
     def state(self) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from ldm.data import streams
 from ldm.data.images import prepare, to_uint8
 from ldm.data.sources import open_source, readable
 from ldm.diffusion.process import transition
-from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.schedule import Schedule, like
 from ldm.evaluation.page import Page, table
 from ldm.pipeline import Pipeline
+from ldm.pipeline.checks import grid_of
 
 COLUMNS = 8  # pictures of a chain, beside its clean end
 REACH = 3.0  # latents are near N(0, I): ±3 is black and white
@@ -99,7 +99,7 @@ class ReverseChain:
 def reverse_chain(pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig, columns: int = COLUMNS) -> ReverseChain:
     """Draw one image of each prompt, and keep ``columns`` steps of the chain, the first and the last among them."""
     pipe.check(settings, pipe.sample_size)
-    grid, side = GRIDS[settings.grid](pipe.schedule, settings.steps), pipe.sample_size // pipe.factor
+    grid, side = grid_of(pipe.schedule, settings), pipe.sample_size // pipe.factor
     steps = len(grid) - 1
     chosen = sorted({round(i * (steps - 1) / max(columns - 1, 1)) for i in range(columns)})
     shape = (pipe.unet.in_channels, side, side)

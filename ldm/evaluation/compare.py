@@ -16,8 +16,10 @@ from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
 from ldm.data.sources import open_source, readable
 from ldm.evaluation.plots import captioned
-from ldm.interop.weights import read_module, write_json
-from ldm.pipeline import load_codec
+from ldm.evaluation.record import newest_checkpoint
+from ldm.interop.files import write_json
+from ldm.interop.weights import read_module
+from ldm.pipeline.codec import load_codec
 
 IMAGES = 256
 SHOWN = 8
@@ -38,10 +40,12 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
         raise ConfigError(f"{adversarial} was trained without a discriminator: loss.gan is 0")
     source = open_source(data, "validation")
     images = torch.stack([prepare(s.image, data.image_size) for _, s in itertools.islice(readable(source), IMAGES)])
-    weights = sorted((adversarial / "checkpoints").glob("step-*/model_discriminator.safetensors"))
-    if not weights:
+    newest = newest_checkpoint(adversarial)
+    if newest is None:
         raise ConfigError(f"{adversarial} has no checkpoint with a discriminator: let its training finish")
-    discriminator = read_module(lambda: PatchDiscriminator(data.image_channels, loss.disc_channels, loss.disc_layers), weights[-1])
+    discriminator = read_module(
+        lambda: PatchDiscriminator(data.image_channels, loss.disc_channels, loss.disc_layers), newest[1] / "model_discriminator.safetensors"
+    )
     rows: dict[str, Any] = {"original": {"logits": float(discriminator(images).mean())}}
     pictures = [images[:SHOWN]]
     for run in (plain, adversarial):

@@ -18,8 +18,10 @@ from ldm.data.images import prepare
 from ldm.data.processes import Processes
 from ldm.data.sources import DataError, Source, open_source, readable
 from ldm.diffusion.gaussian import discretised_log_probability
-from ldm.interop.weights import read_json, write_json
-from ldm.pipeline import LatentCodec, Pipeline, autoencoder_hash, find_model
+from ldm.interop.files import read_json, write_json
+from ldm.interop.folder import find_model
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec, autoencoder_hash
 
 FILE = "likelihood.json"  # in the model folder
 SEED = 2001

@@ -20,7 +20,7 @@ from ldm.evaluation import judge as shapes
 from ldm.evaluation import plots
 from ldm.evaluation.reconstructions import reconstructed
 from ldm.evaluation.record import read_metrics, scalar_series
-from ldm.interop.weights import read_json, write_json
+from ldm.interop.files import read_json, write_json
 from ldm.pipeline import Pipeline
 
 EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
@@ -50,13 +50,14 @@ class Judge(Protocol):
 class _Shapes:
     splits = (("seen", "validation"), ("held_out", "held_out"))
 
-    def __init__(self, side: int, objects: int) -> None:
-        self.name, self._judge = {1: "single", 2: "two"}[objects], shapes.ShapesJudge(side, objects)
+    def __init__(self, side: int, objects: int, striped: bool = False) -> None:
+        self.name, self._judge = {1: "single", 2: "two"}[objects], shapes.ShapesJudge(side, objects, striped)
+        self._striped = striped
 
     def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
         from ldm.data.shapes import parse
 
-        return [shapes.agreement(r, parse(c)) for r, c in zip(self._judge.read(images), captions, strict=True)]
+        return [shapes.agreement(r, parse(c), self._striped) for r, c in zip(self._judge.read(images), captions, strict=True)]
 
 
 class _Digits:
@@ -77,6 +78,7 @@ class _Digits:
 JUDGES: dict[str, Callable[[int], Judge]] = {
     "shapes": lambda side: _Shapes(side, 1),
     "shapes-two": lambda side: _Shapes(side, 2),
+    "shapes-striped": lambda side: _Shapes(side, 1, striped=True),
     "digits": _Digits,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, coverage, parse
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, coverage, parse
 
 Reading = Scene  # a picture is read as the scene that it shows; two objects come left to right or top to bottom
 Report = dict[str, dict[str, float]]
 
 ATTRIBUTES = {1: ("background", "size", "colour", "shape", "all"), 2: ("background", "colours", "shapes", "relation", "all")}
+Kind = tuple[str | None, float | None]  # size, and height of the stripes
+PLAIN: Kind = (None, None)
 _CHUNK = 2**23  # hypotheses weighed at once
 
 
@@ -25,18 +28,21 @@ class ShapesJudge:
     With D = image − b and the coverage M of a shape, drawing it in colour c on background b lowers the squared error
     |D|² by 2⟨D, M⟩·(c − b) − |M|²|c − b|². ⟨D, M⟩ at every place is a correlation, so no scene is ever drawn. Shapes
     that do not overlap lower the error independently of each other.
+
+    ``striped``: one object may be striped.
     """
 
-    def __init__(self, side: int, objects: int) -> None:
+    def __init__(self, side: int, objects: int, striped: bool = False) -> None:
         if objects not in ATTRIBUTES:
             raise ValueError(f"scenes have 1 or 2 objects, got {objects}")
         self.side, self.objects = side, objects
         self._backgrounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255  # [b, 3]
         self._contrasts = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255 - self._backgrounds[:, None]  # [b, c, 3]
-        self._templates = {
-            size: torch.from_numpy(np.stack([coverage(shape, RADII[size] * side) for shape in SHAPES]))[:, None]  # [s, 1, k, k]
-            for size in (SIZES if objects == 1 else (None,))
-        }
+        sizes: tuple[str | None, ...] = SIZES if objects == 1 else (None,)
+        self._templates: dict[Kind, Tensor] = {
+            kind: torch.from_numpy(np.stack([coverage(shape, RADII[kind[0]] * side, kind[1]) for shape in SHAPES]))[:, None]
+            for kind in itertools.product(sizes, (None, STRIPE * side) if striped else (None,))
+        }  # [s, 1, k, k]
 
     def read(self, images: np.ndarray) -> list[Reading]:
         """The nearest scene of each image, uint8 [n, side, side, 3]."""
@@ -56,9 +62,9 @@ class ShapesJudge:
         """|image − b|², [n, b]."""
         return (batch[:, None] - self._backgrounds[:, :, None, None]).square().sum((2, 3, 4))
 
-    def _reductions(self, batch: Tensor, size: str | None) -> Tensor:
+    def _reductions(self, batch: Tensor, kind: Kind) -> Tensor:
         """By how much each hypothesis lowers the squared error, [n, place, s, b, c]; places row by row."""
-        n, templates = batch.shape[0], self._templates[size]
+        n, templates = batch.shape[0], self._templates[kind]
         inner = F.conv2d(batch.reshape(-1, 1, self.side, self.side), templates)  # ⟨image, M⟩: [n·3, s, places, places]
         inner = inner.reshape(n, 3, len(SHAPES), -1).permute(0, 3, 2, 1)  # [n, place, s, 3]
         area, square = templates.sum((1, 2, 3)), templates.square().sum((1, 2, 3))
@@ -67,8 +73,8 @@ class ShapesJudge:
         weights = 2 * self._contrasts.reshape(-1, 3).T  # [3, b·c]
         return (inner @ weights).reshape(*inner.shape[:3], *on_background.shape).sub_(constant)
 
-    def _place(self, place: int, size: str | None) -> tuple[int, int]:
-        kernel = self._templates[size].shape[-1]
+    def _place(self, place: int, kind: Kind) -> tuple[int, int]:
+        kernel = self._templates[kind].shape[-1]
         y, x = divmod(place, self.side - kernel + 1)
         return x + kernel // 2, y + kernel // 2
 
@@ -76,20 +82,21 @@ class ShapesJudge:
         error = self._error(batch)
         best_error = torch.full((len(batch),), math.inf)
         readings = [Reading("", ())] * len(batch)
-        for size in self._templates:
-            reduction, place = self._reductions(batch, size).max(1)  # over places: [n, s, b, c]
+        for kind in self._templates:
+            reduction, place = self._reductions(batch, kind).max(1)  # over places: [n, s, b, c]
             rest = (error[:, None, :, None] - reduction).flatten(1)
             smallest, which = rest.min(1)
             for i in torch.nonzero(smallest < best_error).flatten().tolist():
                 s, b, c = (int(v) for v in np.unravel_index(int(which[i]), reduction.shape[1:]))
-                x, y = self._place(int(place[i, s, b, c]), size)
-                readings[i] = Reading(list(BACKGROUNDS)[b], (Object(size, list(COLOURS)[c], SHAPES[s], x, y),))
+                x, y = self._place(int(place[i, s, b, c]), kind)
+                found = Object(kind[0], list(COLOURS)[c], SHAPES[s], x, y, striped=kind[1] is not None)
+                readings[i] = Reading(list(BACKGROUNDS)[b], (found,))
             best_error = torch.minimum(best_error, smallest)
         return readings
 
     def _pairs(self, batch: Tensor) -> list[Reading]:
         """For every background the best object, the best second beside it, then each again given the other."""
-        reduction, shape = self._reductions(batch, None).max(2)  # over shapes: [n, place, b, c]
+        reduction, shape = self._reductions(batch, PLAIN).max(2)  # over shapes: [n, place, b, c]
         reduction = reduction.permute(0, 2, 3, 1)  # [n, b, c, place]
         first = reduction.flatten(2).argmax(-1)
         second = self._partner(reduction, first)
@@ -104,13 +111,13 @@ class ShapesJudge:
             objects = []
             for which in (int(first[i, b]), int(second[i, b])):
                 c, place = divmod(which, reduction.shape[-1])
-                objects.append(Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, None)))
+                objects.append(Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, PLAIN)))
             readings.append(_ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
         return readings
 
     def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
         """The best object of another colour whose square touches the other's nowhere: index into [c · place], [n, b]."""
-        kernel = self._templates[None].shape[-1]
+        kernel = self._templates[PLAIN].shape[-1]
         width = self.side - kernel + 1
         place = torch.arange(width * width)
         at, colour = other % (width * width), other // (width * width)
@@ -128,8 +135,8 @@ def _ordered(background: str, one: Object, two: Object) -> Reading:
 _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def agreement(reading: Reading, asked: Scene) -> dict[str, bool]:
-    """Which attributes of the caption's scene the picture shows.
+def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str, bool]:
+    """Which attributes of the caption's scene the picture shows; ``striped``: whether there are stripes is one.
 
     Two objects may come in either order, whichever agrees in more colours and shapes; the relation is then judged in
     that order. So a picture with the right objects in the wrong places is wrong in its relation alone.
@@ -146,6 +153,8 @@ def agreement(reading: Reading, asked: Scene) -> dict[str, bool]:
         right |= {"size": found[0].size == asked.objects[0].size, "colour": colours, "shape": shapes}
     else:
         right |= {"colours": colours, "shapes": shapes, "relation": relation == asked.relation}
+    if striped:
+        right["stripes"] = found[0].striped == asked.objects[0].striped
     return right | {"all": all(right.values())}
 
 

@@ -28,8 +28,9 @@ from ldm.data.sources import DataError, Source, open_source, readable
 from ldm.diffusion import gaussian
 from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
 from ldm.evaluation import decoder_noise, plots
-from ldm.interop.weights import read_json, write_json
-from ldm.pipeline import LatentCodec, Pipeline
+from ldm.interop.files import read_json, write_json
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec
 
 SEED = 2000
 SPLIT = "validation"

@@ -1,4 +1,4 @@
-"""What a run has written about itself, read back: metrics.jsonl, status.json, skipped.jsonl, the grids. Imports no torch."""
+"""What a run has written about itself, read back: metrics.jsonl, status.json, starts.jsonl, skipped.jsonl, the grids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+STARTS = "starts.jsonl"
 Points = list[tuple[int, float]]  # (update, value); NaN where the value was not finite
 
 
@@ -47,6 +48,21 @@ def read_status(path: Path) -> dict[str, Any] | None:
     if not isinstance(status, dict):
         raise RunError(f"{file} should hold one JSON object: delete it to continue")
     return status
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``starts.jsonl`` in order, one for each start of its training; empty where there is none."""
+    file = path / STARTS
+    if not file.exists():
+        return []
+    return [parsed for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if (parsed := parse_line(line)) is not None]
+
+
+def newest_checkpoint(path: Path) -> tuple[int, Path] | None:
+    """The update and folder of a run's newest complete checkpoint, by its number: its hashes are not looked at. None without one."""
+    whole = (folder for folder in path.glob("checkpoints/step-*") if (folder / "manifest.json").is_file())
+    found = ((re.fullmatch(r"step-(\d{8,})", folder.name), folder) for folder in whole)
+    return max(((int(name[1]), folder) for name, folder in found if name is not None), default=None)
 
 
 def read_skipped(path: Path) -> tuple[list[tuple[str, str]], int]:
@@ -97,6 +113,14 @@ def figures(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(tree, Mapping) and "accuracy" not in tree:
         return [row for key, value in tree.items() for row in figures(value, f"{path}.{key}" if path else str(key))]
     return [(path, tree)]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every entry of nested mappings under its dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def _is_number(value: Any) -> bool:

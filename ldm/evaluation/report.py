@@ -27,14 +27,15 @@ from ldm.evaluation.evaluate import JUDGES, Progress
 from ldm.evaluation.html import Html, drawing, element, join, page, picture, table
 from ldm.evaluation.plots import grid
 from ldm.evaluation.reconstructions import Pair, extremes
-from ldm.interop.weights import FolderError
-from ldm.pipeline import load_codec
+from ldm.interop.files import FolderError
+from ldm.interop.reference import REFERENCE
+from ldm.pipeline.codec import load_codec
 
 MODELS = {
-    "train-autoencoder": "vae/config.json",
-    "train-clip": "text_encoder/config.json",
-    "train-ldm": "model_index.json",
-    "train-classifier": "classifier/config.json",
+    "train-autoencoder": ("vae/config.json",),
+    "train-clip": ("text_encoder/config.json",),
+    "train-ldm": ("model_index.json", REFERENCE),
+    "train-classifier": ("classifier/config.json",),
 }
 GRIDS = 12  # pictures shown of each name
 STATES = {
@@ -81,13 +82,14 @@ def _head(run: Run) -> Html:
     command = next(name for name, kind in RUNS.items() if isinstance(run.config, kind))
     state, seconds, train = run.status.get("state"), run.status.get("seconds"), run.config.train
     told = STATES.get(str(state), state) if run.status else "no status yet: nothing has been logged"
+    exported = any((run.path / "model" / file).is_file() for file in MODELS[command])
     rows: list[tuple[str, Any]] = [
         ("command", f"ldm {command}"),
         ("state", element("b", told, class_="bad") if state == "failed" else told),
         ("updates", f"{run.status.get('step', 0)} of {train.steps}"),
         ("wall time", _duration(seconds) + ", all resumes together" if isinstance(seconds, (int, float)) else "not known yet"),
         ("global batch", f"{train.batch_size} images"),
-        ("model", "exported" if (run.path / "model" / MODELS[command]).is_file() else "not exported yet: that follows the last update"),
+        ("model", "exported" if exported else "not exported yet: that follows the last update"),
     ]
     if parameters := _parameters(run.path):
         rows.append(("parameters", ", ".join(f"{name} {count:,}" for name, count in parameters.items())))
@@ -101,10 +103,10 @@ def _duration(seconds: float) -> str:
 
 def _parameters(run: Path) -> dict[str, int]:
     """Elements of each network's weights in the newest checkpoint, from the files' headers; empty where there is none."""
-    newest = max((run / "checkpoints").glob("step-*"), default=None)
+    newest = record.newest_checkpoint(run)
     counts: dict[str, int] = {}
     try:
-        for file in sorted(newest.glob("model_*.safetensors")) if newest else []:
+        for file in sorted(newest[1].glob("model_*.safetensors")) if newest else []:
             with safe_open(file, "pt") as weights:
                 counts[file.stem.removeprefix("model_")] = sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())  # noqa: SIM118
     except (OSError, SafetensorError):  # deleted meanwhile by the training that goes on

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.evaluation import record
 from ldm.evaluation.html import Html, element, join, table
-from ldm.interop.weights import FolderError, read_json
+from ldm.interop.files import FolderError, read_json
 
 ROWS = 200  # skipped files listed by name
 REASONS = 20  # reasons listed with their counts

@@ -22,7 +22,8 @@ from ldm.data.images import prepare, to_uint8
 from ldm.data.sources import open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
-from ldm.interop.weights import write_json, write_module
+from ldm.interop.files import write_json
+from ldm.interop.weights import write_module
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -147,12 +148,12 @@ class AutoencoderTask:
         backward(hinge)
         return {"discriminator": hinge.detach(), "logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
 
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """The adversarial weight of the next update, from this one's gradients over the global batch."""
         if self._last_layer:
             averaged = {name: reduce(gradient / self._micro_batches) for name, gradient in self._last_layer.items()}
             weight = adaptive_weight(averaged["rec"], averaged["gan"])
-            self._adaptive = torch.where(torch.isfinite(weight), weight, self._adaptive)  # of a skipped update: the one before
+            self._adaptive = torch.where(finite & torch.isfinite(weight), weight, self._adaptive)
             self._last_layer, self._micro_batches = {}, 0
 
     def state(self) -> dict[str, Any]:

@@ -7,78 +7,116 @@ flushed to the disk and renamed once, so a folder of the final name is complete;
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import config as configuration
+from ldm.interop.files import file_hash, flush
+from ldm.training.shelf import CONFIG, FORMAT, MANIFEST, STATE, CheckpointError, check, prune, remove, remove_stale, size_text
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group → name → tensor
 
-MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+ROOM = 2**17  # bytes beside the tensors: headers, state, configuration, manifest
 _GROUP = re.compile(r"[a-z0-9_]+")
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, is damaged, or does not fit; the message names the file or the tensor."""
+def snapshot(tensors: Tensors, into: Tensors | None = None) -> dict[str, dict[str, Tensor]]:
+    """Copy every tensor into its own contiguous CPU memory, so that the next update cannot change it.
 
-    exit_code = 4
-
-
-def snapshot(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Copy every tensor into its own contiguous CPU memory, so that the next update cannot change it."""
+    ``into``: a copy no longer needed, whose memory is used again: fresh memory costs more time than the copy.
+    """
     return {
-        group: {name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t.detach()) for name, t in named.items()}
+        group: {name: _memory(t, (into or {}).get(group, {}).get(name)).copy_(t.detach()) for name, t in named.items()}
         for group, named in tensors.items()
     }
 
 
-def save(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, keep: int = 2) -> Path:
-    """Write checkpoint ``step`` into ``folder``, then delete the oldest beyond ``keep`` (≥ 2) intact ones.
+def _memory(like: Tensor, old: Tensor | None) -> Tensor:
+    if old is not None and old.shape == like.shape and old.dtype == like.dtype:
+        return old
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+
+
+def tensor_bytes(tensors: Tensors) -> int:
+    """Bytes of all tensors together."""
+    return sum(t.numel() * t.dtype.itemsize for named in tensors.values() for t in named.values())
+
+
+def save(
+    folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, keep: int = 2, keep_every: int | None = None
+) -> Path:
+    """Write checkpoint ``step`` into ``folder``, then delete what ``shelf.retained`` does not name.
 
     ``config`` is the run's configuration dataclass; ``state`` must be JSON. A checkpoint of this step that is
-    already there is kept when intact and replaced when damaged. Raises CheckpointError.
+    already there is kept when intact and replaced when damaged. Raises CheckpointError; the earlier ones are then untouched.
     """
-    return _write(folder, step, snapshot(tensors), state, config, keep)
+    path = write(folder, step, snapshot(tensors), state, config)
+    thin_out(path, keep, keep_every)
+    return path
 
 
-def _write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, keep: int) -> Path:
-    """``save`` for tensors that are contiguous, unshared and on the CPU already."""
+def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> Path:
+    """``save`` for tensors that are contiguous, unshared and on the CPU already; deletes none."""
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}-{os.getpid()}"
+    needed = tensor_bytes(tensors) + ROOM
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for message in remove_stale(folder):
             _log.warning("%s", message)
         if not (final.exists() and not check(final)):
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary.mkdir()
             _fill(temporary, step, tensors, state, config)
             if final.exists():
-                _remove(final)
+                remove(final)
             os.rename(temporary, final)
-            _sync(folder)
-        _prune(folder, keep, final)
+            flush(folder)
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:  # a full disk is any of the first three
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error if isinstance(error, CheckpointError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CheckpointError(f"{final}: the checkpoint could not be written: {reason}") from error
+        raise CheckpointError(f"{final}: the checkpoint could not be written: {_reason(error)}{_room(error, folder, needed)}") from error
     return final
+
+
+def thin_out(fresh: Path, keep: int, keep_every: int | None) -> None:
+    """Delete those beside ``fresh`` that ``shelf.retained`` does not name. Raises CheckpointError."""
+    try:
+        prune(fresh.parent, keep, keep_every, fresh)
+    except OSError as error:
+        raise CheckpointError(f"{fresh}: is written, but an older one could not be deleted: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _room(error: Exception, folder: Path, needed: int) -> str:
+    """Bytes needed and free, where the disk may have failed."""
+    if isinstance(error, (CheckpointError, ValueError, TypeError)):
+        return ""
+    try:
+        free = size_text(shutil.disk_usage(folder).free)
+    except OSError:
+        return f" ({size_text(needed)} are needed)"
+    return f" ({size_text(needed)} are needed, {free} are free)"
 
 
 def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> None:
@@ -88,119 +126,30 @@ def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
         save_file(dict(named), folder / f"{group}.safetensors")
     (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False))
     configuration.save(config, folder / CONFIG)
-    names = sorted(file.name for file in folder.iterdir())
-    for name in names:
-        _sync(folder / name)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest} for file, digest in _flushed(sorted(folder.iterdir())).items()}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    flush(folder / MANIFEST)
+    flush(folder)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flushed(files: list[Path]) -> dict[Path, str]:
+    """Have files on the disk, and their sha256 meanwhile: the disk and the processor work side by side."""
+    errors: list[Exception] = []
 
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; its final name disappears in one rename, so that a kill leaves no half of it."""
-    doomed = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def _prune(folder: Path, keep: int, fresh: Path) -> None:
-    """Delete checkpoints older than the ``keep`` newest intact ones; damaged ones do not count."""
-    if keep < 2:
-        raise CheckpointError(f"keep must be at least 2, got {keep}")
-    intact = 0
-    for path in reversed(steps(folder)):
-        if intact >= keep:
-            _remove(path)
-        elif path == fresh or not check(path):
-            intact += 1
-
-
-def remove_stale(folder: Path) -> list[str]:
-    """Delete what killed writers left half-written and say so; to be called by the owner of the run's lock."""
-    messages = []
-    for path in sorted(folder.glob(".tmp-*")):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdecimal() and int(pid) != os.getpid() and _alive(int(pid)):  # our own number: an earlier life in a container
-            continue
-        shutil.rmtree(path)
-        messages.append(f"{path}: removed, left half-written by a process that is gone")
-    return messages
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def steps(folder: Path) -> list[Path]:
-    """The checkpoint folders in ``folder``, intact or not, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The number of updates after which the checkpoint ``path`` was taken."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path} is no checkpoint: the folder should be named step-XXXXXXXX")
-    return int(match[1])
-
-
-def check(path: Path, only: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint (empty: intact), by the sizes and hashes of its manifest.
-
-    ``only`` limits the check to those files.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{path / MANIFEST}: cannot be read ({type(error).__name__})"]
-    if manifest.get("format") != FORMAT or manifest.get("step") != step_of(path):
-        return [f"{path / MANIFEST}: is not the manifest of this checkpoint"]
-    problems = [] if only is None else [f"{path / name}: is missing" for name in only if name not in files]
-    for name, (size, digest) in files.items():
-        if only is not None and name not in only:
-            continue
-        file = path / name
+    def work() -> None:
         try:
-            if file.stat().st_size != size:
-                problems.append(f"{file}: has {file.stat().st_size} bytes, should have {size}")
-            elif _sha256(file) != digest:
-                problems.append(f"{file}: its content does not match its sha256")
-        except OSError as error:
-            problems.append(f"{file}: {'is missing' if isinstance(error, FileNotFoundError) else error}")
-    return problems
+            for file in files:
+                flush(file)
+        except Exception as error:  # raised below
+            errors.append(error)
 
-
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, or None, and what is wrong with each newer one. Changes nothing on the disk."""
-    problems: list[str] = []
-    for path in reversed(steps(folder)):
-        found = check(path)
-        if not found:
-            return path, problems
-        problems += found
-    return None, problems
+    disk = threading.Thread(target=work, daemon=True)
+    disk.start()
+    hashes = {file: file_hash(file) for file in files}
+    disk.join()
+    if errors:
+        raise errors[0]
+    return hashes
 
 
 def load(path: Path, groups: Iterable[str] | None = None, verify: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -225,39 +174,26 @@ def load(path: Path, groups: Iterable[str] | None = None, verify: bool = True) -
     return tensors, state
 
 
-class BackgroundWriter:
-    """Writes checkpoints while training goes on: the state is copied at once, one write is in flight.
+def require_fit(path: Path, groups: Tensors) -> None:
+    """Compare the names and shapes of ``groups`` with those in a checkpoint, whose headers alone are read.
 
-    The error of a write is raised by the next ``submit``, ``wait`` or ``close``.
+    Raises CheckpointError naming the first tensor that is wanting, left over or of another shape.
     """
-
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
-
-    def submit(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> None:
-        """Wait for the write before, copy the state, and write it behind the caller's back (arguments as ``save``)."""
-        self.wait()  # before the copy: never two copies in memory
-        self._pending = self._executor.submit(_write, self.folder, step, snapshot(tensors), copy.deepcopy(state), config, self.keep)
-
-    def wait(self) -> Path | None:
-        """Wait until the last write is on the disk; returns its path. Raises CheckpointError."""
-        pending, self._pending = self._pending, None
-        return None if pending is None else pending.result()
-
-    def close(self) -> None:
-        """Wait for the last write and end the thread. Raises CheckpointError."""
+    for group, named in groups.items():
+        file = path / f"{group}.safetensors"
         try:
-            self.wait()
-        finally:
-            self._executor.shutdown()
+            with safe_open(file, "pt") as held:
+                shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        for name in sorted(named.keys() | shapes.keys()):
+            wanted = tuple(named[name].shape) if name in named else None
+            if (found := shapes.get(name)) != wanted:
+                raise CheckpointError(f"{file}: {name} is {_shape(found)} there and {_shape(wanted)} in this model: they must be equal")
 
-    def __enter__(self) -> BackgroundWriter:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "not" if shape is None else f"of shape {'×'.join(map(str, shape)) or '()'}"
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter

@@ -18,8 +18,10 @@ from ldm.diffusion.objective import classifier_loss
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import uniform_timesteps
 from ldm.evaluation.plots import grid
+from ldm.interop.bundle import VAE
 from ldm.interop.classifier import ClassifierInfo
-from ldm.pipeline import FolderInfo, load_codec
+from ldm.pipeline.codec import codec_of
+from ldm.pipeline.info import ModelInfo
 from ldm.training.diffusion import BINS, PICTURES, diffused, ensure_cache, stride
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
@@ -35,8 +37,8 @@ class ClassifierTask:
 
     def __init__(self, config: ClassifierRun, say: Callable[[str], None]) -> None:
         self.config, data, seed = config, config.data, config.train.seed
-        diffusion = FolderInfo.read(config.diffusion)
-        self.codec = load_codec(diffusion.folder) if diffusion.autoencoder else None
+        diffusion = ModelInfo.read(config.diffusion)
+        self.codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
         in_channels = diffusion.unet[1]
         self._check_data(diffusion, in_channels)
         source, validation = open_source(data, "train"), open_source(data, "validation")
@@ -55,13 +57,13 @@ class ClassifierTask:
         normals = {"eps": (in_channels, side, side)} | ({"posterior": (in_channels, side, side)} if self.codec else {})
         cache = None
         if self.codec is not None and data.crop == "center":
-            stage2 = DiffusionRun(config.run, data, str(diffusion.folder), NONE)  # whose latents these are
+            stage2 = DiffusionRun(config.run, data, str(diffusion.path), NONE)  # whose latents these are
             cache = ensure_cache(stage2, self.codec.autoencoder, source, say, *launched())
         self.stream = Stream(source, data, seed, Draws(normals, ("t",)), cache)
         self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
         self.device = torch.device("cpu")
 
-    def _check_data(self, diffusion: FolderInfo, in_channels: int) -> None:
+    def _check_data(self, diffusion: ModelInfo, in_channels: int) -> None:
         data = self.config.data
         image_channels = self.codec.autoencoder.config.image_channels if self.codec else in_channels
         for name, value, wanted in (
@@ -102,7 +104,7 @@ class ClassifierTask:
     def begin(self) -> None:
         """The initial weights take nothing from the data."""
 
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """Nothing depends on the whole global batch."""
 
     def state(self) -> dict[str, Any]:

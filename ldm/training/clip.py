@@ -71,7 +71,7 @@ class ClipTask:
     def begin(self) -> None:
         """The initial weights take nothing from the data."""
 
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """Nothing depends on more than the batch."""
 
     def state(self) -> dict[str, Any]:

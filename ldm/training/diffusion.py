@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun
+from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun, to_dict
 from ldm.data import cache
 from ldm.data.images import to_uint8
 from ldm.data.processes import Processes
@@ -24,8 +24,18 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
 from ldm.evaluation.plots import grid
+from ldm.interop.bundle import UNET
+from ldm.interop.files import FolderError
+from ldm.interop.lora import FILE as LORA_FILE
+from ldm.interop.lora import write_lora
+from ldm.interop.reference import Reference
+from ldm.models.lora import Lora
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentCodec, Pipeline, autoencoder_config, autoencoder_hash, load_codec
+from ldm.pipeline import Pipeline
+from ldm.pipeline.codec import LatentCodec, autoencoder_config, autoencoder_hash, load_codec
+from ldm.pipeline.info import load_unet
+from ldm.training import shelf
+from ldm.training.initial import check_initial, initial_unet
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
@@ -51,13 +61,14 @@ class DiffusionTask:
             self._check_data(autoencoder_config(config.autoencoder))
             self.codec = load_codec(config.autoencoder)
         self.text = self._text_encoder()
+        self._frozen = {"autoencoder": self.codec and self.codec.hash, "text": self.text and self.text.hash}
         channels, side = self._latent()
         self.source = open_source(data, "train")
         validation = open_source(data, "validation")
         context_dim = self.text.width if self.text else None
         out_channels = 2 * channels if config.objective.learned_variance else channels
-        self.unet = seeded(seed, lambda: UNet(config.unet, channels, out_channels, context_dim))
-        self.networks: dict[str, nn.Module] = {"unet": self.unet}
+        self._make_unet(config.unet, channels, out_channels, context_dim)
+        self.networks: dict[str, nn.Module] = {"unet": self.lora or self.unet}
         self.learned = LearnedSchedule(config.schedule) if config.schedule.name == LEARNED else None
         if self.learned is not None:
             self.networks["schedule"] = self.learned
@@ -69,6 +80,21 @@ class DiffusionTask:
         self._table: Any = None  # made in `to`, on the device
         self._say = say
         self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
+
+    def _make_unet(self, *arguments: Any) -> None:
+        """The network that is trained: fresh (``begin`` may give it weights), or low-rank changes of one that is read here."""
+        config, seed = self.config, self.config.train.seed
+        self.lora, self.base, self._arguments = None, None, arguments
+        if config.init is not None and (config.train.lora or not shelf.steps(Path(config.run) / "checkpoints")):
+            self.base = check_initial(config, arguments, self.text)
+        if (lora := config.train.lora) is None:
+            self.unet = seeded(seed, lambda: UNet(*arguments))
+            return
+        assert self.base is not None
+        self._base_hash = self.base.hash  # of all its weights: once, for it takes seconds where they are large
+        self.unet = initial_unet(self.base, config.train.mixed_precision)
+        self.lora = seeded(seed, lambda: Lora.fresh(self.unet, lora))
+        self.lora.attach()
 
     def _check_data(self, model: AutoencoderConfig) -> None:
         data = self.config.data
@@ -88,12 +114,11 @@ class DiffusionTask:
     def _text_encoder(self) -> Any:
         if self.config.text == NONE:
             return None
-        from ldm.models.text import TextEncoder  # transformers takes seconds to import
+        from ldm.interop.text import read_text  # transformers takes seconds to import
 
-        path = Path(self.config.text)
         try:
-            return TextEncoder.from_pretrained(path / "model" if (path / "model/text_encoder").is_dir() else self.config.text)
-        except ValueError as error:
+            return read_text(self.config.text)
+        except FolderError as error:
             raise ConfigError(f"text: {error}") from None
 
     def _cache(self, say: Callable[[str], None]) -> cache.LatentCache | None:
@@ -124,13 +149,21 @@ class DiffusionTask:
         """What a person should know once, before training."""
         parameters = sum(p.numel() for p in self.unet.parameters())
         what = "pixels" if self.codec is None else "latents"
-        return [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
+        notes = [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
+        if self.lora is not None:
+            changed = sum(p.numel() for p in self.lora.parameters())
+            notes.append(f"trained: LoRA of {changed / 1e6:.3f} M parameters in {len(self.lora.changes)} of its layers")
+        return notes
 
     def lr_scale(self, network: str) -> float:
         """A learned schedule has a rate of its own."""
         return self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0
 
     def to(self, device: torch.device) -> None:
+        if self.lora is not None:
+            self.unet.to(device)
+            if self.config.train.channels_last:
+                self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._set_process(self.schedule.to(device), device)
         if self.codec is not None:
             self.codec.autoencoder.to(device)
@@ -184,17 +217,26 @@ class DiffusionTask:
         return Condition(context=self._table[captions] if self._table is not None else self.text.encode(captions))
 
     def begin(self) -> None:
-        """The initial weights take nothing from the data."""
+        """The initial weights are those of ``init``; they take nothing from the data."""
+        if self.config.init is not None and self.lora is None:
+            info = self.base or check_initial(self.config, self._arguments, self.text)
+            self.unet.load_state_dict(load_unet(info).state_dict())
 
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """Which t the next update draws may depend on the losses of this one."""
-        self.timesteps.after_update(reduce)
+        self.timesteps.after_update(reduce, finite)
 
     def state(self) -> dict[str, Any]:
-        return {"timesteps": self.timesteps.state()}
+        return {"timesteps": self.timesteps.state(), **self._frozen} | ({} if self.lora is None else {"base": self._base_hash})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, value in self._frozen.items():  # checkpoints of before did not keep them
+            if state.get(name, value) != value:
+                path = getattr(self.config, name)
+                raise FolderError(f"{name} {path}: its weights have changed since this run began: bring them back, or use another run:")
         self.timesteps.load_state(state.get("timesteps", {}))  # checkpoints of before did not keep it
+        if self.lora is not None and state["base"] != self._base_hash:
+            raise FolderError(f"init {self.config.init}: its weights have changed since this run began: bring them back, or begin anew")
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
@@ -210,7 +252,7 @@ class DiffusionTask:
             strata = [p * stride(total) % total for p in positions]
             t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = self.objective.terms(self.unet, diffused(self.codec, moved), moved["eps"], t, cond).error.double()
+            loss = self.objective.terms(self.networks["unet"], diffused(self.codec, moved), moved["eps"], t, cond).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()
@@ -234,8 +276,14 @@ class DiffusionTask:
         return {"samples": grid(to_uint8(images), PICTURES)}
 
     def export(self, run: RunDirectory) -> None:
-        """Write ``model/``: the whole pipeline."""
-        self.pipeline().save_pretrained(run.model)
+        """Write ``model/``: the whole pipeline, or the LoRA with the name of the model that it changes."""
+        if self.lora is None or self.base is None:
+            self.pipeline().save_pretrained(run.model)
+            return
+        write_lora({UNET: self.lora}, run.model / LORA_FILE)
+        extra = {"sample_size": self.config.data.image_size, "defaults": to_dict(self.config.sample)}
+        extra["caption_dropout"] = self.config.caption_dropout if self.text else None
+        Reference(run.model, self.base.path, self._base_hash, extra).write()
 
 
 def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:

@@ -26,11 +26,13 @@ class EMA:
         self._buffers = {name: b.detach().clone() for name, b in buffers.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the model's weights as they stand after update ``step``."""
+    def update(self, step: int, finite: Tensor | None = None) -> None:
+        """Take in the model's weights as they stand after update ``step``; nothing where ``finite`` is false (decided on its device)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach().float() for p in self.model.parameters()]
-        torch._foreach_lerp_(list(self._shadow.values()), weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        share = torch.tensor(1.0 - decay) if finite is None else (1.0 - decay) * finite.float()
+        shadow = list(self._shadow.values())
+        torch._foreach_lerp_(shadow, weights, [share.to(s.device) for s in shadow])  # pyright: ignore[reportPrivateImportUsage]
         for name, buffer in _buffers(self.model).items():
             self._buffers[name].copy_(buffer)
 

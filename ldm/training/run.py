@@ -6,18 +6,25 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
 from ldm import config as configuration
 from ldm.data.sources import Skipped
-from ldm.evaluation.record import RunError, parse_line, read_skipped, read_status
+from ldm.evaluation.record import RunError, flat, parse_line, read_skipped, read_status
+from ldm.training.journal import Journal
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -26,10 +33,11 @@ CHANGEABLE = {
     "run",  # the folder may have been moved
     "prompts",
     "data.workers",
+    "data.worker_timeout",
     "data.max_skipped",
     "data.accept_changes",
-    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
-    *(f"train.{name}" for name in ("trackers", "micro_batch")),
+    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every")),
+    *(f"train.{name}" for name in ("save_errors", "trackers", "micro_batch", "rank_timeout")),
 }
 
 _held: set[int] = set()  # descriptors of locks
@@ -53,13 +61,16 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._started = False
         self._lock = _lock(self.path)
+        self._journal = Journal(self.path)
         try:
             self._seconds = float((read_status(self.path) or {}).get("seconds", 0.0))
         except BaseException:
             self.close()
             raise
         self._opened = time.monotonic()
+        self._skipped: list[Skipped] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -81,53 +92,74 @@ class RunDirectory:
 
         Raises RunError listing each key that differs, old → new.
         """
+        require_same(self.path, config)
         file = self.path / "config.yaml"
-        if file.exists():
-            try:
-                old = configuration.load(type(config), file)
-            except configuration.ConfigError as error:
-                raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
-            differing = refused_changes(old, config)
-            if differing:
-                raise RunError(f"{file}: {'; '.join(differing)}: use another run: directory or restore the setting")
         temporary = file.with_name(".config.yaml.tmp")
-        configuration.save(config, temporary)
-        _replace(temporary, file)
+        try:
+            configuration.save(config, temporary)
+            _replace(temporary, file)
+        except OSError as error:
+            raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
+        self._started = True
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line of JSON to ``metrics.jsonl``; a number that is not finite becomes null."""
         line = json.dumps({"step": step, **{key: _finite(value) for key, value in values.items()}}, allow_nan=False)
-        with (self.path / "metrics.jsonl").open("a") as stream:
-            stream.write(line + "\n")
+        self._journal.step = step
+        self._journal.append(line)
+
+    def clear_export(self) -> None:
+        """Delete the temporary files that an export has left which was killed; a new one gives its own other names."""
+        for file in self.model.rglob(".*.tmp"):
+            file.unlink()
 
     def skip(self, skipped: Sequence[Skipped]) -> None:
         """Add to ``skipped.jsonl`` those that it does not list yet."""
-        file, temporary = self.path / "skipped.jsonl", self.path / ".skipped.jsonl.tmp"
-        rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in skipped)]
+        self._skipped += skipped  # all since the start: the file may lack those before
+        rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
         lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        _replace(temporary, file)
+        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in lines).encode())
+
+    def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
+        """Write ``samples/NAME-STEP.png``."""
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, "png")
+        self._journal.put(f"samples/{name}-{step:08d}.png", content.getvalue(), newest_of=name)
 
     def cut_back(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
-        file, temporary = self.path / "metrics.jsonl", self.path / ".metrics.jsonl.tmp"
-        if file.exists():
-            lines = [line for line in file.read_text().splitlines() if (parsed := parse_line(line)) is not None and parsed["step"] <= step]
-            temporary.write_text("".join(line + "\n" for line in lines))
-            _replace(temporary, file)
+        file = self.path / "metrics.jsonl"
+        try:
+            if file.exists():
+                lines = file.read_text().splitlines()
+                self._journal.rewrite([line for line in lines if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
+        except OSError as error:
+            raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
-    def status(self, state: str, step: int, steps: int) -> None:
-        """Write ``status.json``; its seconds are wall time summed over all resumes of the run."""
+    def status(self, state: str, step: int, steps: int, error: BaseException | None = None) -> None:
+        """Write ``status.json``; its seconds are wall time summed over all resumes of the run.
+
+        ``error``: what ended the run; kept as ``code``, the exit code of its command, and ``reason``, one line.
+        """
         if state not in STATES:
             raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
         seconds = self._seconds + time.monotonic() - self._opened
-        temporary = self.path / ".status.json.tmp"
-        temporary.write_text(json.dumps({"state": state, "step": step, "steps": steps, "seconds": round(seconds, 3)}) + "\n")
-        _replace(temporary, self.path / "status.json")
+        about: dict[str, Any] = {"state": state, "step": step, "steps": steps, "seconds": round(seconds, 3)}
+        if error is not None:
+            about |= {"code": exit_code(error), "reason": " ".join(str(error).split())[:1000] or type(error).__name__}
+        self._journal.step = step
+        self._journal.put("status.json", (json.dumps(about) + "\n").encode())
+
+    def fail(self, error: BaseException) -> None:
+        """Say in ``status.json`` that a start ended before its first update; not where ``start`` refused it, for the run is as it was."""
+        if self._started:
+            before = read_status(self.path) or {}
+            self.status("failed", before.get("step", 0), before.get("steps", 0), error)
 
     def close(self) -> None:
         """Release the lock. A second call does nothing."""
         if self._lock in _held:
+            self._journal.close()
             _held.discard(self._lock)
             os.close(self._lock)
 
@@ -138,6 +170,13 @@ class RunDirectory:
         self.close()
 
 
+def exit_code(error: BaseException) -> int:
+    """What a command that ends with ``error`` returns (ldm.cli.main)."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "exit_code", None) or 1
+
+
 def _lock(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -145,13 +184,22 @@ def _lock(path: Path) -> int:
     except OSError as error:
         raise RunError(f"{path} cannot be a run directory: {error.strerror}") from None
     try:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _mark(descriptor)
+        time.sleep(0.05)  # `ldm status` may have looked at it in this very moment
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
         raise RunError(f"{path} is in use by another process ({holder}): wait for it, or use another run: directory") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)  # for the message alone
+    return _mark(descriptor)
+
+
+def _mark(descriptor: int) -> int:
+    with suppress(OSError):  # for the message alone: a full disk is no reason here
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     _held.add(descriptor)
     return descriptor
 
@@ -174,9 +222,22 @@ def _finite(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
+def require_same(path: Path, config: Any) -> None:
+    """Raise RunError where the run at ``path`` was started with a configuration that would train something else."""
+    file = path / "config.yaml"
+    if not file.exists():
+        return
+    try:
+        old = configuration.load(type(config), file)
+    except configuration.ConfigError as error:
+        raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
+    if differing := refused_changes(old, config):
+        raise RunError(f"{file}: {'; '.join(differing)}: use another run: directory or restore the setting")
+
+
 def refused_changes(old: Any, new: Any) -> list[str]:
     """The settings, as ``key old → new``, that differ and that a resumed run may not change."""
-    before, after = _flat(configuration.to_dict(old)), _flat(configuration.to_dict(new))
+    before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":
         allowed.add("train.steps")  # any other schedule is stretched by it
@@ -185,10 +246,3 @@ def refused_changes(old: Any, new: Any) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if key not in allowed and before.get(key) != after.get(key)
     ]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -50,8 +50,11 @@ class Task(Protocol):
         """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
         ...
 
-    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes."""
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
+        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes.
+
+        Where ``finite`` (a bool on the device) is false the update was skipped, and ``state`` must stay as it is.
+        """
         ...
 
     def state(self) -> dict[str, Any]:

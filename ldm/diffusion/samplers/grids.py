@@ -12,6 +12,7 @@ from ldm.diffusion.schedule import Schedule
 
 CLEAN = -1.0  # the t of clean data
 RHO = 7.0  # of Karras et al. 2022
+OFFSET = ("leading", "leading_positive")  # grids that take an offset
 
 
 def trailing(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
@@ -26,15 +27,34 @@ def trailing(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
 def leading(schedule: Schedule, steps: int, offset: int = 1) -> Float[Tensor, " nodes"]:
     """Stable Diffusion's grid i·(T//S) + offset, falling: 951, …, 1 for 20. The offset shrinks where it would leave 0…T−1."""
     n = _checked(schedule, steps)
-    stride = n // steps
-    offset = min(offset, n - 1 - (steps - 1) * stride)
-    return _ended([i * stride + offset for i in reversed(range(steps))], schedule)
+    return _offset([i * (n // steps) for i in range(steps)], offset, schedule)
 
 
 def linspace(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """Equally spaced from T−1 to 0, both included: 999, …, 0."""
+    """Equally spaced from T−1 to 0, both included, to the nearest whole t: 999, …, 0."""
+    return linspace_fractional(schedule, steps).round()
+
+
+def linspace_fractional(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
+    """Equally spaced from T−1 to 0, both included; t is fractional."""
     n = _checked(schedule, steps)
-    return _ended([round((n - 1) * (1 - i / max(steps - 1, 1))) for i in range(steps)], schedule)
+    return _ended([(n - 1) * (1 - i / max(steps - 1, 1)) for i in range(steps)], schedule)
+
+
+def linspace_positive(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
+    """S + 1 equally spaced whole t from T−1 to 0, without that at 0: 999, …, 50 for 20. T steps are all t."""
+    n = _checked(schedule, steps)
+    if steps == n:
+        return linspace(schedule, n)
+    return _ended([round((n - 1) * (1 - i / steps)) for i in range(steps)], schedule)
+
+
+def leading_positive(schedule: Schedule, steps: int, offset: int = 1) -> Float[Tensor, " nodes"]:
+    """Stable Diffusion's grid of S + 1 nodes, without the last: i·(T//(S+1)) + offset: 941, …, 48 for 20. T steps are all t."""
+    n = _checked(schedule, steps)
+    if steps == n:
+        return linspace(schedule, n)
+    return _offset([i * (n // (steps + 1)) for i in range(1, steps + 1)], offset, schedule)
 
 
 def karras(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
@@ -53,13 +73,29 @@ def uniform_lambda(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
     return _ended(schedule.time(high + torch.linspace(0, 1, steps, dtype=torch.float64, device=high.device) * (low - high)), schedule)
 
 
-GRIDS: dict[str, Callable[[Schedule, int], Tensor]] = {
+GRIDS: dict[str, Callable[..., Tensor]] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
+    "linspace_fractional": linspace_fractional,
+    "linspace_positive": linspace_positive,
+    "leading_positive": leading_positive,
     "karras": karras,
     "uniform_lambda": uniform_lambda,
 }
+
+
+def make_grid(name: str, schedule: Schedule, steps: int, offset: int = 1, end_clean: bool = True) -> Float[Tensor, " nodes"]:
+    """The grid of that name. ``offset``: of those that have one. ``end_clean`` false: it ends at t = 0, not at clean data.
+
+    Raises ValueError where the steps are out of range, or where such an end leaves no step between the last nodes.
+    """
+    grid = GRIDS[name](schedule, steps, **({"offset": offset} if name in OFFSET else {}))
+    if not end_clean:
+        if grid[-2] <= 0:
+            raise ValueError(f"the last node of the {name} grid is t = 0 already: with end_clean false it has nowhere to go")
+        grid[-1] = 0
+    return grid
 
 
 def check_steps(num_steps: int, steps: int) -> None:
@@ -73,7 +109,12 @@ def _checked(schedule: Schedule, steps: int) -> int:
     return schedule.num_steps
 
 
-def _ended(nodes: list[int] | Tensor, schedule: Schedule) -> Tensor:
+def _offset(nodes: list[int], offset: int, schedule: Schedule) -> Tensor:
+    """The rising nodes, moved up by as much of ``offset`` as 0…T−1 has room for, and turned round."""
+    return _ended([node + min(offset, schedule.num_steps - 1 - nodes[-1]) for node in reversed(nodes)], schedule)
+
+
+def _ended(nodes: list[int] | list[float] | Tensor, schedule: Schedule) -> Tensor:
     """The nodes and the clean end, float64 beside the schedule's tables."""
     given = torch.as_tensor(nodes, dtype=torch.float64, device=schedule.betas.device)
     return torch.cat([given, given.new_tensor([CLEAN])])

@@ -1,0 +1,41 @@
+"""Compute an update again that was not finite, and name the first module where its numbers stop being so.
+
+  ldm replay runs/demo/incidents/update-00000123
+
+Exit code 1 where all is finite here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.cli.console import Console
+from ldm.config import ClipRun, load_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which incident."""
+    parser.add_argument("incident", metavar="INCIDENT", help="a folder RUN/incidents/update-…")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, compute, say."""
+    from ldm.cli.training import make_task
+    from ldm.training.incidents import read
+    from ldm.training.replay import NotReproducedError, replay
+
+    folder, console = Path(arguments.incident).resolve(), Console()
+    incident, weights = read(folder)
+    settings = load_run(folder.parent.parent)
+    task = make_task(settings, console)
+    positions = incident.positions
+    console.say(f"update {incident.update}: positions {positions.start} to {positions.stop - 1} of the training stream")
+    lines = replay(task, incident, weights, settings.train.mixed_precision, isinstance(settings, ClipRun)).lines()
+    if not lines:
+        split = f"{incident.processes} × {incident.micro_batch}"
+        raise NotReproducedError(
+            f"all of update {incident.update} is finite here (it was split {split}; another device may round otherwise)"
+        )
+    for line in lines:
+        console.say(line)

@@ -1,0 +1,78 @@
+"""Draw a picture of `ldm sample` again, from what its PNG says, and compare the pixels. A grid of several works as well.
+
+  ldm reproduce images/00000-a-small-red-circle.png
+
+The model is looked for where it was when the picture was drawn, as it was named then (so start it in the same folder), or
+where --model says; it must have the hash that the PNG holds. So must the LoRAs and guides.
+
+exit codes: 0 identical, or within 1 of 255 (the difference is said), 1 the pixels differ by more, 2 no picture of `ldm sample`,
+4 the model, a LoRA or a guide is missing or has changed
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.console import Console
+from ldm.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.pipeline.origin import Origin
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which picture, and with what."""
+    parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
+    parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
+    parser.add_argument("--out", metavar="FILE", help="keep the picture that is drawn again, as a PNG")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read, check, draw and compare."""
+    file, out = Path(arguments.image), None if arguments.out is None else Path(arguments.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or out.resolve() == file.resolve()):
+        raise ConfigError(f"--out {out} must be a file in a folder that is there, and not the picture itself")
+    from PIL import Image
+
+    from ldm.evaluation.reproduction import PROMISED, check_model, deviation, elsewhere, redraw
+    from ldm.pipeline import Pipeline
+    from ldm.pipeline.info import ModelInfo
+    from ldm.pipeline.origin import read_origin, surroundings
+
+    origin, pixels = read_origin(file)
+    path = arguments.model or origin.path
+    if path is None:
+        raise ConfigError(f"{file} does not say where its model (sha256 {origin.model[:12]}) is: name it with --model")
+    device = _device(arguments.device, origin)
+    info = ModelInfo.read(path, origin.variant)
+    pipe = Pipeline.from_pretrained(path, device, variant=origin.variant)
+    check_model(origin, pipe, info, file)
+    drawn = redraw(pipe, origin, pixels.shape[1], together=origin.index is None)
+    try:
+        if origin.index is not None and any(deviation(pixels, drawn)):
+            drawn = redraw(pipe, origin, pixels.shape[1], together=True)  # sums of a batch may have another order
+        count, most = deviation(pixels, drawn)
+        what = f"{count:,} of {pixels.shape[0] * pixels.shape[1]:,} pixels differ, by at most {most} of 255" if count else "identical"
+    except ValueError as error:
+        what, most = str(error), 256
+    here = surroundings(device)
+    if out is not None:
+        Image.fromarray(drawn).save(out, format="PNG", pnginfo=dataclasses.replace(origin, drawn={**origin.drawn, **here}).png())
+    console = Console()
+    console.say(f"{file}: {what}{' (within what is promised)' if 0 < most <= PROMISED else ''}; model {origin.model[:12]} of {path}")
+    for line in elsewhere(origin, here):
+        console.say(f"  {line}")
+    return int(most > PROMISED)
+
+
+def _device(name: str | None, origin: Origin) -> torch.device:
+    """The one that was asked for, or of the kind that the picture was drawn on."""
+    from ldm.cli.sample import devices
+
+    return devices(name or ("cpu" if origin.drawn.get("device") == "cpu" else None))[1]

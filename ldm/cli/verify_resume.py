@@ -1,0 +1,89 @@
+"""Prove on a configuration of your own that a resume is exact: its run, cut off within an update, beside two unbroken ones.
+
+  ldm verify-resume configs/demo/ldm.yaml train.deterministic=true --updates 8
+  torchrun --nproc-per-node 2 scripts/verify_resume.py configs/demo/ldm.yaml
+
+The run of the configuration is not touched, but for its latent cache, which is read where there is one. Exit code 4 where the resume is
+not exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import training
+from ldm.cli.console import Console
+from ldm.config import RUNS, ConfigError, load, load_any
+
+LEAST = 4  # updates: two before the checkpoint, one lost, one after
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, its overrides, and how long."""
+    training.add_settings(parser)
+    parser.add_argument("--updates", type=int, default=8, metavar="N", help="updates of each run (default 8)")
+    parser.add_argument("--keep", metavar="FOLDER", help="leave the three runs in this folder, which must be new or empty")
+    parser.add_argument("--command", choices=RUNS, dest="of", help="the command of the configuration, where its keys do not say it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train three times, compare, say."""
+    if arguments.updates < LEAST:
+        raise ConfigError(f"--updates must be at least {LEAST}, got {arguments.updates}")
+    if arguments.of:
+        settings: Any = load(RUNS[arguments.of], arguments.config, arguments.overrides)
+    else:
+        settings = load_any(arguments.config, arguments.overrides)
+    console = Console()
+    from ldm.training.launch import launched  # torch: seconds
+
+    processes, device = launched()
+    (folder, *_) = processes.each(lambda: _folder(settings.run, arguments.keep) if processes.main else Path())
+    try:
+        _verify(settings, folder, arguments.updates, device.type, console)
+    finally:
+        if processes.main and arguments.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verify(settings: Any, folder: Path, updates: int, device: str, console: Console) -> None:
+    from ldm.training.deviation import HEADER, verdict
+    from ldm.training.verify import NotExactError, Plan, settings_of_check, verify
+
+    plan = Plan(updates)
+    checked, changed = settings_of_check(settings, plan)
+    console.say(f"for the check: {', '.join(changed)}; no pictures, no export")
+    rows = verify(checked, lambda one: training.make_task(one, Silence()), folder, plan, console.say)
+    console.say(HEADER)
+    for row in rows:
+        console.say(row.line())
+    good, sentence = verdict(rows, rounding=device != "cpu" and not settings.train.deterministic)
+    if not good:
+        raise NotExactError(f"NOT exact: {sentence}")
+    console.say(f"verdict: {sentence}")
+
+
+def _folder(run: str, keep: str | None) -> Path:
+    """Where the runs of the check go: beside the run, so on the same file system."""
+    try:
+        if keep is None:
+            parent = Path(run).absolute().parent
+            parent.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=f".verify-{Path(run).name}-", dir=parent))
+        folder = Path(keep)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"--keep {folder} is not empty: name a new folder")
+        return folder
+    except OSError as error:
+        raise ConfigError(f"{keep or Path(run).parent} cannot hold the runs of the check: {error.strerror}") from None
+
+
+class Silence(Console):
+    """What a task says of itself is said by its own command."""
+
+    def say(self, text: str) -> None: ...

@@ -1,0 +1,45 @@
+"""What all processes know of an update alike: whether one of them was asked to stop, and whether the update was finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Agreement:
+    """One small reduction an update, whose result is used on the device at once and read by the host an update later.
+
+    So the host never waits for the device because of it. ``reduce`` adds a tensor up over processes.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._reduce, self._device = reduce, device
+        self._pending: Tensor | None = None  # on its way to the host
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        self.stop = False  # whether any process had been asked to stop, as last read
+
+    def post(self, asked: bool, finite: Tensor) -> Tensor:
+        """Tell the others; returns on the device, as a bool, whether the update was finite on every process."""
+        mine = torch.stack([torch.full((), float(asked), device=self._device), (~finite).float()])
+        everyone = self._reduce(mine)
+        self._pending = torch.empty(2, pin_memory=self._arrived is not None).copy_(everyone, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        return everyone[1] == 0
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether reading what was just posted costs no waiting: everywhere but on a GPU."""
+        return self._arrived is None
+
+    def read(self) -> bool | None:
+        """Whether the update last posted was finite; None where that has been read. Sets ``stop``."""
+        if self._pending is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        asked, broken = self._pending.tolist()
+        self._pending, self.stop = None, self.stop or asked > 0
+        return broken == 0

@@ -1,0 +1,94 @@
+"""What training starts from: the U-Net of another run or model folder, which must be the one that the configuration describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ldm.config import NONE, ConfigError, DiffusionRun, ScheduleConfig, UNetConfig
+from ldm.diffusion.schedule import Schedule
+from ldm.interop.bundle import VAE
+from ldm.models.unet import UNet
+from ldm.pipeline.codec import autoencoder_hash, files_hash
+from ldm.pipeline.info import ModelInfo, load_unet
+
+
+def check_initial(config: DiffusionRun, unet: tuple[UNetConfig, int, int, int | None], text: Any) -> ModelInfo:
+    """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is no model.
+
+    ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
+    change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written with a
+    schedule and a text encoder of its own, and may change them.
+    """
+    assert config.init is not None
+    info = ModelInfo.read(config.init)
+    if info.lora is not None:
+        raise ConfigError(f"init {config.init} is a LoRA, which is no U-Net: name the model that it changes, {info.lora.base}")
+    _check_unet(config.init, info.unet, unet)
+    if info.target != config.objective.target:
+        _differ(config.init, "objective.target", info.target, config.objective.target)
+    _check_latents(config, info)
+    whole = config.train.lora is None
+    if not same_schedule(info.schedule, _unscaled(config.schedule) if whole else config.schedule):
+        also = "; zero_terminal_snr and shift may differ" if whole else ""
+        raise ConfigError(f"schedule: that of init {config.init} has other ᾱ_t than this configuration's: they must be equal{also}")
+    if info.has_text != (text is not None):
+        _differ(config.init, "text", *(f"{'a' if held else 'no'} text encoder" for held in (info.has_text, text is not None)))
+    if not whole and text is not None:
+        from ldm.interop.text import text_of  # transformers takes seconds to import
+
+        if text_of(info.bundle, info.path).hash != text.hash:
+            raise ConfigError(f"text: a LoRA needs the text encoder of its base: write text: {config.init}")
+    return info
+
+
+def initial_unet(info: ModelInfo, mixed_precision: str) -> UNet:
+    """The folder's U-Net as a frozen base: in the precision of the file where autocast computes, else in float32."""
+    unet = load_unet(info)
+    return unet if mixed_precision != "no" else unet.float()
+
+
+def same_schedule(one: ScheduleConfig, other: ScheduleConfig) -> bool:
+    """Whether two schedules are one process, whatever their names."""
+    a, b = (Schedule.from_config(config).alphas_cumprod for config in (one, other))
+    return len(a) == len(b) and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _unscaled(schedule: ScheduleConfig) -> ScheduleConfig:
+    """Without what fine-tuning may add to a schedule (Lin et al. 2023, Hoogeboom et al. 2023)."""
+    return dataclasses.replace(schedule, zero_terminal_snr=False, shift=1.0)
+
+
+def _check_unet(init: str, theirs: tuple[UNetConfig, int, int, int | None], mine: tuple[UNetConfig, int, int, int | None]) -> None:
+    for field in dataclasses.fields(UNetConfig):
+        if field.name == "upcast_attention":  # a remark for half precision, which changes nothing here
+            continue
+        values = [_spread(config, field.name) for config in (theirs[0], mine[0])]
+        if values[0] != values[1]:
+            _differ(init, f"unet.{field.name}", *values)
+    names = ("autoencoder: channels of the latent", "objective.learned_variance: output channels", "text: width of the context")
+    for name, a, b in zip(names, theirs[1:], mine[1:], strict=True):
+        if a != b:
+            _differ(init, name, a, b)
+
+
+def _spread(config: UNetConfig, name: str) -> Any:
+    """A setting in the one way of several in which it can be written."""
+    value = getattr(config, name)
+    if name == "heads" and len(value) == 1:
+        value = value * len(config.channels)
+    return sorted(value) if name == "attention_levels" else list(value) if isinstance(value, tuple) else value
+
+
+def _check_latents(config: DiffusionRun, info: ModelInfo) -> None:
+    pixels = config.autoencoder == NONE
+    if pixels != (info.autoencoder is None):
+        _differ(config.init, "autoencoder", *("none" if without else "an autoencoder" for without in (info.autoencoder is None, pixels)))
+    if not pixels and (theirs := files_hash(info.bundle.parts[VAE].files)) != (mine := autoencoder_hash(config.autoencoder)):
+        _differ(config.init, "autoencoder: sha256", theirs[:12], mine[:12])
+
+
+def _differ(init: str | None, key: str, theirs: Any, mine: Any) -> None:
+    raise ConfigError(f"{key}: {theirs} in init {init}, {mine} in this configuration: they must be equal")

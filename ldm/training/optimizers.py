@@ -1,0 +1,62 @@
+"""One AdamW for each network of a task: their rates, the norms of their gradients, and a step of all or of none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, update: int) -> float:
+    """The rate of update ``update`` (from 0): linear warm-up, then constant or a cosine down to ``lr_end``."""
+    if update < config.warmup:
+        return config.lr * (update + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (update - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Optimizers:
+    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it). ``each``: the optimizers by network."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], config: TrainConfig, scaler: Any) -> None:
+        self.networks, self.config, self.scaler = networks, config, scaler
+        self.each = {
+            name: torch.optim.AdamW(
+                network.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+            )  # type: ignore[arg-type]
+            for name, network in networks.items()
+        }
+
+    def begin(self, update: int, scale: Callable[[str], float]) -> None:
+        """Set the rates of an update, ``scale`` times the run's for each network, and drop the gradients of the one before."""
+        for name, optimizer in self.each.items():
+            optimizer.param_groups[0]["lr"] = learning_rate(self.config, update) * scale(name)
+            optimizer.zero_grad(set_to_none=True)
+
+    def norm(self, name: str) -> Tensor:
+        """Clip a network's gradients; returns their norm before, 0 where it does not take part in this update."""
+        parameters = list(self.networks[name].parameters())
+        if self._idle(name):
+            return torch.zeros((), device=parameters[0].device)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.each[name])
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip is not None else math.inf).detach()
+
+    def step(self, finite: Tensor) -> None:
+        """Step all, or none of them where ``finite`` (a bool on the device) is false: fused AdamW decides there."""
+        taking_part = [name for name in self.each if not self._idle(name)]
+        for name in taking_part:
+            self.each[name].found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.each[name].step()
+        if self.scaler is not None and taking_part:
+            self.scaler.update()
+
+    def _idle(self, name: str) -> bool:
+        return self.each[name].param_groups[0]["lr"] == 0.0 or all(p.grad is None for p in self.networks[name].parameters())

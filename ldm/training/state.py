@@ -1,0 +1,68 @@
+"""All that a checkpoint keeps of a training, gathered from its parts and given back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.evaluation.record import RunError
+from ldm.training import checkpoint
+from ldm.training.ema import EMA
+from ldm.training.task import Task
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Networks, their optimizers, the average, the loss scaler of float16 (None without), and what the task adds."""
+
+    task: Task
+    optimizers: Mapping[str, torch.optim.AdamW]
+    ema: EMA
+    scaler: Any
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Groups of live tensors: whoever keeps them copies them."""
+        groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
+        for name, network in self.task.networks.items():
+            groups[f"model_{name}"] = network.state_dict()
+            groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], [n for n, _ in network.named_parameters()])
+        return groups
+
+    def scalars(self, step: int) -> dict[str, Any]:
+        """What is no tensor, as JSON, after update ``step``."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"step": step, "task": self.task.state(), "data": self._data(), "scaler": scaler}
+
+    def load(self, folder: Path) -> int:
+        """Take over a checkpoint that has been verified; returns its update. Raises CheckpointError, RunError."""
+        tensors, scalars = checkpoint.load(folder, verify=False)
+        if "data" in scalars:  # checkpoints of before did not keep it
+            self._check_data(scalars["data"])
+        self.task.load_state(scalars["task"])
+        for name, network in self.task.networks.items():
+            network.load_state_dict(tensors[f"model_{name}"])
+            names = [n for n, _ in network.named_parameters()]
+            checkpoint.restore_optimizer(self.optimizers[name], names, tensors[f"optimizer_{name}"])
+        self.ema.load(tensors["ema"])
+        if self.scaler is not None and scalars["scaler"]:
+            self.scaler.load_state_dict(scalars["scaler"])
+        return int(scalars["step"])
+
+    def _data(self) -> dict[str, Any]:
+        """The data that is trained on."""
+        train, validation = self.task.stream.source, self.task.validation.source
+        return {"images": train.length, "train": train.fingerprint, "validation": validation.fingerprint}
+
+    def _check_data(self, before: dict[str, Any]) -> None:
+        """Going on with other images is a decision, not an accident."""
+        now = self._data()
+        if now != before and not self.task.stream.data.accept_changes:
+            raise RunError(
+                f"the images or captions have changed since this run began ({before['images']} training images then, {now['images']} now):"
+                " restore them, use another run: directory, or go on with them by data.accept_changes=true"
+            )

@@ -1,0 +1,90 @@
+"""Being asked to stop: by signals, and by the end of the launcher that started this process."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: what schedulers send ahead of their time limit
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "elastic_launch")  # words of their command lines
+# Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a scheduler's likewise,
+# and the kernel tells of a launcher's end once for each of its threads.
+TOGETHER = 2.0
+GRACE = 30  # seconds that torchrun leaves a process between asking it to end and killing it
+SLOW = 20  # seconds of one thing from which it may not fit into that: others come before and after it
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Stop:
+    """Whether this process was asked to stop. While it is entered, the first signal asks; one after ``TOGETHER`` stops at once.
+
+    Only the ``main`` process heeds that one, and the others end with it: they wait in exchanges where they hear late of a signal
+    that came soon after the first.
+    """
+
+    def __init__(self, say: Callable[[str], None], main: bool = True) -> None:
+        self.asked, self._main = False, main
+        self._since = 0.0  # when it was first asked
+        self._say = say
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked:
+            if self._main and now - self._since >= TOGETHER:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._since = True, now
+        self._say(f"{signal.Signals(number).name}: stopping after this update (once more: at once)")
+
+
+def warn_if_slow(what: str, seconds: float) -> bool:
+    """Warn, and return True, where ``what`` took so long that a launcher would not let the save after it come to its end."""
+    if seconds <= SLOW:
+        return False
+    enough = 30 * math.ceil(seconds * 2 / 30)  # a save in flight comes before the last one
+    warnings.warn(
+        f"{what} took {seconds:.0f} s, and launchers kill a process {GRACE} s after asking it to end: give it longer by"
+        f" torchrun --shutdown-timeout={enough}, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} for accelerate launch",
+        stacklevel=1,
+    )
+    return True
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher has ended, however it ended: a trainer never outlives it.
+
+    Without a launcher nothing is asked for: a trainer may outlive the shell that started it. Linux; elsewhere nothing happens.
+    """
+    parent = os.getppid()
+    if not _is_launcher(parent):
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    if hasattr(library, "prctl"):
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return False
+    return any(word in line for word in LAUNCHERS)
