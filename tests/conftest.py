@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # sub-processes too
@@ -30,7 +31,20 @@ torch.set_num_threads(1)
 
 
 class PowerCut(BaseException):
-    """An end that nothing catches, so that nothing is saved before it."""
+    """An end that nothing catches, so that nothing is saved before it.
+
+    Of the checkpoint being written it waits for the end, so that what is on the disk does not depend on the machine's speed.
+    """
+
+    def __init__(self) -> None:
+        end_writes()
+
+
+def end_writes() -> None:
+    """Wait for checkpoints that are being written behind this process's back."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 @pytest.fixture

@@ -238,9 +238,12 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def test_an_interrupt_does_not_wait_for_the_write(tmp_path: Path, stuck: dict[str, Any]) -> None:
+    begun = threading.Event()
+    stuck["begin"] = begun.set
     with pytest.raises(KeyboardInterrupt), BackgroundWriter(tmp_path) as background:
         background.submit(1, tensors(), {}, CONFIG)
         assert background._thread is not None and background._thread.daemon  # nor does the end of the process
+        assert begun.wait(60)
         raise KeyboardInterrupt
     assert not stuck["ended"].is_set()
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PowerCut, Stages
+from conftest import PowerCut, Stages, end_writes
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -186,6 +186,7 @@ def test_a_second_signal_stops_at_once(stages: Stages, tmp_path: Path, monkeypat
 
     at_position(monkeypatch, lambda p: p == 4 * 3 + 1, twice)
     assert stages.train("autoencoder", f"run={tmp_path}/run") == 130
+    end_writes()  # of update 2; a process would end without
     assert not reached and [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     assert (read_status(tmp_path / "run") or {})["state"] == "interrupted"
 

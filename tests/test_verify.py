@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from conftest import DIFFUSION, TRAIN, Stages
 from PIL import Image
 
 from ldm.cli.main import main
+from ldm.cli.verify_resume import _folder
 from ldm.config import ConfigError, load_any
 from ldm.data.stream import Split, Stream
-from ldm.training import checkpoint, loop, optimizers, state
+from ldm.training import checkpoint, loop, optimizers, state, writer
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.deviation import (
     Difference,
@@ -29,7 +31,9 @@ from ldm.training.deviation import (
     verdict,
 )
 from ldm.training.ema import EMA
+from ldm.training.run import RunDirectory
 from ldm.training.verify import Plan
+from ldm.training.writer import write
 
 Damage = Callable[[pytest.MonkeyPatch], None]
 
@@ -288,3 +292,20 @@ def test_a_cache_is_read_where_there_is_one(configs: dict[str, Path], tmp_path: 
     assert "cache_latents true → false" in capsys.readouterr().out and [f.name for f in tmp_path.iterdir()] == ["kept"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "kept/interrupted/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_slow_disk_is_waited_for(configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The updates of a check may all be done before its checkpoint is written."""
+    monkeypatch.setattr(writer, "write", lambda *arguments: time.sleep(1.0) or write(*arguments))
+    assert main(["verify-resume", str(configs["clip"]), "--updates", "4"]) == 0, capsys.readouterr().err
+
+
+def test_what_a_killed_check_left_is_removed_and_a_living_one_stays(tmp_path: Path) -> None:
+    dead, living, young, other = (tmp_path / f".verify-{name}" for name in ("[r]un-1", "[r]un-2", "[r]un-3", "run-4"))
+    for over in (dead, other):
+        with RunDirectory(over):
+            (over / "straight").mkdir()
+    young.mkdir()  # it has not come to its lock yet
+    with RunDirectory(living):
+        made = _folder(f"{tmp_path}/[r]un", None)
+    assert {*tmp_path.iterdir()} == {living, young, other, made} and made.name.startswith(".verify-[r]un-")

@@ -10,14 +10,17 @@ not exact.
 from __future__ import annotations
 
 import argparse
+import glob
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import training
 from ldm.cli.console import Console
 from ldm.config import RUNS, ConfigError, load, load_any
+from ldm.evaluation.standing import held
 
 LEAST = 4  # updates: two before the checkpoint, one lost, one after
 
@@ -40,14 +43,15 @@ def run(arguments: argparse.Namespace) -> None:
         settings = load_any(arguments.config, arguments.overrides)
     console = Console()
     from ldm.training.launch import launched  # torch: seconds
+    from ldm.training.run import RunDirectory
 
     processes, device = launched()
     (folder, *_) = processes.each(lambda: _folder(settings.run, arguments.keep) if processes.main else Path())
-    try:
-        _verify(settings, folder, arguments.updates, device.type, console)
-    finally:
+    with ExitStack() as stack:
         if processes.main and arguments.keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(RunDirectory(folder))  # its lock tells the next check whether this one still lives
+        _verify(settings, folder, arguments.updates, device.type, console)
 
 
 def _verify(settings: Any, folder: Path, updates: int, device: str, console: Console) -> None:
@@ -73,7 +77,11 @@ def _folder(run: str, keep: str | None) -> Path:
         if keep is None:
             parent = Path(run).absolute().parent
             parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=f".verify-{Path(run).name}-", dir=parent))
+            prefix = f".verify-{Path(run).name}-"
+            for left in parent.glob(f"{glob.escape(prefix)}*"):  # by a check that was killed
+                if (left / ".lock").is_file() and held(left) is False:
+                    shutil.rmtree(left, ignore_errors=True)
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         folder = Path(keep)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

@@ -116,25 +116,25 @@ class Loop:
             self.reporter.say(f"going on from update {self.step} ({found})")
             if start is not None and self.run and (moved := resume.set_aside(found)):
                 self.reporter.say(moved)
+        self.writer: BackgroundWriter | None = None  # the main process's
         if self.run:
             self.run.cut_back(self.step)
+            self.writer = BackgroundWriter(
+                self.run.checkpoints, config.keep_checkpoints, config.keep_every, config.save_errors, self.step, self.reporter.say
+            )  # fmt: skip
         self.incidents = Incidents(self.run, task, self.split, self.reporter.say)
         self.probe.weights(task.networks)
 
-    def _writer(self, run: RunDirectory) -> BackgroundWriter:
-        config = self.config
-        return BackgroundWriter(
-            run.checkpoints, config.keep_checkpoints, config.keep_every, config.save_errors, self.step, self.reporter.say
-        )  # fmt: skip
+    def _checkpoint(self) -> None:
+        """Let the state be written behind training's back; the main process writes."""
+        if self.writer:
+            self.writer.submit(self.step, self.state.tensors(), self.state.scalars(self.step), self.run_config)
 
-    def _checkpoint(self, writer: BackgroundWriter) -> None:
-        writer.submit(self.step, self.state.tensors(), self.state.scalars(self.step), self.run_config)
-
-    def _save_last(self, writer: BackgroundWriter | None) -> None:
-        """The save that a training ends with, on the disk when this returns; None: this process writes nothing."""
-        if writer:
-            self._checkpoint(writer)
-            writer.wait()
+    def _save_last(self) -> None:
+        """The save that a training ends with, on the disk when this returns."""
+        self._checkpoint()
+        if self.writer:
+            self.writer.wait()
 
     def train(self) -> None:
         """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot go on."""
@@ -162,35 +162,35 @@ class Loop:
             f" × {self.split.accumulation} accumulation, learning rate {config.lr:g}, {config.steps} updates"
         )
         with ExitStack() as stack:
-            writer = stack.enter_context(self._writer(self.run)) if self.run else None
+            if self.writer:
+                stack.enter_context(self.writer)
             stack.enter_context(self.recorder.open(config.trackers, self.step))
             feed = stack.enter_context(closing(batches(self.task.stream, self.split, self.step, config.steps, self.workers)))
             first = self.step
             try:
-                self._updates(feed, writer)
+                self._updates(feed)
             except Exception as error:
-                if writer and self.step > first:
-                    self._save_before_the_end(error, writer)
+                if self.writer and self.step > first:
+                    self._save_before_the_end(error)
                 raise
-            self.processes.each(lambda: self._save_last(writer))
+            self.processes.each(self._save_last)
         if self.step < config.steps:
             self.accelerator.wait_for_everyone()
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} goes on")
         self._finish()
 
-    def _save_before_the_end(self, error: Exception, writer: BackgroundWriter) -> None:
+    def _save_before_the_end(self, error: Exception) -> None:
         """Keep the updates since the last checkpoint, unless the error says that they are worth nothing or cannot be kept."""
         if not self._whole or isinstance(error, (TrainingError, ProcessesDifferError, shelf.CheckpointError)):
             return
         try:
-            self._checkpoint(writer)
-            writer.wait()
+            self._save_last()
         except Exception as second:  # a lost device, a full disk: the first error is the one to tell
             self.reporter.say(f"not saved: {' '.join(str(second).split())}")
         else:
             self.reporter.say(f"saved at update {self.step}, before the end by an error")
 
-    def _updates(self, feed: Iterator[Batch], writer: BackgroundWriter | None) -> None:
+    def _updates(self, feed: Iterator[Batch]) -> None:
         config, recorder = self.config, self.recorder
         started, first = time.monotonic(), self.step
         while self.step < config.steps and not self._stopping():
@@ -210,13 +210,13 @@ class Loop:
             finally:  # what is known of the update is kept where its validation fails
                 if values:
                     recorder.figures(self.step, values)
-            if values and writer:
-                writer.poll()
+            if values and self.writer:
+                self.writer.poll()
             if self.step % config.sample_every == 0 or last:
                 with recorder.timed("drawing samples"):
                     recorder.pictures(self.step, self._drawn)
-            if self.step % config.checkpoint_every == 0 and not last and writer:
-                self._checkpoint(writer)
+            if self.step % config.checkpoint_every == 0 and not last:
+                self._checkpoint()
         self._look_back()
 
     def _stopping(self) -> bool:

@@ -211,6 +211,8 @@ def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
             reads.setdefault(position, []).append(_digest({k: v[i] for k, v in batch.items()}))
         metrics = micro_step(batch, update, backward)
         if cut and update == plan.cut and done[update] == max(1, loop.split.accumulation // 2):
+            if loop.writer:  # the run is cut after its checkpoint, however slow the disk
+                loop.writer.wait()
             raise PowerCut
         return metrics
 
