@@ -21,7 +21,7 @@ from ldm.config import ConfigError, DataConfig
 from ldm.data import cache, streams
 from ldm.data.images import prepare
 from ldm.data.sources import BadSample, DataError, Sample, Skipped, open_source, readable
-from ldm.data.stream import Draws, Split, Stream, batches, collate, split_batch, stratified, validation_batches
+from ldm.data.stream import Draws, Split, Stream, batches, collate, scattered, split_batch, validation_batches
 
 SHAPES = DataConfig(source="shapes", image_size=24, size=12)
 DRAWS = Draws({"eps": (2, 3, 3), "posterior": (1, 4, 4)}, ("t", "drop"))
@@ -237,7 +237,14 @@ def test_validation_is_shared_out_once_and_stops_at_the_source() -> None:
     shares = [[p for positions, _ in validation_batches(reading, 100, 2, rank, 2) for p in positions] for rank in (0, 1)]
     assert shares == [[0, 2, 4], [1, 3]]
     assert [positions for positions, _ in validation_batches(reading, 3, 2, 0, 1)] == [[0, 1], [2]]
-    assert torch.equal(stratified([0, 3], 4), torch.tensor([0.125, 0.875], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("total", [1, 4, 89, 256])
+def test_validation_draws_every_part_once_and_not_in_order(total: int) -> None:
+    middles = scattered(list(range(total)), total)
+    assert torch.equal(middles.sort().values, (torch.arange(total, dtype=torch.float64) + 0.5) / total)
+    assert total < 5 or (middles.diff().abs() > 0.3).all()  # neighbours in the data: often of one class
+    assert torch.equal(scattered([total - 1], total), middles[-1:])  # whichever process reads it
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")
     from ldm.data.sources import open_source
     from ldm.pipeline.codec import load_codec
-    from ldm.training.diffusion import ensure_cache
+    from ldm.training.latents import ensure_cache
     from ldm.training.launch import launched
 
     console = Console()

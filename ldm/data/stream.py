@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -217,6 +218,10 @@ def validation_batches(stream: Stream, size: int, batch_size: int, rank: int, pr
         yield positions, collate([stream[p] for p in positions])
 
 
-def stratified(positions: list[int], total: int) -> Tensor:
-    """The middles of ``total`` equal parts of [0, 1) that belong to ``positions``, float64."""
-    return torch.from_numpy((np.asarray(positions) + 0.5) / total)
+def scattered(positions: list[int], total: int) -> Tensor:
+    """The middles of ``total`` equal parts of [0, 1), float64, in an order in which neighbours in the data are far apart."""
+    stride = max(1, round(total * 0.618))  # a step coprime to ``total``, near its golden section
+    while math.gcd(stride, total) != 1:
+        stride += 1
+    parts = np.asarray([p * stride % total for p in positions])
+    return torch.from_numpy((parts + 0.5) / total)

@@ -13,7 +13,7 @@ from ldm.config import NONE, ClassifierRun, ConfigError, DataConfig, DiffusionRu
 from ldm.data.folder import FolderSource
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
-from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
+from ldm.data.stream import Batch, Draws, Stream, scattered, validation_batches
 from ldm.diffusion.objective import classifier_loss
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import uniform_timesteps
@@ -22,7 +22,8 @@ from ldm.interop.bundle import VAE
 from ldm.interop.classifier import ClassifierInfo
 from ldm.pipeline.codec import codec_of
 from ldm.pipeline.info import ModelInfo
-from ldm.training.diffusion import BINS, PICTURES, diffused, ensure_cache, stride
+from ldm.training.diffusion import BINS, PICTURES
+from ldm.training.latents import diffused, ensure_cache
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
@@ -123,8 +124,7 @@ class ClassifierTask:
         sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, right, Σ loss
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            strata = [p * stride(total) % total for p in positions]
-            t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
+            t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             loss, right = self._judged(self.classifier, moved, t)
             sums.index_add_(1, t * BINS // self.schedule.num_steps, torch.stack([torch.ones_like(loss), right, loss]).double())
         count, right, loss = gather(sums[None]).sum(0).cpu()

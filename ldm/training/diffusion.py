@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
-from autoencoder.posterior import DiagonalGaussian
 from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun, to_dict
 from ldm.data import cache
 from ldm.data.images import to_uint8
-from ldm.data.processes import Processes
-from ldm.data.sources import Source, open_source
-from ldm.data.stream import Batch, Draws, Stream, stratified, validation_batches
+from ldm.data.sources import open_source
+from ldm.data.stream import Batch, Draws, Stream, scattered, validation_batches
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.learned_schedule import LearnedSchedule, Watched, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective
@@ -32,17 +30,17 @@ from ldm.interop.reference import Reference
 from ldm.models.lora import Lora
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import LatentCodec, autoencoder_config, autoencoder_hash, load_codec
+from ldm.pipeline.codec import autoencoder_config, load_codec
 from ldm.pipeline.info import load_unet
 from ldm.training import shelf
 from ldm.training.initial import check_initial, initial_unet
+from ldm.training.latents import diffused, ensure_cache
 from ldm.training.launch import launched
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
 PICTURES = 8
 COUNTED = 20_000  # captions at most that are counted as too long where they are encoded in the step
-MANY = 1000  # images from which encoding tells how far it is
 # On the gradients of a learned schedule, which AdamW does not notice. The steps with the largest are drawn rarely, and the run's
 # clip would shorten these alone: the mean would point elsewhere.
 UNCLIPPED = 1e-5
@@ -248,9 +246,7 @@ class DiffusionTask:
         sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, Σ loss, Σ loss²
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            # a stride through the strata, so that neighbours in the data do not share a part of 1…T
-            strata = [p * stride(total) % total for p in positions]
-            t = uniform_timesteps(stratified(strata, total), self.schedule.num_steps).to(self.device)
+            t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
             loss = self.objective.terms(self.networks["unet"], diffused(self.codec, moved), moved["eps"], t, cond).error.double()
             bins = t * BINS // self.schedule.num_steps
@@ -284,41 +280,3 @@ class DiffusionTask:
         extra = {"sample_size": self.config.data.image_size, "defaults": to_dict(self.config.sample)}
         extra["caption_dropout"] = self.config.caption_dropout if self.text else None
         Reference(run.model, self.base.path, self._base_hash, extra).write()
-
-
-def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
-    """x_0 of a batch: a fresh draw of the latent from the posterior (never frozen in a cache), or the image."""
-    if codec is None:
-        return batch["image"]
-    with torch.no_grad():
-        cached = "moments" in batch
-        posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else codec.autoencoder.encode(batch["image"])
-        return codec.latent(posterior, batch["posterior"])
-
-
-def ensure_cache(
-    config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None], processes: Processes, device: torch.device
-) -> cache.LatentCache:
-    """Open the run's latent cache, and write it before where it is missing. Raises DataError for one that does not match."""
-    folder = Path(config.run) / "latents"
-    bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
-    if not processes.each((folder / cache.MANIFEST).is_file)[0]:  # what the main process sees holds for all
-        say(f"encoding {source.length} images into {folder}")
-        tenths: set[int] = set()
-
-        def progress(done: int, total: int) -> None:
-            if total >= MANY and (tenth := done * 10 // total) not in tenths:
-                tenths.add(tenth)
-                say(f"encoded {done} of {total}")
-
-        cache.write(folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes)
-        autoencoder.to("cpu")
-    return cache.LatentCache(folder, bound)
-
-
-def stride(total: int) -> int:
-    """A step coprime to ``total``, near its golden section."""
-    step = max(1, round(total * 0.618))
-    while np.gcd(step, total) != 1:
-        step += 1
-    return step

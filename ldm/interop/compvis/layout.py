@@ -5,7 +5,7 @@ A file of ours says in its header what no tensor does; another's configuration i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ from ldm.interop.compvis.header import Header, read_header, write_header
 from ldm.interop.compvis.inferred import Hints, infer_scheduler, infer_text, infer_unet, infer_vae
 from ldm.interop.compvis.names import Slot, text_slots, unet_slots, vae_slots
 from ldm.interop.compvis.schedule import buffers, schedule_of
-from ldm.interop.compvis.shapes import Shapes, missing, nearest, one_line
+from ldm.interop.compvis.shapes import Shapes, missing, one_line
 from ldm.interop.files import FolderError
+from ldm.interop.weights import check_tensors
 
 PREFIXES = {UNET: "model.diffusion_model.", VAE: "first_stage_model.", TEXT: "cond_stage_model.transformer."}
 
@@ -87,7 +88,7 @@ def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for name, slots in places.items():
         inside = bundle.parts[name].tensors
-        _check_inside(inside, slots.values(), name)
+        check_tensors({inner: slot.inner for slot in slots.values() for inner in slot.holds}, bundle.parts[name])
         tensors |= {place: _joined([inside[inner] for inner in slot.holds], place).reshape(slot.shape) for place, slot in slots.items()}
     if UNET in bundle.parts:
         assert bundle.scheduler is not None  # _check_expressible
@@ -189,19 +190,6 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
     for fault, holds in faults.items():
         if holds:
             raise ConfigError(f"a CompVis single file holds {fault}")
-
-
-def _check_inside(inside: Mapping[str, Tensor], slots: Iterable[Slot], part: str) -> None:
-    """Raise FolderError unless the network's tensors are those of its configuration."""
-    shapes = {name: slot.inner for slot in slots for name in slot.holds}
-    for name, shape in shapes.items():
-        if name not in inside:
-            raise FolderError(f"{part}: {missing(name, [n for n in inside if n not in shapes])}")
-        if tuple(inside[name].shape) != shape:
-            raise FolderError(f"{part}: tensor {name} is {list(inside[name].shape)}, its configuration says {list(shape)}")
-    for name in inside:
-        if name not in shapes:
-            raise FolderError(f"{part}: tensor {name} belongs to no part of the network" + nearest(name, shapes))
 
 
 def _joined(held: list[Tensor], place: str) -> Tensor:
