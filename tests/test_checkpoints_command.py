@@ -101,4 +101,14 @@ def test_without_a_configuration_retention_is_not_known(run: Path, capsys: Captu
 
 def test_no_checkpoint_and_no_run(tmp_path: Path, capsys: Capture) -> None:
     assert main(["checkpoints", str(tmp_path)]) == 4 and "has no checkpoint" in capsys.readouterr().err
-    assert main(["checkpoints", str(tmp_path / "none")]) == 2 and "is no run directory" in capsys.readouterr().err
+    assert main(["checkpoints", str(tmp_path / "none")]) == 2 and "no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["checkpoints", "status", "report"])
+def test_the_folder_of_several_stages_names_those_that_are_there(tmp_path: Path, capsys: Capture, command: str) -> None:
+    """As `ldm train` leaves it where it was interrupted before its last stage."""
+    for stage in ("autoencoder", "text"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.yaml").touch()
+    assert main([command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"; there is one in {tmp_path}/autoencoder and in {tmp_path}/text\n")

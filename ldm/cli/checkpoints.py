@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
+from ldm.config import runs_below
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.run)
     if not folder.is_dir():
-        raise RunError(f"{folder} is no run directory")
+        raise RunError(f"no run {folder}")
+    if not (folder / "checkpoints").exists() and (below := runs_below(folder)):
+        raise RunError(f"{folder} has no checkpoints{below}")
     rows = listed(folder, arguments.fast)
     taken = next((row["path"] for row in reversed(rows) if not row["problems"]), None)
     left = [

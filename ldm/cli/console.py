@@ -44,8 +44,9 @@ class Console:
         if self._begun is None:
             self._begun = time.monotonic(), step
         passed, done = time.monotonic() - self._begun[0], step - self._begun[1]
-        left = f", {passed / done * (steps - step):.0f} s left" if done else ""
-        print(f"{step}/{steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + left, flush=True)
+        figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+        left = f"{passed / done * (steps - step):.0f} s left" if done and step < steps else ""
+        print(f"{step}/{steps}  {', '.join(part for part in (figures, left) if part)}".rstrip(), flush=True)
         if step >= steps:
             self._begun = None
 

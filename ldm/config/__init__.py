@@ -6,7 +6,7 @@ from autoencoder.config import ConfigError
 from ldm.config.data import CAPTIONS, SOURCES, DataConfig
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import GIVEN, LEARNED, SCHEDULES, TARGETS, TIMESTEPS, WEIGHTINGS, ObjectiveConfig, ScheduleConfig
-from ldm.config.reading import build, config_file, load, load_any, load_run, save, to_dict
+from ldm.config.reading import build, config_file, load, load_any, load_run, runs_below, save, to_dict
 from ldm.config.runs import NONE, NULL_CAPTION, RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 from ldm.config.sample import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, SampleConfig
 from ldm.config.train import LR_SCHEDULES, PRECISIONS, TRACKERS, LoraConfig, TrainConfig
@@ -50,6 +50,7 @@ __all__ = [
     "load",
     "load_any",
     "load_run",
+    "runs_below",
     "save",
     "to_dict",
 ]

@@ -74,10 +74,14 @@ def config_file(run: str | Path) -> Path:
     """The saved configuration of a run directory. Raises ConfigError where there is none."""
     file = Path(run) / "config.yaml"
     if not file.is_file():
-        below = sorted(str(other.parent) for other in Path(run).glob("*/config.yaml"))
-        hint = f"; there is one in {' and in '.join(below)}" if below else ""
-        raise ConfigError(f"{run} is no run: it has no config.yaml{hint}")
+        raise ConfigError(f"{run} is no run: it has no config.yaml{runs_below(run)}")
     return file
+
+
+def runs_below(folder: str | Path) -> str:
+    """The end of a message on a folder that is no run: which of its sub-folders are, such as those of the first stages."""
+    below = sorted(str(other.parent) for other in Path(folder).glob("*/config.yaml"))
+    return f"; there is one in {' and in '.join(below)}" if below else ""
 
 
 def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
@@ -122,6 +126,9 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if file.is_dir():
+        found = " or ".join(sorted(str(inside) for inside in file.glob("*.yaml")))
+        raise ConfigError(f"{file} is a folder, not a configuration file" + (f": name {found}" if found else ""))
     if not file.is_file():
         raise ConfigError(f"no configuration file {file}")
     for override in overrides:

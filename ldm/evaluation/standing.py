@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ldm.config import runs_below
 from ldm.evaluation.record import RunError, newest_checkpoint, read_status
 
 SAVED = 75  # exit code of a run that was interrupted and saved
@@ -26,7 +27,8 @@ def standing(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not any((path / name).is_file() for name in ("config.yaml", "status.json")):
-        raise RunError(f"{path} is no run: it has neither config.yaml nor status.json" if path.exists() else f"no run {path}")
+        nothing = f"{path} is no run: it has neither config.yaml nor status.json{runs_below(path)}"
+        raise RunError(nothing if path.exists() else f"no run {path}")
     status, locked = read_status(path) or {}, held(path)
     state = status.get("state")
     if locked:
