@@ -228,7 +228,7 @@ def test_missing_binary_and_odd_files(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00\x80")
     for file, message in (
         (tmp_path / "none.yaml", "no configuration file"),
-        (tmp_path, "no configuration file"),
+        (tmp_path, "is a folder, not a configuration file: name .*b.yaml"),
         (binary, "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

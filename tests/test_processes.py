@@ -343,7 +343,7 @@ def test_two_processes_sample_evaluate_and_cache_as_one_does(stages: Stages, tmp
     assert contents(tmp_path / "one/run/latents") == contents(tmp_path / "two/run/latents")
     said = ("images/ from 00000", "encoding 24 images", "judge.single.seen.all")
     assert [done.stdout.count(words) for words in said] == [1, 1, 1]
-    assert done.stdout.startswith("2/2 ")  # the main process's share of four images
+    assert done.stdout.startswith("2/2\n")  # the main process's share of four images
 
 
 FAULT = """
