@@ -2,6 +2,6 @@
 
 import sys
 
-from ldm.cli.main import main
+from ldm.cli.main import leave, main
 
-sys.exit(main(["init", *sys.argv[1:]]))
+leave(main(["init", *sys.argv[1:]]))

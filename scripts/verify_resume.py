@@ -2,6 +2,6 @@
 
 import sys
 
-from ldm.cli.main import main
+from ldm.cli.main import leave, main
 
-sys.exit(main(["verify-resume", *sys.argv[1:]]))
+leave(main(["verify-resume", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -359,3 +360,13 @@ def test_a_warning_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     before = warnings.showwarning
     code, _, err = run("report", "run")
     assert code == 0 and err == "warning: mind the step\n" and warnings.showwarning is before
+
+
+def test_one_of_several_processes_ends_without_tearing_down_the_interpreter() -> None:
+    """A thread that waits for ever stands for one of gloo's that holds a tensor."""
+    code = (
+        "import atexit, threading; from ldm.cli.main import leave; atexit.register(print, 'workers ended');"
+        "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); leave(75)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said workers ended\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import re
@@ -169,5 +170,19 @@ def _leave_process_group(together: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; one of several without tearing down the interpreter.
+
+    A thread of gloo may still hold a tensor of the last exchange, for which it would need the interpreter, and abort: then the launcher
+    calls a run failed that is done (torch 2.15; github.com/pytorch/pytorch/pull/179291 describes it).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()  # data workers are ended there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
