@@ -25,6 +25,7 @@ ORDER = (  # top to bottom: a room imports from itself and from rooms below
     "ldm.models",
     "ldm.diffusion",
     "ldm.config",
+    "ldm.files",
     "autoencoder",
 )
 PACKAGES = ("autoencoder", "ldm", "scripts")

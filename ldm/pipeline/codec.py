@@ -15,7 +15,7 @@ from autoencoder.layout import from_diffusers, latent_scale
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.interop.bundle import Part
-from ldm.interop.files import file_hash
+from ldm.files.disk import file_hash
 from ldm.interop.layouts import read_autoencoder
 from ldm.interop.weights import fill
 

@@ -25,7 +25,7 @@ from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
-from ldm.interop.files import file_hash
+from ldm.files.disk import file_hash
 from ldm.interop.lora import find_lora
 from ldm.pipeline.codec import joined_hash
 from ldm.pipeline.info import ModelInfo

@@ -34,7 +34,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.interop import diffusers as layout
 from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.files import file_hash
+from ldm.files.disk import file_hash
 from ldm.interop.folder import write_folder
 from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import config as configuration
-from ldm.interop.files import file_hash, flush
+from ldm.files.disk import file_hash, flush
 from ldm.training.shelf import CONFIG, FORMAT, MANIFEST, STATE, CheckpointError, check, prune, remove, remove_stale, size_text
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group → name → tensor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
+
+from ldm.files.disk import replace
 
 METRICS = "metrics.jsonl"
 
@@ -79,22 +80,6 @@ class Journal:
             stream.write(content)
         self._whole = _size(file)
         self._lines.clear()
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write, flush and rename: readers see the old file or the new one, never half of one. Raises OSError."""
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def _size(file: Path) -> int:

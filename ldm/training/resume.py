@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.data.processes import Processes
-from ldm.interop.files import file_hash
+from ldm.files.disk import file_hash
 from ldm.training.shelf import MANIFEST, CheckpointError, check, newest_valid, step_of, steps
 
 ASIDE = "set-aside-"  # folders of checkpoints that the run does not go on from any more

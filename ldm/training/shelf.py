@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ldm.interop.files import file_hash
+from ldm.files.disk import file_hash
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 FORMAT = 1

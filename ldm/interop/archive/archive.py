@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ldm.interop.archive import safetensors, torchfile
 from ldm.interop.archive.mapped import MappedFile
-from ldm.interop.files import FolderError, flush
+from ldm.files.disk import flush
+from ldm.interop.files import FolderError
 
 TORCH = (".ckpt", ".pt", ".pth", ".bin")
 _INDEX = re.compile(r".+\.(safetensors|bin)(\.\w+)?\.index(\.\w+)?\.json")
