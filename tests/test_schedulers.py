@@ -111,12 +111,12 @@ def test_the_settings_matter(written: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "sampler"),
     [
-        ("DDPMScheduler", {"variance_type": "fixed_large"}, {"sampler": "ddpm", "grid": "leading", "variance": "beta"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "linspace"}, {"sampler": "ddpm", "variance": "beta"}),
         ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, {"sampler": "euler_ancestral", "grid": "trailing"}),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {"sampler": "dpmpp_2m_sde", "grid": "linspace_positive"}),
-        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {"sampler": "euler", "end_clean": False}),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {"sampler": "unipc", "end_clean": False}),
         ("EulerDiscreteScheduler", {}, {"sampler": "euler", "grid": "linspace_fractional", "end_clean": True}),
-        ("DDIMScheduler", {"timestep_spacing": "linspace"}, {"sampler": "ddim", "grid": "linspace"}),
+        ("DDPMScheduler", {"timestep_spacing": "linspace"}, {"sampler": "ddpm", "grid": "linspace"}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, {"sampler": "dpmpp_3m_published"}),
     ],
 )
@@ -131,11 +131,11 @@ def test_random_and_other_schedulers(name: str, settings: dict[str, Any], sample
     [
         ({"_class_name": "LCMScheduler", "original_inference_steps": 50}, "LCMScheduler is not offered"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final = True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas = True"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type dpmsolver"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas = True"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding = True"),
-        ({"_class_name": "DDIMScheduler", "timestep_spacing": "other"}, "'other' is not offered"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "other"}, "timestep_spacing = other"),
     ],
 )
 def test_what_is_not_offered_is_said(written: Path, layout: dict[str, Any], message: str) -> None:
