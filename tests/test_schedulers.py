@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_pipeline import LATENT, PROMPTS, array, make, noise, theirs
 
+from ldm.cli.main import main
 from ldm.config import GRIDS, SAMPLERS, ConfigError, SampleConfig, ScheduleConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers, scheduler_to_diffusers
@@ -181,3 +182,39 @@ def test_our_defaults_are_written_so_that_diffusers_takes_them() -> None:
     assert SampleConfig(**fields) == sample
     assert set(fields) <= {"sampler", "grid", "grid_offset", "end_clean"} and fields["sampler"] in SAMPLERS and fields["grid"] in GRIDS
     assert LATENT[0] == 4
+
+
+NO_SIGNAL = [
+    {"rescale_betas_zero_snr": True, **PUBLISHED},
+    {"trained_betas": [*np.linspace(1e-4, 0.03, 999).tolist(), 1.0]},
+]
+
+
+@pytest.mark.parametrize("settings", NO_SIGNAL)
+def test_a_prediction_of_noise_is_not_asked_where_no_signal_is_left(
+    written: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """x̂_0 would be a division by 0: refused where the grid starts there, by every command; below it pictures are finite, as before."""
+    file, sampling = written / "scheduler/scheduler_config.json", {"steps": STEPS, "guidance_scale": 2.0}
+    before = file.read_text()
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", **settings, "timestep_spacing": "trailing"}))
+    message = "predicts eps, which says nothing of the image where its schedule leaves no signal, and grid trailing starts there: take grid"
+    try:
+        pipe = Pipeline.from_pretrained(written)
+        with pytest.raises(ConfigError, match=message):
+            pipe(PROMPTS, **sampling)
+        with pytest.raises(ConfigError, match="grid karras starts there"):
+            pipe.check(SampleConfig(grid="karras"), 16)
+        out = ["--prompt", "a", "--out", str(tmp_path / "images")]
+        assert main(["sample", str(written), *out]) == 2 and message in capsys.readouterr().err
+        assert main(["plot", "reverse", str(written), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+        assert message in capsys.readouterr().err
+        for command in (["inspect", str(written), "--no-hashes"], ["convert", str(written), str(tmp_path / "copy.safetensors")]):
+            assert main(command) == 0
+            assert "predicts eps where its schedule leaves no signal" in capsys.readouterr().out, command
+        pictures = pipe(PROMPTS, grid="leading", **sampling)
+        assert all(np.asarray(picture).std() > 0 for picture in pictures)
+        pipe.target = "v"
+        pipe.check(SampleConfig(**sampling), 16)
+    finally:
+        file.write_text(before)

@@ -159,12 +159,13 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "columns")
     given = _given(arguments, "sampler", "steps", "seed", "guidance_scale")
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_sampling
+    from ldm.pipeline.checks import check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
 
     info = ModelInfo.read(arguments.run)
     settings = dataclasses.replace(info.defaults, **given)
     check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
+    check_start(info.schedule, info.target, settings)
     if bool(arguments.prompt) != info.has_text:
         raise ConfigError(
             "--prompt is needed: this model draws what a caption says"

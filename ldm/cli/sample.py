@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling
+    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
     from ldm.pipeline.origin import Origin, other_hashes, part_hashes, surroundings
 
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
     check_drawable(info.unet[0])
+    check_start(info.schedule, info.target, settings)
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
         raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")

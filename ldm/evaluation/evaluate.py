@@ -102,6 +102,7 @@ def evaluate(
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.sample
+    pipe.check(settings, pipe.sample_size)
     tried = None
     if tune:
         settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes)

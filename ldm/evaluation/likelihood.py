@@ -101,6 +101,8 @@ def likelihood(
     pipe = Pipeline.from_pretrained(run, device)
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if pipe.schedule_config.blind_at_the_end(pipe.target):
+        raise ConfigError(f"{run}: the bound of a model that predicts {pipe.target} is infinite where its schedule leaves no signal")
     last = pipe.schedule.num_steps - 1
     timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:

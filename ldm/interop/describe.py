@@ -13,7 +13,8 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm.interop.archive.archive import tensor_hash
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers
+from ldm.interop.scheduler_keys import unread
+from ldm.interop.schedulers import blind_end, sampler_from_diffusers, scheduler_from_diffusers
 from ldm.interop.unet import unet_from_diffusers
 
 
@@ -111,4 +112,6 @@ def _process(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         "scheduler": scheduler.get("_class_name"),
         **({"sampling": sampling} if sampling else {}),
         **({"not_offered": missing} if missing else {}),
+        **({"not_read_by_it": ignored} if (ignored := unread(scheduler)) else {}),
+        **({"warning": blind} if (blind := blind_end(scheduler)) else {}),
     }

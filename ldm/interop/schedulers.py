@@ -138,6 +138,14 @@ def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
     return ScheduleConfig(name, steps, start, end, zero_terminal_snr=zero_terminal)
 
 
+def blind_end(layout: Mapping[str, Any]) -> str | None:
+    """What is to be said of a model whose prediction says nothing of the image at its last step, or None. Raises ConfigError."""
+    schedule, target = scheduler_from_diffusers(layout)
+    if not schedule.blind_at_the_end(target):
+        return None
+    return f"predicts {target} where its schedule leaves no signal: nothing can be drawn from the last step, only from grids below it"
+
+
 def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The fields of SampleConfig that draw as this scheduler does; and what of it cannot be had here, or None.
 

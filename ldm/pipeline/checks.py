@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.config import ConfigError, SampleConfig, UNetConfig
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.samplers.grids import check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
@@ -40,6 +40,17 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
             raise ConfigError(f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out")
     if size < factor or size % factor:
         raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+
+
+def check_start(schedule: ScheduleConfig, target: str, settings: SampleConfig) -> None:
+    """Raise ConfigError where the first step asks a network for an image of which its prediction says nothing."""
+    if not schedule.blind_at_the_end(target):
+        return
+    if grid_of(Schedule.from_config(schedule), settings)[0] == schedule.num_steps - 1:
+        raise ConfigError(
+            f"this model predicts {target}, which says nothing of the image where its schedule leaves no signal, and grid"
+            f" {settings.grid} starts there: take grid leading and fewer than {schedule.num_steps} steps"
+        )
 
 
 def check_drawable(unet: UNetConfig) -> None:

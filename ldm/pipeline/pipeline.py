@@ -40,7 +40,7 @@ from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
 from ldm.models.lora import Lora
 from ldm.models.unet import UNet
-from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_sampling, first_step, grid_of
+from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_sampling, check_start, first_step, grid_of
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.info import ModelInfo, load_unet
@@ -270,6 +270,7 @@ class Pipeline:
             raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
         check_guidance(settings, self.codec is not None)
         check_drawable(self.unet.config)
+        check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():
             self._lora(path)
 
