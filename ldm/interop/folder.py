@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.config import ConfigError
+from ldm.files.disk import file_hash
 from ldm.interop import diffusers as layout
 from ldm.interop.archive.archive import find_weights, open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.files.disk import file_hash
 from ldm.interop.files import FolderError, read_json, write_json
 from ldm.interop.reference import REFERENCE, Reference
 

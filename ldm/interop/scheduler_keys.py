@@ -62,11 +62,15 @@ READS: dict[str, dict[str, Any]] = {  # of the classes whose steps are offered h
         "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None, "shift_terminal": None,
     },
 }  # fmt: skip
-_LATENT_BETAS = {**_LARGER_BETAS, "beta_schedule": "scaled_linear"}
 PROCESSES: dict[str, dict[str, Any]] = {  # of other classes: the process alone
-    **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler", "RePaintScheduler"), _PROCESS),
-    **dict.fromkeys(("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"), {**_PROCESS, **_LARGER_BETAS}),
-    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), {**_PROCESS, **_ZERO, **_LATENT_BETAS}),
+    "DEISMultistepScheduler": _PROCESS,
+    "DPMSolverSinglestepScheduler": _PROCESS,
+    "SASolverScheduler": _PROCESS,
+    "RePaintScheduler": _PROCESS,
+    "KDPM2AncestralDiscreteScheduler": {**_PROCESS, **_LARGER_BETAS},
+    "DPMSolverSDEScheduler": {**_PROCESS, **_LARGER_BETAS},
+    "LCMScheduler": {**_PROCESS, **_ZERO, **_LARGER_BETAS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_PROCESS, **_ZERO, **_LARGER_BETAS, "beta_schedule": "scaled_linear"},
     "UnCLIPScheduler": {**_PROCESS, "beta_schedule": "squaredcos_cap_v2"},
 }
 _ANY_PROCESS = {**_PROCESS, **_ZERO}
