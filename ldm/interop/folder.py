@@ -77,7 +77,7 @@ def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part
     """One sub-folder, config.json and weights, and the tensors there that no network uses. Raises FolderError."""
     config = read_json(folder / "config.json")
     archive = open_archive(find_weights(folder, FILES[name].removesuffix(".safetensors"), variant))
-    tensors = {_name(name, key): tensor for key, tensor in archive.tensors.items()}
+    tensors = {current_name(name, key): tensor for key, tensor in archive.tensors.items()}
     besides = {key: why for key, why in _BESIDES.items() if name == TEXT and tensors.pop(key, None) is not None}
     return Part(config, tensors, archive.files), besides
 
@@ -109,7 +109,7 @@ def write_part(part: Part, folder: Path, name: str, max_shard_bytes: int | None 
     return open_archive(written).files
 
 
-def _name(part: str, key: str) -> str:
+def current_name(part: str, key: str) -> str:
     """Today's name of a tensor: of the autoencoder's attention, and of a text tower that transformers 5 wrote without its prefix."""
     if part == VAE and ".attentions." in key:
         head, old, tail = next(((h, o, t) for o in _OLD_ATTENTION for h, d, t in [key.partition(f".{o}.")] if d), (key, "", ""))

@@ -7,12 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldm.config import ConfigError
-from ldm.interop.archive.archive import open_archive
+from ldm.interop.archive.archive import Archive, open_archive
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.compvis.header import KEY
 from ldm.interop.compvis.inferred import Hints
-from ldm.interop.compvis.layout import PREFIXES, from_compvis
+from ldm.interop.compvis.kinds import OPENED, is_lora, other_kind
+from ldm.interop.compvis.layout import from_compvis
 from ldm.interop.compvis.names import shapes_of
+from ldm.interop.compvis.spelling import spelled
 from ldm.interop.files import FolderError, read_json
 from ldm.interop.folder import INDEX, find_autoencoder, find_model, read_folder, read_part, read_tokenizer_files
 from ldm.interop.hub import find_or_fetch
@@ -90,13 +95,22 @@ def read_file(
     if variant is not None:
         raise ConfigError(f"variant {variant} is for folders, and {file} is a single file")
     archive = open_archive(file)
-    if any("lora" in name for name in archive.tensors) and not any(name.startswith(PREFIXES[UNET]) for name in archive.tensors):
-        raise ConfigError(f"{file} is a LoRA, no model of its own: {_WHAT_FOR}")
-    bundle = from_compvis(archive.tensors, archive.metadata, weights, Hints(**hints) if hints else None)
+    tensors = _known_kind(file, archive)
+    bundle = from_compvis(tensors, archive.metadata, weights, Hints(**hints) if hints else None)
     if tokenizer is not None:
         bundle = replace(bundle, tokenizer=_tokenizer(file, bundle, tokenizer))
     parts = {name: replace(part, files=archive.files) for name, part in bundle.parts.items()}
     return replace(bundle, parts=parts, layout=f"a single file of CompVis' layout ({file.suffix})")
+
+
+def _known_kind(file: Path, archive: Archive) -> dict[str, Tensor]:
+    """The tensors of a file by their names in CompVis' code. Raises ConfigError for a LoRA, FolderError for another kind of model."""
+    tensors = spelled(archive.tensors)
+    if is_lora(tensors):
+        raise ConfigError(f"{file} is a LoRA, no model of its own: {_WHAT_FOR}")
+    if KEY not in archive.metadata and (kind := other_kind(tensors)) is not None:
+        raise FolderError(f"{file} is {kind}: {OPENED}")
+    return tensors
 
 
 def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:

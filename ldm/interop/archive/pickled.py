@@ -76,7 +76,8 @@ _WITHIN = ("torch.optim.", "numpy.random.")  # beginnings of modules
 _BESIDE = {
     "argparse.Namespace", "types.SimpleNamespace", "types.GenericAlias", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer", "torch.device",
-    "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.torch_version.TorchVersion",
+    "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer",
+    "torch.nn.modules.container.ParameterDict", "torch.torch_version.TorchVersion",
     "torch._utils._rebuild_sparse_tensor", "torch.serialization._get_layout",
     *(f"builtins.{t}" for t in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range",
                                 "set", "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented")),
