@@ -173,7 +173,9 @@ def write(
 ) -> None:
     """Encode every sample of a finite source into ``folder``, which appears whole or not at all, and on the disk.
 
-    Raises DataError, OSError; NonFiniteLatentsError naming the image. What ``folder`` was before, damaged or not, is replaced. Each process encodes a shard of a round, on a file system that all of them share; the main one commits. A shard is
+    Raises DataError, OSError; NonFiniteLatentsError naming the image. Whatever ``folder`` was before is replaced.
+
+    Each process encodes a shard of a round, on a file system that all of them share; the main one commits. A shard is
     encoded as it would be alone, so the cache is the same at any number of processes.
     """
     if source.length is None:
