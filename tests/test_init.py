@@ -154,7 +154,7 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
         (["empty"], 3, "empty holds no image"),
         (["one"], 3, "one: 1 usable image is too few to train on some and validate on others"),
         (["photos", "--image-size", "24"], 2, "--image-size must be a multiple of 16"),
-        (["photos", "--image-size", "256"], 3, "every image is smaller than 64 pixels"),
+        (["photos", "--image-size", "256"], 3, "40×40 is smaller than 64 pixels"),
         (["photos", "--captions", "texts"], 2, "invalid choice: 'texts'"),
         (["photos", "--out", "file"], 2, "--out file: file is a file"),
         (["photos", "--out", "file/y"], 2, "--out file/y: file is a file"),

@@ -151,7 +151,12 @@ def _lines(looked: Survey, longest: int) -> list[str]:
         f"  sizes     {sides[0][1]}×{sides[0][2]} to {sides[-1][1]}×{sides[-1][2]}, median short side {looked.short_side}",
         f"  formats   {_counts(h.format for h in headers)}; modes {_counts(h.mode for h in headers)}",
     ]
-    special = {"turned by EXIF": sum(h.turned for h in headers), "animated (first frame)": sum(h.animated for h in headers)}
+    special = {
+        "turned by EXIF": sum(h.turned for h in headers),
+        "with EXIF that cannot be read (taken as upright)": sum(h.odd_exif for h in headers),
+        "with several frames or pages (the first is read)": sum(h.animated for h in headers),
+        "with colours of another profile than sRGB (taken for sRGB)": sum(h.profile for h in headers),
+    }
     if any(special.values()):
         lines.append("  also      " + ", ".join(f"{n} {what}" for what, n in special.items() if n))
     if data.captions != "none":

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from ldm.config import DataConfig
-from ldm.data.decode import read_image
+from ldm.data.decode import read_image, too_long
 from ldm.data.layouts import read_rows
-from ldm.data.sources import DataError, Sample, check_share
+from ldm.data.sources import BadSample, DataError, Sample, check_share
 
 
 class FolderSource:
@@ -44,7 +44,10 @@ class FolderSource:
         if not 0 <= index < len(self.rows):
             raise IndexError(f"index {index} is outside 0 to {len(self.rows)}")
         row, data = self.rows[index], self.data
-        image = read_image(self.folder / row.file_name, data.image_channels, data.background, data.smallest_side)
+        file = self.folder / row.file_name
+        image = read_image(file, data.image_channels, data.background, data.smallest_side)
+        if problem := too_long(image.shape[1], image.shape[0], data.image_size):
+            raise BadSample(str(file), problem)
         return Sample(image, row.text, row.columns)
 
     def text(self, index: int) -> str:
