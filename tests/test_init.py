@@ -263,7 +263,7 @@ def folder_of(kind: str, folder: Path) -> None:
             paint(folder / split / "cats", 10)
         for name in names:
             (folder / name).unlink()
-    elif kind in (".TXT", ".caption"):
+    elif kind == ".caption":
         for name in names:
             (folder / name).with_suffix(kind).write_text("a caption")
     elif kind == "double":
@@ -283,7 +283,6 @@ def folder_of(kind: str, folder: Path) -> None:
     [
         ("hugging face", "has no metadata.jsonl, but train/metadata.jsonl: give that folder"),
         ("splits", "train, val look like splits, not classes: give one of them"),
-        (".TXT", "20 files such as 00.TXT lie beside images: if they hold captions, rename them to 00.txt"),
         (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
         ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
         ("empty captions", "every caption is empty: mend them, or train without with --captions none"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from statistics import median
 from ldm.config import CAPTIONS, DataConfig
 from ldm.data.decode import SUFFIXES, Header, read_header, read_image, too_long
 from ldm.data.folder import in_validation
-from ldm.data.layouts import CAPTION_NAMES, METADATA, Row, all_files, image_files, missing_metadata, near_misses, read_rows
+from ldm.data.layouts import CAPTION_NAMES, Row, missing_metadata, near_misses, read_rows
+from ldm.data.names import Listing, all_files, image_files
 from ldm.data.sources import BadSample, DataError, Skipped
+from ldm.data.tables import METADATA, text_columns
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # folder names that are no classes
 UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")
@@ -137,11 +138,12 @@ def detect(folder: Path) -> tuple[str, list[str]]:
             f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
             f" where they are with --captions ({', '.join(CAPTIONS[1:])})"
         )
-    images = list(image_files(folder))
+    listing = Listing(folder)
+    images = list(listing.images)
     if not images:
         raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-    others = set(all_files(folder)) - set(images)
-    if any(str(PurePosixPath(name).with_suffix(".txt")) in others for name in images):
+    others = set(listing.names) - set(images)
+    if any(listing.captions(name) for name in images):
         return "sidecar", []
     _refuse_other_sidecars(folder, images, others)
     classes = {name.split("/")[0] for name in images if "/" in name}
@@ -172,18 +174,7 @@ def _text_column(folder: Path) -> tuple[str, list[str]]:
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         raise DataError(missing_metadata(folder))
-    columns: list[str] = []
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:100]:
-        if path.suffix == ".csv":
-            columns = [part.strip().strip('"') for part in line.split(",")]
-            break
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            columns = [key for key, value in values.items() if key == "text" or isinstance(value, str)]
-            break
+    columns = text_columns(path)
     near = [c for c in columns if c.lower() in CAPTION_NAMES]
     if "text" in columns or not near:
         return "text", []
