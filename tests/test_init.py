@@ -250,6 +250,11 @@ def test_the_next_line_can_be_pasted(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert shlex.split(train.removeprefix("next:")) == ["ldm", "train", "my out/it's"]
     assert shlex.split(sample) == ["ldm", "sample", "runs/it-s", "--prompt", captions[2], "--count", "8"]
+    (tmp_path / "photos/metadata.jsonl").write_text("\n".join(rows[:2]))  # no caption will do as an example
+    sample = run("init", "photos", "--out", "long")[1].rstrip().rsplit("\n", 1)[1]
+    assert shlex.split(sample) == ["ldm", "sample", "runs/long", "--prompt", init.PROMPT, "--count", "8"]
+    sample = run("init", "photos", "--out", "none", "--captions", "none")[1].rstrip().rsplit("\n", 1)[1]
+    assert shlex.split(sample) == ["ldm", "sample", "runs/none", "--count", "8"]
 
 
 def folder_of(kind: str, folder: Path) -> None:

@@ -33,6 +33,7 @@ CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
 STAGES = ("autoencoder", "clip", "ldm")
 PROMPTS, LONGEST_PROMPT = 8, 200  # captions drawn while training, and their length in characters at most
+PROMPT = "a caption like those of your images"  # where none of them will do as an example
 TOKENIZED = 20_000  # captions at most that are counted in tokens
 
 
@@ -197,5 +198,5 @@ def _say_next(plan: Plan, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
     console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")
-    prompt = f" --prompt {shlex.quote(plan.prompts[0])}" if plan.prompts else ""
+    prompt = f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}" if plan.data.captions != "none" else ""
     console.say(f"next:  ldm train {shlex.quote(str(out))}\n       ldm sample runs/{plan.name}{prompt} --count 8")
