@@ -433,7 +433,7 @@ def test_the_binding_sees_what_matters() -> None:
 
 def test_no_cache_and_an_endless_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no latent cache"):
-        cache.LatentCache(tmp_path, {})
+        cache.LatentCache(tmp_path / "latents", {})
     with pytest.raises(DataError, match=r"set data\.size"):
         write(tmp_path / "latents", DataConfig(source="shapes", image_size=24))
     assert not list(tmp_path.iterdir())

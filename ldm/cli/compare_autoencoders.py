@@ -10,14 +10,16 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
-from ldm.config import config_file
+from ldm.config import ConfigError, config_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The two runs."""
     parser.add_argument("plain", metavar="RUN", help="a run of train-autoencoder with loss.gan 0")
     parser.add_argument("adversarial", metavar="RUN_WITH_GAN", help="the same with loss.gan above 0")
-    parser.add_argument("--out", help="the picture (default: comparison.png beside the second run)")
+    parser.add_argument(
+        "--out", help="the picture, a .png (default: comparison.png beside the second run); the figures are in a .json beside it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,10 +27,14 @@ def run(arguments: argparse.Namespace) -> None:
     plain, adversarial = Path(arguments.plain), Path(arguments.adversarial)
     for path in (plain, adversarial):
         config_file(path)
+    file = Path(arguments.out) if arguments.out else adversarial.parent / "comparison.png"
+    if file.suffix.lower() != ".png":
+        raise ConfigError(f"--out {file}: the picture is a PNG: give a name that ends in .png")
+    if (beside := file.with_suffix(".json")).exists() and not file.exists():
+        raise ConfigError(f"--out {file}: the figures would overwrite {beside}, which was not written with such a picture")
     from ldm.evaluation.compare import compare
 
-    file = Path(arguments.out) if arguments.out else adversarial.parent / "comparison.png"
     console = Console()
     for name, figures in compare(plain, adversarial, file).items():
-        console.say(f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        console.say(f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None))
     console.say(f"picture: {file}")

@@ -19,7 +19,7 @@ from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import open_source, readable
+from ldm.data.sources import DataError, open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.interop.files import write_json
@@ -104,6 +104,9 @@ class AutoencoderTask:
     def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
         """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
         images = (prepare(sample.image, self.config.data.image_size) for _, sample in itertools.islice(readable(self.source), limit))
+        if (first := next(images, None)) is None:
+            raise DataError(f"{self.config.data.folder}: none of {self.source.length} training images can be read")
+        images = itertools.chain([first], images)
         while several := list(itertools.islice(images, AT_ONCE)):
             yield network.encode(torch.stack(several).to(self._adaptive.device))
 
