@@ -60,11 +60,13 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
     require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
     from ldm.training.launch import launched
     from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.precision import accelerator_of
     from ldm.training.stopping import end_with_launcher
 
     end_with_launcher()
     launched(patience=settings.train.rank_timeout)  # before the task, which may need the others
     try:
+        accelerator_of(settings.train.mixed_precision)  # before the task, which may encode all images
         task = make_task(settings, console)
     except Exception as error:
         _fail(settings, error)

@@ -24,6 +24,7 @@ from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.interop.files import write_json
 from ldm.interop.weights import write_module
+from ldm.training.finite import NotFiniteError, not_finite
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -221,7 +222,12 @@ class AutoencoderTask:
         """Write ``model/vae`` with the latent statistics of the training set folded in."""
         network = copy.deepcopy(self.autoencoder)
         mean, std = self.latent_statistics(network)
-        network.fold_statistics(mean, std)
+        try:
+            network.fold_statistics(mean, std)
+        except ValueError as error:
+            raise NotFiniteError(f"the latents of the training images: {error}: nothing is exported") from None
+        if (problem := not_finite({"model_autoencoder": network.state_dict()}, {})) is not None:
+            raise NotFiniteError(f"{problem} not finite once the statistics of the latents are folded in: nothing is exported")
         write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")
         write_json(run.model / "vae/config.json", {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size})
 

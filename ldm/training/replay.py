@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.data.stream import Batch, Split, collate
 from ldm.training.incidents import Incident
+from ldm.training.precision import accelerator_of
 from ldm.training.task import Task
 
 
@@ -52,7 +52,7 @@ def replay(task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]]
 
     Raises RuntimeError of torch where the weights do not fit.
     """
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = accelerator_of(precision)
     for name, network in task.networks.items():
         network.load_state_dict(weights[name])
         network.to(accelerator.device)
