@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
+from ldm.cli.target import check_target
 from ldm.config import config_file
 
 
@@ -25,9 +26,12 @@ def run(arguments: argparse.Namespace) -> None:
     plain, adversarial = Path(arguments.plain), Path(arguments.adversarial)
     for path in (plain, adversarial):
         config_file(path)
+    from ldm.evaluation.plots import SUFFIXES, is_figure
+
+    file = Path(arguments.out) if arguments.out is not None else adversarial.parent / "comparison.png"
+    check_target(file, is_figure, SUFFIXES, (".json",))
     from ldm.evaluation.compare import compare
 
-    file = Path(arguments.out) if arguments.out else adversarial.parent / "comparison.png"
     console = Console()
     for name, figures in compare(plain, adversarial, file).items():
         console.say(f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
     """Read the configuration, make the task and train it."""
     settings = config.load(kind, arguments.config, arguments.overrides)
     _check_place(settings)
-    console = Console()
+    console = Console(lasting=True)
     start = getattr(arguments, "start", None)  # `train` has no such argument
     if start is None and _finished(settings, console):
         return
@@ -102,7 +102,7 @@ def _finished(settings: Any, console: Console) -> bool:
 
     path, steps = Path(settings.run), settings.train.steps
     status = read_status(path)
-    if status is None or status["state"] != "done" or status["step"] < steps or not (path / "model").is_dir():
+    if status is None or status.get("state") != "done" or status.get("step", 0) < steps or not (path / "model").is_dir():
         return False
     if rank() == 0:
         with RunDirectory(path) as run:

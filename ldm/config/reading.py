@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.files.disk import replace
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ def save(config: Any, file: str | Path) -> None:
     """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(to_dict(config)), file)
+    replace(Path(file), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from PIL import Image
 from ldm import config as configuration
 from ldm.data.sources import Skipped
 from ldm.evaluation.record import RunError, flat, parse_line, read_skipped, read_status
+from ldm.files.disk import OS_FAULT
+from ldm.files.text import lines
 from ldm.training.journal import Journal
 
 STATES = ("running", "done", "interrupted", "failed")
@@ -94,10 +96,8 @@ class RunDirectory:
         """
         require_same(self.path, config)
         file = self.path / "config.yaml"
-        temporary = file.with_name(".config.yaml.tmp")
         try:
-            configuration.save(config, temporary)
-            _replace(temporary, file)
+            configuration.save(config, file)
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
         self._started = True
@@ -117,8 +117,8 @@ class RunDirectory:
         """Add to ``skipped.jsonl`` those that it does not list yet."""
         self._skipped += skipped  # all since the start: the file may lack those before
         rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
-        lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
-        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in lines).encode())
+        listed = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
+        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in listed).encode(errors="replace"))
 
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
         """Write ``samples/NAME-STEP.png``."""
@@ -131,8 +131,8 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         try:
             if file.exists():
-                lines = file.read_text().splitlines()
-                self._journal.rewrite([line for line in lines if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
+                logged = lines(file.read_text(encoding="utf-8", errors="replace"))
+                self._journal.rewrite([line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
@@ -174,7 +174,7 @@ def exit_code(error: BaseException) -> int:
     """What a command that ends with ``error`` returns (ldm.cli.main)."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return getattr(error, "exit_code", None) or 1
+    return getattr(error, "exit_code", None) or (OS_FAULT if isinstance(error, OSError) else 1)
 
 
 def _lock(path: Path) -> int:
@@ -202,13 +202,6 @@ def _mark(descriptor: int) -> int:
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     _held.add(descriptor)
     return descriptor
-
-
-def _replace(temporary: Path, file: Path) -> None:
-    """Flush and rename: readers see the old file or the new one, never half of one."""
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def _finite(value: Any) -> Any:

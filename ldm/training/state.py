@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.evaluation.record import RunError
 from ldm.training import checkpoint
 from ldm.training.ema import EMA
+from ldm.training.shelf import STATE, CheckpointError
 from ldm.training.task import Task
 
 
@@ -41,17 +42,23 @@ class TrainingState:
     def load(self, folder: Path) -> int:
         """Take over a checkpoint that has been verified; returns its update. Raises CheckpointError, RunError."""
         tensors, scalars = checkpoint.load(folder, verify=False)
-        if "data" in scalars:  # checkpoints of before did not keep it
-            self._check_data(scalars["data"])
-        self.task.load_state(scalars["task"])
+        try:
+            if "data" in scalars:  # older checkpoints lack it
+                self._check_data(scalars["data"])
+            self.task.load_state(scalars["task"])
+            step, scaler = int(scalars["step"]), scalars["scaler"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if hasattr(error, "exit_code"):
+                raise
+            raise CheckpointError(f"{folder / STATE}: is not the state of this training ({type(error).__name__}: {error})") from None
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
             names = [n for n, _ in network.named_parameters()]
             checkpoint.restore_optimizer(self.optimizers[name], names, tensors[f"optimizer_{name}"])
         self.ema.load(tensors["ema"])
-        if self.scaler is not None and scalars["scaler"]:
-            self.scaler.load_state_dict(scalars["scaler"])
-        return int(scalars["step"])
+        if self.scaler is not None and scaler:
+            self.scaler.load_state_dict(scaler)
+        return step
 
     def _data(self) -> dict[str, Any]:
         """The data that is trained on."""
