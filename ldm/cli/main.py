@@ -94,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _text(top: Parser, argument: str) -> str:
+def _text(top: argparse.ArgumentParser, argument: str) -> str:
     """An argument as the text that it is in UTF-8, whatever the locale; one that is not text ends the program."""
     try:
         text = argument.encode(errors="surrogateescape").decode()

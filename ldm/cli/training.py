@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm import config
 from ldm.cli.console import Console, rank
+from ldm.cli.place import check_place
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def make_task(settings: Any, console: Console) -> Any:
 def run(arguments: argparse.Namespace, kind: type) -> None:
     """Read the configuration, make the task and train it."""
     settings = config.load(kind, arguments.config, arguments.overrides)
-    _check_place(settings)
+    check_place(settings)
     console = Console(lasting=True)
     start = getattr(arguments, "start", None)  # `train` has no such argument
     if start is None and _finished(settings, console):
@@ -88,13 +89,6 @@ def _fail(settings: Any, error: Exception) -> None:
             run.fail(error)
 
 
-def _check_place(settings: Any) -> None:
-    """A run inside the folder of images would add its pictures to them."""
-    folder = settings.data.folder
-    if folder is not None and Path(settings.run).resolve().is_relative_to(Path(folder).resolve()):
-        raise config.ConfigError(f"run {settings.run} lies inside data.folder {folder}, among the images: choose another place")
-
-
 def _finished(settings: Any, console: Console) -> bool:
     """Whether the run is trained to its end and exported; says so."""
     from ldm.evaluation.record import read_status
@@ -107,6 +101,20 @@ def _finished(settings: Any, console: Console) -> bool:
     if rank() == 0:
         with RunDirectory(path) as run:
             run.start(settings)  # refuses another configuration
+    if _lacks_its_base(path):  # all processes see it: the export is written anew only once they have met
+        return False
     new = "; images added since are for another run: directory" if settings.data.folder is not None else ""
     console.say(f"{path}: already trained to update {status['step']} of {steps}{new}")
     return True
+
+
+def _lacks_its_base(path: Path) -> bool:
+    """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
+    from ldm.interop.files import FolderError
+    from ldm.interop.reference import Reference
+
+    try:
+        Reference.read(path / "model")
+    except FolderError:
+        return True
+    return False

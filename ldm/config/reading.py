@@ -58,6 +58,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ConfigError(f"{name} must be text, got {value!r}")
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
     return value

@@ -12,7 +12,7 @@ from ldm.evaluation.record import figures, flat, newest_checkpoint, parse, read_
 
 NOTHING = "–"  # where one of the two does not have it
 TIMES = ("seconds", "updates_per_second")  # ends of names; two equal runs differ in them
-CODE = ("ldm", "commit", "dirty", "python", "torch", "accelerate", "device", "processes")
+CODE = ("ldm", "commit", "dirty", "python", "torch", "accelerate", "device", "processor", "threads", "processes")
 Row = tuple[str, str, str]  # name, in the first, in the second
 
 

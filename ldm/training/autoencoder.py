@@ -45,6 +45,11 @@ class AutoencoderTask:
 
     def __init__(self, config: AutoencoderRun) -> None:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
+        self.perceptual: PerceptualLoss | None = None
+        if loss.lpips > 0:  # before all else, for its weights may be missing
+            from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
+
+            self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
         side = config.data.image_size // model.factor
         self.latent_shape = (model.latent_channels, side, side)
         self.autoencoder = seeded(seed, lambda: AutoencoderKL(model))
@@ -58,11 +63,6 @@ class AutoencoderTask:
         self.stream = Stream(self.source, config.data, seed, draws)
         draws = Draws({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
-        self.perceptual: PerceptualLoss | None = None
-        if loss.lpips > 0:
-            from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
-
-            self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
         self._check_sizes()
         self._adaptive = torch.zeros(())  # of the update before; 0 until measured
         self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.config import TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
+from ldm.pipeline.origin import surroundings
 from ldm.training import checkpoint, resume, shelf, starts
 from ldm.training.agreement import Agreement
 from ldm.training.ema import EMA
@@ -108,7 +109,7 @@ class Loop:
                 network.compile()
         task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
         self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
-        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler)
+        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
         if found is not None:
             self.step = self.state.load(found)
             self.reporter.say(f"going on from update {self.step} ({found})")

@@ -27,6 +27,7 @@ from ldm.evaluation.record import RunError, flat, parse_line, read_skipped, read
 from ldm.files.disk import OS_FAULT
 from ldm.files.text import lines
 from ldm.training.journal import Journal
+from ldm.training.moved import PLACES, moved_problem
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -216,7 +217,10 @@ def _finite(value: Any) -> Any:
 
 
 def require_same(path: Path, config: Any) -> None:
-    """Raise RunError where the run at ``path`` was started with a configuration that would train something else."""
+    """Raise RunError where the run at ``path`` was started with a configuration that would train something else.
+
+    Data and models may lie elsewhere, as long as they are the same (``ldm.training.moved``).
+    """
     file = path / "config.yaml"
     if not file.exists():
         return
@@ -224,18 +228,26 @@ def require_same(path: Path, config: Any) -> None:
         old = configuration.load(type(config), file)
     except configuration.ConfigError as error:
         raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
-    if differing := refused_changes(old, config):
-        raise RunError(f"{file}: {'; '.join(differing)}: use another run: directory or restore the setting")
+    changes = _changes(old, config)
+    if changes and changes.keys() <= PLACES.keys():
+        problems = {key: moved_problem(key, path, old, config) for key in changes}
+        changes = {key: f"{text} ({problems[key]})" for key, text in changes.items() if problems[key] is not None}
+    if changes:
+        raise RunError(f"{file}: {'; '.join(changes.values())}: use another run: directory or restore the setting")
 
 
 def refused_changes(old: Any, new: Any) -> list[str]:
     """The settings, as ``key old → new``, that differ and that a resumed run may not change."""
+    return list(_changes(old, new).values())
+
+
+def _changes(old: Any, new: Any) -> dict[str, str]:
     before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":
         allowed.add("train.steps")  # any other schedule is stretched by it
-    return [
-        f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
+    return {
+        key: f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if key not in allowed and before.get(key) != after.get(key)
-    ]
+    }

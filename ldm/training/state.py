@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.record import RunError
-from ldm.training import checkpoint
+from ldm.training import checkpoint, starts
 from ldm.training.ema import EMA
 from ldm.training.shelf import STATE, CheckpointError
 from ldm.training.task import Task
@@ -25,6 +26,7 @@ class TrainingState:
     optimizers: Mapping[str, torch.optim.AdamW]
     ema: EMA
     scaler: Any
+    surroundings: Mapping[str, Any]  # versions, device and threads of this start
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Groups of live tensors: whoever keeps them copies them."""
@@ -37,7 +39,8 @@ class TrainingState:
     def scalars(self, step: int) -> dict[str, Any]:
         """What is no tensor, as JSON, after update ``step``."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"step": step, "task": self.task.state(), "data": self._data(), "scaler": scaler}
+        about = {"task": self.task.state(), "data": self._data(), "surroundings": dict(self.surroundings)}
+        return {"step": step, **about, "scaler": scaler}
 
     def load(self, folder: Path) -> int:
         """Take over a checkpoint that has been verified; returns its update. Raises CheckpointError, RunError."""
@@ -56,6 +59,8 @@ class TrainingState:
             names = [n for n, _ in network.named_parameters()]
             checkpoint.restore_optimizer(self.optimizers[name], names, tensors[f"optimizer_{name}"])
         self.ema.load(tensors["ema"])
+        if changed := starts.changed(scalars.get("surroundings"), self.surroundings):
+            warnings.warn(f"{changed}: the end may differ in the last bits from that of an unbroken run", stacklevel=1)
         if self.scaler is not None and scaler:
             self.scaler.load_state_dict(scaler)
         return step
