@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import yaml
 from conftest import DIFFUSION, TRAIN, PowerCut, Stages
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_training import ROOT, at_position, power_cut
+from test_training import at_position, power_cut
 
 from ldm.cli.main import main
 from ldm.training import starts
@@ -39,10 +36,12 @@ def trees(here: Path, base: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     train = {**TRAIN, "steps": 4}
     ldm = {**DIFFUSION, "data": data, **own, "train": train}
     return {
-        "ldm": ("train-ldm", ldm),
         "whole": ("train-ldm", {**ldm, "init": str(base)}),
         "lora": ("train-ldm", {**ldm, "init": str(base), "train": {**train, "lora": {"rank": 2}}}),
-        "classifier": ("train-classifier", {"data": data, "diffusion": str(base), "model": {"channels": [8, 8], "groups": 4}, "train": train}),
+        "classifier": (
+            "train-classifier",
+            {"data": data, "diffusion": str(base), "model": {"channels": [8, 8], "groups": 4}, "train": train},
+        ),
     }
 
 
@@ -63,6 +62,14 @@ def here(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def straight(here: Path) -> Path:
+    """Each kind of training, done without interruption."""
+    for name in ("whole", "lora", "classifier"):
+        assert main(run_of(name, here / f"straight-{name}", here, here / "ldm")) == 0
+    return here
+
+
 def disturb(place: Path) -> None:
     """Move one weight of each file in a folder."""
     for file in place.rglob("*.safetensors"):
@@ -72,12 +79,11 @@ def disturb(place: Path) -> None:
         save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["ldm", "whole", "lora", "classifier"])
+@pytest.mark.parametrize("name", ["whole", "lora", "classifier"])
 def test_a_run_continues_where_all_that_it_names_has_moved(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    here: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert main(run_of(name, straight, here, here / "ldm")) == 0
+    cut = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         at_position(patch, lambda p: p == 4 * 3 + 1, power_cut)
         main(run_of(name, cut, here, here / "ldm"))
@@ -87,7 +93,7 @@ def test_a_run_continues_where_all_that_it_names_has_moved(
     capsys.readouterr()
     assert main(run_of(name, cut, there, there / "ldm")) == 0
     assert "going on from update 2" in capsys.readouterr().out
-    for file in (straight / "checkpoints/step-00000004").glob("*.safetensors"):
+    for file in (straight / f"straight-{name}/checkpoints/step-00000004").glob("*.safetensors"):
         assert file.read_bytes() == (cut / "checkpoints/step-00000004" / file.name).read_bytes(), file.name
     assert str(there) in (cut / "config.yaml").read_text(encoding="utf-8")
 
@@ -95,23 +101,23 @@ def test_a_run_continues_where_all_that_it_names_has_moved(
 @pytest.mark.parametrize(
     ("name", "changed", "key"),
     [
-        ("ldm", "photos", "data.folder"), ("ldm", "autoencoder", "autoencoder"), ("ldm", "clip", "text"), ("whole", "ldm", "init"),
-        ("lora", "ldm", "init"), ("classifier", "ldm", "diffusion"),
+        ("whole", "photos", "data.folder"), ("whole", "autoencoder", "autoencoder"), ("whole", "clip", "text"),
+        ("whole", "ldm", "init"), ("lora", "ldm", "init"), ("classifier", "ldm", "diffusion"),
     ],
 )  # fmt: skip
 def test_what_is_not_the_same_elsewhere_is_refused_with_the_reason(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, changed: str, key: str
+    here: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, changed: str, key: str
 ) -> None:
     run, there = tmp_path / "run", tmp_path / "there"
-    assert main([*run_of(name, run, here, here / "ldm"), "train.steps=2", "train.lr_schedule=constant"]) == 0
+    shutil.copytree(straight / f"straight-{name}", run)
     before = (run / "config.yaml").read_bytes()
-    shutil.copytree(here, there)
+    shutil.copytree(here / changed, there / changed)
     if changed == "photos":
         shutil.rmtree(there / "photos")
         photos(there / "photos", 100)
     else:
         disturb(there / changed)
-    arguments = [*run_of(name, run, here, here / "ldm"), "train.lr_schedule=constant"]
+    arguments = run_of(name, run, here, here / "ldm")
     capsys.readouterr()
     assert main([*arguments, f"{key}={there}/{changed}"]) == 2
     error = capsys.readouterr().err
@@ -122,11 +128,12 @@ def test_what_is_not_the_same_elsewhere_is_refused_with_the_reason(
     assert "train.lr" in capsys.readouterr().err
 
 
-def test_a_finished_lora_whose_base_has_moved_is_exported_with_its_new_place(here: Path, tmp_path: Path) -> None:
-    base, run = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(here / "ldm", base)
-    assert main(run_of("lora", run, here, base)) == 0
-    base.rename(tmp_path / "elsewhere")
+def test_a_finished_lora_whose_base_has_moved_is_exported_with_its_new_place(here: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight / "straight-lora", run)
+    shutil.copytree(here / "ldm", tmp_path / "elsewhere")
+    reference = json.loads((run / "model/lora.json").read_text(encoding="utf-8"))
+    (run / "model/lora.json").write_text(json.dumps({**reference, "base": ["../../gone", "/gone"]}), encoding="utf-8")
     draw = ["sample", str(run), "--prompt", "dark", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "images")]
     assert main(draw) == 4
     assert main(run_of("lora", run, here, tmp_path / "elsewhere")) == 0
@@ -137,29 +144,30 @@ def test_a_finished_lora_whose_base_has_moved_is_exported_with_its_new_place(her
     assert main([*draw[:1], str(tmp_path / "both/run"), *draw[2:]]) == 0
 
 
-def test_a_run_without_checkpoint_cannot_say_what_it_had(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_checkpoint_cannot_say_what_it_had(
+    here: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    assert main([*run_of("ldm", run, here, here / "ldm"), "train.steps=1", "train.lr_schedule=constant"]) == 0
+    shutil.copytree(straight / "straight-whole", run)
     shutil.rmtree(run / "checkpoints")
     (run / "status.json").unlink()
     shutil.copytree(here / "clip", tmp_path / "clip")
-    arguments = [*run_of("ldm", run, here, here / "ldm"), "train.steps=1", "train.lr_schedule=constant"]
-    assert main([*arguments, f"text={tmp_path}/clip"]) == 2
+    assert main([*run_of("whole", run, here, here / "ldm"), f"text={tmp_path}/clip"]) == 2
     assert "no checkpoint, which would say what was there" in capsys.readouterr().err
 
 
 # other circumstances
 
 
-def test_another_number_of_threads_is_recorded_and_warned_about(stages: Stages, tmp_path: Path) -> None:
-    """In processes of their own, as a person sets it."""
-    command = [sys.executable, "-m", "ldm.cli.main", "train-ldm", str(stages.folder / "ldm.yaml"), f"run={tmp_path}/run"]
-    constant = ["train.lr_schedule=constant", "train.sample_every=100"]
+def test_another_number_of_threads_is_recorded_and_warned_about(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for threads, steps in ((1, 1), (2, 2), (2, 3)):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, *constant, f"train.steps={steps}"], env=environment, capture_output=True, text=True, check=True)
-        said.append(done.stderr)
+        torch.set_num_threads(threads)
+        try:
+            assert stages.train("autoencoder", f"run={tmp_path}/run", "data.workers=0", f"train.steps={steps}") == 0
+        finally:
+            torch.set_num_threads(1)
+        said.append(capsys.readouterr().err)
     expected = "warning: not as when the checkpoint was written: threads 1 → 2: the end may differ in the last bits"
     assert [text.count(expected) for text in said] == [0, 1, 0], said
     lines = [json.loads(line) for line in (tmp_path / "run/starts.jsonl").read_text(encoding="utf-8").splitlines()]
