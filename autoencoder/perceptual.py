@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 
 import lpips
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from autoencoder.config import PERCEPTUAL_NETS
+from autoencoder.config import PERCEPTUAL_NETS, ConfigError
 
 TORCHVISION_FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 BUILDERS = {"alex": models.alexnet, "vgg": models.vgg16}
@@ -28,13 +26,13 @@ class PerceptualLoss(nn.Module):
     ``weights`` is the torchvision trunk's file, ``torchvision`` for the file in torchvision's download cache, or
     ``random`` for an untrained trunk of fixed seed, whose value means nothing (``meaningful`` is False). The linear
     heads are those of the installed lpips. Nothing is downloaded.
-    Raises ValueError if the net is unknown or the file is missing or no whole state dict of that network.
+    Raises ConfigError if the net is unknown, or the file is missing, not a whole state dict of that network, or not finite.
     """
 
     def __init__(self, net: str = "vgg", weights: str | Path = "torchvision") -> None:
         super().__init__()
         if net not in PERCEPTUAL_NETS:
-            raise ValueError(f"lpips_net must be one of {', '.join(PERCEPTUAL_NETS)}, got {net!r}")
+            raise ConfigError(f"lpips_net must be one of {', '.join(PERCEPTUAL_NETS)}, got {net!r}")
         self.net = net
         self.meaningful = str(weights) != "random"
         network = _read(_locate(net, weights), net) if self.meaningful else None
@@ -72,7 +70,7 @@ class PerceptualLoss(nn.Module):
 def _locate(net: str, weights: str | Path) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION_FILES[net] if str(weights) == "torchvision" else Path(weights)
     if not path.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"LPIPS weights not found at {path}: put torchvision's {TORCHVISION_FILES[net]} there, "
             "or set loss.lpips_weights to that file's path, or to `random` for a test without meaning"
         )
@@ -84,15 +82,17 @@ def _read(path: Path, net: str) -> nn.Module:
     expected = f"expected the whole state dict of torchvision's {net} ({TORCHVISION_FILES[net]})"
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"LPIPS weights {path} cannot be read: {expected}") from error
+    except Exception as error:  # whatever torch raises for a file of something else
+        raise ConfigError(f"LPIPS weights {path} cannot be read ({type(error).__name__}): {expected}") from error
     with torch.device("meta"):  # takes no memory and draws no numbers
         network = BUILDERS[net](weights=None)
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()[:200]
-        raise ValueError(f"LPIPS weights {path} do not fit ({reason}): {expected}") from error
+        raise ConfigError(f"LPIPS weights {path} do not fit ({reason}): {expected}") from error
+    if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+        raise ConfigError(f"LPIPS weights {path} hold values that are infinite or NaN: {expected}")
     return network
 
 

@@ -264,7 +264,7 @@ def test_workers_leave_signals_to_the_trainer() -> None:
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.kill(worker.pid or 0, number)
     assert len(list(feed)) == 28
     for worker in workers:

@@ -18,12 +18,13 @@ import torch
 import yaml
 from conftest import PowerCut, Stages, end_writes
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoder.config import LossConfig
 from autoencoder.loss import gan_factor
 from autoencoder.model import AutoencoderKL
+from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import TrainConfig
 from ldm.data.images import prepare
@@ -243,16 +244,33 @@ def test_another_configuration_is_refused_and_the_run_left_free(stages: Stages, 
         assert error.count("\n") == 1 and "train.lr 0.001 → 0.002" in error
 
 
-def test_fp16_without_a_gpu_is_one_line(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["train-clip", "train-ldm", "verify-resume", "replay"])
+def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     from accelerate.state import AcceleratorState
 
+    def slow(*arguments: Any) -> Any:
+        raise AssertionError("the task is made, with a latent cache and more")
+
+    monkeypatch.setattr("ldm.cli.training.make_task", slow)
+    arguments = [command, str(stages.folder / ("ldm.yaml" if "clip" not in command else "clip.yaml")), f"run={tmp_path}/run"]
+    if command == "replay":
+        at = tmp_path / "run/incidents/update-00000000"
+        at.mkdir(parents=True)
+        incident = {"update": 0, "batch_size": 4, "micro_batch": 2, "processes": 1, "task": {}, "weights": at.name, "positions": [0, 3]}
+        (at / "incident.json").write_text(json.dumps(incident))
+        save_file({"w": torch.zeros(1)}, at / "unet.safetensors")
+        settings = stages.settings("ldm", "train.mixed_precision=fp16")
+        configuration.save(settings, tmp_path / "run/config.yaml")
+        arguments = [command, str(at)]
     AcceleratorState._reset_state()
     try:
-        assert stages.train("clip", f"run={tmp_path}/run", "train.mixed_precision=fp16") == 2
+        assert main([*arguments, *(["train.mixed_precision=fp16"] if command != "replay" else [])]) == 2
     finally:
         AcceleratorState._reset_state()
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.mixed_precision fp16" in error
+    assert error.count("\n") == 1 and "train.mixed_precision fp16 is not offered on cpu: use no or bf16" in error
 
 
 # the learning rate

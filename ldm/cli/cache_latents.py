@@ -7,6 +7,7 @@ import argparse
 from ldm import config
 from ldm.cli import training
 from ldm.cli.console import Console
+from ldm.cli.place import check_place
 
 add_arguments = training.add_settings
 
@@ -14,6 +15,7 @@ add_arguments = training.add_settings
 def run(arguments: argparse.Namespace) -> None:
     """Write the cache, or check the one that is there."""
     settings = config.load(config.DiffusionRun, arguments.config, arguments.overrides)
+    check_place(settings)
     if settings.autoencoder == config.NONE or not settings.cache_latents:
         raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")
     from ldm.data.sources import open_source

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
-from ldm.config import ConfigError, config_file
+from ldm.cli.target import check_target
+from ldm.config import config_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +28,10 @@ def run(arguments: argparse.Namespace) -> None:
     plain, adversarial = Path(arguments.plain), Path(arguments.adversarial)
     for path in (plain, adversarial):
         config_file(path)
-    file = Path(arguments.out) if arguments.out else adversarial.parent / "comparison.png"
-    if file.suffix.lower() != ".png":
-        raise ConfigError(f"--out {file}: the picture is a PNG: give a name that ends in .png")
-    if (beside := file.with_suffix(".json")).exists() and not file.exists():
-        raise ConfigError(f"--out {file}: the figures would overwrite {beside}, which was not written with such a picture")
+    from ldm.evaluation.plots import SUFFIXES, is_figure
+
+    file = Path(arguments.out) if arguments.out is not None else adversarial.parent / "comparison.png"
+    check_target(file, is_figure, SUFFIXES, (".json",))
     from ldm.evaluation.compare import compare
 
     console = Console()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SHOWN = ("loss", "l1", "validation/loss", "validation/psnr", "validation/retrieval_top1", "updates_per_second")
@@ -16,11 +19,43 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-class Console:
-    """Messages and progress of the main process; other processes are silent."""
+def write_anything() -> None:
+    """Let what a terminal's encoding lacks, such as × in ASCII or half of a surrogate, appear as an escape instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
-    def __init__(self) -> None:
-        self.silent = rank() != 0
+
+def complain(text: str) -> None:
+    """One line on standard error; nothing where that cannot be written to, so that the exit code stays what it is."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def silence(stream: Any) -> None:
+    """Send all that is still to be written to ``stream`` nowhere: Python's last flush would fail, and change the exit code."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_output() -> None:
+    """Write what is left in the streams' buffers, or drop it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            silence(stream)
+
+
+class Console:
+    """Messages and progress of the main process; other processes are silent.
+
+    ``lasting``: work that goes on where its lines cannot be written, such as a training whose terminal was closed or whose log
+    fills its disk.
+    """
+
+    def __init__(self, lasting: bool = False) -> None:
+        self.silent, self._lasting = rank() != 0, lasting
         self._bar: Any = None
         self._begun: tuple[float, int] | None = None
 
@@ -28,10 +63,11 @@ class Console:
         """One line."""
         if self.silent:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._spoken(sys.stdout):
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
 
     def progress(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
         """Step ``step`` of ``steps`` is done; ``values`` are figures to show beside it."""
@@ -39,16 +75,28 @@ class Console:
             return
         shown = {k.replace("/", " "): f"{values[k]:.3g}" for k in SHOWN if isinstance(values.get(k), (int, float))}
         if sys.stderr.isatty():
-            self._on_bar(step, steps, shown)
+            with self._spoken(sys.stderr):
+                self._on_bar(step, steps, shown)
             return
         if self._begun is None:
             self._begun = time.monotonic(), step
         passed, done = time.monotonic() - self._begun[0], step - self._begun[1]
         figures = "  ".join(f"{k} {v}" for k, v in shown.items())
         left = f"{passed / done * (steps - step):.0f} s left" if done and step < steps else ""
-        print(f"{step}/{steps}  {', '.join(part for part in (figures, left) if part)}".rstrip(), flush=True)
+        with self._spoken(sys.stdout):
+            print(f"{step}/{steps}  {', '.join(part for part in (figures, left) if part)}".rstrip(), flush=True)
         if step >= steps:
             self._begun = None
+
+    @contextmanager
+    def _spoken(self, stream: Any) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._lasting:
+                raise
+            if error.errno in (errno.EIO, errno.EPIPE):  # a full disk may have room again
+                silence(stream)
 
     def _on_bar(self, step: int, steps: int, shown: Mapping[str, str]) -> None:
         if self._bar is None:

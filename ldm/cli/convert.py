@@ -17,6 +17,7 @@ from pathlib import Path
 from ldm.cli.console import Console
 from ldm.cli.reading import add_reading, reading
 from ldm.config import ConfigError
+from ldm.files.disk import whole
 
 DTYPES = ("keep", "fp32", "fp16", "bf16")
 
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
         console.say(line)
     converted = cast(source, arguments.dtype)
     shard = None if arguments.shard_size is None else int(arguments.shard_size * 1e9)
-    write_model(converted, target, shard, arguments.openclip)
+    with whole(target) as place:
+        write_model(converted, place, shard, arguments.openclip)
     console.say(f"written: {target}")
     if arguments.verify:
         single = Path(arguments.source).is_file() and arguments.dtype == "keep"

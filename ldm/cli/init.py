@@ -16,11 +16,13 @@ import os
 import re
 import shlex
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.console import Console
 from ldm.config import CAPTIONS, ConfigError
+from ldm.files.disk import replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,17 +71,25 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = tuple(dict.fromkeys(row.text for row in looked.rows if _prompt(row.text)))[:PROMPTS]
     plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], "gpu" if gpu else "cpu", tokens, prompts)
     present = [f"{stage}.yaml" for stage in STAGES if (out / f"{stage}.yaml").exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for file, text in {} if present else recipe.write(plan).items():
-            (out / file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
+    if not present:
+        _write_all({out / file: text for file, text in recipe.write(plan).items()})
     _say_skipped(looked, out, console)
     if present:
         console.say(f"{', '.join(present)} in {out}/ stay as they are: delete them, or give another folder with --out, to have new ones")
     else:
         _say_next(plan, out, console)
+
+
+def _write_all(files: dict[Path, str]) -> None:
+    """All files or none: those that are there would keep a second call from writing the others."""
+    try:
+        for file, text in files.items():
+            replace(file, text.encode())
+    except OSError:
+        for file in files:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise
 
 
 def _prompt(text: str) -> bool:
@@ -184,7 +194,7 @@ def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
     skipped, file = looked.skipped, out / "skipped.jsonl"
     if not skipped:
         return
-    file.write_text("".join(json.dumps(vars(s), ensure_ascii=False) + "\n" for s in skipped), encoding="utf-8")
+    replace(file, "".join(json.dumps(vars(s), ensure_ascii=False) + "\n" for s in skipped).encode(errors="replace"))
     console.say(f"  left out  {len(skipped)} of {looked.total} images and rows, all listed in {file}")
     for one in skipped[:NAMED]:
         console.say(f"            {one.file}: {one.reason}")

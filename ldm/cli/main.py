@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ldm.cli.console import rank
+from ldm.cli.console import complain, end_output, rank, silence, write_anything
+from ldm.files.disk import OS_FAULT, described
 
 # command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
 COMMANDS = {
@@ -43,8 +44,8 @@ COMMANDS = {
     "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
 }
 
-CODES = """exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint or model folder, 5 training went non-finite,
-75 interrupted and saved (the same command goes on), 130 interrupted where there was nothing to save"""
+CODES = """exit codes: 0 done, 2 usage, configuration, or a file or disk that the system refuses, 3 data, 4 checkpoint or model folder,
+5 training went non-finite, 75 interrupted and saved (the same command goes on), 130 interrupted where there was nothing to save"""
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
@@ -58,6 +59,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _leave_it_to_the_main_process()
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        end_output()
+        super().exit(status, message)
 
     def print_help(self, file: IO[str] | None = None) -> None:
         if rank() == 0:
@@ -81,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """As parse_args, but key=value may stand behind options, too: argparse ends a list of positions at the first option."""
     top = parser()
-    arguments, left = top.parse_known_args(argv)
+    arguments, left = top.parse_known_args([_text(top, one) for one in (sys.argv[1:] if argv is None else argv)])
     if left and (not hasattr(arguments, "overrides") or any(one.startswith("-") for one in left)):
         top.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
@@ -89,8 +94,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _text(top: argparse.ArgumentParser, argument: str) -> str:
+    """An argument as the text that it is in UTF-8, whatever the locale; one that is not text ends the program."""
+    try:
+        text = argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        top.error(f"argument {argument!r} is not UTF-8 text")
+    if "\0" in text:
+        top.error(f"argument {text!r} holds a NUL character")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    write_anything()
     arguments = _parse(argv)
     everywhere = False
     shown = warnings.showwarning
@@ -99,32 +116,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.function(arguments)  # None, but of the commands whose exit code is their answer
     except KeyboardInterrupt:
         if rank() == 0:
-            print("stopped", file=sys.stderr)
+            complain("stopped")
         return 130
     except BrokenPipeError:  # whoever read our lines, `head` for one, has enough of them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
+        silence(sys.stdout)
         return 0
     except Exception as error:
-        code = getattr(error, "exit_code", None)  # the errors that a person can mend carry one
+        code, line = _known(error)
         everywhere = getattr(error, "everywhere", False)  # and those that every process raises are marked
         if everywhere and rank() != 0:
             return code or 1
         _leave_it_to_the_main_process()
         place = "" if rank() == 0 else f" (process {rank()})"
         if code is not None:
-            print(f"ldm {arguments.command}{place}: {error}", file=sys.stderr, flush=True)
+            complain(f"ldm {arguments.command}{place}: {line}".replace("\n", "\\n").replace("\r", "\\r"))  # of a file's name
             return code
         if (fault := _of_another(error, arguments.command)) is not None:
-            print(f"ldm {arguments.command}{place}: {fault}", file=sys.stderr, flush=True)
+            complain(f"ldm {arguments.command}{place}: {fault}")
             return 1
         if not everywhere:
             raise
         traceback.print_exc()  # before leaving, or the launcher may end this process first
         return 1
     finally:
+        end_output()
         warnings.showwarning = shown
         _leave_process_group(everywhere)
     return code or 0
+
+
+def _known(error: Exception) -> tuple[int | None, str]:
+    """Exit code and line of an error that the user can do something about; None for any other."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)  # type: ignore[attr-defined]
+    if isinstance(error, OSError):
+        return OS_FAULT, described(error)
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        return OS_FAULT, f"{error.object!r} cannot be named in this locale ({error.encoding}): set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+    return None, ""
 
 
 def _of_another(error: Exception, command: str) -> str | None:
@@ -146,7 +175,7 @@ def _one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
         if category is not UserWarning or "ldm" not in Path(filename).parts:
             otherwise(message, category, filename, *rest, **more)
         elif rank() == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            complain(f"warning: {message}")
 
     return show
 
@@ -178,8 +207,7 @@ def leave(code: int) -> NoReturn:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()  # data workers are ended there
-        sys.stdout.flush()
-        sys.stderr.flush()
+        end_output()
         os._exit(code)
     sys.exit(code)
 

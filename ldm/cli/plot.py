@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console, rank
+from ldm.cli.target import check_target
 from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
 
 if TYPE_CHECKING:
@@ -259,12 +260,8 @@ def _out(arguments: argparse.Namespace) -> Path:
     """The file to write, its folder made: before anything slow."""
     folder = Path(arguments.run) / "plots" if arguments.run else Path()
     file = Path(arguments.out) if arguments.out is not None else folder / f"{arguments.plot}.png"
-    if file.is_dir():
-        raise ConfigError(f"--out {file} is a folder: name a file in it")
-    if file.suffix not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--out {file} must end in .png, .pdf or .svg")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {file} cannot be written: {error.strerror}") from None
+    from ldm.evaluation.plots import SUFFIXES, is_figure
+
+    ours = is_figure if arguments.out is not None or not arguments.run else lambda content: True  # RUN/plots/ is ours
+    check_target(file, ours, SUFFIXES, (".json",) if arguments.plot in ("guidance", "classifier") else ())
     return file

@@ -23,11 +23,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Read, compute, say."""
     from ldm.cli.training import make_task
     from ldm.training.incidents import read
+    from ldm.training.precision import accelerator_of
     from ldm.training.replay import NotReproducedError, replay
 
     folder, console = Path(arguments.incident).resolve(), Console()
     incident, weights = read(folder)
     settings = load_run(folder.parent.parent)
+    accelerator_of(settings.train.mixed_precision)  # before what may take long
     task = make_task(settings, console)
     positions = incident.positions
     console.say(f"update {incident.update}: positions {positions.start} to {positions.stop - 1} of the training stream")

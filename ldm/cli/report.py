@@ -11,7 +11,9 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
+from ldm.cli.target import check_target
 from ldm.config import ConfigError, load_run
+from ldm.files.disk import replace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
     load_run(arguments.run)  # a fault in it is told at once
     folder, console = Path(arguments.run), Console()
     file = Path(arguments.out) if arguments.out is not None else folder / "report.html"
-    if file.is_dir():
-        raise ConfigError(f"--out {file} is a folder: name a file in it")
-    temporary = file.with_name(f".{file.name}.tmp")  # a page that is there stays until the new one is whole
-    try:  # before the reconstructions, which may take minutes
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise ConfigError(f"--out {file} cannot be written: {error.strerror}") from None
-    try:
-        from ldm.evaluation.report import report
+    from ldm.evaluation.html import is_page
+    from ldm.evaluation.report import report
 
-        text = report(folder, arguments.images, console.progress)
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file name may hold bytes that are no text
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_target(file, is_page)  # before the reconstructions, which may take minutes
+    text = report(folder, arguments.images, console.progress)
+    replace(file, text.encode(errors="replace"))  # a file name may hold bytes that are no text
     console.say(f"report: {file}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.console import Console
+from ldm.cli.target import check_target
 from ldm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     file, out = Path(arguments.image), None if arguments.out is None else Path(arguments.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir() or out.resolve() == file.resolve()):
         raise ConfigError(f"--out {out} must be a file in a folder that is there, and not the picture itself")
+    if out is not None:
+        check_target(out, lambda content: False)
     from PIL import Image
 
+    from ldm.evaluation.plots import write_png
     from ldm.evaluation.reproduction import PROMISED, check_model, deviation, elsewhere, redraw
     from ldm.pipeline import Pipeline
     from ldm.pipeline.info import ModelInfo
@@ -63,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         what, most = str(error), 256
     here = surroundings(device)
     if out is not None:
-        Image.fromarray(drawn).save(out, format="PNG", pnginfo=dataclasses.replace(origin, drawn={**origin.drawn, **here}).png())
+        write_png(Image.fromarray(drawn), out, dataclasses.replace(origin, drawn={**origin.drawn, **here}).png())
     console = Console()
     console.say(f"{file}: {what}{' (within what is promised)' if 0 < most <= PROMISED else ''}; model {origin.model[:12]} of {path}")
     for line in elsewhere(origin, here):

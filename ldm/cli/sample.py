@@ -171,6 +171,7 @@ def _first_number(out: Path) -> int:
 def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
     """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
     from ldm.data.images import to_pil, to_uint8
+    from ldm.evaluation.plots import write_png
 
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
@@ -178,7 +179,7 @@ def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console:
         arrays = to_uint8(images)
         for picture, i in zip(to_pil(arrays), mine[len(drawn) :], strict=False):
             origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)
-            picture.save(out / f"{first + i:05d}-{_slug(prompts[i])}.png", pnginfo=origin.png())
+            write_png(picture, out / f"{first + i:05d}-{_slug(prompts[i])}.png", origin.png())
         drawn += list(arrays)
         console.progress(len(drawn), len(mine), {})
     return drawn
@@ -188,9 +189,9 @@ def _save_grid(images: list[np.ndarray], columns: int, origin: Origin, file: Pat
     import numpy as np
     from PIL import Image
 
-    from ldm.evaluation.plots import grid
+    from ldm.evaluation.plots import grid, write_png
 
-    Image.fromarray(grid(np.stack(images), columns)).save(file, pnginfo=origin.png())
+    write_png(Image.fromarray(grid(np.stack(images), columns)), file, origin.png())
 
 
 def _slug(text: str) -> str:

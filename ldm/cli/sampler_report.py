@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
+from ldm.cli.target import check_target
 from ldm.config import GRIDS, SAMPLERS, ConfigError
 
 FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # and their defaults
@@ -111,8 +112,11 @@ def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[
 
 
 def _folder(out: Path) -> Path:
+    from ldm.evaluation.plots import is_figure
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be a folder: {error.strerror}") from None
+    check_target(out / "samplers.png", is_figure, beside=(".json",))
     return out

@@ -13,6 +13,7 @@ from typing import Any
 
 from ldm import config
 from ldm.cli import train_autoencoder, train_clip, train_ldm
+from ldm.cli.place import check_place
 
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "ldm": train_ldm}
 CLASSES = {"autoencoder": config.AutoencoderRun, "clip": config.ClipRun, "ldm": config.DiffusionRun}
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("mixed_precision", "rank_timeout"):  # accelerate holds one for the whole process
         if len(kinds := {str(getattr(s.train, name)) for s in settings.values()}) > 1:
             raise config.ConfigError(f"train.{name} is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage")
+    for one in settings.values():
+        check_place(one)
     for stage, file in files.items():
         STAGES[stage].run(argparse.Namespace(config=file, overrides=overrides[stage]))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm import config
 from ldm.cli.console import Console, rank
+from ldm.cli.place import check_place
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,8 @@ def make_task(settings: Any, console: Console) -> Any:
 def run(arguments: argparse.Namespace, kind: type) -> None:
     """Read the configuration, make the task and train it."""
     settings = config.load(kind, arguments.config, arguments.overrides)
-    _check_place(settings)
-    console = Console()
+    check_place(settings)
+    console = Console(lasting=True)
     start = getattr(arguments, "start", None)  # `train` has no such argument
     if start is None and _finished(settings, console):
         return
@@ -60,11 +61,13 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
     require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
     from ldm.training.launch import launched
     from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.precision import accelerator_of
     from ldm.training.stopping import end_with_launcher
 
     end_with_launcher()
     launched(patience=settings.train.rank_timeout)  # before the task, which may need the others
     try:
+        accelerator_of(settings.train.mixed_precision)  # before the task, which may encode all images
         task = make_task(settings, console)
     except Exception as error:
         _fail(settings, error)
@@ -86,13 +89,6 @@ def _fail(settings: Any, error: Exception) -> None:
             run.fail(error)
 
 
-def _check_place(settings: Any) -> None:
-    """A run inside the folder of images would add its pictures to them."""
-    folder = settings.data.folder
-    if folder is not None and Path(settings.run).resolve().is_relative_to(Path(folder).resolve()):
-        raise config.ConfigError(f"run {settings.run} lies inside data.folder {folder}, among the images: choose another place")
-
-
 def _finished(settings: Any, console: Console) -> bool:
     """Whether the run is trained to its end and exported; says so."""
     from ldm.evaluation.record import read_status
@@ -100,11 +96,25 @@ def _finished(settings: Any, console: Console) -> bool:
 
     path, steps = Path(settings.run), settings.train.steps
     status = read_status(path)
-    if status is None or status["state"] != "done" or status["step"] < steps or not (path / "model").is_dir():
+    if status is None or status.get("state") != "done" or status.get("step", 0) < steps or not (path / "model").is_dir():
         return False
     if rank() == 0:
         with RunDirectory(path) as run:
             run.start(settings)  # refuses another configuration
+    if _lacks_its_base(path):  # all processes see it: the export is written anew only once they have met
+        return False
     new = "; images added since are for another run: directory" if settings.data.folder is not None else ""
     console.say(f"{path}: already trained to update {status['step']} of {steps}{new}")
     return True
+
+
+def _lacks_its_base(path: Path) -> bool:
+    """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
+    from ldm.interop.files import FolderError
+    from ldm.interop.reference import Reference
+
+    try:
+        Reference.read(path / "model")
+    except FolderError:
+        return True
+    return False

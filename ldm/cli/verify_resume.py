@@ -43,9 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
         settings = load_any(arguments.config, arguments.overrides)
     console = Console()
     from ldm.training.launch import launched  # torch: seconds
+    from ldm.training.precision import accelerator_of
     from ldm.training.run import RunDirectory
 
     processes, device = launched()
+    accelerator_of(settings.train.mixed_precision)
     (folder, *_) = processes.each(lambda: _folder(settings.run, arguments.keep) if processes.main else Path())
     with ExitStack() as stack:
         if processes.main and arguments.keep is None:

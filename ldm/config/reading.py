@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.files.disk import replace
 
 T = TypeVar("T")
 
@@ -57,6 +58,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ConfigError(f"{name} must be text, got {value!r}")
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
     return value
@@ -148,7 +151,7 @@ def save(config: Any, file: str | Path) -> None:
     """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(to_dict(config)), file)
+    replace(Path(file), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class AutoencoderRun:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _named(self.run)
         _same("data.image_channels", self.data.image_channels, "model.image_channels", self.model.image_channels)
         _multiple("data.image_size", self.data.image_size, self.model.factor, "the autoencoder's factor")
         if self.train.mixed_precision == "fp16":
@@ -44,6 +45,7 @@ class ClipRun:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _named(self.run)
         _multiple("data.image_size", self.data.image_size, self.model.patch_size, "model.patch_size")
         _no_lora(self.train)
         if self.data.captions == "none":
@@ -74,6 +76,7 @@ class DiffusionRun:
     prompts: tuple[str, ...] = ()  # of the grids drawn while training; empty: the first validation captions
 
     def __post_init__(self) -> None:
+        _named(self.run)
         between(self, 0.0, 1.0, "caption_dropout")
         at_least(self, 0, "cache_captions")
         if self.data.captions == "none" and self.text != NONE:
@@ -123,6 +126,7 @@ class ClassifierRun:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _named(self.run)
         if self.data.source != "digits" and self.data.captions != "class":
             raise ConfigError("data: classes are those of source: digits, or of a folder with captions: class")
         _no_lora(self.train)
@@ -136,6 +140,11 @@ RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun]] =
     "train-ldm": DiffusionRun,
     "train-classifier": ClassifierRun,
 }
+
+
+def _named(run: str) -> None:
+    if not run.strip():
+        raise ConfigError("run must name the folder that is trained in, such as runs/photos")
 
 
 def _no_lora(train: TrainConfig) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ldm.files.disk import OS_FAULT, described
+
 T = TypeVar("T")
 
 
@@ -71,5 +73,7 @@ ALONE = Processes(0, 1, lambda value: [value])
 def _described(rank: int, error: Exception) -> tuple[str, int | None]:
     """One line for a fault that a person can mend, else the whole traceback."""
     code = getattr(error, "exit_code", None)
+    if code is None and isinstance(error, OSError):
+        return f"process {rank}: {described(error)}", OS_FAULT
     text = str(error) if code is not None else "".join(traceback.format_exception(error))
     return f"process {rank}: {text}", code

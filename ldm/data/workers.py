@@ -46,7 +46,7 @@ class Workers:
     def enter(self, worker: int) -> None:
         """In a worker, first of all: the trainer decides when to stop, even where a signal went to the whole process group."""
         self._posts[2 * worker] = os.getpid()
-        for number in (signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 

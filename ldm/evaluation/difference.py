@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import load_run, to_dict
-from ldm.evaluation.record import figures, flat, newest_checkpoint, read_metrics, read_skipped, read_starts, read_status
+from ldm.evaluation.record import figures, flat, newest_checkpoint, parse, read_metrics, read_skipped, read_starts, read_status
 
 NOTHING = "–"  # where one of the two does not have it
 TIMES = ("seconds", "updates_per_second")  # ends of names; two equal runs differ in them
-CODE = ("ldm", "commit", "dirty", "python", "torch", "accelerate", "device", "processes")
+CODE = ("ldm", "commit", "dirty", "python", "torch", "accelerate", "device", "processor", "threads", "processes")
 Row = tuple[str, str, str]  # name, in the first, in the second
 
 
@@ -61,7 +61,7 @@ def _data(path: Path) -> dict[str, Any]:
     """Counts and fingerprints, as the newest checkpoint keeps them."""
     newest = newest_checkpoint(path)
     try:
-        state = json.loads((newest[1] / "state.json").read_text()) if newest is not None else {}
+        state = parse((newest[1] / "state.json").read_text(encoding="utf-8")) if newest is not None else {}
         data = flat(state.get("data", {}))
     except (OSError, ValueError, AttributeError):  # damaged; `ldm checkpoints` says how
         data = {}
@@ -86,7 +86,7 @@ def _results(path: Path) -> dict[str, Any]:
 def _report(path: Path) -> dict[str, Any]:
     """The figures of the evaluation."""
     try:
-        report = json.loads((path / "report.json").read_text())
+        report = parse((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     rows = {name: value["accuracy"] if isinstance(value, dict) else value for name, value in figures(report)}
@@ -94,7 +94,7 @@ def _report(path: Path) -> dict[str, Any]:
 
 
 def _status(path: Path) -> dict[str, Any]:
-    return _timeless(read_status(path) or {})
+    return _timeless(read_status(path, checked=False) or {})
 
 
 def _timeless(rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ldm.data.sources import Source, open_source
 from ldm.evaluation import judge as shapes
 from ldm.evaluation import plots
 from ldm.evaluation.reconstructions import reconstructed
-from ldm.evaluation.record import read_metrics, scalar_series
+from ldm.evaluation.record import read_metrics, read_status, scalar_series
 from ldm.interop.files import read_json, write_json
 from ldm.pipeline import Pipeline
 
@@ -200,4 +200,5 @@ def _kept(file: Path, model: str) -> dict[str, Any]:
 def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:
     """Wall time of each stage, over all of its resumes, as the runs themselves recorded it."""
     stages = {"autoencoder": Path(config.autoencoder), "text": Path(config.text), "diffusion": run}
-    return {name: round(read_json(path / "status.json")["seconds"], 1) for name, path in stages.items() if (path / "status.json").is_file()}
+    told = {name: (read_status(path) or {}).get("seconds") for name, path in stages.items()}
+    return {name: round(seconds, 1) for name, seconds in told.items() if seconds is not None}

@@ -100,6 +100,11 @@ def page(title: str, *content: Any) -> str:
     return "<!DOCTYPE html>\n" + element("html", head, element("body", *content), lang="en") + "\n"
 
 
+def is_page(content: bytes) -> bool:
+    """Whether ``page`` wrote a file of this content."""
+    return content.startswith(page("").partition("<title>")[0].encode())
+
+
 def _encoded(image: Image.Image, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, **options)

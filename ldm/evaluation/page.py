@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ldm.evaluation.plots import GAP, grid
+from ldm.evaluation.plots import GAP, grid, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +61,7 @@ class Page:
 
     def save(self, file: Path, about: Mapping[str, Any]) -> None:
         """Write the page; a PNG carries ``about`` as our samples do."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        told = {"ldm": json.dumps(about, ensure_ascii=False)} if file.suffix == ".png" else None
-        self.figure.savefig(file, metadata=told)
+        save_figure(self.figure, file, json.dumps(about, ensure_ascii=False))
 
 
 def fitted(images: UInt8[np.ndarray, "n h w c"], cell: int) -> UInt8[np.ndarray, "n cell2 cell2 3"]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.evaluation.record import Points
+from ldm.files.disk import replace
 
 GAP = 2  # pixels between images
+SUFFIXES = (".png", ".pdf", ".svg")
+MARK = "ldm figure"  # in the metadata of each kind of file
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c2"]:
@@ -58,8 +64,7 @@ def captioned(
     if title:
         figure.suptitle(title, fontsize=9)
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def curves(series: Mapping[str, Points], file: Path) -> None:
@@ -74,8 +79,7 @@ def curves(series: Mapping[str, Points], file: Path) -> None:
         axes.set_xlabel("update", fontsize=8)
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def likelihood(found: Mapping[str, Any], file: Path) -> None:
@@ -103,7 +107,27 @@ def likelihood(found: Mapping[str, Any], file: Path) -> None:
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
     bars.set(xlabel="bits per dimension", title=f"in all {found['bits_per_dim']:.3f}{error}")
     figure.tight_layout()
-    figure.savefig(file)
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path, about: str | None = None) -> None:
+    """Write a figure whole or not at all; ``about`` is kept in a PNG under ``ldm``. ``is_figure`` knows it again. Raises OSError."""
+    content, kind = io.BytesIO(), file.suffix.lower().removeprefix(".")
+    told = {"Source": MARK, **({} if about is None else {"ldm": about})} if kind == "png" else {"Creator": MARK}
+    figure.savefig(content, format=kind, metadata=told)
+    replace(file, content.getvalue())
+
+
+def write_png(picture: Image.Image, file: Path, info: PngInfo) -> None:
+    """Write a picture whole or not at all. Raises OSError."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG", pnginfo=info)
+    replace(file, content.getvalue())
+
+
+def is_figure(content: bytes) -> bool:
+    """Whether ``save_figure`` wrote a file of this content."""
+    return MARK.encode() in content
 
 
 def _wrap(text: str, width: int) -> str:

@@ -69,7 +69,9 @@ def report(path: Path, images: int, progress: Progress) -> str:
 
     Raises ConfigError for what is no run, RunError for a damaged status.json.
     """
-    run = Run(path, configuration.load_run(path), record.read_status(path) or {}, record.read_metrics(path), images, progress)
+    run = Run(
+        path, configuration.load_run(path), record.read_status(path, checked=False) or {}, record.read_metrics(path), images, progress
+    )
     found = [section for make in SECTIONS if (section := make(run)) is not None]
     names = [title.lower().replace(" ", "-") for title, _ in found]
     links = element("nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.diffusion.samplers.registry import SAMPLERS
+from ldm.evaluation.plots import save_figure
 
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 MARKERS = "osD^v<>P*Xdph"
@@ -49,7 +50,7 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
         axes.grid(which="both", alpha=0.2)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def exact_panels(report: Mapping[str, Any]) -> list[Panel]:

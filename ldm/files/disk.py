@@ -1,11 +1,15 @@
-"""Bytes on the disk: their hash, and a file replaced whole or not at all."""
+"""Bytes on the disk: their hash, a file replaced whole or not at all, and what the system says against it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+OS_FAULT = 2  # exit code of an OSError that nothing else explains
 
 
 def file_hash(file: Path) -> str:
@@ -24,16 +28,49 @@ def flush(path: Path) -> None:
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Write, flush and rename: readers see the old file or the new one, never half of one. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
+    """Write, flush and rename: readers see the old file or the new one, never half of one. Raises OSError naming ``file``.
+
+    What is there and is not a regular file, such as /dev/stdout, is written to.
+    """
+    temporary = file.with_name(f".{file.name[:40]}.tmp")  # the whole name might leave no room for more
     try:
+        if file.exists() and not file.is_file():
+            file.write_bytes(content)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(file), None  # a full disk names none, other faults name the temporary file
         raise
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A place for a new file or folder, which has its name ``target`` once the block has ended without an error.
+
+    ``target`` may be an empty folder. Raises OSError naming it.
+    """
+    place = target.with_name(f".{target.name[:40]}.tmp{target.suffix}")
+    try:
+        if place.is_dir():  # left by a kill
+            shutil.rmtree(place)
+        yield place
+        os.rename(place, target)
+    except BaseException as error:
+        with suppress(OSError):
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+def described(error: OSError) -> str:
+    """Path and reason of a fault of the system, in one line."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from ldm.config import NULL_CAPTION, ClipConfig
+from ldm.files.disk import replace
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -175,17 +176,15 @@ class TextEncoder:
     def save(self, folder: str | Path) -> None:
         """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers and transformers read them."""
         target = Path(folder) / "text_encoder"
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        replace(target / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        save_tokenizer(self.tokenizer, Path(folder) / "tokenizer")
+        replace(target / "model.safetensors", serialized(state, metadata={"format": "pt"}))
+        for name, content in self.tokenizer_files().items():
+            replace(Path(folder) / "tokenizer" / name, content)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The contents of `tokenizer/`."""
-        with TemporaryDirectory() as folder:
-            save_tokenizer(self.tokenizer, folder)
-            return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+        return _written(lambda folder: save_tokenizer(self.tokenizer, folder))
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns itself."""
@@ -250,9 +249,23 @@ def from_clip(clip_model: CLIPModel, tokenizer: CLIPTokenizer) -> TextEncoder:
 
 
 def save_clip(clip_model: CLIPModel, folder: str | Path) -> None:
-    """Write both towers in transformers' own format."""
+    """Write both towers in transformers' own format, each file whole or not at all. Raises OSError."""
     with _quiet():
-        clip_model.save_pretrained(str(folder))
+        files = _written(lambda temporary: clip_model.save_pretrained(temporary))
+    for name, content in files.items():
+        replace(Path(folder) / name, content)
+
+
+def _written(save: Callable[[str], Any]) -> dict[str, bytes]:
+    """The files that ``save`` writes into a folder, by name. Raises OSError."""
+    with TemporaryDirectory() as folder:
+        try:
+            save(folder)
+        except Exception as error:  # those of transformers' and tokenizers' compiled code have no class of their own
+            if "os error" not in str(error):
+                raise
+            raise OSError(f"{folder} cannot be written: {' '.join(str(error).split())}") from None
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
 class CaptionTable:

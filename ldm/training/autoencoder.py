@@ -24,6 +24,7 @@ from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
 from ldm.interop.files import write_json
 from ldm.interop.weights import write_module
+from ldm.training.finite import NotFiniteError, not_finite
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -44,6 +45,11 @@ class AutoencoderTask:
 
     def __init__(self, config: AutoencoderRun) -> None:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
+        self.perceptual: PerceptualLoss | None = None
+        if loss.lpips > 0:  # before all else, for its weights may be missing
+            from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
+
+            self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
         side = config.data.image_size // model.factor
         self.latent_shape = (model.latent_channels, side, side)
         self.autoencoder = seeded(seed, lambda: AutoencoderKL(model))
@@ -57,11 +63,6 @@ class AutoencoderTask:
         self.stream = Stream(self.source, config.data, seed, draws)
         draws = Draws({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
-        self.perceptual: PerceptualLoss | None = None
-        if loss.lpips > 0:
-            from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
-
-            self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
         self._check_sizes()
         self._adaptive = torch.zeros(())  # of the update before; 0 until measured
         self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches
@@ -224,7 +225,12 @@ class AutoencoderTask:
         """Write ``model/vae`` with the latent statistics of the training set folded in."""
         network = copy.deepcopy(self.autoencoder)
         mean, std = self.latent_statistics(network)
-        network.fold_statistics(mean, std)
+        try:
+            network.fold_statistics(mean, std)
+        except ValueError as error:
+            raise NotFiniteError(f"the latents of the training images: {error}: nothing is exported") from None
+        if (problem := not_finite({"model_autoencoder": network.state_dict()}, {})) is not None:
+            raise NotFiniteError(f"{problem} not finite once the statistics of the latents are folded in: nothing is exported")
         write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")
         write_json(run.model / "vae/config.json", {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size})
 

@@ -124,10 +124,10 @@ def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
         if not _GROUP.fullmatch(group):
             raise CheckpointError(f"group {group!r} is no file name: use lower-case letters, digits and _")
         save_file(dict(named), folder / f"{group}.safetensors")
-    (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+    (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False), encoding="utf-8")
     configuration.save(config, folder / CONFIG)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": digest} for file, digest in _flushed(sorted(folder.iterdir())).items()}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
     flush(folder / MANIFEST)
     flush(folder)
 
@@ -165,11 +165,13 @@ def load(path: Path, groups: Iterable[str] | None = None, verify: bool = True) -
         raise CheckpointError("; ".join(problems))
     tensors, file = {}, path / STATE
     try:
-        state = json.loads(file.read_text())
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it should hold one JSON object")
         for group in wanted:
             file = path / f"{group}.safetensors"
             tensors[group] = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
     return tensors, state
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import NONE, ClassifierRun, ConfigError, DataConfig, DiffusionRun
+from ldm.config import NONE, ClassifierRun, ConfigError, DataConfig, DiffusionRun, ScheduleConfig
 from ldm.data.folder import FolderSource
 from ldm.data.images import to_uint8
 from ldm.data.sources import Source, open_source
@@ -109,12 +112,12 @@ class ClassifierTask:
         """Nothing depends on the whole global batch."""
 
     def state(self) -> dict[str, Any]:
-        return {"classes": list(self.info.classes), "autoencoder": self.info.autoencoder}
+        return {"classes": list(self.info.classes), "autoencoder": self.info.autoencoder, "schedule": schedule_hash(self.info.schedule)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError where classes or latents are not those of the run: its logits would mean something else."""
         for name, value in self.state().items():
-            if state[name] != value:
+            if state.get(name, value) != value:  # older checkpoints lack the schedule
                 raise ConfigError(f"the {name} of this run have changed since it began: use another run: directory")
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
@@ -139,6 +142,11 @@ class ClassifierTask:
     def export(self, run: RunDirectory) -> None:
         """Write ``model/classifier``."""
         self.info.save(self.classifier, run.model / "classifier")
+
+
+def schedule_hash(schedule: ScheduleConfig) -> str:
+    """sha256 of a schedule's settings."""
+    return sha256(json.dumps(dataclasses.asdict(schedule), sort_keys=True).encode()).hexdigest()
 
 
 def find_classes(source: Source, data: DataConfig) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -83,6 +83,7 @@ class DiffusionTask:
         """The network that is trained: fresh (``begin`` may give it weights), or low-rank changes of one that is read here."""
         config, seed = self.config, self.config.train.seed
         self.lora, self.base, self._arguments = None, None, arguments
+        self._init_hash: str | None = None  # of the weights that the whole U-Net began with
         if config.init is not None and (config.train.lora or not shelf.steps(Path(config.run) / "checkpoints")):
             self.base = check_initial(config, arguments, self.text)
         if (lora := config.train.lora) is None:
@@ -219,16 +220,19 @@ class DiffusionTask:
         if self.config.init is not None and self.lora is None:
             info = self.base or check_initial(self.config, self._arguments, self.text)
             self.unet.load_state_dict(load_unet(info).state_dict())
+            self._init_hash = info.hash
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """Which t the next update draws may depend on the losses of this one."""
         self.timesteps.after_update(reduce, finite)
 
     def state(self) -> dict[str, Any]:
-        return {"timesteps": self.timesteps.state(), **self._frozen} | ({} if self.lora is None else {"base": self._base_hash})
+        given = {} if self._init_hash is None else {"init": self._init_hash}
+        return {"timesteps": self.timesteps.state(), **self._frozen, **given} | ({} if self.lora is None else {"base": self._base_hash})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        for name, value in self._frozen.items():  # checkpoints of before did not keep them
+        self._init_hash = state.get("init")
+        for name, value in self._frozen.items():  # older checkpoints lack them
             if state.get(name, value) != value:
                 path = getattr(self.config, name)
                 raise FolderError(f"{name} {path}: its weights have changed since this run began: bring them back, or use another run:")

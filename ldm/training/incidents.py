@@ -5,7 +5,6 @@ Such an update changes nothing, so the weights that it had are still there when 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.stream import Split
-from ldm.evaluation.record import RunError
+from ldm.evaluation.record import RunError, is_count
 from ldm.interop.archive.archive import open_archive, write_tensors
 from ldm.interop.files import FolderError, read_json, write_json
 from ldm.training.run import RunDirectory
@@ -73,7 +72,7 @@ class Incidents:
 
     def _read_weights_of(self) -> str:
         assert self.newest is not None
-        return str(json.loads((self.newest / FILE).read_text())["weights"])
+        return str(read_json(self.newest / FILE)["weights"])
 
     def _thin_out(self) -> None:
         """Keep the weights of the newest alone; what the others say stays."""
@@ -90,10 +89,23 @@ def read(folder: Path) -> tuple[Incident, dict[str, dict[str, Any]]]:
         values = read_json(folder / FILE)
         values.pop("positions")
         incident = Incident(**values)
+        _check(incident)
         files = sorted((folder.parent / incident.weights).glob("*.safetensors"))
         weights = {file.stem: dict(open_archive(file).tensors) for file in files}
-    except (FolderError, KeyError, TypeError) as error:
+    except (FolderError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(f"{folder} is no incident of a run (runs/…/incidents/update-…): {error}") from None
     if not weights:
         raise RunError(f"{folder}: its weights are no longer there (a run keeps those of its newest {KEPT})")
     return incident, weights
+
+
+def _check(incident: Incident) -> None:
+    """Raise ValueError for values that no update has."""
+    counts = {name: getattr(incident, name) for name in ("batch_size", "micro_batch", "processes")}
+    for name, value in {"update": incident.update, **counts}.items():
+        if not is_count(value) or (name in counts and value == 0):
+            raise ValueError(f"{name} is {value!r}")
+    if incident.batch_size % incident.micro_batch:
+        raise ValueError(f"batch_size {incident.batch_size} is not a multiple of micro_batch {incident.micro_batch}")
+    if not isinstance(incident.task, dict) or not isinstance(incident.weights, str) or "\0" in incident.weights:
+        raise ValueError("task or weights are damaged")

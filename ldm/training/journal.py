@@ -6,9 +6,8 @@ import os
 import warnings
 from pathlib import Path
 
+from ldm.evaluation.record import METRICS
 from ldm.files.disk import replace
-
-METRICS = "metrics.jsonl"
 
 
 class Journal:

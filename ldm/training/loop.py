@@ -6,7 +6,7 @@ update depends on its number alone (data and noise are functions of position), s
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm.config import ConfigError, TrainConfig
+from ldm.config import TrainConfig
 from ldm.data.stream import Batch, Split, batches, split_batch
+from ldm.pipeline.origin import surroundings
 from ldm.training import checkpoint, resume, shelf, starts
 from ldm.training.agreement import Agreement
 from ldm.training.ema import EMA
+from ldm.training.finite import not_finite
 from ldm.training.incidents import Incidents
 from ldm.training.launch import launched
 from ldm.training.optimizers import Optimizers, learning_rate
+from ldm.training.precision import accelerator_of, set_backends
 from ldm.training.probe import Probe, ProcessesDifferError
 from ldm.training.recorder import Recorder
 from ldm.training.run import RunDirectory
@@ -35,6 +37,7 @@ from ldm.training.task import Reporter, Task
 from ldm.training.writer import BackgroundWriter
 
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
+ADVICE = "lower train.lr, or check the data"
 
 
 class TrainingError(RuntimeError):
@@ -60,14 +63,9 @@ class Loop:
         """``start``: the checkpoint to go on from, by its update or its folder; None: the newest intact one."""
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
         self.processes, _ = launched()
-        try:
-            self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        except ValueError as error:  # a precision that the device lacks
-            raise ConfigError(f"train.mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from None
-        if config.mixed_precision != "no" and not self.accelerator.native_amp:  # accelerate would go on in float32
-            raise ConfigError(f"train.mixed_precision {config.mixed_precision} is not offered on {self.accelerator.device}: use no or bf16")
+        self.accelerator = accelerator_of(config.mixed_precision)
         self.split: Split = split_batch(config.batch_size, config.micro_batch, self.processes.count, self.processes.rank)
-        _set_backends(config)
+        set_backends(config)
         self.step = 0
         self.run = RunDirectory(path) if self.accelerator.is_main_process else None
         self.probe = Probe(self.processes)
@@ -77,6 +75,7 @@ class Loop:
         self.agreement = Agreement(self._sum, self.accelerator.device)
         self._whole = True  # between updates: networks, average and task are all after update `step`
         self._broken = 0  # updates in a row that were not finite
+        self._finite: int | None = None  # the last update after which the whole state was found finite
         self._without = "" if start is None else ", without --from,"
         try:
             self._prepare(path, start)
@@ -110,7 +109,7 @@ class Loop:
                 network.compile()
         task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
         self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
-        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler)
+        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
         if found is not None:
             self.step = self.state.load(found)
             self.reporter.say(f"going on from update {self.step} ({found})")
@@ -124,11 +123,30 @@ class Loop:
             )  # fmt: skip
         self.incidents = Incidents(self.run, task, self.split, self.reporter.say)
         self.probe.weights(task.networks)
+        self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raise TrainingError, on all processes, where anything that a checkpoint would keep is not finite on any of them."""
+        if self._finite == self.step:
+            return
+        problem = not_finite(self.state.tensors(), self.state.scalars(self.step))
+        broken = next((one for one in self.processes.gather(problem) if one is not None), None)
+        if broken is None:
+            self._finite = self.step
+        elif self._finite is None:
+            advice = "check init" if self.step == 0 else "continue from an earlier checkpoint by --from"
+            raise TrainingError(f"{broken} not finite at the start, after update {self.step}: {advice}")
+        else:
+            raise TrainingError(
+                f"{broken} not finite after update {self.step - self._broken} (after update {self._finite} all was finite): this is neither"
+                f" saved nor exported, and earlier checkpoints stay; {ADVICE}"
+            )
 
     def _checkpoint(self) -> None:
-        """Let the state be written behind training's back; the main process writes."""
+        """Write the state in the background; the main process writes. While updates are skipped no older checkpoint makes room."""
         if self.writer:
-            self.writer.submit(self.step, self.state.tensors(), self.state.scalars(self.step), self.run_config)
+            scalars = self.state.scalars(self.step)
+            self.writer.submit(self.step, self.state.tensors(), scalars, self.run_config, thin=self._broken == 0)
 
     def _save_last(self) -> None:
         """The save that a training ends with, on the disk when this returns."""
@@ -183,6 +201,9 @@ class Loop:
         """Keep the updates since the last checkpoint, unless the error says that they are worth nothing or cannot be kept."""
         if not self._whole or isinstance(error, (TrainingError, ProcessesDifferError, shelf.CheckpointError)):
             return
+        if self._finite != self.step and (problem := not_finite(self.state.tensors(), self.state.scalars(self.step))):
+            self.reporter.say(f"not saved: {problem} not finite after update {self.step}")
+            return
         try:
             self._save_last()
         except Exception as second:  # a lost device, a full disk: the first error is the one to tell
@@ -200,6 +221,10 @@ class Loop:
             if self.agreement.at_hand:
                 self._look_back()
             last = self.step == config.steps
+            saving = self.step % config.checkpoint_every == 0 and not last
+            if saving or last or self.step % config.validate_every == 0:
+                self._look_back()
+                self._require_finite()
             values: dict[str, Any] = {}
             if self.step % config.log_every == 0 or last:
                 values |= self._logged(metrics, (self.step - first) / (time.monotonic() - started))
@@ -215,9 +240,12 @@ class Loop:
             if self.step % config.sample_every == 0 or last:
                 with recorder.timed("drawing samples"):
                     recorder.pictures(self.step, self._drawn)
-            if self.step % config.checkpoint_every == 0 and not last:
+            if last and self._broken and _validation_failed(values):
+                raise TrainingError(self._skipped("with them the validation is not finite, so nothing is exported"))
+            if saving:
                 self._checkpoint()
         self._look_back()
+        self._require_finite()
 
     def _stopping(self) -> bool:
         """Whether to end before the next update: on all processes alike, so a little later where there are several."""
@@ -232,11 +260,15 @@ class Loop:
         self._broken += 1
         if self.accelerator.scaler is None or self._broken == MAX_NONFINITE:  # float16 looks for its scale that way
             self.incidents.record(self.step - 1, self._broken == 1)
+        if self._broken == 1:
+            self._require_finite()  # no later update would be finite
         if self._broken >= MAX_NONFINITE:
-            raise TrainingError(
-                f"the last {self._broken} updates were not finite, so the weights are those after update {self.step - self._broken}:"
-                f" `ldm replay {self.incidents.newest}` names the module; lower train.lr, or check the data"
-            )
+            raise TrainingError(self._skipped(f"`ldm replay {self.incidents.newest}` names the module"))
+
+    def _skipped(self, then: str) -> str:
+        """A line on the updates that were skipped since the last that was not."""
+        last = self.step - self._broken
+        return f"the last {self._broken} updates were not finite, so the weights are those after update {last}: {then}; {ADVICE}"
 
     def _update(self, feed: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer update from ``accumulation`` micro-batches; returns their mean metrics, still on the device."""
@@ -297,6 +329,10 @@ class Loop:
         return cast(Tensor, self.accelerator.gather(tensor))
 
 
+def _validation_failed(values: dict[str, Any]) -> bool:
+    return any(key.startswith("validation/") and isinstance(v, float) and not math.isfinite(v) for key, v in values.items())
+
+
 @contextmanager
 def _evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
     training = {name: network.training for name, network in networks.items()}
@@ -307,15 +343,3 @@ def _evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
     finally:
         for name, network in networks.items():
             network.train(training[name])
-
-
-def _set_backends(config: TrainConfig) -> None:
-    torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.data.stream import Batch, Split, collate
+from ldm.evaluation.record import RunError
 from ldm.training.incidents import Incident
+from ldm.training.precision import accelerator_of
 from ldm.training.task import Task
 
 
@@ -50,14 +51,19 @@ class Findings:
 def replay(task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]], precision: str, whole: bool) -> Findings:
     """Forward and backward passes of the incident's update. ``whole``: a loss that is not a mean over samples, so in one batch.
 
-    Raises RuntimeError of torch where the weights do not fit.
+    Raises RunError where the weights or the state do not fit.
     """
-    accelerator = Accelerator(mixed_precision=precision)
-    for name, network in task.networks.items():
-        network.load_state_dict(weights[name])
-        network.to(accelerator.device)
-    task.to(accelerator.device)
-    task.load_state(incident.task)
+    accelerator = accelerator_of(precision)
+    try:
+        for name, network in task.networks.items():
+            network.load_state_dict(weights[name])
+            network.to(accelerator.device)
+        task.to(accelerator.device)
+        task.load_state(incident.task)
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        raise RunError(f"update {incident.update} is not of this run: {' '.join(str(error).split())[:300]}") from None
     task.wrapped = {name: accelerator.prepare_model(network) for name, network in task.networks.items()}
     size = incident.batch_size if whole else incident.micro_batch
     findings = Findings()

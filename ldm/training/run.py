@@ -24,7 +24,10 @@ from PIL import Image
 from ldm import config as configuration
 from ldm.data.sources import Skipped
 from ldm.evaluation.record import RunError, flat, parse_line, read_skipped, read_status
+from ldm.files.disk import OS_FAULT
+from ldm.files.text import lines
 from ldm.training.journal import Journal
+from ldm.training.moved import PLACES, moved_problem
 
 STATES = ("running", "done", "interrupted", "failed")
 
@@ -94,10 +97,8 @@ class RunDirectory:
         """
         require_same(self.path, config)
         file = self.path / "config.yaml"
-        temporary = file.with_name(".config.yaml.tmp")
         try:
-            configuration.save(config, temporary)
-            _replace(temporary, file)
+            configuration.save(config, file)
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
         self._started = True
@@ -117,8 +118,8 @@ class RunDirectory:
         """Add to ``skipped.jsonl`` those that it does not list yet."""
         self._skipped += skipped  # all since the start: the file may lack those before
         rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
-        lines = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
-        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in lines).encode())
+        listed = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
+        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in listed).encode(errors="replace"))
 
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
         """Write ``samples/NAME-STEP.png``."""
@@ -131,8 +132,8 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         try:
             if file.exists():
-                lines = file.read_text().splitlines()
-                self._journal.rewrite([line for line in lines if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
+                logged = lines(file.read_text(encoding="utf-8", errors="replace"))
+                self._journal.rewrite([line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
@@ -174,7 +175,7 @@ def exit_code(error: BaseException) -> int:
     """What a command that ends with ``error`` returns (ldm.cli.main)."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return getattr(error, "exit_code", None) or 1
+    return getattr(error, "exit_code", None) or (OS_FAULT if isinstance(error, OSError) else 1)
 
 
 def _lock(path: Path) -> int:
@@ -204,13 +205,6 @@ def _mark(descriptor: int) -> int:
     return descriptor
 
 
-def _replace(temporary: Path, file: Path) -> None:
-    """Flush and rename: readers see the old file or the new one, never half of one."""
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
@@ -223,7 +217,10 @@ def _finite(value: Any) -> Any:
 
 
 def require_same(path: Path, config: Any) -> None:
-    """Raise RunError where the run at ``path`` was started with a configuration that would train something else."""
+    """Raise RunError where the run at ``path`` was started with a configuration that would train something else.
+
+    Data and models may lie elsewhere, as long as they are the same (``ldm.training.moved``).
+    """
     file = path / "config.yaml"
     if not file.exists():
         return
@@ -231,18 +228,26 @@ def require_same(path: Path, config: Any) -> None:
         old = configuration.load(type(config), file)
     except configuration.ConfigError as error:
         raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
-    if differing := refused_changes(old, config):
-        raise RunError(f"{file}: {'; '.join(differing)}: use another run: directory or restore the setting")
+    changes = _changes(old, config)
+    if changes and changes.keys() <= PLACES.keys():
+        problems = {key: moved_problem(key, path, old, config) for key in changes}
+        changes = {key: f"{text} ({problems[key]})" for key, text in changes.items() if problems[key] is not None}
+    if changes:
+        raise RunError(f"{file}: {'; '.join(changes.values())}: use another run: directory or restore the setting")
 
 
 def refused_changes(old: Any, new: Any) -> list[str]:
     """The settings, as ``key old → new``, that differ and that a resumed run may not change."""
+    return list(_changes(old, new).values())
+
+
+def _changes(old: Any, new: Any) -> dict[str, str]:
     before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":
         allowed.add("train.steps")  # any other schedule is stretched by it
-    return [
-        f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
+    return {
+        key: f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if key not in allowed and before.get(key) != after.get(key)
-    ]
+    }

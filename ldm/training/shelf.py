@@ -28,7 +28,7 @@ class CheckpointError(RuntimeError):
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoint folders in ``folder``, intact or not, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -48,9 +48,9 @@ def check(path: Path, only: Iterable[str] | None = None, fast: bool = False) -> 
     ``only`` limits the check to those files.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return [f"{path / MANIFEST}: cannot be read ({type(error).__name__})"]
     if manifest.get("format") != FORMAT or manifest.get("step") != step_of(path):
         return [f"{path / MANIFEST}: is not the manifest of this checkpoint"]
@@ -67,8 +67,10 @@ def _check_file(file: Path, size: int, digest: str | None) -> list[str]:
             return [f"{file}: has {found} bytes, should have {size}"]
         if digest is not None and file_hash(file) != digest:
             return [f"{file}: its content does not match its sha256"]
-    except OSError as error:
-        return [f"{file}: {'is missing' if isinstance(error, FileNotFoundError) else error}"]
+    except FileNotFoundError:
+        return [f"{file}: is missing"]
+    except (OSError, ValueError) as error:  # also of a name that no file can have
+        return [f"{file}: cannot be read ({error.strerror or error})" if isinstance(error, OSError) else f"{str(file)!r}: {error}"]
     return []
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
         "step": step,
         "processes": processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
@@ -56,6 +58,15 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
         **checkout(CODE),
         "arguments": sys.argv[1:],  # kept, not read
     }
+
+
+def changed(before: Any, now: Mapping[str, Any]) -> str | None:
+    """What of the surroundings is not as it was when the checkpoint was written; None: nothing, or that was not recorded."""
+    if not isinstance(before, Mapping):
+        return None
+    names = {"device_name": "processor" if now["device"] == "cpu" else "device"}
+    found = [f"{names.get(name, name)} {before[name]} → {value}" for name, value in now.items() if before.get(name, value) != value]
+    return f"not as when the checkpoint was written: {', '.join(found)}" if found else None
 
 
 def checkout(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.record import RunError
-from ldm.training import checkpoint
+from ldm.training import checkpoint, starts
 from ldm.training.ema import EMA
+from ldm.training.shelf import STATE, CheckpointError
 from ldm.training.task import Task
 
 
@@ -24,6 +26,7 @@ class TrainingState:
     optimizers: Mapping[str, torch.optim.AdamW]
     ema: EMA
     scaler: Any
+    surroundings: Mapping[str, Any]  # versions, device and threads of this start
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Groups of live tensors: whoever keeps them copies them."""
@@ -36,22 +39,31 @@ class TrainingState:
     def scalars(self, step: int) -> dict[str, Any]:
         """What is no tensor, as JSON, after update ``step``."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"step": step, "task": self.task.state(), "data": self._data(), "scaler": scaler}
+        about = {"task": self.task.state(), "data": self._data(), "surroundings": dict(self.surroundings)}
+        return {"step": step, **about, "scaler": scaler}
 
     def load(self, folder: Path) -> int:
         """Take over a checkpoint that has been verified; returns its update. Raises CheckpointError, RunError."""
         tensors, scalars = checkpoint.load(folder, verify=False)
-        if "data" in scalars:  # checkpoints of before did not keep it
-            self._check_data(scalars["data"])
-        self.task.load_state(scalars["task"])
+        try:
+            if "data" in scalars:  # older checkpoints lack it
+                self._check_data(scalars["data"])
+            self.task.load_state(scalars["task"])
+            step, scaler = int(scalars["step"]), scalars["scaler"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if hasattr(error, "exit_code"):
+                raise
+            raise CheckpointError(f"{folder / STATE}: is not the state of this training ({type(error).__name__}: {error})") from None
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
             names = [n for n, _ in network.named_parameters()]
             checkpoint.restore_optimizer(self.optimizers[name], names, tensors[f"optimizer_{name}"])
         self.ema.load(tensors["ema"])
-        if self.scaler is not None and scalars["scaler"]:
-            self.scaler.load_state_dict(scalars["scaler"])
-        return int(scalars["step"])
+        if changed := starts.changed(scalars.get("surroundings"), self.surroundings):
+            warnings.warn(f"{changed}: the end may differ in the last bits from that of an unbroken run", stacklevel=1)
+        if self.scaler is not None and scaler:
+            self.scaler.load_state_dict(scaler)
+        return step
 
     def _data(self) -> dict[str, Any]:
         """The data that is trained on."""

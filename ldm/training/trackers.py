@@ -58,9 +58,11 @@ class WandB:
             raise ConfigError("train.trackers: wandb is not installed: pip install wandb, or leave it out") from None
         file = folder / "wandb-id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex)
+            file.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._image = wandb.Image
-        self._run = wandb.init(project="latent-diffusion", name=folder.name, dir=str(folder), id=file.read_text(), resume="allow")
+        self._run = wandb.init(
+            project="latent-diffusion", name=folder.name, dir=str(folder), id=file.read_text(encoding="utf-8"), resume="allow"
+        )
         self._run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

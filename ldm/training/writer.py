@@ -69,12 +69,15 @@ class BackgroundWriter:
         self._copy: Tensors | None = None  # its memory serves every save
         self._first = True
 
-    def submit(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> None:
-        """Wait for the write before, copy the state, and write it behind the caller's back (arguments as ``checkpoint.save``)."""
+    def submit(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, thin: bool = True) -> None:
+        """Wait for the write before, copy the state, and write it in the background (arguments as ``checkpoint.save``).
+
+        ``thin``: then delete older checkpoints that need not stay.
+        """
         self._settle()  # before the copy: never two copies in memory
         start = time.monotonic()
         self._copy = snapshot(tensors, self._copy)
-        arguments = (step, self._copy, copy.deepcopy(state), config, time.monotonic() - start)
+        arguments = (step, self._copy, copy.deepcopy(state), config, time.monotonic() - start, thin)
         self._step = step
         # a daemon: at an interrupt the process ends at once, and a half-written checkpoint has a temporary name
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -97,12 +100,13 @@ class BackgroundWriter:
         self._note(outcome)
         return outcome
 
-    def _write(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, copied: float) -> None:
+    def _write(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, copied: float, thin: bool) -> None:
         start = time.monotonic()
         try:
             path = write(self.folder, step, tensors, state, config)
             valid = time.monotonic()
-            thin_out(path, self.keep, self.keep_every)
+            if thin:
+                thin_out(path, self.keep, self.keep_every)
             self._outcome = Written(step, path, tensor_bytes(tensors), copied, valid - start, time.monotonic() - valid)
         except Exception as error:  # raised where the caller sees it
             self._outcome = error

@@ -1,0 +1,37 @@
+"""How a training computes: its precision, which the device must offer, and the settings of its libraries."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from ldm.config import ConfigError, TrainConfig
+
+
+def accelerator_of(mixed_precision: str) -> Accelerator:
+    """accelerate on this process's device. Raises ConfigError for a precision that the device does not offer.
+
+    The first call settles the precision of the process. Cheap, so a command calls it before anything slow.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:
+        raise ConfigError(f"train.mixed_precision {mixed_precision}: {' '.join(str(error).split())}") from None
+    if mixed_precision != "no" and not accelerator.native_amp:  # accelerate would compute in float32
+        raise ConfigError(f"train.mixed_precision {mixed_precision} is not offered on {accelerator.device}: use no or bf16")
+    return accelerator
+
+
+def set_backends(config: TrainConfig) -> None:
+    """Set the libraries of this process up for speed, or for equal numbers each time where ``train.deterministic`` asks for that."""
+    torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
