@@ -24,11 +24,20 @@ class Part:
         tensors: by the names used there (the text encoder's with the prefix `text_model.`); memory-mapped, so that one which
             is not looked at costs nothing.
         files: where they were read.
+        sha256: of the files that were written with their folder, by name; empty where that is not known.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """The file or folder of the weights, for messages."""
+        if not self.files:
+            return "the model"
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.interop.bundle import TEXT, Bundle
 from ldm.interop.files import FolderError
 from ldm.interop.folder import read_part, read_tokenizer_files
 from ldm.interop.hub import find_or_fetch
+from ldm.interop.intact import check_intact
 from ldm.interop.layouts import read_file
 from ldm.models.text import TextEncoder
 
@@ -25,7 +27,9 @@ def read_text(name: str | Path) -> TextEncoder:
         part, _ = read_part(folder / "text_encoder" if split else folder, TEXT)
         tower = {key: tensor for key, tensor in part.tensors.items() if not key.startswith(OTHERS)}
         tokenizer = read_tokenizer_files(folder / "tokenizer" if split else folder)
-        return TextEncoder.from_tensors(part.config, tower, tokenizer)
+        encoder = TextEncoder.from_tensors(part.config, tower, tokenizer)
+        check_intact(replace(part, tensors=tower), "text encoder")
+        return encoder
     except ValueError as error:
         raise FolderError(f"{name}: {error}") from None
 
@@ -35,6 +39,8 @@ def text_of(bundle: Bundle, where: Path) -> TextEncoder:
     if TEXT not in bundle.parts:
         raise FolderError(f"{where} has no text encoder")
     try:
-        return TextEncoder.from_tensors(bundle.parts[TEXT].config, bundle.parts[TEXT].tensors, bundle.tokenizer)
+        encoder = TextEncoder.from_tensors(bundle.parts[TEXT].config, bundle.parts[TEXT].tensors, bundle.tokenizer)
+        check_intact(bundle.parts[TEXT], "text encoder")
+        return encoder
     except ValueError as error:
         raise FolderError(f"{where}: {TEXT}: {error}") from None

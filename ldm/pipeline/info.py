@@ -100,4 +100,4 @@ class ModelInfo:
 
 def load_unet(info: ModelInfo) -> UNet:
     """The U-Net of a model, frozen, in the precision of the file, without a LoRA. Raises FolderError."""
-    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET])
+    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET], "U-Net")
