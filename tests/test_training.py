@@ -103,6 +103,19 @@ def assert_same_end(run: Path, straight: Path) -> None:
 # whole runs
 
 
+def test_stages_write_their_hashes(stages: Stages, tmp_path: Path) -> None:
+    for stage, part, opened in (("autoencoder", VAE, load_codec), ("clip", TEXT, read_text)):
+        run = Path(shutil.copytree(stages.folder / stage, tmp_path / stage))
+        file = run / "model" / part / FILES[part]
+        assert json.loads((run / "model/ldm.json").read_text())["sha256"] == {f"{part}/{FILES[part]}": hashlib.sha256(file.read_bytes()).hexdigest()}
+        opened(run)
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(FolderError, match="has changed"):
+            opened(run)
+
+
 def test_the_exported_folders_open_elsewhere(stages: Stages) -> None:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 

@@ -5,7 +5,8 @@
   ldm convert kl-f8.ckpt models/kl-f8                      # an autoencoder alone
 
 SRC is opened as by `ldm inspect`. Every tensor is used, or known to be carried besides and named; anything else is an error.
-Types are kept unless --dtype says otherwise. --verify reads what was written, compares the hash of every tensor, there and
+Types are kept unless --dtype says otherwise. A weight that is not finite, and a file that has changed since it was written with
+its folder, are refused. --verify reads what was written, compares the hash of every tensor, there and
 back again, and one forward pass of each network.
 """
 
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.interop.archive.archive import open_archive
     from ldm.interop.bundle import TEXT
     from ldm.interop.convert import cast, coverage, write_model
+    from ldm.interop.intact import check_intact
     from ldm.interop.layouts import read_any
 
     console = Console()
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.source} holds no tokenizer, without which a folder draws nothing: give --tokenizer, a folder that has it or"
             " a name of the hub (Stable Diffusion: openai/clip-vit-large-patch14)"
         )
+    for name, part in source.parts.items():
+        check_intact(part, name)
     for line in coverage(source):
         console.say(line)
     converted = cast(source, arguments.dtype)

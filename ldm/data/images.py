@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ldm.models.finite import NonFiniteError, is_finite
+from ldm.models.finite import finite
 
 
 def prepare(
@@ -33,9 +33,7 @@ def prepare(
 
 def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
     """[−1, 1] to 0…255, clipped and rounded, channels last. Raises NonFiniteError: of what is not a number there is no picture."""
-    if not is_finite(images):
-        raise NonFiniteError("pixels are not finite: no picture is made of them")
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return ((finite(images, "pixels of a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def to_pil(images: UInt8[np.ndarray, "b h w c"]) -> list[Image.Image]:

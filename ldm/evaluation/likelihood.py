@@ -29,6 +29,7 @@ from ldm.diffusion import gaussian
 from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
 from ldm.evaluation import decoder_noise, plots
 from ldm.interop.files import read_json, write_json
+from ldm.models.finite import NonFiniteError
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
 
@@ -165,13 +166,17 @@ def measure(
         steps = drawn_steps(pipe.schedule, torch.from_numpy(uniform).to(pipe.device))
     found = bounds(denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None)
     by_variance = dict(zip(variances, found, strict=True))
-    return {
+    rows = {
         n: Nats(
             -float(log_p[i]), float(log_q[i]), float(standard[i]), float(found[0].prior[i]),
             {name: float(bound.reconstruction[i]) for name, bound in by_variance.items()}, steps.t[i].tolist(),
             {name: bound.denoising[i].tolist() for name, bound in by_variance.items()},
         ) for i, n in enumerate(numbers)
     }  # fmt: skip
+    for n, row in rows.items():
+        if not all(math.isfinite(row.terms(name)[term]) for name in variances for term in row.terms(name)):
+            raise NonFiniteError(f"the bound of image {n}: not finite (NaN or infinite)")
+    return rows
 
 
 def normalised(codec: LatentCodec, posterior: DiagonalGaussian) -> DiagonalGaussian:

@@ -25,6 +25,13 @@ def is_finite(tensor: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(wide.detach())).isfinite().all()
 
 
+def finite(tensor: Tensor, what: str) -> Tensor:
+    """The tensor itself. Raises NonFiniteError where it holds NaN or an infinity; a GPU is waited for."""
+    if not is_finite(tensor):
+        raise NonFiniteError(f"{what}: not finite (NaN or infinite)")
+    return tensor
+
+
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold NaN or an infinity. A GPU is waited for once."""
     flags = [is_finite(tensor) for tensor in tensors.values()]

@@ -44,6 +44,7 @@ from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.info import ModelInfo, load_unet
+from ldm.pipeline.watch import Watch, unseen
 
 if TYPE_CHECKING:
     from ldm.models.text import TextEncoder
@@ -225,29 +226,40 @@ class Pipeline:
             )
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+            watch = Watch(len(grid) - 1, self.unet.conv_in.weight.dtype)
             if (gradient := self._guides.gradient(self, texts, settings, "mean")) is not None:
+                gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
                 options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
             with self._under(settings):
                 latent = sampler.function(
-                    self.denoiser(texts, settings), self._noise(settings.seed, "x_T", numbers, shape), grid,
-                    lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), callback=callback, **options,
+                    self.denoiser(texts, settings, watch), self._noise(settings.seed, "x_T", numbers, shape), grid,
+                    lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape),
+                    callback=watch.after_step(callback), **options,
                 )  # fmt: skip
-            yield self.codec.decode(latent) if self.codec else latent
+            images = watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
+            watch.check()
+            yield images
 
-    def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
-        """What samplers call for these captions, guidance included."""
+    def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
+        """What samplers call for these captions, guidance included. ``watch``: sees what each part computes."""
         cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        for context in (cond.context, null.context):
+            if watch and context is not None:
+                watch.see("what the text encoder says of the caption", context, False)
+        seen = watch.watched if watch else unseen
+        gradient = self._guides.gradient(self, captions, settings, "score")
+        weak = None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings)
         guidance = Guidance(
-            self._predict, cond, null, self.schedule, self.target, self.learned_variance,
+            seen("the U-Net's prediction", self._predict), cond, null, self.schedule, self.target, self.learned_variance,
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
-            weak=None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings),
+            weak=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
             weak_scale=settings.autoguidance_scale,
-            gradient=self._guides.gradient(self, captions, settings, "score"),
+            gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
             threshold=settings.dynamic_threshold,
         )  # fmt: skip
-        return Denoiser(self.schedule, self.target, guidance, self.learned_variance)
+        return Denoiser(self.schedule, self.target, seen("the guided prediction", guidance), self.learned_variance)
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
@@ -325,6 +337,8 @@ class Pipeline:
             reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
         """
         info = ModelInfo.read(path, variant, **reading)
+        if info.lora is not None:
+            info.lora.check(info.hash)
         codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
         text = None
         if info.has_text:
@@ -336,6 +350,5 @@ class Pipeline:
             info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
         )  # fmt: skip
         if info.lora is not None:
-            info.lora.check(info.hash)
             pipe.load_lora(info.lora.folder)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,8 +22,9 @@ from ldm.data.images import prepare, to_uint8
 from ldm.data.sources import open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
-from ldm.interop.files import write_json
-from ldm.interop.weights import write_module
+from ldm.interop.bundle import VAE, Part
+from ldm.interop.folder import write_part
+from ldm.interop.intact import write_hashes
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -222,8 +223,8 @@ class AutoencoderTask:
         network = copy.deepcopy(self.autoencoder)
         mean, std = self.latent_statistics(network)
         network.fold_statistics(mean, std)
-        write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")
-        write_json(run.model / "vae/config.json", {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size})
+        config = {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size}
+        write_hashes(run.model, write_part(Part(config, network.state_dict()), run.model / VAE, VAE))
 
     @torch.no_grad()
     def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:
