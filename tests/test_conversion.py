@@ -15,8 +15,8 @@ import diffusers
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from conftest import forget_hashes
+from safetensors.torch import load_file, save_file
 from test_pipeline import PROMPTS, array, make, noise, text_encoder, theirs
 from torch import nn
 

@@ -14,7 +14,7 @@ from test_pipeline import PROMPTS, make
 from torch import Tensor
 
 from ldm.cli.main import main
-from ldm.config import ClassifierConfig, ConfigError
+from ldm.config import ClassifierConfig
 from ldm.data.images import to_uint8
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import ClassifierInfo, load_classifier

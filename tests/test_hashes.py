@@ -188,7 +188,9 @@ def test_a_damaged_entry_is_no_entry(counted: list[Path], tmp_path: Path, conten
 
 
 @pytest.mark.parametrize("place", ["relative", "/proc/nowhere", "file"])
-def test_where_no_entry_can_be_kept_it_is_computed(counted: list[Path], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_entry_can_be_kept_it_is_computed(
+    counted: list[Path], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file) if place == "file" else place)
@@ -217,9 +219,7 @@ def test_several_processes_share_the_folder(tmp_path: Path) -> None:
     assert all(set(process.communicate()[0].splitlines()) == {expected} for process in started)
 
 
-def test_the_models_hash_reads_nothing_twice(
-    counted: list[Path], written: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_hash_reads_nothing_twice(counted: list[Path], written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = []
     for _ in range(2):
         forget(monkeypatch)

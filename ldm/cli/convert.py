@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
-from ldm.cli.reading import add_reading, reading
+from ldm.cli.reading import add_reading, parts, reading
 from ldm.config import ConfigError
 
 DTYPES = ("keep", "fp32", "fp16", "bf16")
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.evaluation.conversion import verify
     from ldm.interop.archive.archive import open_archive
     from ldm.interop.bundle import TEXT
+    from ldm.interop.complete import check_complete
     from ldm.interop.convert import cast, coverage, write_model
     from ldm.interop.intact import check_intact
     from ldm.interop.layouts import read_any
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     if Path(arguments.source).is_dir() and target.resolve().is_relative_to(Path(arguments.source).resolve()):
         raise ConfigError(f"{target} lies inside {arguments.source}, which it would add to: name a place beside it")
     source = read_any(arguments.source, **reading(arguments))
+    if target.suffix != ".safetensors":  # a single file may hold a part of a model, a folder is drawn from
+        check_complete(source, arguments.source)
     if TEXT in source.parts and not source.tokenizer and target.suffix != ".safetensors":
         raise ConfigError(
             f"{arguments.source} holds no tokenizer, without which a folder draws nothing: give --tokenizer, a folder that has it or"
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_model(converted, target, shard, arguments.openclip)
     console.say(f"written: {target}")
     if arguments.verify:
-        single = Path(arguments.source).is_file() and arguments.dtype == "keep"
+        single = Path(arguments.source).is_file() and arguments.dtype == "keep" and not parts(arguments)
         for line in verify(converted, target, open_archive(arguments.source).tensors if single else None):
             console.say(line)
 

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file")
     add_reading(parser)
     parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")
-    parser.add_argument("--verify", action="store_true", help="fail where a weight is not finite, or a file has changed since it was written")
+    parser.add_argument(
+        "--verify", action="store_true", help="fail where a weight is not finite, or a file has changed since it was written"
+    )
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
@@ -37,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the headers, and print."""
     if arguments.verify and arguments.no_hashes:
         raise ConfigError("--verify reads the weights, and --no-hashes does not: leave one out")
+    from ldm.interop.complete import OPTIONS, lacking
     from ldm.interop.describe import describe
     from ldm.interop.intact import check_finite, check_hashes
     from ldm.interop.layouts import read_any
@@ -48,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
             check_finite(part, TITLES[name])
             check_hashes(part, anew=True)
     about = {"layout": bundle.layout, **describe(bundle, not arguments.no_hashes)}
+    if missing := lacking(bundle):
+        about["lacks"] = {TITLES[name]: f"{sign}: give --{OPTIONS[name]}" for name, sign in missing.items()}
     if arguments.verify:
         about["verified"] = {"finite": list(bundle.parts), "unchanged": [name for name, part in bundle.parts.items() if part.sha256]}
     if arguments.json:

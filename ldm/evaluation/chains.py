@@ -64,7 +64,11 @@ def forward_chain(
     x0 = finite(pipe.codec.latent(mean, torch.zeros_like(mean.mean)), "the latents of the images")
     chain = [x0, *noised(pipe.schedule, x0, times, seed)]
     shown = [(x[:, :3] / REACH).repeat_interleave(pipe.factor, -1).repeat_interleave(pipe.factor, -2) for x in chain]
-    return {LATENT: _pictures(shown), DECODED: _pictures([finite(pipe.codec.decode(x), "what the autoencoder decodes") for x in chain]), PIXELS: pixels}
+    return {
+        LATENT: _pictures(shown),
+        DECODED: _pictures([finite(pipe.codec.decode(x), "what the autoencoder decodes") for x in chain]),
+        PIXELS: pixels,
+    }
 
 
 def forward_page(pipe: Pipeline, data: DataConfig, n: int, times: Sequence[int] | None, seed: int) -> Page:

@@ -22,7 +22,7 @@ from ldm.interop.files import read_json, write_json
 from ldm.interop.folder import find_model
 from ldm.models.finite import finite
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import LatentCodec, autoencoder_hash
+from ldm.pipeline.codec import LatentCodec
 
 FILE = "likelihood.json"  # in the model folder
 SEED = 2001
@@ -38,10 +38,10 @@ def of_run(run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, sa
 
     def found() -> list[float]:
         source, file = open_source(data, "train"), find_model(run) / FILE
-        bound = {"autoencoder": autoencoder_hash(run), "data": source.fingerprint, "image_size": data.image_size}
+        assert pipe.codec is not None
+        bound = {"autoencoder": pipe.codec.hash, "data": source.fingerprint, "image_size": data.image_size}
         if file.is_file() and (known := read_json(file)).items() >= bound.items():
             return known["decoder_std"]
-        assert pipe.codec is not None
         say(f"fitting the decoder's deviation on {IMAGES} training images")
         image, decoded = pairs(pipe.codec, source, data.image_size, pipe.device)
         std = fit(image, decoded).tolist()

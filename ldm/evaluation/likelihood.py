@@ -88,18 +88,19 @@ class Nats:
 
 def likelihood(
     run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
-    processes: Processes = ALONE, device: torch.device | None = None,
+    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
 
     ``timesteps``: steps drawn for each image, 0 for all; left out, DRAWN or as many as there are.
     ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta for latents and
     posterior for pixels: at the steps of least noise a latent is still a smooth density, and a pixel is known.
+    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
     """
     started = time.monotonic()
     config = configuration.load(DiffusionRun, run / "config.yaml")
-    pipe = Pipeline.from_pretrained(run, device)
+    pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = pipe.schedule.num_steps - 1

@@ -44,7 +44,9 @@ def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices
             continue
         samples = [sample for _, sample in read]
         image = torch.stack([prepare(s.image, size) for s in samples]).to(device)
-        decoded = finite(autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}").clamp(-1, 1)
+        decoded = finite(autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}").clamp(
+            -1, 1
+        )
         yield Batch([i for i, _ in read], image, decoded, psnr(decoded, image).tolist(), [s.text for s in samples])
 
 

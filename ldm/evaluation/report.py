@@ -28,8 +28,8 @@ from ldm.evaluation.html import Html, drawing, element, join, page, picture, tab
 from ldm.evaluation.plots import grid
 from ldm.evaluation.reconstructions import Pair, extremes
 from ldm.interop.files import FolderError
-from ldm.models.finite import NonFiniteError
 from ldm.interop.reference import REFERENCE
+from ldm.models.finite import NonFiniteError
 from ldm.pipeline.codec import load_codec
 
 MODELS = {

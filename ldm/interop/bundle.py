@@ -49,6 +49,7 @@ class Bundle:
         scheduler: scheduler_config.json; None for an autoencoder alone.
         tokenizer: the files of tokenizer/ by name.
         extra: `ldm.json`: what only we know (null caption, sampling defaults).
+        kind: the class in the `model_index.json` of a folder.
         layout: what it was read from, in words; empty for a model of this process.
         besides: what the source carries and no network uses, tensors and sub-folders by their name there: why that is harmless.
     """
@@ -59,6 +60,7 @@ class Bundle:
     extra: Mapping[str, Any] = field(default_factory=dict)
     besides: Mapping[str, str] = field(default_factory=dict)
     layout: str = ""
+    kind: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:

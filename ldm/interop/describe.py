@@ -26,8 +26,7 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
     """
     tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {
-        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})}
-        for name, part in bundle.parts.items()
+        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})} for name, part in bundle.parts.items()
     }
     if bundle.scheduler is not None:
         about["process"] = _process(bundle.scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ldm.config import ConfigError
@@ -51,10 +52,12 @@ def find_autoencoder(path: str | Path) -> Path:
     raise FolderError(f"{path} holds no autoencoder, neither in model/vae nor in vae/: let its training finish")
 
 
-def read_folder(folder: Path, variant: str | None = None) -> Bundle:
+def read_folder(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> Bundle:
     """A pipeline folder; no weight is looked at. Raises FolderError or ConfigError.
 
+    A part that the index names and whose folder is gone is left out (``complete.lacking`` says so).
     ``variant``: fp16, non_ema …, which the U-Net must have; other parts without it are taken as they are.
+    ``without``: parts that are not to be read.
     """
     index = read_json(folder / INDEX)
     if index.get("_class_name") not in layout.PIPELINES:
@@ -63,13 +66,15 @@ def read_folder(folder: Path, variant: str | None = None) -> Bundle:
     besides = {f"{name}/": "no part of this pipeline" for name in named if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")}
     parts = {}
     for name in (UNET, VAE, TEXT):
-        if name in named or name == UNET:
+        if name == UNET or (name in named and name not in without and (folder / name).exists()):
             own = variant if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*")) else None
             parts[name], aside = read_part(folder / name, name, own)
             besides |= {f"{name}/{tensor}": why for tensor, why in aside.items()}
     extra = read_json(folder / EXTRA) if (folder / EXTRA).exists() else {}
     tokenizer = read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {}
-    return Bundle(parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}")
+    return Bundle(
+        parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}", index["_class_name"]
+    )
 
 
 def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:

@@ -14,8 +14,8 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import from_diffusers, latent_scale
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
-from ldm.interop.bundle import Part
 from ldm.files.known import known_hash
+from ldm.interop.bundle import Part
 from ldm.interop.layouts import read_autoencoder
 from ldm.interop.weights import fill
 

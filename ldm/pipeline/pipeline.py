@@ -31,10 +31,10 @@ from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
 from ldm.diffusion.samplers.path import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.files.disk import file_hash
 from ldm.interop import diffusers as layout
 from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.files.disk import file_hash
 from ldm.interop.folder import write_folder
 from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
@@ -326,6 +326,8 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
+        vae: str | None = None,
+        text: str | None = None,
         **reading: Any,
     ) -> Pipeline:
         """Open a run, a model folder (ours or diffusers') or a single file. Raises FolderError or ConfigError.
@@ -334,19 +336,20 @@ class Pipeline:
             dtype: of the U-Net; the autoencoder and the text encoder stay in float32.
             device: left out, a GPU where there is one.
             variant: of a folder's weights: fp16, non_ema.
+            vae, text: another autoencoder or text encoder than the model's own, or those that it lacks: a run, folder or file.
             reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
         """
-        info = ModelInfo.read(path, variant, **reading)
+        info = ModelInfo.read(path, variant, vae, text, **reading)
         if info.lora is not None:
             info.lora.check(info.hash)
         codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
-        text = None
+        encoder = None
         if info.has_text:
             from ldm.interop.text import text_of  # transformers takes seconds to import
 
-            text = text_of(info.bundle, info.path)
+            encoder = text_of(info.bundle, info.path)
         pipe = cls(
-            load_unet(info).to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
+            load_unet(info).to(dtype), info.schedule, info.target, codec, encoder, info.sample_size, info.defaults,
             info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
         )  # fmt: skip
         if info.lora is not None:
