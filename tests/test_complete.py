@@ -146,7 +146,7 @@ def test_models_made_without_these_parts_open(tmp_path: Path) -> None:
 def test_a_single_file_of_a_unet_alone(folder: Path, written: Path, tmp_path: Path, capsys: Any) -> None:
     removed(folder, VAE)
     assert main(["convert", str(folder), str(tmp_path / "x.safetensors")]) == 0  # it may be completed later
-    with pytest.raises(FolderError, match="has no autoencoder, but ldm.json has the hash of one"):
+    with pytest.raises(FolderError, match=r"has no autoencoder, but ldm\.json has the hash of one"):
         ModelInfo.read(tmp_path / "x.safetensors")
     (folder / "ldm.json").unlink()
     assert main(["convert", str(folder), str(tmp_path / "y.safetensors")]) == 0

@@ -100,7 +100,7 @@ def test_a_classifier_is_looked_at(tmp_path: Path) -> None:
     network = info.make()
     next(network.parameters()).data.view(-1)[0] = NAN
     info.save(network, tmp_path / "classifier")
-    with pytest.raises(FolderError, match="classifier.safetensors: .*holds 1 NaN"):
+    with pytest.raises(FolderError, match=r"classifier\.safetensors: .*holds 1 NaN"):
         load_classifier(tmp_path)
 
 

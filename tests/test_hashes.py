@@ -89,7 +89,7 @@ def test_another_runs_autoencoder_is_one_line(folder: Path, tmp_path: Path) -> N
         Pipeline.from_pretrained(folder)
     Pipeline.from_pretrained(tmp_path / "shards")
     flip(next((tmp_path / "shards" / UNET).glob("*-00002-of-*")))
-    with pytest.raises(FolderError, match="-00002-of-.* has changed"):
+    with pytest.raises(FolderError, match=r"-00002-of-.* has changed"):
         Pipeline.from_pretrained(tmp_path / "shards")
 
 

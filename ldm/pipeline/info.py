@@ -46,7 +46,8 @@ class ModelInfo:
 
     @classmethod
     def read(
-        cls, path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, whole: bool = True, **reading: Any
+        cls, path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, whole: bool = True,
+        **reading: Any,
     ) -> ModelInfo:  # fmt: skip
         """Of a run, a model folder or a single file.
 
