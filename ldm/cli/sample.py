@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError, SampleConfig
+from ldm.files.text import lines, read_text
 
 GIVEN = (  # settings that the command line may replace
     "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     first = processes.each(lambda: _first_number(out))[0]  # agreed, before anyone writes
     pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant, **parts(arguments))
     pipe.check(settings, size)
+    pipe.warn_cut(prompts, settings, stacklevel=1)
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
     origin = Origin(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant, part_hashes(info), other_hashes(settings),
@@ -132,13 +134,17 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file is not None:
         try:
-            lines = Path(arguments.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts-file {arguments.prompts_file}: cannot be read: {error}") from None
-        captions = [line.strip() for line in lines if line.strip()]
+            captions = [line.strip() for line in lines(read_text(Path(arguments.prompts_file))) if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--prompts-file {arguments.prompts_file}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
         if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
         prompts += captions
+    for i, prompt in enumerate(prompts):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError(f"prompt {i + 1} is not text in UTF-8: {prompt!r}")
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 
