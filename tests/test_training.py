@@ -1,5 +1,6 @@
 """The three stages, trained for a few updates on tiny networks: exact resume, gradients, faults, and what is exported."""
 
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,10 @@ from ldm.data.images import prepare
 from ldm.data.sources import open_source
 from ldm.data.stream import Stream, batches, collate
 from ldm.evaluation.record import read_metrics, read_status
+from ldm.interop.bundle import TEXT, VAE
+from ldm.interop.files import FolderError
+from ldm.interop.folder import FILES
+from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
 from ldm.training import recorder
@@ -102,6 +107,21 @@ def assert_same_end(run: Path, straight: Path) -> None:
 
 
 # whole runs
+
+
+def test_stages_write_their_hashes(stages: Stages, tmp_path: Path) -> None:
+    for stage, part, opened in (("autoencoder", VAE, load_codec), ("clip", TEXT, read_text)):
+        run = Path(shutil.copytree(stages.folder / stage, tmp_path / stage))
+        file = run / "model" / part / FILES[part]
+        assert json.loads((run / "model/ldm.json").read_text())["sha256"] == {
+            f"{part}/{FILES[part]}": hashlib.sha256(file.read_bytes()).hexdigest()
+        }
+        opened(run)
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(FolderError, match="has changed"):
+            opened(run)
 
 
 def test_the_exported_folders_open_elsewhere(stages: Stages) -> None:

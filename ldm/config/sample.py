@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autoencoder.config import ConfigError, at_least, between, one_of
+from ldm.config.values import check_types
 
 SAMPLERS = (
     "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
@@ -42,6 +43,7 @@ class SampleConfig:
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.loras()
         one_of(self, SAMPLERS, "sampler")
         one_of(self, GRIDS, "grid")

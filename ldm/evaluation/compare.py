@@ -19,6 +19,7 @@ from ldm.evaluation.plots import captioned
 from ldm.evaluation.record import newest_checkpoint
 from ldm.interop.files import write_json
 from ldm.interop.weights import read_module
+from ldm.models.finite import finite
 from ldm.pipeline.codec import load_codec
 
 IMAGES = 256
@@ -53,7 +54,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {"original": {"logits": float(discriminator(images).mean())}}
     pictures = [images[:SHOWN]]
     for run, name in zip((plain, adversarial), names, strict=True):
-        decoded = load_codec(run).autoencoder(images)[0].clamp(-1, 1)
+        decoded = finite(load_codec(run).autoencoder(images)[0], f"the reconstructions of {run}").clamp(-1, 1)
         energy = high_frequency_energy(decoded, images)
         energy = energy[torch.isfinite(energy)]
         rows[name] = {

@@ -85,7 +85,7 @@ def _same_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle,
 
 def _copied(part: Part) -> Part:
     """With its tensors in memory of their own: where they begin in a file decides in what order a sum is taken."""
-    return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()})
+    return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()}, files=(), sha256={})
 
 
 def _unet(bundle: Bundle) -> Tensor:

@@ -13,6 +13,7 @@ from ldm.interop.archive.archive import write_tensors
 from ldm.interop.bundle import UNET, VAE, Bundle
 from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.folder import write_folder, write_part
+from ldm.interop.intact import check_writable
 from ldm.interop.schedulers import blind_end
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,6 +48,7 @@ def coverage(bundle: Bundle) -> list[str]:
 
 def write_model(bundle: Bundle, target: Path, max_shard_bytes: int | None = None, openclip: bool = False) -> None:
     """Write a folder, or a single file where the name ends in .safetensors. Raises FolderError or ConfigError."""
+    check_writable(bundle)
     if target.suffix == ".safetensors":
         tensors, metadata = to_compvis(bundle, openclip)
         write_tensors(target, tensors, metadata)

@@ -135,6 +135,20 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tupl
     return torch.tensor(rows, dtype=torch.int64).view(len(captions), length), truncated
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A caption that is longer than the encoder takes.
+
+    Attributes:
+        tokens: how many at its end are dropped.
+        text: what they say.
+    """
+
+    caption: str
+    tokens: int
+    text: str
+
+
 class TextEncoder:
     """A frozen CLIP text tower with its tokenizer: captions → [b, max_length, width] in float32."""
 
@@ -226,6 +240,19 @@ class TextEncoder:
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
         """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU."""
         return tokenize(self.tokenizer, captions, self.max_length)
+
+    def cut(self, captions: Iterable[str]) -> list[Cut]:
+        """Those of the captions that are cut to fit, each once, with what is dropped of them."""
+        distinct, room = list(dict.fromkeys(captions)), self.max_length - 1  # the last is the end of text
+        if not distinct:
+            return []
+        read = self.tokenizer(distinct, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
+        rows = zip(distinct, read["input_ids"], read["offset_mapping"], strict=True)
+        return [
+            Cut(caption, len(row) - 1 - room, caption[places[room][0] :].strip())
+            for caption, row, places in rows
+            if len(row) > self.max_length
+        ]
 
     @torch.no_grad()
     def encode_ids(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:

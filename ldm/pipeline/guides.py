@@ -43,6 +43,7 @@ class Guides:
                 raise ConfigError(f"autoguidance {path}: one of the models has a text encoder and the other has none")
             self.weaker[path] = weak
         weak = self.weaker[path]
+        weak.warn_cut(captions, settings, stacklevel=1)
         null = settings.negative_prompt or weak.null_caption
         cond = weak.condition(captions if settings.guidance_scale else [null] * len(captions))
         return lambda x_t, t: weak._predict(x_t, t, cond)[:, : pipe.unet.in_channels]
