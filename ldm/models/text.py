@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers.utils import logging as hf_logging
 
 from ldm.config import NULL_CAPTION, ClipConfig
+from ldm.models.lora import shared_copy
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -180,6 +181,12 @@ class TextEncoder:
         """Move the weights; returns itself."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
+
+    def shared_copy(self) -> TextEncoder:
+        """An encoder with the same weights, whose tower can be changed by a LoRA of its own."""
+        copied = copy.copy(self)
+        copied.model = shared_copy(self.model)
+        return copied
 
     @property
     def device(self) -> torch.device:
