@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ldm.config import ClipConfig, LoraConfig, SampleConfig, ScheduleConfig, UNe
 from ldm.data import streams
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.lora import TOWER
+from ldm.interop.lora_settings import TOWER
 from ldm.models.lora import Lora
 from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
@@ -134,3 +135,13 @@ def same(found: dict[str, Lora], expected: dict[str, Lora]) -> None:
         assert mine.keys() == lora.state_dict().keys()
         assert all(torch.equal(mine[name], value) for name, value in lora.state_dict().items())
         assert {n: (c.rank, c.alpha) for n, c in found[part].changes.items()} == {n: (c.rank, c.alpha) for n, c in lora.changes.items()}
+
+
+def as_written(loras: dict[str, Lora]) -> dict[str, Lora]:
+    """The same changes with α/r in B, as our files hold them."""
+    loras = copy.deepcopy(loras)
+    for lora in loras.values():
+        for change in lora.changes.values():
+            change.lora_B.weight.data *= change.alpha / change.rank  # type: ignore[operator,union-attr]
+            change.alpha = float(change.rank)
+    return loras

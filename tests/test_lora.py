@@ -15,6 +15,24 @@ import peft
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from loras import (
+    ALL,
+    PROMPTS,
+    TEXT_TARGETS,
+    alphas,
+    as_written,
+    both,
+    changed,
+    close,
+    inputs,
+    networks,
+    out,
+    pictures,
+    plain_keys,
+    same,
+    theirs,
+    write_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +42,8 @@ from ldm.config import ConfigError, LoraConfig, SampleConfig
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.files import FolderError
-from ldm.interop.lora import FILE, METADATA, TOWER, find_lora, read_lora, write_lora
+from ldm.interop.lora import FILE, METADATA, find_lora, read_lora, write_lora
+from ldm.interop.lora_settings import TOWER
 from ldm.interop.reference import Reference
 from ldm.models.lora import Lora, changeable, named_layers
 from ldm.pipeline import Pipeline
@@ -120,7 +139,7 @@ def test_what_is_written_is_read(pipe: Pipeline, tmp_path: Path) -> None:
     sizes = {name: (1 + i % 3, float(2 + i % 2)) for i, name in enumerate(changeable(network))}  # ranks and α that differ
     loras[UNET] = Lora(network, sizes)
     write_lora(loras, tmp_path / FILE)
-    same(read_lora(tmp_path, networks(pipe)), loras)
+    same(read_lora(tmp_path, networks(pipe)), as_written(loras))
     shutil.copytree(tmp_path, tmp_path / "run/model")
     assert find_lora(tmp_path / "run") == tmp_path / "run/model" / FILE
 
@@ -347,15 +366,15 @@ def broken(pipe: Pipeline, change: Callable[[dict[str, Tensor]], Any], header: d
         (lambda t: t.update({f"unet.{Q}.lora_B.weight": torch.ones(32, 4)}), None, r"is \[32, 4\], .* should be \[32, 3\]"),
         (lambda t: t.update({f"unet.{Q}.lora_A.weight": torch.ones(0, 32)}), None, "its first dimension is the rank"),
         (lambda t: t.update({f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": torch.ones(3, 32)}), None, "are for the same layer"),
-        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None, "should be one finite number"),
+        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None, "alpha holds 1 of 1 numbers that are not finite"),
         (lambda t: t.update({f"unet.{Q}.alpha": torch.ones(2)}), None, "should be one finite number"),
         (lambda t: t.update({f"unet.{Q}.dora_scale": torch.ones(2)}), None, "DoRA is not offered"),
         (lambda t: t.update({f"unet.{Q}.hada_w1_a": torch.ones(2)}), None, "LoHa is not offered"),
         (lambda t: t.update({f"unet.{Q}.lora_B.bias": torch.ones(32)}), None, "a LoRA with biases is not offered"),
         (lambda t: t.clear(), None, "holds no tensor"),
         (lambda t: None, {"unet.r": 4}, "has rank 3, its settings say 4"),
-        (lambda t: None, {"unet.r": 3, "unet.lora_alpha": "much"}, "'much', which is no number"),
-        (lambda t: None, {"unet.r": 3, "unet.use_dora": True}, "use_dora in its settings: DoRA is not offered"),
+        (lambda t: None, {"unet.r": 3, "unet.lora_alpha": "much"}, "'much', which is not a finite number"),
+        (lambda t: None, {"unet.r": 3, "unet.use_dora": True}, "use_dora in its settings is True: DoRA is not offered"),
         (lambda t: None, {"unet.r": 3, "unet.rank_pattern": {"(a+)+$": 3}}, "the pattern .* is not offered"),
         (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(2.0)}), {"unet.r": 3, "unet.lora_alpha": 3}, "is 2, the settings .* say 3"),
     ],

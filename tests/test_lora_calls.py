@@ -72,6 +72,15 @@ def test_a_lora_that_two_threads_name_is_read_once(here: Path, pipe: Pipeline, m
     assert (first == second).all() and len(opened) == 1
 
 
+def test_a_file_that_was_written_anew_is_read_anew(here: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    settings = {"lora": (str(tmp_path),)}
+    write_lora({UNET: changed(pipe.unet, ("to_q",))}, tmp_path / FILE)
+    first = pictures(pipe, **settings)
+    write_lora({UNET: changed(pipe.unet, ("to_q",), seed=9)}, tmp_path / FILE)
+    second = pictures(pipe, **settings)
+    assert np.abs(second - first).max() > 5 and (second == pictures(Pipeline.from_pretrained(here / "model", "cpu"), **settings)).all()
+
+
 def test_a_generator_keeps_its_loras_and_gives_them_to_no_other_call(here: Path, pipe: Pipeline) -> None:
     """Two are drawn from in turn, one of them in another thread, with calls in between."""
     plain = pictures(pipe)

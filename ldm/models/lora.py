@@ -41,6 +41,11 @@ class LowRank(nn.Module):
         """(α/r) B A x, in the precision of A."""
         return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * (self.alpha / self.rank)  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def unscaled(self) -> tuple[Tensor, Tensor]:
+        """A and (α/r) B in float32: the same change with α = r."""
+        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / self.rank)  # type: ignore[operator,union-attr]
+
     def matrix(self) -> Float[Tensor, "o i"]:
         """(α/r) B A in float32, a convolution's kernel flattened with its input channels."""
         a, b = (part.weight.detach().float().flatten(1) for part in (self.lora_A, self.lora_B))  # type: ignore[union-attr]

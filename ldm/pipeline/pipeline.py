@@ -81,7 +81,7 @@ class Pipeline:
     caption_dropout: float | None = None
     files: tuple[Path, ...] = ()  # of the weights; none before saving
     _guides: Guides = field(default_factory=Guides, init=False, repr=False)
-    _loras: dict[str, dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)  # read so far: by path, then by network
+    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)  # by file, time, size
     _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)  # LoRAs, live and merged
     _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)  # with how to take it off
 
@@ -146,10 +146,12 @@ class Pipeline:
 
     def _lora(self, path: str) -> dict[str, Lora]:
         """The changes of each network by the LoRA at ``path``, not attached."""
+        file = find_lora(path)
+        version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
         with _READING:
-            if path not in self._loras:
-                self._loras[path] = {part: lora.to(self.device) for part, lora in read_lora(path, self._networks()).items()}
-            return self._loras[path]
+            if version not in self._loras:
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self._networks()).items()}
+            return self._loras[version]
 
     def _under(self, settings: SampleConfig) -> Pipeline:
         """This model under the LoRAs of a call: the weights are shared, so that no other call sees them."""
