@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from ldm.config import NULL_CAPTION, ClipConfig
 from ldm.files.disk import replace
+from ldm.models.lora import shared_copy
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -204,6 +205,12 @@ class TextEncoder:
         """Move the weights; returns itself."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
+
+    def shared_copy(self) -> TextEncoder:
+        """An encoder with the same weights, whose tower can be changed by a LoRA of its own."""
+        copied = copy.copy(self)
+        copied.model = shared_copy(self.model)
+        return copied
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,14 @@ images = pipe(["a small red circle on a white background"], steps=20, guidance_s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
+from ldm.config.sample import check_lora_scale
 from ldm.config.values import shown, typed
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
@@ -39,7 +41,7 @@ from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.folder import write_folder
 from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
-from ldm.models.lora import Lora
+from ldm.models.lora import Lora, shared_copy
 from ldm.models.unet import UNet
 from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_prompts, check_sampling, check_start, first_step, grid_of
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
@@ -57,11 +59,15 @@ else:  # checked by the call itself, as the configuration checks them and with t
     Whole = Number = Text = Any
 SHOWN = 3  # prompts that a warning quotes
 QUOTED = 200  # characters of what is dropped of one
+_READING = RLock()  # a LoRA that several threads ask for at once is read once
 
 
 @dataclass
 class Pipeline:
     """A trained model, ready to draw from.
+
+    Several threads may draw at the same time, each with LoRAs and guides of its own. What changes the model for all
+    (``load_lora``, ``merge_lora``, ``to``) is for a moment when none draws.
 
     Attributes:
         unet, schedule_config, target: the denoiser, its process, and what it predicts.
@@ -85,7 +91,7 @@ class Pipeline:
     files: tuple[Path, ...] = ()  # of the weights; none before saving
     _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
     _guides: Guides = field(default_factory=Guides, init=False, repr=False)
-    _loras: dict[str, list[Lora]] = field(default_factory=dict, init=False, repr=False)  # that have been read, as they were named
+    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)  # by file, time, size
     _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)  # LoRAs, live and merged
     _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)  # with how to take it off
 
@@ -124,40 +130,55 @@ class Pipeline:
         if self.text:
             self.text.to(device)
         self._guides.to(device)
-        for lora in (lora for loras in self._loras.values() for lora in loras):
+        for lora in (lora for loras in self._loras.values() for lora in loras.values()):
             lora.to(device)
         return self
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Let the networks compute with the LoRA at ``path`` (a file, folder or run), times ``scale``, besides those loaded before.
 
-        Raises FolderError where it does not fit, and then changes nothing.
+        It holds for every later call, in all threads; call it while no thread draws. For one call: ``pipe(…, lora=…)``.
+        Raises FolderError where it does not fit and ConfigError for a scale that is out of range, and then changes nothing.
         """
-        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path))]
+        check_lora_scale(scale, path)
+        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path)).values()]
         self._loaded.append((str(path), scale))
 
     def merge_lora(self) -> None:
-        """Add the loaded LoRAs to the weights for good, which costs nothing when drawing. To be without them, open the model again."""
+        """Add the loaded LoRAs to the weights for good, which costs nothing when drawing. To be without them, open the model again.
+
+        Call it while no thread draws: the weights are those of all threads.
+        """
         for lora, scale, detach in self._live:
             detach()
             lora.merge(scale)
         self._live.clear()
 
-    def _lora(self, path: str) -> list[Lora]:
-        """What the LoRA at ``path`` changes, not attached."""
-        if path not in self._loras:
-            networks: dict[str, torch.nn.Module] = {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
-            self._loras[path] = [lora.to(self.device) for lora in read_lora(path, networks).values()]
-        return self._loras[path]
+    def _lora(self, path: str) -> dict[str, Lora]:
+        """The changes of each network by the LoRA at ``path``, not attached."""
+        file = find_lora(path)
+        version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
+        with _READING:
+            if version not in self._loras:
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self._networks()).items()}
+            return self._loras[version]
 
-    @contextmanager
-    def _under(self, settings: SampleConfig) -> Iterator[None]:
-        """The LoRAs of a call, attached for the block."""
-        with ExitStack() as stack:
-            for path, scale in settings.loras():
-                for lora in self._lora(path):
-                    stack.callback(lora.attach(scale))
-            yield
+    def _under(self, settings: SampleConfig) -> Pipeline:
+        """This model under the LoRAs of a call: the weights are shared, so that no other call sees them."""
+        wanted = [(part, lora, scale) for path, scale in settings.loras() for part, lora in self._lora(path).items()]
+        if not wanted:
+            return self
+        pipe = copy.copy(self)
+        pipe.unet = shared_copy(self.unet)
+        pipe.text = self.text and self.text.shared_copy()
+        networks = pipe._networks()
+        for part, lora, scale in wanted:
+            lora.attach(scale, networks[part])
+        return pipe
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that a LoRA may change."""
+        return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
 
     def __call__(
         self, prompts: Text | Iterable[Text], *, steps: Whole | None = None, guidance_scale: Number | None = None,
@@ -249,12 +270,11 @@ class Pipeline:
             if (gradient := self._guides.gradient(self, texts, settings, "mean")) is not None:
                 gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
                 options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
-            with self._under(settings):
-                latent = sampler.function(
-                    self.denoiser(texts, settings, watch), self._noise(settings.seed, "x_T", numbers, shape), grid,
-                    lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape),
-                    callback=watch.after_step(callback), **options,
-                )  # fmt: skip
+            latent = sampler.function(
+                self.denoiser(texts, settings, watch), self._noise(settings.seed, "x_T", numbers, shape), grid,
+                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape),
+                callback=watch.after_step(callback), **options,
+            )  # fmt: skip
             images = watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
             watch.check()
             yield images
@@ -274,8 +294,9 @@ class Pipeline:
             warnings.warn(f"the text encoder takes {room} tokens: {'; '.join([*lines, *more])}", stacklevel=stacklevel)
 
     def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
-        """What samplers call for these captions, guidance included. ``watch``: sees what each part computes."""
-        cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        """What samplers call for these captions, guidance and the LoRAs of the settings included. ``watch``: sees what each part computes."""
+        model = self._under(settings)
+        cond, null = model.condition(captions), model.condition([settings.negative_prompt or self.null_caption] * len(captions))
         for context in (cond.context, null.context):
             if watch and context is not None:
                 watch.see("what the text encoder says of the caption", context, False)
@@ -283,7 +304,7 @@ class Pipeline:
         gradient = self._guides.gradient(self, captions, settings, "score")
         weak = None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings)
         guidance = Guidance(
-            seen("the U-Net's prediction", self._predict), cond, null, self.schedule, self.target, self.learned_variance,
+            seen("the U-Net's prediction", model._predict), cond, null, self.schedule, self.target, self.learned_variance,
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
