@@ -10,23 +10,29 @@ one survives, or where tests could not be run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from queue import Queue
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("autoencoder", "ldm", "tests", "configs", "docs", "scripts", "pyproject.toml", "README.md", "Makefile")
+LIBRARIES = (  # loaded once, before any fork: they take most of a short test
+    "accelerate", "diffusers.schedulers", "diffusers.models", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "hypothesis", "matplotlib.figure", "pytest", "scipy.stats", "torch", "transformers.models.clip.modeling_clip",
+)  # fmt: skip
 LONGEST = 600  # seconds; a loop without end is an error that was found
 CAUGHT, SURVIVED, NOT_RUN = "caught", "SURVIVED", "NOT RUN"
+_tree: Path  # of this process, where it is one of several
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,32 @@ def copied(root: Path, folder: Path) -> Path:
 
 
 def tested(tree: Path, tests: Iterable[str], first: bool = True) -> tuple[int, str]:
-    """pytest's exit code on the tests in ``tree``, and its summary of failures; ``first``: it stops at the first."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *(["-x"] if first else []), *tests]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LONGEST, check=False)
-    except subprocess.TimeoutExpired:
-        return 1, f"longer than {LONGEST} s"
-    said = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
-    return done.returncode, " ".join(said) or " ".join(done.stdout.split()[-12:])
+    """pytest's exit code on the tests in ``tree``, in a fork, and which failed; ``first``: it stops at the first."""
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *(["-x"] if first else []), *tests]
+    with NamedTemporaryFile() as output:
+        process = get_context("fork").Process(target=_pytest, args=(tree, arguments, output.name))
+        process.start()
+        process.join(LONGEST)
+        if process.exitcode is None:
+            process.kill()
+            return 1, f"longer than {LONGEST} s"
+        said = Path(output.name).read_text(encoding="utf-8", errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.MULTILINE)
+    return process.exitcode, " ".join(failed) or " ".join(said.split()[-12:])
+
+
+def _pytest(tree: Path, arguments: list[str], output: str) -> None:
+    """Be pytest, started in ``tree``; of this project nothing is imported before."""
+    import pytest
+
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)  # of what tests start
+    sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT), str(ROOT / "tests")))]
+    sys.modules.pop("planted", None)
+    os._exit(int(pytest.main(arguments)))
 
 
 def _put(file: Path, content: bytes) -> None:
@@ -120,19 +143,22 @@ def judged(mutant: Mutant, tree: Path) -> tuple[str, str]:
 
 def run(mutants: list[Mutant], root: Path, jobs: int) -> Iterator[tuple[Mutant, str, str, float]]:
     """Plant every one: with the verdict, what the tests said, and the seconds that it took."""
-    with TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
-        trees: Queue[Path] = Queue()
+    fork, trees = get_context("fork"), get_context("fork").SimpleQueue()
+    with TemporaryDirectory(prefix="mutants-") as folder:
         for i in range(jobs):
             trees.put(copied(root, Path(folder) / str(i)))
+        with ProcessPoolExecutor(jobs, fork, _take_tree, (trees,)) as pool:
+            yield from pool.map(_judged_there, mutants)
 
-        def one(mutant: Mutant) -> tuple[Mutant, str, str, float]:
-            tree, started = trees.get(), time.monotonic()
-            try:
-                return mutant, *judged(mutant, tree), time.monotonic() - started
-            finally:
-                trees.put(tree)
 
-        yield from pool.map(one, mutants)
+def _take_tree(trees: SimpleQueue[Path]) -> None:
+    global _tree
+    _tree = trees.get()
+
+
+def _judged_there(mutant: Mutant) -> tuple[Mutant, str, str, float]:
+    started = time.monotonic()
+    return mutant, *judged(mutant, _tree), time.monotonic() - started
 
 
 def sound(mutants: list[Mutant], root: Path) -> str | None:
@@ -153,6 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     given = parser.parse_args(arguments)
     mutants = [m for m in table() if not given.words or any(word in f"{m.file} {m.error}" for word in given.words)]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # as tests/conftest.py has them
+    for library in LIBRARIES:
+        importlib.import_module(library)
     if (problem := sound(mutants, ROOT)) is not None:
         print(problem)
         return 1

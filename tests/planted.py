@@ -39,6 +39,17 @@ DATA: dict[str, list[Row]] = {
         ("the last place of a crop never occurs", "int(u * (surplus + 1))", "int(u * surplus)", "streams::test_flips_are_half_and_crops_even"),
         ("the long side is fitted", "scale = size / min(height, width)", "scale = size / max(height, width)", "images::test_the_short_side_is_fitted_and_the_middle_is_cut"),
     ],
+    "ldm/data/shapes.py": [
+        ("combinations that were held out are trained on", 'combinations(objects, split == "held_out")', 'combinations(objects, False) + combinations(objects, True)', "shapes::test_held_out_combinations_are_never_seen_but_their_pairs_are"),
+        ("held out one way round alone", "for c, s in (first, second)) % 7", "for c, s in (first,)) % 7", "shapes::test_held_out_pairs_are_held_out_in_either_order"),
+        ("validation shows the scenes of training", "self._offset = OFFSETS[split]", 'self._offset = OFFSETS["train"]', "shapes::test_splits_draw_from_their_own"),
+    ],
+    "ldm/data/textures.py": [
+        ("validation shows the textures of training", "self._offset = OFFSETS[split]", 'self._offset = OFFSETS["train"]', "sources::test_textures_are_a_function_of_the_index"),
+    ],
+    "ldm/data/digits.py": [
+        ("training holds the digits of validation", '== 0) == (split == "validation")', '== 0) >= (split == "validation")', "sources::test_digits_are_split_by_fives_and_keep_their_labels"),
+    ],
     "ldm/data/folder.py": [
         ("the shares of the splits are exchanged", '(split == "validation")]', '(split != "validation")]', "folder::test_split_is_stable_under_adding_files_and_has_the_asked_share"),
         ("validation holds training images", 'fraction) == (split == "validation")', 'fraction) <= (split == "validation")', "folder::test_folder_reads_images_captions_and_columns"),
@@ -87,6 +98,11 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the shift counts once", "- 2 * math.log(ratio)", "- math.log(ratio)", "diffusion::test_a_resolution_shift_moves_lambda"),
         ("one step is enough", "len(betas) < 2:", "len(betas) < 1:", "diffusion::test_a_process_of_one_step_is_refused"),
         ("linear is rescaled to T", "    return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)", "    return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64) * 1000 / num_steps", "diffusion::test_tables_are_those_of_diffusers"),
+    ],
+    "ldm/diffusion/process.py": [
+        ("the transition without its signal", "- (ratio * schedule.sigma(s)).square()", "- schedule.sigma(s).square()", "diffusion::test_posterior_is_bayes_rule"),
+        ("the learned variance upside down", "nu = (output + 1) / 2", "nu = (1 - output) / 2", "diffusion::test_learned_variance_lies_between_its_ends"),
+        ("v is read as eps", "return a * x_t - s * prediction", "return (x_t - s * prediction) / a", "diffusion::test_predictions_convert_without_loss"),
     ],
     "ldm/diffusion/gaussian.py": [
         ("pixels of level −1 pass", "(level > -0.5)", "(level > -1.5)", "gaussian::test_pixels_are_checked"),
