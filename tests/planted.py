@@ -40,7 +40,7 @@ DATA: dict[str, list[Row]] = {
         ("the long side is fitted", "scale = size / min(height, width)", "scale = size / max(height, width)", "images::test_the_short_side_is_fitted_and_the_middle_is_cut"),
     ],
     "ldm/data/shapes.py": [
-        ("combinations that were held out are trained on", 'combinations(objects, split == "held_out")', 'combinations(objects, False) + combinations(objects, True)', "shapes::test_held_out_combinations_are_never_seen_but_their_pairs_are"),
+        ("combinations that were held out are trained on", 'combinations(objects, split == "held_out")', 'combinations(objects, False) + combinations(objects, True)', "shapes::test_splits_draw_from_their_own"),
         ("held out one way round alone", "for c, s in (first, second)) % 7", "for c, s in (first,)) % 7", "shapes::test_held_out_pairs_are_held_out_in_either_order"),
         ("validation shows the scenes of training", "self._offset = OFFSETS[split]", 'self._offset = OFFSETS["train"]', "shapes::test_splits_draw_from_their_own"),
     ],
@@ -178,6 +178,11 @@ TRAINING: dict[str, list[Row]] = {
         ("betas are torch's own", "betas=config.betas, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
         ("epsilon is torch's own", "eps=config.adam_eps, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
     ],
+    "ldm/training/shelf.py": [
+        ("numbers of nine digits are no checkpoints", 'r"step-(\\d{8,})"', 'r"step-(\\d{8})"', "retention::test_more_digits_are_more"),
+        ("the oldest intact one is resumed", "for path in reversed(steps(folder)):\n        found = check(path)", "for path in steps(folder):\n        found = check(path)", "retention::test_the_newest_is_the_highest_valid_number_and_no_other_name"),
+        ("a flipped byte is not seen", "if digest is not None and file_hash(file) != digest:", "if False:", "checkpoint::test_damage_is_found_named_and_skipped"),
+    ],
     "ldm/training/autoencoder.py": [
         ("the adversarial term is not balanced", "gan_factor(update, loss) * self._adaptive * gan_gradient", "gan_factor(update, loss) * gan_gradient", "training::test_the_autoencoders_gradient_is_that_of_the_scalar_loss"),
         ("the KL is not weighted", 'loss.kl * terms["kl"]', 'terms["kl"]', "training::test_the_autoencoders_gradient_is_that_of_the_scalar_loss"),
@@ -267,7 +272,13 @@ AROUND: dict[str, list[Row]] = {
     "ldm/interop/unet.py": [
         ("labels become a projection", '"timestep" if config.sinusoidal_labels else kind', "kind", "sd_layouts::test_unet_settings_go_there_and_back"),
         ("all channels are the sample's", 'out_channels // 2 if layout.get("learned_variance") else out_channels', "out_channels", "objective::test_channels_of_a_folder"),
-        ("another default context", '"cross_attention_dim", 1280)', '"cross_attention_dim", 768)', "sd_layouts::test_every_setting_of_diffusers_is_known_by_name"),
+        ("another default context", '"cross_attention_dim", 1280)', '"cross_attention_dim", 768)', "sd_layouts::test_an_absent_setting_has_the_default_of_diffusers"),
+    ],
+    "ldm/interop/reference.py": [
+        ("a LoRA draws on whatever base lies there", "if sha256 != self.sha256:", "if False:", "lora::test_a_base_that_changed_or_is_gone_is_one_line"),
+    ],
+    "ldm/interop/weights.py": [
+        ("a tensor too many passes", "if name not in wanted:\n            raise", "if False:\n            raise", "pipeline::test_tensors_that_do_not_fit_are_named"),
     ],
     "ldm/interop/compvis/names.py": [
         ("the middle's blocks exchanged", "middle_block.{2 * int(part[2])}", "middle_block.{2 - 2 * int(part[2])}", "compvis::test_diffusers_converts_our_unet_back"),
@@ -279,10 +290,11 @@ AROUND: dict[str, list[Row]] = {
         ("the bound's first weight stays infinite", "torch.cat([weights[1:2], weights[1:]])", "weights", "compvis::test_weights_of_the_bound_and_log_variances"),
     ],
     "ldm/interop/archive/safetensors.py": [
-        ("tensors may overlap", "if begin != position:", "if begin > position:", "archive::test_safetensors_of_other_bytes"),
-        ("bytes after the last tensor pass", "if position != (given", "if position > (given", "archive::test_safetensors_of_other_bytes"),
+        ("tensors may overlap", "if begin != position:", "if begin > position:", "archive::test_a_damaged_safetensors_file"),
+        ("bytes after the last tensor pass", "if position != (given", "if position > (given", "archive::test_a_damaged_safetensors_file"),
     ],
     "autoencoder/layout.py": [
+        ("another default of the groups", '"norm_num_groups", 32)', '"norm_num_groups", 16)', "sd_layouts::test_an_absent_setting_has_the_default_of_diffusers"),
         ("a scale that is folded in already", '"scaling_factor": 1.0,', '"scaling_factor": 0.18215,', "autoencoder::test_layout_round_trip"),
         ("another default scale", '"scaling_factor", 0.18215)', '"scaling_factor", 1.0)', "sd_layouts::test_the_latent_scale_has_diffusers_defaults"),
     ],
