@@ -48,7 +48,12 @@ from ldm.cli import main as command_line
 
 LIMIT = 20.0  # seconds for a call
 MEMORY = 3 << 30  # bytes of address space beyond those of the process that calls
-ANSWERS = {"status": {1, 3, 4, 5, 75, 130}, "reproduce": {1}, "replay": {1}, "checkpoints": {4}}  # exit codes that are no refusals
+ANSWERS = {
+    "status": {1, 3, 4, 5, 75, 130},
+    "reproduce": {1},
+    "replay": {1},
+    "checkpoints": {4},
+}  # exit codes that are no refusals
 READ_ONLY = {"init", "sample", "reproduce", "inspect", "convert", "status", "diff", "checkpoints", "python"}
 AT_WORK = re.compile(r"^(\d+/\d+|global batch)", re.MULTILINE)  # training and drawing may take their time
 
@@ -260,7 +265,11 @@ def case(examples: Path, seed: int, number: int, keep: bool = False) -> tuple[Ca
         given = result(outcome) if compared else {}
     wanted = expected(examples, tuple(call.argv)) if compared else {}
     other = [key for key in {**given, **wanted} if given.get(key) != wanted.get(key)]
-    return dataclasses.replace(call, arguments={}), outcome, faults(call, outcome, other)  # arguments may be what no pipe takes
+    return (
+        dataclasses.replace(call, arguments={}),
+        outcome,
+        faults(call, outcome, other),
+    )  # arguments may be what no pipe takes
 
 
 def built(folder: Path) -> Path:
@@ -303,7 +312,10 @@ def fuzz(examples: Path, arguments: argparse.Namespace) -> int:
             refused[kind] += bool(outcome.code)
             for fault in found:
                 causes.setdefault(cause(fault), []).append(f"{seed}:{number}")
-                print(f"{seed}:{number}  {kind}: {call.what}\n    ldm {' '.join(call.argv)[:300]}\n    {fault}", flush=True)
+                print(
+                    f"{seed}:{number}  {kind}: {call.what}\n    ldm {' '.join(call.argv)[:300]}\n    {fault}",
+                    flush=True,
+                )
             if time.monotonic() - begun > arguments.seconds:
                 print(f"stopped after {arguments.seconds:g} s (--seconds)")
                 break

@@ -6,13 +6,9 @@ A kind is called in a folder with a fresh copy of the examples, changes files th
 from __future__ import annotations
 
 import json
-import math
-import os
 import random
-import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +17,33 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from fuzz_oddities import (
+    DIGITS,
+    ODD,
+    ODD_TEXT,
+    PICKLED,
+    WORDS,
+    chunks,
+    damaged,
+    header,
+    misplaced,
+    odd_chunks,
+    oddly,
+    png,
+    tiff,
+    upset,
+    written,
+)
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm.cli.main import main, parser
 
 DRAW = ["--steps", "2", "--prompt", "a photo", "--out", "out"]
-READERS = {  # of a model: drawn from, described, converted, compared
-    "sample": ["sample", "{}", *DRAW], "inspect": ["inspect", "{}"], "json": ["inspect", "{}", "--json", "--no-hashes"],
-    "convert": ["convert", "{}", "out/model.safetensors"], "diff": ["diff", "{}", "model.safetensors"],
-}  # fmt: skip
+READERS = (  # of a model
+    ["sample", "{}", *DRAW], ["inspect", "{}"], ["inspect", "{}", "--json", "--no-hashes"], ["convert", "{}", "out/model.safetensors"],
+    ["convert", "{}", "out", "--verify"], ["diff", "{}", "autoencoder/model"],
+)  # fmt: skip
 TRAIN = {
     "steps": 2, "batch_size": 2, "log_every": 1, "validate_every": 2, "validation_size": 2, "sample_every": 2, "checkpoint_every": 1,
     "trackers": [],
@@ -50,11 +64,18 @@ COMMANDS = [
     ["cache-latents", "configs/ldm.yaml", "run=out"], ["sample", "run", *DRAW], ["status", "run"], ["diff", "run", "adapter"],
     ["reproduce", "pictures/00000-a-photo.png", "--out", "out"], ["report", "run", "--images", "4", "--out", "out"],
     ["replay", "run/incidents/x"], ["plot", "reverse", "run", "--out", "out"], ["plot", "schedules", "--out", "out"],
-    ["convert", "run", "out"], ["convert", "run", "out.safetensors", "--verify"], ["inspect", "run"],
+    ["convert", "model.ckpt", "out"], ["convert", "run", "out.safetensors", "--verify"], ["inspect", "model.safetensors"],
     ["compare-autoencoders", "autoencoder", "autoencoder", "--out", "out"], ["train-classifier", "configs/ldm.yaml"],
     ["train-autoencoder", "configs/autoencoder.yaml", "run=out"], ["train-clip", "configs/clip.yaml", "run=out"],
     ["evaluate", "run", "--images", "2", "--likelihood", "--timesteps", "2"], ["verify-resume", "configs/ldm.yaml", "--keep", "out"],
     ["sampler-report", "run", "--out", "out", "--steps", "2", "--samplers", "ddim", "--images", "2"],
+]  # fmt: skip
+
+TRAINING = ("train", "train-autoencoder", "train-clip", "train-ldm", "train-classifier", "cache-latents", "verify-resume")
+LOOKS = [  # at a run
+    ["status", "run"], ["status", "run", "--json"], ["checkpoints", "run"], ["checkpoints", "run", "--fast", "--json"], RESUME,
+    ["report", "run", "--images", "0", "--out", "out/report.html"], ["diff", "run", "adapter"], ["sample", "run", *DRAW],
+    ["plot", "forward", "run", "--images", "2"], ["replay", "run/incidents/update-1"],
 ]  # fmt: skip
 
 
@@ -75,151 +96,29 @@ class Call:
 
 
 def build_examples() -> None:
-    """Images with captions, three small runs, a model as a single file and as a pickle, a LoRA, a picture; in this folder."""
-    Path("images").mkdir()
+    """Images with captions, runs of three stages and of a LoRA, a model as a single file and as a pickle, a picture; in this folder."""
+    for name in ("images", "configs"):
+        Path(name).mkdir()
     for i in range(12):
         pixels = np.arange(3 * 40 * (36 + i), dtype=np.uint8).reshape(40, 36 + i, 3) // (i + 1)
         Image.fromarray(pixels).save(f"images/{i}.png")
     rows = [{"file_name": f"{i}.png", "text": f"a photo of number {i}"} for i in range(12)]
     Path("images/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.txt").write_text("a photo\na photo of number 3\n")
-    Path("configs").mkdir()
+    data = {"folder": "images", "image_size": 32, "validation_fraction": 0.3}
     for name, tree in NETWORKS.items():
-        data = {"folder": "images", "image_size": 32, "validation_fraction": 0.3}
-        run = "run" if name == "ldm" else name
-        Path(f"configs/{name}.yaml").write_text(yaml.safe_dump({"run": run, "data": data, "train": TRAIN, **tree}))
-    adapter = ["init=run", "train.lora.rank=2", "run=adapter"]
-    for argv in (["train", "configs"], [*TRAIN_LDM, *adapter], ["sample", "run", *DRAW], ["convert", "run", "model.safetensors"]):
+        whole = {"run": "run" if name == "ldm" else name, "data": data, "train": TRAIN, **tree}
+        Path(f"configs/{name}.yaml").write_text(yaml.safe_dump(whole))
+    adapter = [*TRAIN_LDM, "init=run", "train.lora.rank=2", "run=adapter"]
+    for argv in (["train", "configs"], adapter, ["sample", "run", *DRAW], ["convert", "run", "model.safetensors"]):
         if main(argv):
             raise RuntimeError(f"the examples cannot be built: {argv}")
     Path("out").rename("pictures")
-    from safetensors.torch import load_file
-
     torch.save({"state_dict": load_file("model.safetensors"), "epoch": 1}, "model.ckpt")
 
 
-# oddities
-
-DIGITS, DEEP = "9" * 5000, "[" * 5000 + "]" * 5000
-ODD: list[Any] = [
-    None, True, "", "x", "\ud800", "a\0b", "y" * 5000, 0, -1, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-320, math.nan, math.inf, [], {},
-    [[]], {"x": 1}, [1, "x"], "@digits", "@deep", "..", "/dev/null", "loop", "pipe", "images", "run", "model.safetensors",
-]  # fmt: skip
-WORDS = [
-    "", "-1", "0", "1", "3", "nan", "inf", "1e400", "99999999999", DIGITS, "caf\udce9", "n" * 5000, ".", "..", "/dev/null/x", "run", "images",
-    "model.safetensors", "model.ckpt", "adapter", "/dev/null", "missing", "loop", "pipe", "-", "--", "=", "a=b", "run=", "train.steps=1",
-    "data.size=x", "train=1", "a\nb", "🙂×", ":2", "run:nan", "%s", "{}", "x.safetensors", "metadata", "cpu", "meta", "cuda:9", "ddpm",
-]  # fmt: skip
-
-
-def places(tree: Any) -> list[tuple[Any, Any]]:
-    """Every container and key of a tree of dicts and lists."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [place for key, value in items for place in [(tree, key), *places(value)]]
-
-
-def oddly(draw: random.Random, tree: Any) -> str:
-    """Change a tree in one place; says how."""
-    holder, key = draw.choice(places(tree))
-    value = holder[key]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    changes = {
-        "dropped": lambda: holder.pop(key),
-        "odd": lambda: holder.__setitem__(key, draw.choice(ODD)),
-        "a list": lambda: holder.__setitem__(key, [value]),
-        "times": lambda: holder.__setitem__(key, value * draw.choice((-1, 0, 2, 10**9, 0.37)) if number else [value] * 3),
-        "as text": lambda: holder.__setitem__(key, str(value)),
-        "renamed": lambda: isinstance(holder, dict) and holder.__setitem__(f"{key}x", holder.pop(key)),
-        "twice": lambda: isinstance(holder, dict) and holder.__setitem__(f"{key}@twice", draw.choice((value, 1, "x", None))),
-        "another's": lambda: holder.__setitem__(key, (lambda other: other[0][other[1]])(draw.choice(places(tree)))),
-    }
-    name = draw.choice(("odd", "odd", "odd", *changes))
-    changes[name]()
-    return f"{key} {name}: {str(holder.get(key, '') if isinstance(holder, dict) else value)[:60]!r} (was {str(value)[:40]!r})"
-
-
-def written(tree: Any) -> bytes:
-    """JSON, which is YAML too, with what no tree can hold: keys that stand twice, 5,000 digits, deep nesting."""
-    text = json.dumps(tree, indent=1).replace('@twice"', '"')
-    return text.replace('"@digits"', DIGITS).replace('"@deep"', DEEP).encode()
-
-
-def flipped(draw: random.Random, content: bytes, first: int | None = None) -> bytes:
-    """A few bytes changed, of the first ones or of all."""
-    changed = bytearray(content)
-    for _ in range(draw.choice((1, 1, 3, 10))):
-        if changed:
-            changed[draw.randrange(min(len(changed), first or len(changed)))] = draw.choice((0, 1, 0x7F, 0xFF, draw.randrange(256)))
-    return bytes(changed)
-
-
-def damaged(draw: random.Random, content: bytes, text: bool = False) -> tuple[str, bytes]:
-    """Bytes changed without regard to what they mean."""
-    at = draw.randrange(len(content) + 1)
-    ways: dict[str, Callable[[], bytes]] = {
-        "empty": lambda: b"",
-        "cut": lambda: content[:at],
-        "flipped": lambda: flipped(draw, content),
-        "head flipped": lambda: flipped(draw, content, 64),
-        "doubled": lambda: content + content,
-        "zeros": lambda: content[:at] + bytes(len(content) - at),
-        "a part twice": lambda: content[:at] + content[at // 2 :],
-    }
-    if text:
-        ways |= {
-            "UTF-16": lambda: content.decode("utf-8", "replace").encode("utf-16"),
-            "latin-1": lambda: content[:at] + b"caf\xe9" + content[at:],
-            "a lone surrogate": lambda: content[:at] + b"\xed\xa0\x80" + content[at:],
-            "NUL": lambda: content[:at] + b"\0" + content[at:],
-            "long": lambda: content[:at] + b"y" * 300_000 + content[at:],
-        }
-    name = draw.choice(list(ways))
-    return f"{name} at {at} of {len(content)}", ways[name]()
-
-
-def misplaced(draw: random.Random, file: Path) -> str:
-    """Something that is no file where one should be."""
-    name = draw.choice(("gone", "a folder", "a loop", "a dangling link", "a pipe", "not to be read", "a file in a folder's place"))
-    if name == "a file in a folder's place" and file.parent != Path():
-        shutil.rmtree(file.parent)
-        file.parent.write_bytes(b"")
-        return f"{file.parent}: {name}"
-    file.unlink()
-    acts: dict[str, Callable[[], Any]] = {
-        "a folder": file.mkdir,
-        "a loop": lambda: file.symlink_to(file.name),
-        "a dangling link": lambda: file.symlink_to("missing"),
-        "a pipe": lambda: os.mkfifo(file),
-        "not to be read": lambda: file.touch(0o000),
-    }
-    acts.get(name, lambda: None)()
-    return f"{file}: {name}"
-
-
-def upset(draw: random.Random, file: Path, text: bool = True) -> str:
-    """Damage a file whatever it holds: its place, its bytes, or the tree that it holds as JSON or YAML."""
-    way = draw.random()
-    if way < 0.12:
-        return misplaced(draw, file)
-    if way < 0.4 or file.suffix not in (".json", ".yaml"):
-        words, content = damaged(draw, file.read_bytes(), text)
-    else:
-        tree = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else json.loads(file.read_text())
-        words, content = oddly(draw, tree), b""
-        words += f"; {oddly(draw, tree)}" if draw.random() < 0.2 and places(tree) else ""
-        content = written(tree)
-    file.write_bytes(content)
-    return f"{file}: {words}"
-
-
-def reordered(file: Path) -> None:
-    """The same JSON with its keys in another order."""
-    tree = json.loads(file.read_text())
-    file.write_text(json.dumps(dict(reversed(tree.items())), indent=7))
-
-
 def reader(draw: random.Random, model: str) -> list[str]:
-    return [word.format(model) for word in draw.choice(list(READERS.values()))]
+    return [word.format(model) for word in draw.choice(READERS)]
 
 
 # kinds of input
@@ -239,21 +138,20 @@ def command(draw: random.Random) -> Call:
             argv[at:at] = [draw.choice(options), *([draw.choice(WORDS)] if draw.random() < 0.8 else [])]
         else:
             argv[at : at + 1] = argv[at : at + 1] * (2 if way == "twice" else 0)
-    return Call(f"{argv}", argv, (2, 3, 4), encoding=draw.choice(("utf-8", "utf-8", "ascii", "latin-1")))
+    out = "out" if argv[0] not in TRAINING else "out/model"  # a run's status says why it failed
+    return Call(f"{argv}", argv, (2, 3, 4), out=(out,), encoding=draw.choice(("utf-8", "utf-8", "ascii", "latin-1")))
 
 
 def config(draw: random.Random) -> Call:
     """A configuration file and its overrides."""
     name = draw.choice(list(NETWORKS))
-    argv = [f"train-{name}", f"configs/{name}.yaml"]
-    file = Path(argv[1])
-    tree = yaml.safe_load(file.read_text()) | {"run": "new"}
-    file.write_text(yaml.safe_dump(tree))
+    argv, file = [f"train-{name}", f"configs/{name}.yaml", "run=new"], Path(f"configs/{name}.yaml")
+    tree = yaml.safe_load(file.read_text())
     if draw.random() < 0.3:
-        holder, key = draw.choice([(f"{k}." if isinstance(v, dict) else k, v) for k, v in tree.items()])
-        setting = holder + draw.choice(list(key)) if isinstance(key, dict) else holder
-        argv.append(f"{setting}={draw.choice([*WORDS, '[', '{', '[1,2', '*a', '${x}', '!!python/name:os.system', 'null'])}")
-        return Call(f"{argv[-1]}", argv, (2, 3, 4, 5), out=("new/model",))
+        keys = [key for key, value in tree.items() if not isinstance(value, dict)]
+        keys += [f"{key}.{inner}" for key, value in tree.items() if isinstance(value, dict) for inner in value]
+        odd = draw.choice([*WORDS, "[", "{", "[1,2", "*a", "${x}", "!!python/name:os.system", "null"])
+        return Call(f"{odd[:40]}", [*argv, f"{draw.choice(keys)}={odd}"], (2, 3, 4, 5), out=("new/model",))
     if draw.random() < 0.1:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
         return Call("a byte order mark and CRLF", argv, (), same=True, out=())
@@ -262,66 +160,30 @@ def config(draw: random.Random) -> Call:
 
 def folder(draw: random.Random) -> Call:
     """The JSON files and tokenizers of a model folder."""
-    files = sorted(p for p in Path("run/model").rglob("*") if p.suffix in (".json", ".txt"))
-    file = draw.choice(files)
     argv = reader(draw, "run/model")
-    if draw.random() < 0.1 and file.suffix == ".json" and "tokenizer" not in str(file):
-        reordered(file)
-        return Call(f"{file}: keys in another order", argv, (), same=True)
     if draw.random() < 0.5:
-        Path("run/model/ldm.json").unlink(missing_ok=True)
-        files.remove(Path("run/model/ldm.json"))
-        file = draw.choice(files)
+        Path("run/model/ldm.json").unlink()
+    file = draw.choice(sorted(p for p in Path("run/model").rglob("*") if p.suffix in (".json", ".txt")))
+    if draw.random() < 0.1 and file.suffix == ".json" and "tokenizer" not in str(file):
+        file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items())), indent=7))
+        return Call(f"{file}: keys in another order", argv, (), same=Path("run/model/ldm.json").exists())
     return Call(upset(draw, file), argv, (2, 4))
-
-
-def header(draw: random.Random, content: bytes) -> tuple[str, bytes]:
-    """A safetensors file with another header, or other numbers in its tensors."""
-    length = struct.unpack("<Q", content[:8])[0]
-    tree, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    way = draw.choice(("tree", "tree", "length", "not finite", "shape"))
-    if way == "length":
-        odd = draw.choice((0, 1, 2**40, 2**63, 2**64 - 1, length - 1, length + 1))
-        return f"header length {odd}", struct.pack("<Q", odd) + content[8:]
-    name = draw.choice([key for key in tree if key != "__metadata__"])
-    entry, words = tree[name], way
-    if way == "not finite":
-        begin = entry["data_offsets"][0]
-        data = data[:begin] + struct.pack("<f", draw.choice((math.nan, math.inf))) + data[begin + 4 :]
-        words = f"{name} not finite"
-    elif way == "shape":
-        entry["shape"] = draw.choice(([2**40, *entry["shape"]], entry["shape"][::-1], [*entry["shape"], 1], [-1], [0], [2**63, 2**63]))
-        words = f"{name} shape {entry['shape']}"
-    else:
-        words = oddly(draw, tree)
-    packed = written(tree)
-    return words, struct.pack("<Q", len(packed)) + packed + data
 
 
 def tensors(draw: random.Random) -> Call:
     """Bytes of safetensors files, in a folder and alone."""
-    inside = sorted(Path("run/model").rglob("*.safetensors"))
-    file, model = draw.choice([(Path("model.safetensors"), "model.safetensors"), (draw.choice(inside), "run")])
-    argv = reader(draw, model)
-    argv = ["diff", "model.safetensors", "run/model"] if argv[0] == "diff" else argv
-    if draw.random() < 0.1:
-        length = struct.unpack("<Q", (content := Path("model.safetensors").read_bytes())[:8])[0]
-        padded = content[8 : 8 + length] + b" " * 64
-        Path("model.safetensors").write_bytes(struct.pack("<Q", len(padded)) + padded + content[8 + length :])
-        return Call("a header with blanks behind it", ["inspect", "model.safetensors"], (), same=True)
-    words, content = header(draw, file.read_bytes()) if draw.random() < 0.6 else damaged(draw, file.read_bytes())
-    file.write_bytes(content)
-    return Call(f"{file}: {words}", argv, (2, 4, 5), refused=argv[0] in ("sample", "convert") and " not finite" in words)
-
-
-PICKLED = {  # before the end of data.pkl; each leaves the stack as it was
-    "os.system": b"cos\nsystem\n(S'true'\ntR0", "builtins.eval": b"c__builtin__\neval\n0", "an unknown class": b"cmodule\nName\n)\x810",
-    "5,000 digits": b"I" + DIGITS.encode() + b"\n0", "a long of 2 GB": b"\x8b\xff\xff\xff\x7f", "a string of 2 GB": b"X\xff\xff\xff\x7f",
-    "deep tuples": b")" + b"\x85" * 100_000 + b"0", "doubling tuples": b")" + b"2\x86" * 60 + b"0", "doubling lists": b"]" + b"2\x86" * 40 + b"0",
-    "a list in itself": b"]2a0", "no such memo": b"h\xff", "an empty stack": b"000000", "a persistent id": b"S'x'\nQ0", "an extension": b"\x82\x01",
-    "a huge memo": b"Nr\xff\xff\xff\x7f0", "a dict of a list": b"}]Ns0", "build on None": b"NNb0", "a surrogate": b"V\\ud800\n0", "mark": b"(1",
-    "reduce a list": b"ctorch\nFloatStorage\n]R0", "rebuild of nothing": b"ctorch._utils\n_rebuild_tensor_v2\n)R0",
-}  # fmt: skip
+    inside = draw.choice(sorted(Path("run/model").rglob("*.safetensors")))
+    file, model = draw.choice([(Path("model.safetensors"), "model.safetensors"), (inside, "run/model")])
+    argv, content = reader(draw, model), file.read_bytes()
+    if draw.random() < 0.1 and file != inside:
+        length = struct.unpack("<Q", content[:8])[0]
+        file.write_bytes(struct.pack("<Q", length + 64) + content[8 : 8 + length] + b" " * 64 + content[8 + length :])
+        return Call("blanks behind the header", argv, (), same=True)
+    words, changed = header(draw, content) if draw.random() < 0.6 else damaged(draw, content)
+    file.write_bytes(changed)
+    drawn = argv[0] == "sample" and file == inside and changed != content  # it has a hash
+    infinite = argv[0] in ("sample", "convert") and "not finite" in words
+    return Call(f"{file}: {words}", argv, (2, 4, 5), refused=drawn or infinite)
 
 
 def pickle(draw: random.Random) -> Call:
@@ -353,131 +215,61 @@ def pickle(draw: random.Random) -> Call:
     return Call(f"model.ckpt: {words}", argv, (2, 4, 5))
 
 
-def chunks(content: bytes) -> list[tuple[bytes, bytes]]:
-    """Types and data of a PNG's chunks."""
-    found, at = [], 8
-    while at < len(content):
-        (length,) = struct.unpack(">I", content[at : at + 4])
-        found.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
-        at += 12 + length
-    return found
-
-
-def png(parts: list[tuple[bytes, bytes]]) -> bytes:
-    """The PNG of these chunks, with their checksums right."""
-    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def odd_chunks(draw: random.Random, parts: list[tuple[bytes, bytes]]) -> str:
-    """Change a list of chunks; says how."""
-    way, at = draw.choice(("size", "bytes", "gone", "twice", "odd", "bits")), draw.randrange(len(parts))
-    kind, data = parts[at]
-    if way in ("size", "bits"):
-        width, height, bits, colour, *rest = struct.unpack(">IIBBBBB", parts[0][1]) if len(parts[0][1]) == 13 else (1,) * 7
-        sizes = ((0, 0), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1), (20_000, 20_000), (1, 1), (width + 1, height))
-        width, height = draw.choice(sizes) if way == "size" else (width, height)
-        bits, colour = (draw.choice((1, 2, 4, 8, 16, 3)), draw.choice((0, 2, 3, 4, 6, 9))) if way == "bits" else (bits, colour)
-        parts[0] = b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, *rest)
-    elif way == "bytes":
-        parts[at] = kind, damaged(draw, data)[1]
-    elif way == "gone":
-        del parts[at]
-    elif way == "twice":
-        parts.insert(at, parts[at])
-    else:
-        odd = draw.choice((b"tRNS", b"PLTE", b"gAMA", b"cHRM", b"iCCP", b"sRGB", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs", b"acTL", b"fcTL"))
-        parts.insert(1, (odd, draw.choice((b"", b"\0", b"x\0\0" + zlib.compress(bytes(10**7)), tiff(draw), draw.randbytes(12)))))
-    return f"{kind!r} {way}"
-
-
-def tiff(draw: random.Random) -> bytes:
-    """A TIFF of 48 × 40 grey pixels, which EXIF is as well, with odd entries."""
-    order = draw.choice("<>")
-    size = {256: 48, 257: 40, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 40, 279: 1920}
-    entries = [(tag, 4, 1, struct.pack(f"{order}L", value)) for tag, value in size.items()] if draw.random() < 0.7 else []
-    for _ in range(draw.choice((0, 1, 3))):
-        tag = draw.choice((*size, 0x0112, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x8769, 0x8825, 0x9286, 0xA005, 320, 339, draw.randrange(65536)))
-        odd = (tag, draw.randrange(15), draw.choice((0, 1, 2, 4, 2**31, 2**32 - 1)), draw.choice((b"72\0\0", bytes(4), b"\xff" * 4, draw.randbytes(4))))
-        entries = [e for e in entries if e[0] != tag] + [odd]
-    ifd = struct.pack(f"{order}H", len(entries)) + b"".join(struct.pack(f"{order}HHL", *e[:3]) + e[3] for e in sorted(entries)) + bytes(4)
-    pixels = bytes(range(48)) * 40
-    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", 8 + len(pixels)) + pixels + ifd
-
-
 def image(draw: random.Random) -> Call:
     """Headers and bodies of images, and what stands beside the pixels."""
-    picture = Image.open("images/3.png").convert(draw.choice(("RGB", "RGB", "L", "RGBA", "P", "1", "LA", "I;16") ))
+    mode = draw.choice(("RGB", "RGB", "L", "RGBA", "P", "1", "LA", "I;16"))
     ending = draw.choice(("png", "png", "png", "jpg", "jpg", "gif", "bmp", "tif", "webp"))
-    file = Path(f"images/odd.{ending}")
-    if ending == "jpg":
-        exif = b"Exif\0\0" + tiff(draw) if draw.random() < 0.6 else b""
-        picture.convert("RGB").save(file, exif=exif)
-    elif ending == "tif":
-        file.write_bytes(tiff(draw))
-    else:
-        (picture if ending in ("png", "tif") and picture.mode != "LA" else picture.convert("RGB")).save(file)
-    words, content = ending, file.read_bytes()
+    file, original = Path(f"images/odd.{ending}"), Image.open("images/3.png")
+    original.convert(mode if ending == "png" else "RGB").save(file, **({"exif": b"Exif\0\0" + tiff(draw)} if ending == "jpg" else {}))
+    words, content = f"{ending} {mode}", tiff(draw) if ending == "tif" else file.read_bytes()
     if ending == "png":
         parts = chunks(content)
-        words, content = f"png {picture.mode}: {odd_chunks(draw, parts)}", png(parts)
+        words, content = f"{words}: {odd_chunks(draw, parts)}", png(parts)
     if draw.random() < 0.5:
         more, content = damaged(draw, content)
         words += f", {more}"
     file.write_bytes(content)
-    if draw.random() < 0.1:
-        words = misplaced(draw, file)
-    with open("images/metadata.jsonl", "a") as stream:
+    words = misplaced(draw, file) if draw.random() < 0.1 else words
+    with Path("images/metadata.jsonl").open("a") as stream:
         stream.write(json.dumps({"file_name": file.name, "text": "a photo"}) + "\n")
-    argv = draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"]))
-    return Call(words, argv, (2, 3))
+    return Call(words, draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"])), (2, 3))
 
 
 def rows(draw: random.Random) -> Call:
     """Metadata in JSON lines and CSV, captions beside the images, names of folders."""
-    file, captions = Path("images/metadata.jsonl"), "metadata"
-    parsed = [json.loads(line) for line in file.read_text().splitlines()]
-    way = draw.choice(("jsonl", "jsonl", "csv", "csv", "sidecar", "class"))
+    way, table = draw.choice(("jsonl", "jsonl", "csv", "csv", "sidecar", "class")), Path("images/metadata.jsonl")
+    parsed = [json.loads(line) for line in table.read_text().splitlines()]
+    table.unlink()
     if way == "jsonl":
-        words = oddly(draw, parsed)
+        words, file = oddly(draw, parsed), table
         file.write_bytes(b"".join(written(row).replace(b"\n", b"") + b"\n" for row in parsed))
     elif way == "csv":
-        file.unlink()
-        file = Path("images/metadata.csv")
-        head, odd = draw.choice(("file_name,text", "file_name,text,text", "text", "", "file_name,text,", '"file_name,text')), draw.randrange(12)
-        cells = ['"', "a,b", '"a""b"', "\0", "x" * 200_000, "", "=1+1", '"a\nb"', "a\u2028b", DIGITS]
-        body = [f"{r['file_name']},{draw.choice(cells) if i == odd else r['text']}" for i, r in enumerate(parsed)]
-        file.write_text("\n".join([head, *body]) + "\n")
-        words = f"csv, head {head!r}, row {odd} {body[odd][:40]!r}"
+        head = draw.choice(("file_name,text", "file_name,text,text", "text", "", "file_name,text,", '"file_name,text'))
+        parsed[5]["text"] = draw.choice(('"', "a,b", '"a""b"', "\0", "x" * 200_000, "", "=1+1", '"a\nb"', "a\u2028b", DIGITS))
+        words, file = f"{head!r} {parsed[5]['text'][:20]!r}", Path("images/metadata.csv")
+        file.write_text("\n".join([head, *(f"{row['file_name']},{row['text']}" for row in parsed), ""]))
     else:
-        file.unlink()
-        captions = way
-        for row in parsed:
-            place = Path("images") / row["file_name"]
-            if way == "sidecar":
-                place.with_suffix(".txt").write_text(row["text"])
-            else:
-                (target := Path("images") / draw.choice(("red", "blue", "n" * 200, "a\nb", "caf\udce9"))).mkdir(exist_ok=True)
-                place.rename(target / place.name)
         words, file = way, Path("images/3.txt")
-    if file.exists() and (way == "sidecar" or draw.random() < 0.4):
-        words += f"; {upset(draw, file)}"
-    argv = ["init", "images", "--out", "out"]
-    if draw.random() < 0.4:
-        argv = ["cache-latents", "configs/ldm.yaml", "run=new", f"data.captions={captions}"]
-    return Call(words, argv, (2, 3))
+        for image_file, text in ((Path("images") / row["file_name"], row["text"]) for row in parsed):
+            image_file.with_suffix(".txt").write_text(text)
+            if way == "class":
+                (target := Path("images") / draw.choice(("red", "blue", "n" * 200, "a\nb", "caf\udce9"))).mkdir(exist_ok=True)
+                image_file.rename(target / image_file.name)
+    words += f"; {upset(draw, file)}" if way == "sidecar" or draw.random() < 0.4 else ""
+    argv = ["cache-latents", "configs/ldm.yaml", "run=new", f"data.captions={way if way in ('sidecar', 'class') else 'metadata'}"]
+    return Call(f"{way}: {words}", draw.choice((argv, ["init", "images", "--out", "out"])), (2, 3))
 
 
 def prompts(draw: random.Random) -> Call:
     """Files of prompts."""
     file, argv = Path("prompts.txt"), ["sample", "run", "--steps", "2", "--prompts-file", "prompts.txt", "--out", "out"]
-    if draw.random() < 0.3:
-        content = file.read_bytes()
-        changed = draw.choice((b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), b"\n" + content + b"\n \n", content[:-1]))
-        file.write_bytes(changed)
-        return Call(f"{changed!r}", argv, (), same=True)
-    odd = draw.choice(("\u2028", "\f", "\x85", "\0", "\ud800", "\ufdd0", "🙂" * 50, "a" * 20_000, "../../x", "\x1b[31m", "\t", "ß" * 70))
-    if draw.random() < 0.5:
+    content, way = file.read_bytes(), draw.random()
+    if way < 0.3:
+        same = (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), b"\n" + content + b"\n \n", content[:-1])
+        file.write_bytes(draw.choice(same))
+        return Call(f"{file.read_bytes()!r}", argv, (), same=True)
+    if way < 0.6:
+        odd = draw.choice(ODD_TEXT)
         file.write_bytes(f"a photo{odd}of\n".encode("utf-8", "surrogatepass"))
         return Call(f"a prompt with {odd[:9]!r}", argv, (2,))
     return Call(upset(draw, file), argv, (2,))
@@ -518,10 +310,7 @@ def run(draw: random.Random) -> Call:
     files = sorted(p for p in Path("run").rglob("*") if p.is_file() and not {"model", "latents"} & set(p.parts) and p.name != ".lock")
     file = draw.choice([*files, *(p for p in files if p.suffix in (".json", ".jsonl", ".yaml"))])
     words = upset(draw, file, text=file.suffix not in (".safetensors", ".png"))
-    looks = [["status", "run"], ["status", "run", "--json"], ["checkpoints", "run"], ["checkpoints", "run", "--fast", "--json"]]
-    looks += [["report", "run", "--images", "0", "--out", "out/report.html"], ["diff", "run", "adapter"], RESUME]
-    looks += [["plot", "training", "run", "--out", "out"], ["sample", "run", *DRAW], ["replay", "run/incidents/update-1"]]
-    argv = draw.choice(looks)
+    argv = draw.choice(LOOKS)
     resumed = argv[0] == "train-ldm" and "checkpoints" in file.parts
     return Call(words, argv, (2, 3, 4, 5), same=resumed, out=("out",))
 
@@ -565,15 +354,15 @@ def disk(draw: random.Random) -> Call:
 def python(draw: random.Random) -> Call:
     """Arguments of a call of the pipeline."""
     odd = [
-        *(value for value in ODD if not (isinstance(value, str) and value.startswith("@"))), b"x", b"\xff", 1.5, 2.0, 1j, np.int64(2), np.float32(0.5),
-        np.array([1, 2]), torch.tensor(2), torch.zeros(2, 2), Path("run"), object, {1, 2}, (1,), (0.1, 0.5, 2.0), (5.0, 0.1), ("0", "1"), ["x", 2],
-        ["a", ["b"]], [""], "caf\udce9", "a " * 5000, range(3), (v for v in "ab"), 10**400, "run:2", ("adapter/model",), ["adapter/model:x"], True,
+        *(value for value in ODD if not (isinstance(value, str) and value.startswith("@"))), b"x", 1.5, 2.0, 1j, 10**400, np.int64(2),
+        np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.zeros(2, 2), Path("run"), object, {1, 2}, range(3), (v for v in "ab"),
+        (1,), (0.1, 0.5, 2.0), (5.0, 0.1), ("0", "1"), ["x", 2], ["a", ["b"]], [""], "caf\udce9", "a " * 5000, "run:2",
+        ("adapter/model",), ["adapter/model:x"],
     ]  # fmt: skip
-    name = draw.choice([*TYPES, "prompts", "no_such"])
-    value = draw.choice(odd)
+    name, value = draw.choice([*TYPES, "prompts", "no_such"]), draw.choice(odd)
+    right = value is None or (isinstance(value, TYPES.get(name, ())) and isinstance(value, bool) == (name == "end_clean"))
     arguments = {"prompts": ["a photo"], "steps": 2, name: value}
-    wrong = name not in TYPES or (value is not None and (isinstance(value, bool) != (name == "end_clean") or not isinstance(value, TYPES[name])))
-    return Call(f"{name}={str(value)[:60]!r} ({type(value).__name__})", ["python"], (2, 4), wrong, arguments=arguments, names=name)
+    return Call(f"{name}={str(value)[:60]!r} ({type(value).__name__})", ["python"], (2, 4), not right, arguments=arguments, names=name)
 
 
 KINDS: dict[str, Callable[[random.Random], Call]] = {
