@@ -37,11 +37,10 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
-from fuzz_inputs import KINDS, Call, build_examples
+from fuzz_inputs import KINDS, Call, build_examples, pipeline
 from PIL import Image
 
 from ldm.cli import main as command_line
@@ -96,33 +95,24 @@ def limited(call: Call, output: tuple[int, int]) -> None:
 
 
 def answer(call: Call) -> int:
-    """The exit code of a command, or 0 and the pictures of a call of the pipeline under out/."""
-    if call.argv != ["python"]:
-        try:
-            return command_line.main(call.argv)
-        except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    """The exit code of a command; of a call of the library that of its error, or 0 and its pictures under out/."""
     try:
+        if call.python is None:
+            return command_line.main(call.argv)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            drawn = pipeline()(**call.arguments)
+            pictures = call.python()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if (code := getattr(error, "exit_code", None)) is None:
             raise
         print(f"ldm python: {error}", file=sys.stderr)
-        return error.exit_code
+        return code
     Path("out").mkdir()
-    for i, picture in enumerate(drawn):
+    for i, picture in enumerate(pictures):
         picture.save(f"out/{i}.png")
     return 0
-
-
-@cache
-def pipeline() -> Any:
-    """The example as the library opens it, once for each worker."""
-    from ldm.pipeline import Pipeline
-
-    return Pipeline.from_pretrained("run", "cpu")
 
 
 def carried_out(call: Call) -> Outcome:

@@ -10,7 +10,8 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Call:
     out: tuple[str, ...] = ("out",)  # where there is nothing after a refusal
     encoding: str = "utf-8"  # of the terminal
     disk: int | None = None  # bytes after which no file can grow
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline
+    python: Callable[[], Any] | None = None  # in place of a command; what it returns are pictures
     names: str = ""  # stands in the refusal
 
 
@@ -220,7 +221,8 @@ def image(draw: random.Random) -> Call:
     mode = draw.choice(("RGB", "RGB", "L", "RGBA", "P", "1", "LA", "I;16"))
     ending = draw.choice(("png", "png", "png", "jpg", "jpg", "gif", "bmp", "tif", "webp"))
     file, original = Path(f"images/odd.{ending}"), Image.open("images/3.png")
-    original.convert(mode if ending == "png" else "RGB").save(file, **({"exif": b"Exif\0\0" + tiff(draw)} if ending == "jpg" else {}))
+    exif: dict[str, Any] = {"exif": b"Exif\0\0" + tiff(draw)} if ending == "jpg" else {}
+    original.convert(mode if ending == "png" else "RGB").save(file, **exif)
     words, content = f"{ending} {mode}", tiff(draw) if ending == "tif" else file.read_bytes()
     if ending == "png":
         parts = chunks(content)
@@ -294,7 +296,7 @@ def lora(draw: random.Random) -> Call:
     return Call(f"{file}: {words}", argv, (2, 4, 5), refused="not finite" in words and argv[0] == "sample")
 
 
-def cache(draw: random.Random) -> Call:
+def latents(draw: random.Random) -> Call:
     """The latent cache that a training continues with."""
     file = draw.choice(sorted(Path("run/latents").iterdir()))
     if file.suffix == ".safetensors" and draw.random() < 0.6:
@@ -342,6 +344,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("prompts", "lora"), (str, list, tuple, range, set, np.ndarray, Iterator)), "callback": Callable,
     "end_clean": bool, "guidance_interval": (tuple, list, set, range, np.ndarray, torch.Tensor),
 }  # fmt: skip
+OPENING = ("path", "device", "dtype", "variant", "tokenizer", "heads", "prediction", "groups", "scale")
 
 
 def disk(draw: random.Random) -> Call:
@@ -351,20 +354,32 @@ def disk(draw: random.Random) -> Call:
     return Call(f"room for {size} bytes in a file", argv, (2, 3, 4), disk=size, out=())
 
 
+@cache
+def pipeline() -> Any:
+    """The example as the library opens it."""
+    from ldm.pipeline import Pipeline
+
+    return Pipeline.from_pretrained("run", "cpu")
+
+
 def python(draw: random.Random) -> Call:
-    """Arguments of a call of the pipeline."""
+    """Arguments of the library's calls."""
     odd = [
         *(value for value in ODD if not (isinstance(value, str) and value.startswith("@"))), b"x", 1.5, 2.0, 1j, 10**400, np.int64(2),
         np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.zeros(2, 2), Path("run"), object, {1, 2}, range(3), (v for v in "ab"),
         (1,), (0.1, 0.5, 2.0), (5.0, 0.1), ("0", "1"), ["x", 2], ["a", ["b"]], [""], "caf\udce9", "a " * 5000, "run:2",
         ("adapter/model",), ["adapter/model:x"],
     ]  # fmt: skip
-    name, value = draw.choice([*TYPES, "prompts", "no_such"]), draw.choice(odd)
+    name, value = draw.choice([*TYPES, *OPENING, "prompts", "no_such"]), draw.choice(odd)
+    words = f"{name}={str(value)[:60]!r} ({type(value).__name__})"
+    if name in OPENING:
+        opened = {"path": "run", name: value}
+        return Call(f"from_pretrained {words}", ["python"], (2, 4), python=lambda: type(pipeline()).from_pretrained(**opened) and [])
     right = value is None or (isinstance(value, TYPES.get(name, ())) and isinstance(value, bool) == (name == "end_clean"))
     arguments = {"prompts": ["a photo"], "steps": 2, name: value}
-    return Call(f"{name}={str(value)[:60]!r} ({type(value).__name__})", ["python"], (2, 4), not right, arguments=arguments, names=name)
+    return Call(words, ["python"], (2, 4), not right, names=name, python=lambda: pipeline()(**arguments))
 
 
 KINDS: dict[str, Callable[[random.Random], Call]] = {
-    f.__name__: f for f in (command, config, folder, tensors, pickle, image, rows, prompts, lora, cache, run, picture, disk, python)
+    f.__name__: f for f in (command, config, folder, tensors, pickle, image, rows, prompts, lora, latents, run, picture, disk, python)
 }  # fmt: skip
