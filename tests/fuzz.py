@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-sys.dont_write_bytecode = True  # a full disk would leave half of it
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 from fuzz_inputs import KINDS, Call, build_examples, pipeline
@@ -85,6 +84,7 @@ def limited(call: Call, output: tuple[int, int]) -> None:
     signal.alarm(int(2 * LIMIT))  # where nobody is left to end it
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    sys.dont_write_bytecode = True  # a full disk would leave half of it
     if call.disk is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (call.disk, call.disk))
     code = 1
