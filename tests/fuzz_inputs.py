@@ -351,7 +351,8 @@ def disk(draw: random.Random) -> Call:
     """A disk that takes no more after some bytes."""
     argv = list(draw.choice(COMMANDS))
     size = draw.choice((0, 100, 4000, 30_000, 200_000))
-    return Call(f"room for {size} bytes in a file", argv, (2, 3, 4), disk=size, out=())
+    out = ("out", "out.safetensors") if argv[0] in ("init", "convert", "reproduce", "report") else ()  # whole or not at all
+    return Call(f"room for {size} bytes in a file", argv, (2, 3, 4), disk=size, out=out)
 
 
 @cache
