@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import io
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
-from ldm.files.text import read_text
 
 T = TypeVar("T")
 
@@ -126,7 +122,9 @@ def _names(cls: type) -> set[str]:
 
 def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
     """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
+    import yaml
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if file.is_dir():
         found = " or ".join(sorted(str(inside) for inside in file.glob("*.yaml")))
@@ -137,33 +135,13 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        text = read_text(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {str(error).removeprefix(f'{file}: ')}") from None
-    with _one_line(f"{file}: cannot be read"):
-        loaded = OmegaConf.load(io.StringIO(text))
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{file} must be a mapping of settings, not a list")
-    with _one_line("an override cannot be read" if overrides else f"{file}: cannot be read"):
+        loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{file} must be a mapping of settings, not a list")
         tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Whatever YAML and OmegaConf raise on text that is not what they expect becomes a ConfigError."""
-    import yaml
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except RecursionError:
-        raise ConfigError(f"{what}: lists or mappings are nested too deeply") from None
-    except UnicodeEncodeError as error:  # of a terminal that is not UTF-8
-        raise ConfigError(f"{what}: {error.object[error.start : error.end]!r} is not a character") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:  # OSError: a lone number
-        text = "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else " ".join(str(error).split())
-        raise ConfigError(f"{what}: {text}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def save(config: Any, file: str | Path) -> None:
