@@ -294,7 +294,7 @@ class Pipeline:
             warnings.warn(f"the text encoder takes {room} tokens: {'; '.join([*lines, *more])}", stacklevel=stacklevel)
 
     def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
-        """What samplers call for these captions, guidance and the LoRAs of the settings included. ``watch``: sees what each part computes."""
+        """What samplers call for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
         model = self._under(settings)
         cond, null = model.condition(captions), model.condition([settings.negative_prompt or self.null_caption] * len(captions))
         for context in (cond.context, null.context):
