@@ -93,7 +93,10 @@ def settings(layout: Mapping[str, Any]) -> dict[str, Any]:
     """Every key that the scheduler's class reads, as the file gives it or by default. Raises ConfigError for a value of another type."""
     name = class_name(layout)
     table = READS.get(name) or PROCESSES.get(name) or _ANY_PROCESS
-    return {key: _typed(key, layout[key], default) if key in layout else default for key, default in table.items()}
+    values = {key: _typed(key, layout[key], default) if key in layout else default for key, default in table.items()}
+    if not 2 <= (steps := values["num_train_timesteps"]) <= MOST_STEPS:
+        raise ConfigError(f"scheduler: num_train_timesteps must lie between 2 and {MOST_STEPS}, got {str(steps)[:20]}")
+    return values
 
 
 def unread(layout: Mapping[str, Any]) -> list[str]:
@@ -116,8 +119,6 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     if value is None and (kind is bool or key in _NONE_FOR):
         return False if kind is bool else None
     fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind is list and not all(type(item) in (int, float) for item in value)):
+    if not fits or (isinstance(value, list) and not all(type(item) in (int, float) for item in value)):
         raise ConfigError(f"scheduler: {key} must be {_KINDS[kind]}, got {str(value)[:60]!r}")
-    if key == "num_train_timesteps" and not 2 <= value <= MOST_STEPS:
-        raise ConfigError(f"scheduler: {key} must lie between 2 and {MOST_STEPS}, got {str(value)[:20]}")
     return value
