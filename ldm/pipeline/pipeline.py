@@ -31,10 +31,10 @@ from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
 from ldm.diffusion.samplers.path import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.files.disk import file_hash
 from ldm.interop import diffusers as layout
 from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.files.disk import file_hash
 from ldm.interop.folder import write_folder
 from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
