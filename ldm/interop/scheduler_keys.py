@@ -29,7 +29,10 @@ _ZERO = {"rescale_betas_zero_snr": False}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
 _THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_RANGE = {"sigma_min": None, "sigma_max": None}  # of those sigmas; some classes look for them though their __init__ does not name them
+_RANGE = {
+    "sigma_min": None,
+    "sigma_max": None,
+}  # of those sigmas; some classes look for them though their __init__ does not name them
 _SOLVER = {
     "solver_order": 2,
     "lower_order_final": True,
@@ -80,8 +83,21 @@ _OTHERS = {  # keys that the classes of a β schedule without a table above have
 }  # fmt: skip
 KEYS = _OTHERS.union(*READS.values())
 
-_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", list: "a list of numbers"}
-_NONE_FOR = {"trained_betas": list, "sigma_min": float, "sigma_max": float, "shift_terminal": float, "variance_type": str, "solver_p": str}
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+    list: "a list of numbers",
+}
+_NONE_FOR = {
+    "trained_betas": list,
+    "sigma_min": float,
+    "sigma_max": float,
+    "shift_terminal": float,
+    "variance_type": str,
+    "solver_p": str,
+}
 
 
 def class_name(layout: Mapping[str, Any]) -> str:
