@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoencoder.config import ConfigError
+from autoencoder.config import ConfigError, shown
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.files.text import read_text
 
 T = TypeVar("T")
+
+DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values with what aliases repeat
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {values!r}")
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            key = str(key)[:100]
+            near = difflib.get_close_matches(key, fields, n=1)
             raise ConfigError(
                 f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
             )
@@ -51,12 +56,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is tuple:
         items, parts = value if isinstance(value, (list, tuple)) else [value], typing.get_args(hint)
         if parts[-1] is not Ellipsis and len(items) != len(parts):
-            raise ConfigError(f"{name} must be {len(parts)} values, got {list(items)}")
+            raise ConfigError(f"{name} must be {len(parts)} values, got {shown(list(items))}")
         return tuple(_convert(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:  # above, there is no float
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {shown(value)}")
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
     return value
@@ -135,13 +140,44 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        loaded = OmegaConf.load(file)
+        text = read_text(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        for part in (text, *(override.partition("=")[2] for override in overrides)):
+            _require_small(part)
+        loaded = OmegaConf.load(io.StringIO(text))
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{file} must be a mapping of settings, not a list")
         tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:  # odd numbers, tags, keys
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _require_small(text: str) -> None:
+    """Raise ConfigError for YAML that is nested deep or that aliases would blow up, before it is built; yaml.YAMLError for none."""
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what has a name, with all that it refers to
+    open_nodes: list[tuple[str | None, int]] = []  # the names of the nodes around, and the count of values before each
+    count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_nodes.pop()
+            if name is not None:
+                sizes[name] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+        count += isinstance(event, yaml.NodeEvent)
+        if len(open_nodes) > DEPTH or count > VALUES:
+            raise ConfigError(f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases")
 
 
 def save(config: Any, file: str | Path) -> None:
