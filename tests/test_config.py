@@ -250,7 +250,9 @@ def test_a_mark_of_the_byte_order_aliases_merge_keys_and_numbers_with_an_exponen
         config.load(ClipRun, tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize("override", ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"])
+@pytest.mark.parametrize(
+    "override", ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"]
+)
 def test_odd_overrides_are_one_line(tmp_path: Path, override: str) -> None:
     assert len(fault(tmp_path, DiffusionRun, override)) < 700
 
