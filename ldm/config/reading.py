@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoencoder.config import ConfigError
+from autoencoder.config import ConfigError, shown
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 from ldm.config.values import typed
 from ldm.files.disk import replace
+from ldm.files.text import read_text
 
 T = TypeVar("T")
+
+DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values with what aliases repeat
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {values!r}")
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            key = str(key)[:100]
+            near = difflib.get_close_matches(key, fields, n=1)
             raise ConfigError(
                 f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
             )
@@ -108,9 +113,7 @@ def _names(cls: type) -> set[str]:
 
 def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
     """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
-    import yaml
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if file.is_dir():
         found = " or ".join(sorted(str(inside) for inside in file.glob("*.yaml")))
@@ -121,13 +124,44 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        loaded = OmegaConf.load(file)
+        text = read_text(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        for part in (text, *(override.partition("=")[2] for override in overrides)):
+            _require_small(part)
+        loaded = OmegaConf.load(io.StringIO(text))
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{file} must be a mapping of settings, not a list")
         tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML and OmegaConf raise more than their own of odd tags, numbers and keys
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _require_small(text: str) -> None:
+    """Raise ConfigError for YAML that is nested deep or that aliases would blow up, before it is built; yaml.YAMLError for none."""
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what has a name, with all that it refers to
+    open_nodes: list[tuple[str | None, int]] = []  # the names of the nodes around, and the count of values before each
+    count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_nodes.pop()
+            if name is not None:
+                sizes[name] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+        count += isinstance(event, yaml.NodeEvent)
+        if len(open_nodes) > DEPTH or count > VALUES:
+            raise ConfigError(f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases")
 
 
 def save(config: Any, file: str | Path) -> None:

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from autoencoder.config import ConfigError
+from autoencoder.config import ConfigError, shown
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 LONGEST = 256  # bits of a whole number: more have no meaning here, and Python refuses to write very many
@@ -54,12 +54,3 @@ def plain(value: Any) -> Any:
         return str(value)
     item = getattr(value, "item", None)
     return item() if callable(item) and tuple(getattr(value, "shape", (0,))) == () else value
-
-
-def shown(value: Any) -> str:
-    """A value as a message quotes it: short, and in one line."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # a number that Python refuses to write
-        text = f"a {type(value).__name__} too long to be written"
-    return text if len(text) <= 120 else text[:120] + "…"

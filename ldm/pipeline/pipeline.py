@@ -22,10 +22,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from autoencoder.config import shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
 from ldm.config.sample import check_lora_scale
-from ldm.config.values import shown, typed
+from ldm.config.values import typed
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
