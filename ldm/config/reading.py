@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError
+from ldm.config.nesting import check_nesting
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 from ldm.files.disk import replace
+from ldm.files.text import read_text
 
 T = TypeVar("T")
 
@@ -138,13 +141,17 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        loaded = OmegaConf.load(file)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{file} must be a mapping of settings, not a list")
-        tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        text = read_text(file)
+        for part in (text, *(override.partition("=")[2] for override in overrides)):
+            check_nesting(part)
+        loaded = OmegaConf.load(io.StringIO(text))
+        if isinstance(loaded, DictConfig):
+            tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+            return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:  # OSError: a lone number, too
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"{file}: cannot be read: {reason.removeprefix(f'{file}: ')}") from None
+    raise ConfigError(f"{file} must be a mapping of settings, not a list")
 
 
 def save(config: Any, file: str | Path) -> None:
