@@ -48,7 +48,7 @@ class LatentCache:
         file = folder / MANIFEST
         if not file.is_file():
             raise DataError(f"no latent cache in {folder}: run `ldm cache-latents`")
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         for key, value in bound.items():
             if manifest.get(key) != value:
                 raise DataError(
@@ -57,7 +57,7 @@ class LatentCache:
                 )
         self.folder, self.length = folder, int(manifest["length"])
         self.skipped = {int(index): Skipped(*said) for index, said in manifest["skipped"].items()}
-        self._texts: list[str] = json.loads((folder / "texts.json").read_text())
+        self._texts: list[str] = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def _shard(self, number: int) -> dict[str, Tensor]:
@@ -136,8 +136,8 @@ def _temporary(folder: Path) -> Path:
 
 
 def _commit(temporary: Path, folder: Path, texts: list[str], manifest: dict[str, Any]) -> None:
-    (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (temporary / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
