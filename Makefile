@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture check format clean
+.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture fuzz mutants check format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -72,6 +72,12 @@ signals: $(READY) ## signals × launchers × phases of training: what is saved, 
 
 torture: $(READY) ## kill training 25 times, each stage, and compare its end with an unbroken run
 	$(PY) tests/torture.py
+
+mutants: $(READY) ## plant errors in copies of the code, one at a time; the tests must find each (15 minutes)
+	$(PY) tests/mutants.py
+
+fuzz: $(READY) ## 2,000 calls with damaged and odd input: no traceback, no hang, the right exit code (20 minutes)
+	$(PY) tests/fuzz.py
 
 check: $(READY) ## formatting, lint and types, then the tests
 	$(PY) -m ruff format --check .

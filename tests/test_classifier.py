@@ -20,7 +20,7 @@ from ldm.cli.main import main
 from ldm.config import ClassifierConfig, ClassifierRun, ConfigError, DataConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data.digits import caption
 from ldm.data.sources import open_source
-from ldm.data.stream import Stream, collate
+from ldm.data.stream import Stream, collate, scattered
 from ldm.evaluation.digits import DigitJudge
 from ldm.evaluation.page import EDGE, HEADER
 from ldm.evaluation.record import read_metrics
@@ -97,6 +97,18 @@ def test_every_image_is_classified_by_itself_and_by_its_t() -> None:
     assert sum(isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2) for m in network.modules()) == 2
 
 
+@pytest.mark.usefixtures("seed")
+def test_the_classifier_averages_over_the_image() -> None:
+    """By hand from the last norm on: SiLU, the mean over all pixels, one linear layer."""
+    network, seen = NoisyClassifier(ClassifierConfig((8, 16), 1, 4), 3, 5), []
+    network.norm_out.register_forward_hook(lambda *inputs: seen.append(inputs[2]))
+    logits = network(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
+    h = seen[0]
+    mean = (h / (1 + torch.exp(-h))).reshape(2, 16, -1).sum(2) / (h.shape[2] * h.shape[3])
+    assert h.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(logits, mean @ network.linear.weight.T + network.linear.bias)
+
+
 # training
 
 
@@ -141,6 +153,25 @@ def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: py
         expected.append(logits.logsumexp(0) - logits[task.info.classes.index(caption(digit))])
     torch.testing.assert_close(seen[0], torch.stack(expected).mean())
     torch.testing.assert_close(logged["loss"], seen[0].detach())
+
+
+def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
+    """Image by image: t from its part of 1…T, −log softmax at the digit, and whether it is the likeliest."""
+    task = ClassifierTask(configuration.load(ClassifierRun, here / "pixels.yaml", ["train.validation_size=43"]), print)
+    schedule, parts, found = task.schedule, scattered(list(range(43)), 43), []
+    with torch.no_grad():
+        task.classifier.linear.weight *= 20
+        figures = task.validate(0, lambda t: t, 0, 1)
+        for p in range(43):
+            sample, t = collate([task.validation[p]]), (parts[p] * 20).long()[None]
+            x_t = schedule.alpha(t).float() * sample["image"] + schedule.sigma(t).float() * sample["eps"]
+            logits, label = task.classifier(x_t, t)[0], task.info.label(sample["text"][0])
+            found.append((int(t), float(logits.logsumexp(0) - logits[label]), float(int(logits.argmax()) == label)))
+    tenths = [[right for t, _, right in found if t // 2 == k] for k in range(10)]
+    assert figures["accuracy_by_t"] == pytest.approx([sum(tenth) / len(tenth) for tenth in tenths])
+    assert figures["loss"] == pytest.approx(sum(loss for _, loss, _ in found) / 43, rel=1e-4)
+    assert figures["accuracy"] == pytest.approx(sum(right for *_, right in found) / 43)
+    assert figures["accuracy_by_t"] != figures["accuracy_by_t"][::-1]
 
 
 def test_the_folder_says_what_it_is_for(here: Path) -> None:

@@ -210,7 +210,7 @@ def test_names_and_shapes_of_stable_diffusion_1() -> None:
 
 
 def test_names_of_stable_diffusion_2() -> None:
-    config = unet_to_diffusers(UNetConfig(heads=(5, 10, 20, 20), linear_projection=True), 4, 4, 1024, 96)
+    config = unet_to_diffusers(UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024, 96)
     vocabulary = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 77}
     text = {**text_config(1024, 23, 16, "gelu", 4096), **vocabulary}
     tensors, _ = to_compvis(published(config, text), openclip=True)
@@ -233,6 +233,7 @@ def test_names_of_stable_diffusion_2() -> None:
     assert read.parts[UNET].config == config and read.parts[TEXT].config == text and read.scheduler["prediction_type"] == "v_prediction"
     base = from_compvis(tensors, hints=Hints(prediction="eps"))
     assert (base.parts[UNET].config["sample_size"], base.scheduler["prediction_type"]) == (64, "epsilon")
+    assert base.parts[UNET].config["upcast_attention"] is False  # as published, which v2.1 (768) needs in half precision
 
 
 # ---------------------------------------------------------------- diffusers reads ours
@@ -753,5 +754,5 @@ def test_a_header_that_cannot_be_trusted(sd1: Bundle, metadata: dict[str, str], 
 def test_a_header_whose_scheduler_is_none(sd1: Bundle) -> None:
     tensors, metadata = to_compvis(sd1)
     said = json.loads(metadata["ldm"]) | {"scheduler": {"num_train_timesteps": "many"}}
-    with pytest.raises(FolderError, match="scheduler cannot be read"):
+    with pytest.raises(ConfigError, match="scheduler: num_train_timesteps must be a whole number, got 'many'"):
         from_compvis(tensors, {"ldm": json.dumps(said)})

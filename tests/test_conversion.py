@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from conftest import forget_hashes
 from safetensors.torch import load_file, save_file
 from test_pipeline import PROMPTS, array, make, noise, text_encoder, theirs
 from torch import nn
@@ -151,7 +152,7 @@ def test_sharded_weights_and_variants(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "whole")
     expected = read_model(tmp_path / "whole").parts[UNET].tensors
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "whole/unet")
-    shutil.copytree(tmp_path / "whole", tmp_path / "shards")
+    forget_hashes(shutil.copytree(tmp_path / "whole", tmp_path / "shards"))
     (tmp_path / "shards/unet" / FILES[UNET]).unlink()
     unet.save_pretrained(tmp_path / "shards/unet", max_shard_size="200KB")
     assert len(list((tmp_path / "shards/unet").glob("*-of-*"))) > 1
@@ -468,13 +469,6 @@ def test_a_folder_does_not_take_its_own_copy(model: Path, tmp_path: Path, capsys
     source = Path(shutil.copytree(model, tmp_path / "model"))
     assert main(["convert", str(source), str(source / "unet/x.safetensors")]) == 2
     assert "lies inside" in capsys.readouterr().err and not (source / "unet/x.safetensors").exists()
-
-
-def test_weights_that_are_no_numbers_are_still_verified(model: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(model, tmp_path / "model"))
-    file = source / "unet" / FILES[UNET]
-    save_file({k: torch.full_like(v, float("nan")) if k == "conv_in.bias" else v for k, v in load_file(file).items()}, file)
-    assert main(["convert", str(source), str(tmp_path / "x.safetensors"), "--verify"]) == 0
 
 
 def test_parts_of_a_single_file_serve_in_training(model: Path, tmp_path: Path) -> None:

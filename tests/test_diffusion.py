@@ -10,7 +10,7 @@ import torch
 import ldm.config
 import ldm.data.sources
 import ldm.training.trackers
-from ldm.config import TARGETS, ScheduleConfig
+from ldm.config import TARGETS, ConfigError, ScheduleConfig
 from ldm.diffusion.objective import WEIGHTINGS, target
 from ldm.diffusion.process import (
     forward_step,
@@ -27,8 +27,10 @@ from ldm.diffusion.process import (
 from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.diffusion.schedule import SCHEDULES, Schedule, shifted
-from ldm.interop.schedulers import scheduler_to_diffusers
+from ldm.diffusion.schedule import SCHEDULES, Schedule, shifted, zero_terminal
+from ldm.interop.compvis.schedule import schedule_of
+from ldm.interop.files import FolderError
+from ldm.interop.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
 
 NAMES = sorted(SCHEDULES)
 
@@ -155,10 +157,27 @@ def test_given_betas_reach_the_table() -> None:
     torch.testing.assert_close(roots, torch.tensor([0.01, 0.09, 0.25], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("bad", [[0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [0.1, math.nan], [-0.1]])
+@pytest.mark.parametrize("bad", [[0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [0.1, math.nan], [0.1, -0.1]])
 def test_impossible_betas_are_refused(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         Schedule(torch.tensor(bad))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("check", [True, False])
+def test_a_process_of_one_step_is_refused(name: str, check: bool) -> None:
+    """One line wherever it comes from: betas, zero terminal SNR (0/0 there), settings, a scheduler, a single file."""
+    for betas in (SCHEDULES[name](1).clamp(max=0.9), zero_terminal(SCHEDULES[name](1).clamp(max=0.9))):
+        with pytest.raises(ValueError, match=r"betas must be one row of at least 2 numbers, got \[1\]"):
+            Schedule(betas, check=check)
+    for read in (
+        lambda: ScheduleConfig(name, 1),
+        lambda: scheduler_from_diffusers({"num_train_timesteps": 1}),
+        lambda: scheduler_from_diffusers({"trained_betas": [0.5]}),
+        lambda: schedule_of({"betas": torch.tensor([0.5])}),
+    ):
+        with pytest.raises((ConfigError, FolderError), match="num_steps must be at least 2, got 1"):
+            read()
 
 
 def test_noise_is_the_composition_of_single_steps(schedule: Schedule) -> None:

@@ -113,13 +113,13 @@ def test_blank_lines_and_byte_order_marks_are_no_fault(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"file_name": "a.png", "text": "\xc3\xa4\xe2\x80\xa8"}\r\n\n')
     assert opened(tmp_path, validation_fraction=0.0)[0].text == "ä\u2028"
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xe4"}\n')
-    with pytest.raises(DataError, match="not UTF-8 at byte 32"):
+    with pytest.raises(DataError, match=r"line 1 is not UTF-8 \(byte 0xe4\): save it as UTF-8"):
         opened(tmp_path)
 
 
 def test_empty_sets_say_what_to_do(tmp_path):
     write(tmp_path, [GOOD])
-    with pytest.raises(DataError, match=r"validation split is empty, none of 1 files .*raise data.validation_fraction or add images"):
+    with pytest.raises(DataError, match=r"validation split is empty, none of 1 files .*: add images"):
         opened(tmp_path, "validation", validation_fraction=0.0)
     write(tmp_path, ["", " "])
     with pytest.raises(DataError, match="has no rows"):
@@ -212,7 +212,7 @@ def test_sidecar_captions(tmp_path):
     assert {row.file_name: row.text for row in source.rows} == {"a.png": "one", "sub/b.jpg": ""}
     assert set(source.skipped) == {
         Skipped(str(tmp_path / "d.png"), "no d.txt beside it"),
-        Skipped(str(tmp_path / "sub/c.txt"), "not UTF-8: save it as UTF-8"),
+        Skipped(str(tmp_path / "sub/c.txt"), "line 1 is not UTF-8 (byte 0xe4): save it as UTF-8"),
     }
 
 

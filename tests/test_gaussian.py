@@ -134,6 +134,6 @@ def test_a_wide_gaussian_has_the_density_times_the_bin() -> None:
 def test_pixels_are_checked() -> None:
     gaussian.check_pixels(LEVELS.float())
     gaussian.check_pixels(torch.arange(256).float() / 127.5 - 1)  # as images are prepared
-    for bad in (LEVELS + 0.3 / 127.5, LEVELS + 2 / 255, LEVELS / 2, torch.tensor([math.nan])):
+    for bad in (LEVELS + 0.3 / 127.5, LEVELS + 2 / 255, LEVELS - 2 / 255, LEVELS / 2, torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="8-bit levels"):
             gaussian.check_pixels(bad)

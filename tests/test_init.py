@@ -154,7 +154,7 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
         (["empty"], 3, "empty holds no image"),
         (["one"], 3, "one: 1 usable image is too few to train on some and validate on others"),
         (["photos", "--image-size", "24"], 2, "--image-size must be a multiple of 16"),
-        (["photos", "--image-size", "256"], 3, "every image is smaller than 64 pixels"),
+        (["photos", "--image-size", "256"], 3, "40×40 is smaller than 64 pixels"),
         (["photos", "--captions", "texts"], 2, "invalid choice: 'texts'"),
         (["photos", "--out", "file"], 2, "--out file: file is a file"),
         (["photos", "--out", "file/y"], 2, "--out file/y: file is a file"),
@@ -250,6 +250,11 @@ def test_the_next_line_can_be_pasted(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert shlex.split(train.removeprefix("next:")) == ["ldm", "train", "my out/it's"]
     assert shlex.split(sample) == ["ldm", "sample", "runs/it-s", "--prompt", captions[2], "--count", "8"]
+    (tmp_path / "photos/metadata.jsonl").write_text("\n".join(rows[:2]))  # no caption will do as an example
+    sample = run("init", "photos", "--out", "long")[1].rstrip().rsplit("\n", 1)[1]
+    assert shlex.split(sample) == ["ldm", "sample", "runs/long", "--prompt", init.PROMPT, "--count", "8"]
+    sample = run("init", "photos", "--out", "none", "--captions", "none")[1].rstrip().rsplit("\n", 1)[1]
+    assert shlex.split(sample) == ["ldm", "sample", "runs/none", "--count", "8"]
 
 
 def folder_of(kind: str, folder: Path) -> None:
@@ -263,7 +268,7 @@ def folder_of(kind: str, folder: Path) -> None:
             paint(folder / split / "cats", 10)
         for name in names:
             (folder / name).unlink()
-    elif kind in (".TXT", ".caption"):
+    elif kind == ".caption":
         for name in names:
             (folder / name).with_suffix(kind).write_text("a caption")
     elif kind == "double":
@@ -283,7 +288,6 @@ def folder_of(kind: str, folder: Path) -> None:
     [
         ("hugging face", "has no metadata.jsonl, but train/metadata.jsonl: give that folder"),
         ("splits", "train, val look like splits, not classes: give one of them"),
-        (".TXT", "20 files such as 00.TXT lie beside images: if they hold captions, rename them to 00.txt"),
         (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
         ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
         ("empty captions", "every caption is empty: mend them, or train without with --captions none"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import DIFFUSION, TRAIN, PowerCut, Stages
+from conftest import DIFFUSION, TRAIN, PowerCut, Stages, forget_hashes
 from safetensors.torch import load_file, save_file
 from test_training import assert_same_end, at_position, power_cut
 
@@ -109,6 +109,7 @@ def test_gradient_checkpointing_changes_nothing(runs: Path, tmp_path: Path) -> N
 
 def test_half_a_base_stays_half_where_autocast_computes(stages: Stages, runs: Path, tmp_path: Path) -> None:
     half = Path(shutil.copytree(stages.folder / "ldm", tmp_path / "half"))
+    forget_hashes(half / "model")
     file = half / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
@@ -159,6 +160,7 @@ def test_a_lora_does_not_go_on_upon_another_base(
             train(runs, "lora", f"run={tmp_path}/run", f"init={base}")
     file = base / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({key: value + 1e-3 for key, value in load_file(file).items()}, file)
+    forget_hashes(base / "model")
     capsys.readouterr()
     assert train(runs, "lora", f"run={tmp_path}/run", f"init={base}") == 4
     assert "its weights have changed since this run began" in capsys.readouterr().err

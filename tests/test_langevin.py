@@ -36,18 +36,29 @@ def test_a_step_shrinks_and_spreads_as_it_should() -> None:
     assert (out[2] - out[0]).item() == pytest.approx(math.sqrt(delta))
 
 
-def test_measured_steps_are_those_of_song() -> None:
-    """x + ε g + √(2ε) z with ε = 2 (r ‖z‖/‖g‖)² for each sample by itself (Algorithm 4); in many dimensions about the other rule."""
-    t, x, z = torch.tensor(300), torch.randn(3, 2, 40, dtype=torch.float64), torch.randn(3, 2, 40, dtype=torch.float64)
-    denoiser = Denoiser(SCHEDULE, "eps", lambda x_t, _: 1.3 * torch.sin(x_t))
-    out = langevin_step(denoiser(x, t), z, 0.1, measured=True)
-    for i in range(3):
-        g = -1.3 * torch.sin(x[i]) / SCHEDULE.sigma(t)
-        epsilon = 2 * (0.1 * z[i].norm() / g.norm()) ** 2
-        torch.testing.assert_close(out[i], x[i] + epsilon * g + (2 * epsilon).sqrt() * z[i])
-    kernel = Denoiser(SCHEDULE, "eps", lambda x_t, _: torch.randn(3, 4_000, dtype=torch.float64))
-    said, z = kernel(torch.zeros(3, 4_000, dtype=torch.float64), t), torch.randn(3, 4_000, dtype=torch.float64)
-    torch.testing.assert_close(langevin_step(said, z, 0.1, True), langevin_step(said, z, 0.1), rtol=0.05, atol=0.02)
+@pytest.mark.parametrize("dimensions", [1, 2, 16])
+def test_steps_without_end_keep_the_variance(dimensions: int) -> None:
+    """On Gaussian data of variance V at the level: V/(1 − δ/(4V)), the fixed point of v ← (1 − δ/(2V))² v + δ, in any dimension."""
+    snr, t, generator = 0.3, torch.tensor(400), torch.Generator().manual_seed(0)
+    of = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    denoiser = GaussianMixture.of(of(1.0), of([0.0] * dimensions), of(0.2)).denoiser(SCHEDULE, "eps")
+    a, s = SCHEDULE.alpha(t).item(), SCHEDULE.sigma(t).item()
+    variance, delta = a**2 * 0.2 + s**2, 4 * snr**2 * s**2
+    normal = lambda: torch.randn(4_000, dimensions, dtype=torch.float64, generator=generator)  # noqa: E731
+    x, squares = variance**0.5 * normal(), []
+    for _ in range(80):
+        x = langevin_step(denoiser(x, t), normal(), snr)
+        squares.append(x.square().mean().item())
+    assert sum(squares[20:]) / 60 == pytest.approx(variance / (1 - delta / (4 * variance)), rel=0.015)
+
+
+def test_song_s_step_is_ours_in_many_dimensions() -> None:
+    """Algorithm 4's x + ε g + √(2ε) z, ε = 2 (r ‖z‖/‖g‖)², for the kernel's score, which is white noise over −s_t."""
+    t, z, eps = torch.tensor(300), torch.randn(3, 4_000, dtype=torch.float64), torch.randn(3, 4_000, dtype=torch.float64)
+    out = langevin_step(Denoiser(SCHEDULE, "eps", lambda *_: eps)(torch.zeros_like(z), t), z, 0.1)
+    g = -eps / SCHEDULE.sigma(t)
+    epsilon = 2 * (0.1 * z.norm() / g.norm()) ** 2
+    torch.testing.assert_close(out, epsilon * g + (2 * epsilon).sqrt() * z, rtol=0.03, atol=5e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -234,6 +234,20 @@ def test_drawn_steps_are_unbiased(schedule: Schedule) -> None:
         torch.testing.assert_close(times.double(), probability, rtol=0, atol=2 / draws)
 
 
+@pytest.mark.parametrize("last", [0.6, 1.0])
+def test_one_step_drawn_of_one_is_that_step(last: float) -> None:
+    """T = 2, with signal at its last step and without: the same bound as all steps, finite."""
+    denoiser, x0 = exact(Schedule(torch.tensor([0.1, last])), "x0"), MEANS + VARIANCES.sqrt() * torch.randn(50, 3, dtype=torch.float64)
+    noise = torch.randn(2, 50, 3, dtype=torch.float64)
+    for variance in ("posterior", "beta"):
+        drawn, all_ = (
+            bounds(denoiser, x0, lambda i: noise[i], steps, [variance])[0].total
+            for steps in (drawn_steps(denoiser.schedule, torch.rand(50, 1)), all_steps(denoiser.schedule, 50))
+        )
+        torch.testing.assert_close(drawn, all_)
+        assert bool(all_.isfinite().all())
+
+
 def test_all_steps_are_each_taken_once() -> None:
     schedule = Schedule.from_config(ScheduleConfig("linear", 20))
     steps = all_steps(schedule, 2)

@@ -15,126 +15,49 @@ import peft
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from loras import (
+    ALL,
+    PROMPTS,
+    TEXT_TARGETS,
+    alphas,
+    as_written,
+    both,
+    changed,
+    close,
+    inputs,
+    networks,
+    out,
+    pictures,
+    plain_keys,
+    same,
+    theirs,
+    write_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoencoder.config import AutoencoderConfig
-from autoencoder.model import AutoencoderKL
 from ldm.cli.main import main
-from ldm.config import ClipConfig, ConfigError, LoraConfig, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.data import streams
+from ldm.config import ConfigError, LoraConfig, SampleConfig
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.files import FolderError
-from ldm.interop.lora import FILE, METADATA, TOWER, find_lora, read_lora, write_lora
+from ldm.interop.lora import FILE, METADATA, find_lora, read_lora, write_lora
+from ldm.interop.lora_settings import TOWER
 from ldm.interop.reference import Reference
 from ldm.models.lora import Lora, changeable, named_layers
-from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
-from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import LatentCodec
 from ldm.pipeline.info import ModelInfo
-
-PROMPTS = ["a small red circle", "two blue stars above it", "a green square"]
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-ALL = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv_shortcut",
-    "time_emb_proj",
-    "conv",
-)
-
-
-def stir(module: nn.Module, amount: float) -> None:
-    for parameter in module.parameters():
-        parameter.data += amount * torch.randn_like(parameter)
-    module.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of tiny networks with random weights."""
-    torch.manual_seed(0)
-    config = ClipConfig(width=32, layers=2, heads=2, max_length=16, merges=20, patch_size=4, projection=8)
-    tokenizer = train_tokenizer(PROMPTS, config.merges, config.max_length)
-    clip = build_clip(config, tokenizer, 16, 3)
-    stir(clip, 0.1)
-    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 4, (16, 32), 1, 8)))
-    unet = UNet(UNetConfig((16, 32), 1, (1,), (2,), groups=8), 4, 4, 32)
-    stir(unet, 0.05)
-    stir(codec.autoencoder, 0.05)
-    pipe = Pipeline(unet, ScheduleConfig(), "v", codec, from_clip(clip, tokenizer), 16, SampleConfig(steps=5, guidance_scale=3.0))
-    folder = tmp_path_factory.mktemp("written") / "model"
-    pipe.save_pretrained(folder, for_diffusers=True)
-    return folder
+    return write_model(tmp_path_factory.mktemp("written") / "model")
 
 
 @pytest.fixture
 def pipe(written: Path) -> Pipeline:
     return Pipeline.from_pretrained(written, "cpu")
-
-
-def text(pipe: Pipeline) -> TextEncoder:
-    assert pipe.text is not None
-    return pipe.text
-
-
-def networks(pipe: Pipeline) -> dict[str, nn.Module]:
-    return {UNET: pipe.unet, TEXT: text(pipe).tower}
-
-
-def changed(network: nn.Module, targets: tuple[str, ...], rank: int = 3, alpha: float = 5.0, seed: int = 0) -> Lora:
-    """A LoRA with random A and B."""
-    torch.manual_seed(seed)
-    lora = Lora.fresh(network, LoraConfig(rank, alpha, targets))
-    for parameter in lora.parameters():
-        parameter.data.normal_(std=0.2)
-    return lora
-
-
-def both(pipe: Pipeline) -> dict[str, Lora]:
-    return {UNET: changed(pipe.unet, ALL), TEXT: changed(text(pipe).tower, TEXT_TARGETS, rank=2, alpha=1.0, seed=1)}
-
-
-def inputs(n: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(n, 4, 8, 8, generator=generator), torch.tensor([3, 700])[:n], torch.randn(n, 5, 32, generator=generator)
-
-
-def out(network: nn.Module) -> Tensor:
-    x, t, context = inputs()
-    return network(x, t, Condition(context=context))
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    a, b = a.detach(), b.detach()
-    assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
-
-
-def pictures(pipe: Pipeline, **settings: Any) -> np.ndarray:
-    return np.stack([np.asarray(p) for p in pipe(PROMPTS, sampler="ddim", steps=5, seed=3, **settings)]).astype(int)
-
-
-def theirs(folder: Path, *loras: tuple[Path, float]) -> np.ndarray:
-    """The same pictures by diffusers."""
-    opened: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    opened.set_progress_bar_config(disable=True)
-    for i, (path, _) in enumerate(loras):
-        opened.load_lora_weights(path, adapter_name=f"lora{i}")
-    if loras:
-        opened.set_adapters([f"lora{i}" for i in range(len(loras))], [scale for _, scale in loras])
-    noise = torch.from_numpy(np.stack([streams.normal(3, "sample/x_T", i, (4, 8, 8)) for i in range(len(PROMPTS))]))
-    drawn = opened(PROMPTS, num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="np")
-    return (drawn.images * 255).round().astype(int)
 
 
 # ---------------------------------------------------------------- the layers
@@ -210,32 +133,13 @@ def test_targets_are_ends_of_names(pipe: Pipeline) -> None:
 # ---------------------------------------------------------------- files
 
 
-def same(found: dict[str, Lora], expected: dict[str, Lora]) -> None:
-    """Equal tensors and α."""
-    assert found.keys() == expected.keys()
-    for part, lora in expected.items():
-        mine = found[part].state_dict()
-        assert mine.keys() == lora.state_dict().keys()
-        assert all(torch.equal(mine[name], value) for name, value in lora.state_dict().items())
-        assert {n: (c.rank, c.alpha) for n, c in found[part].changes.items()} == {n: (c.rank, c.alpha) for n, c in lora.changes.items()}
-
-
-def plain_keys(loras: dict[str, Lora]) -> dict[str, Tensor]:
-    """diffusers' keys in peft's words."""
-    return {f"{part}.{TOWER if part == TEXT else ''}{name}": v for part, lora in loras.items() for name, v in lora.state_dict().items()}
-
-
-def alphas(loras: dict[str, Lora]) -> dict[str, float]:
-    return {f"{part}.{TOWER if part == TEXT else ''}{n}": c.alpha for part, lora in loras.items() for n, c in lora.changes.items()}
-
-
 def test_what_is_written_is_read(pipe: Pipeline, tmp_path: Path) -> None:
     loras = both(pipe)
     network = pipe.unet
     sizes = {name: (1 + i % 3, float(2 + i % 2)) for i, name in enumerate(changeable(network))}  # ranks and α that differ
     loras[UNET] = Lora(network, sizes)
     write_lora(loras, tmp_path / FILE)
-    same(read_lora(tmp_path, networks(pipe)), loras)
+    same(read_lora(tmp_path, networks(pipe)), as_written(loras))
     shutil.copytree(tmp_path, tmp_path / "run/model")
     assert find_lora(tmp_path / "run") == tmp_path / "run/model" / FILE
 
@@ -462,15 +366,15 @@ def broken(pipe: Pipeline, change: Callable[[dict[str, Tensor]], Any], header: d
         (lambda t: t.update({f"unet.{Q}.lora_B.weight": torch.ones(32, 4)}), None, r"is \[32, 4\], .* should be \[32, 3\]"),
         (lambda t: t.update({f"unet.{Q}.lora_A.weight": torch.ones(0, 32)}), None, "its first dimension is the rank"),
         (lambda t: t.update({f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": torch.ones(3, 32)}), None, "are for the same layer"),
-        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None, "should be one finite number"),
+        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None, "alpha holds 1 of 1 numbers that are not finite"),
         (lambda t: t.update({f"unet.{Q}.alpha": torch.ones(2)}), None, "should be one finite number"),
         (lambda t: t.update({f"unet.{Q}.dora_scale": torch.ones(2)}), None, "DoRA is not offered"),
         (lambda t: t.update({f"unet.{Q}.hada_w1_a": torch.ones(2)}), None, "LoHa is not offered"),
         (lambda t: t.update({f"unet.{Q}.lora_B.bias": torch.ones(32)}), None, "a LoRA with biases is not offered"),
         (lambda t: t.clear(), None, "holds no tensor"),
         (lambda t: None, {"unet.r": 4}, "has rank 3, its settings say 4"),
-        (lambda t: None, {"unet.r": 3, "unet.lora_alpha": "much"}, "'much', which is no number"),
-        (lambda t: None, {"unet.r": 3, "unet.use_dora": True}, "use_dora in its settings: DoRA is not offered"),
+        (lambda t: None, {"unet.r": 3, "unet.lora_alpha": "much"}, "'much', which is not a finite number"),
+        (lambda t: None, {"unet.r": 3, "unet.use_dora": True}, "use_dora in its settings is True: DoRA is not offered"),
         (lambda t: None, {"unet.r": 3, "unet.rank_pattern": {"(a+)+$": 3}}, "the pattern .* is not offered"),
         (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(2.0)}), {"unet.r": 3, "unet.lora_alpha": 3}, "is 2, the settings .* say 3"),
     ],

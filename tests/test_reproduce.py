@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Stages
+from conftest import Stages, forget_hashes
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,7 +48,7 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
     save_file(stir(here / "run/model" / UNET_FILE, 0.1), here / "run/model/unet/diffusion_pytorch_model.other.safetensors")
-    shutil.copytree(here / "run/model", here / "weak")
+    forget_hashes(shutil.copytree(here / "run/model", here / "weak"))
     save_file(stir(here / "weak" / UNET_FILE, 0.1), here / "weak" / UNET_FILE)
     pipe = Pipeline.from_pretrained(here / "run", "cpu")
     lora = Lora.fresh(pipe.unet, LoraConfig(rank=2))
@@ -195,6 +195,7 @@ def test_another_model_is_refused_by_its_hash(call: Call, plain: dict[str, Path]
     assert call("reproduce", file, "--model", tmp_path / "model")[0] == 0  # elsewhere, but the same
     weights = tmp_path / "model" / UNET_FILE
     save_file(stir(weights, 1e-6), weights)
+    forget_hashes(tmp_path / "model")
     code, error = call("reproduce", file, "--model", tmp_path / "model")
     now = Pipeline.from_pretrained(tmp_path / "model").hash
     assert code == 4 and f"has other weights than those that drew {file}" in error

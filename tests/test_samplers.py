@@ -64,7 +64,10 @@ def test_grids_are_those_of_diffusers(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 9, 20, 30, 50, 77, 333, 500, 998])
 def test_grids_of_other_families_are_those_of_diffusers(steps: int) -> None:
-    """DPM-Solver's spacings of S + 1 nodes, and Euler's fractional t."""
+    """Trailing where steps do not divide T, DPM-Solver's spacings of S + 1 nodes, and Euler's fractional t."""
+    ddim = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    ddim.set_timesteps(steps)
+    assert trailing(steps)[:-1].tolist() == ddim.timesteps[:steps].tolist()  # theirs may have one too many
     for name, spacing in (("linspace_positive", "linspace"), ("leading_positive", "leading")):
         theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=1)
         theirs.set_timesteps(steps)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_pipeline import LATENT, PROMPTS, array, make, noise, theirs
 
+from ldm.cli.main import main
 from ldm.config import GRIDS, SAMPLERS, ConfigError, SampleConfig, ScheduleConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers, scheduler_to_diffusers
@@ -111,12 +112,12 @@ def test_the_settings_matter(written: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "sampler"),
     [
-        ("DDPMScheduler", {"variance_type": "fixed_large"}, {"sampler": "ddpm", "grid": "leading", "variance": "beta"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "linspace"}, {"sampler": "ddpm", "variance": "beta"}),
         ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, {"sampler": "euler_ancestral", "grid": "trailing"}),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {"sampler": "dpmpp_2m_sde", "grid": "linspace_positive"}),
-        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {"sampler": "euler", "end_clean": False}),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {"sampler": "unipc", "end_clean": False}),
         ("EulerDiscreteScheduler", {}, {"sampler": "euler", "grid": "linspace_fractional", "end_clean": True}),
-        ("DDIMScheduler", {"timestep_spacing": "linspace"}, {"sampler": "ddim", "grid": "linspace"}),
+        ("DDPMScheduler", {"timestep_spacing": "linspace"}, {"sampler": "ddpm", "grid": "linspace"}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, {"sampler": "dpmpp_3m_published"}),
     ],
 )
@@ -131,11 +132,11 @@ def test_random_and_other_schedulers(name: str, settings: dict[str, Any], sample
     [
         ({"_class_name": "LCMScheduler", "original_inference_steps": 50}, "LCMScheduler is not offered"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final = True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas = True"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type dpmsolver"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas = True"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding = True"),
-        ({"_class_name": "DDIMScheduler", "timestep_spacing": "other"}, "'other' is not offered"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "other"}, "timestep_spacing = other"),
     ],
 )
 def test_what_is_not_offered_is_said(written: Path, layout: dict[str, Any], message: str) -> None:
@@ -181,3 +182,39 @@ def test_our_defaults_are_written_so_that_diffusers_takes_them() -> None:
     assert SampleConfig(**fields) == sample
     assert set(fields) <= {"sampler", "grid", "grid_offset", "end_clean"} and fields["sampler"] in SAMPLERS and fields["grid"] in GRIDS
     assert LATENT[0] == 4
+
+
+NO_SIGNAL = [
+    {"rescale_betas_zero_snr": True, **PUBLISHED},
+    {"trained_betas": [*np.linspace(1e-4, 0.03, 999).tolist(), 1.0]},
+]
+
+
+@pytest.mark.parametrize("settings", NO_SIGNAL)
+def test_a_prediction_of_noise_is_not_asked_where_no_signal_is_left(
+    written: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """x̂_0 would be a division by 0: refused where the grid starts there, by every command; below it pictures are finite, as before."""
+    file, sampling = written / "scheduler/scheduler_config.json", {"steps": STEPS, "guidance_scale": 2.0}
+    before = file.read_text()
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", **settings, "timestep_spacing": "trailing"}))
+    message = "predicts eps, which says nothing of the image where its schedule leaves no signal, and grid trailing starts there: take grid"
+    try:
+        pipe = Pipeline.from_pretrained(written)
+        with pytest.raises(ConfigError, match=message):
+            pipe(PROMPTS, **sampling)
+        with pytest.raises(ConfigError, match="grid karras starts there"):
+            pipe.check(SampleConfig(grid="karras"), 16)
+        out = ["--prompt", "a", "--out", str(tmp_path / "images")]
+        assert main(["sample", str(written), *out]) == 2 and message in capsys.readouterr().err
+        assert main(["plot", "reverse", str(written), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+        assert message in capsys.readouterr().err
+        for command in (["inspect", str(written), "--no-hashes"], ["convert", str(written), str(tmp_path / "copy.safetensors")]):
+            assert main(command) == 0
+            assert "predicts eps where its schedule leaves no signal" in capsys.readouterr().out, command
+        pictures = pipe(PROMPTS, grid="leading", **sampling)
+        assert all(np.asarray(picture).std() > 0 for picture in pictures)
+        pipe.target = "v"
+        pipe.check(SampleConfig(**sampling), 16)
+    finally:
+        file.write_text(before)

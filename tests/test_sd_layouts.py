@@ -355,6 +355,18 @@ def test_autoencoder_settings_beyond_ours_are_refused_in_one_line(change: dict[s
     assert "\n" not in str(caught.value)
 
 
+def test_an_absent_setting_has_the_default_of_diffusers() -> None:
+    """What a config.json leaves out, taken one by one from their signature, changes nothing."""
+    two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (64, 64)}
+    for cls, read_, given in ((diffusers.UNet2DConditionModel, unet_from_diffusers, {}), (diffusers.AutoencoderKL, from_diffusers, two)):
+        arguments: Any = inspect.signature(cls.__init__).parameters
+        defaults = {name: p.default for name, p in arguments.items() if name != "self"} | given
+        least = {name: defaults[name] for name in two}
+        assert read_(least) == read_(defaults) and len(defaults) > 15
+        for name, value in defaults.items():
+            assert read_(least | {name: value}) == read_(least), name
+
+
 def test_the_latent_scale_has_diffusers_defaults() -> None:
     assert latent_scale({}) == (0.18215, 0.0) and latent_scale({"scaling_factor": 1, "shift_factor": None}) == (1.0, 0.0)
     assert latent_scale({"scaling_factor": 0.36, "shift_factor": -0.5}) == (0.36, -0.5)

@@ -220,7 +220,7 @@ def test_a_solver_is_that_of_diffusers(pair: str, kind: str, monkeypatch: pytest
 @pytest.mark.parametrize("pair", ["2M", "3M", "2S", "SDE-2M", "UniPC-2-bh2", "UniPC-3-bh1", "UniPC-3-bh2"])
 def test_the_end_above_clean_data_is_that_of_diffusers(pair: str, lower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the smallest level of the schedule, with and without lower last orders, on both sides of 15 steps."""
-    for steps in (6, 16):
+    for steps in (6, 14, 15):
         settings = {"final_sigmas_type": "sigma_min", "lower_order_final": lower}
         assert_same(compare(pair, "scaled_linear", "v", "trailing", steps, monkeypatch, options={"lower_final": lower}, **settings))
 
@@ -387,6 +387,30 @@ def test_weights_of_adams_are_integrals() -> None:
 
 
 # ---------------------------------------------------------------- callbacks, starts and refusals
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sample_does_not_depend_on_those_beside_it(name: str) -> None:
+    """Each alone, from its own noise, and all in one batch, one of them a hundred times as large."""
+    schedule = process("linear")
+    x, noise = torch.randn(3, 2, dtype=torch.float64) * torch.tensor([[1.0], [100.0], [0.01]]), torch.randn(60, 3, 2, dtype=torch.float64)
+    denoiser, grid = Denoiser(schedule, "v", network(schedule, "v")), GRIDS["trailing"](schedule, 6)
+    together = SAMPLERS[name].function(denoiser, x, grid, lambda i: noise[i])
+    for k in range(3):
+        alone = SAMPLERS[name].function(denoiser, x[k : k + 1], grid, lambda i, k=k: noise[i, k : k + 1])
+        torch.testing.assert_close(alone, together[k : k + 1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_process_of_two_steps_is_drawn_from(name: str) -> None:
+    """The fewest that a process has: on every grid, with every number of steps, also with no signal at the last."""
+    for betas in ([0.1, 0.6], [0.1, 1.0]):
+        schedule = Schedule(torch.tensor(betas))
+        for spacing in GRIDS:
+            for steps in range(SAMPLERS[name].fewest, 3):
+                x = torch.randn(2, 3, dtype=torch.float64)
+                denoiser = Denoiser(schedule, "v", network(schedule, "v"))
+                assert SAMPLERS[name].function(denoiser, x, GRIDS[spacing](schedule, steps), drawn(12, x)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

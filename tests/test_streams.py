@@ -191,6 +191,19 @@ def test_flips_are_half_and_crops_even() -> None:
     assert ((table - 500) ** 2 / 500).sum() < 24.3  # 7 degrees: crop and flip are independent of each other
 
 
+def test_each_choice_has_draws_of_its_own() -> None:
+    """Mirror and place of the crop are those of the streams `flip` and `crop`, vertical first, and tell nothing of `t` and `drop`."""
+    data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
+    reading, positions = Stream(Ramp(None, (8, 11)), data, 6, Draws({}, ("t", "drop"))), range(2000)
+    samples = [reading[p] for p in positions]
+    rows = [values(sample["image"])[0, 0] for sample in samples]
+    flipped, left = np.array([row[0] > row[1] for row in rows]), np.array([row.min() for row in rows])
+    assert flipped.tolist() == [streams.uniform(6, "flip", p) < 0.5 for p in positions]
+    assert left.tolist() == [int(4 * streams.generator(6, "crop", p).random(2)[1]) for p in positions]
+    drawn = [flipped, left, *([float(sample[name]) for sample in samples] for name in ("t", "drop"))]
+    assert np.abs(np.corrcoef(drawn) - np.eye(4)).max() < 4 / math.sqrt(2000)
+
+
 def test_an_image_comes_mirrored_and_not_and_in_another_crop_each_epoch() -> None:
     data = DataConfig(source="shapes", image_size=8, crop="random", flip=True)
     reading = Stream(Ramp(3, side=(8, 40)), data, 0, Draws({}))
@@ -433,7 +446,7 @@ def test_the_binding_sees_what_matters() -> None:
 
 def test_no_cache_and_an_endless_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no latent cache"):
-        cache.LatentCache(tmp_path, {})
+        cache.LatentCache(tmp_path / "latents", {})
     with pytest.raises(DataError, match=r"set data\.size"):
         write(tmp_path / "latents", DataConfig(source="shapes", image_size=24))
     assert not list(tmp_path.iterdir())

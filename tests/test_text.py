@@ -22,7 +22,9 @@ from ldm.models.text import (
     build_clip,
     from_clip,
     save_tokenizer,
+    tokenize,
     train_tokenizer,
+    vocabulary_hash,
 )
 
 CONFIG = ClipConfig(width=32, layers=2, heads=2, max_length=24, merges=30, patch_size=4, projection=16)
@@ -173,6 +175,23 @@ def test_long_captions_are_cut_and_counted(encoder: TextEncoder) -> None:
     assert torch.equal(ids, reference["input_ids"])
     assert truncated == 3
     assert encoder.encode(captions).shape == (5, CONFIG.max_length, CONFIG.width)
+
+
+@pytest.mark.parametrize("word", ["ab", "_!", "\x1c", "é", "漢字", "\u0301", "a1"])
+def test_a_word_of_300_000_letters_is_learned_from_by_its_first_thousand(word: str) -> None:
+    captions = ["a red circle", "a blue square"]
+    long = word * (300_000 // len(word))
+    learned = train_tokenizer([*captions, long], 64, 77)  # with its square, this would take minutes
+    assert vocabulary_hash(learned) == vocabulary_hash(train_tokenizer([*captions, long[:1000]], 64, 77))
+    ids, truncated = tokenize(learned, [long], 77)
+    assert ids.shape == (1, 77) and truncated == 1
+
+
+def test_a_caption_of_many_characters_is_cut_where_its_tokens_are(tokenizer: CLIPTokenizer) -> None:
+    words = "a red circle left of a blue square " * 10_000
+    assert tokenize(tokenizer, [words], 77)[0].tolist() == tokenize(tokenizer, [words[:2000]], 77)[0].tolist()
+    spaced, plain = (tokenize(tokenizer, [text], 77) for text in ("a" + " \n" * 20_000 + "circle", "a circle"))
+    assert spaced[0].tolist() == plain[0].tolist() and spaced[1] == 0
 
 
 def test_saved_folder_loads_in_plain_transformers(encoder: TextEncoder, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The three stages, trained for a few updates on tiny networks: exact resume, gradients, faults, and what is exported."""
 
+import hashlib
 import json
 import math
 import os
@@ -27,17 +28,23 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import TrainConfig
+from ldm.data import streams
 from ldm.data.images import prepare
 from ldm.data.sources import open_source
-from ldm.data.stream import Stream, batches, collate
+from ldm.data.stream import Stream, batches, collate, scattered
+from ldm.diffusion.condition import Condition
 from ldm.evaluation.record import read_metrics, read_status
+from ldm.interop.bundle import TEXT, VAE
+from ldm.interop.files import FolderError
+from ldm.interop.folder import FILES
+from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import load_codec
+from ldm.pipeline.codec import LatentCodec, load_codec
 from ldm.training import recorder
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.diffusion import DiffusionTask
 from ldm.training.loop import MAX_NONFINITE, Loop
-from ldm.training.optimizers import learning_rate
+from ldm.training.optimizers import Optimizers, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,6 +109,21 @@ def assert_same_end(run: Path, straight: Path) -> None:
 
 
 # whole runs
+
+
+def test_stages_write_their_hashes(stages: Stages, tmp_path: Path) -> None:
+    for stage, part, opened in (("autoencoder", VAE, load_codec), ("clip", TEXT, read_text)):
+        run = Path(shutil.copytree(stages.folder / stage, tmp_path / stage))
+        file = run / "model" / part / FILES[part]
+        assert json.loads((run / "model/ldm.json").read_text())["sha256"] == {
+            f"{part}/{FILES[part]}": hashlib.sha256(file.read_bytes()).hexdigest()
+        }
+        opened(run)
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(FolderError, match="has changed"):
+            opened(run)
 
 
 def test_the_exported_folders_open_elsewhere(stages: Stages) -> None:
@@ -273,6 +295,25 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
     assert error.count("\n") == 1 and "train.mixed_precision fp16 is not offered on cpu: use no or bf16" in error
 
 
+# conditions
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_captions_are_dropped_where_their_draw_says(stages: Stages, share: float) -> None:
+    """What reaches the U-Net is the state of the sample's own caption, or of the null caption where its draw lies below the share."""
+    task, seen = DiffusionTask(stages.settings("ldm", f"caption_dropout={share}"), lambda _: None), []
+    task.to(torch.device("cpu"))
+    task.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].context))
+    positions, seed = range(40), task.config.train.seed
+    batch = collate([task.stream[p] for p in positions])
+    task.micro_step(batch, 0, lambda loss: None)
+    dropped = [streams.uniform(seed, "drop", p) < share for p in positions]
+    own = [task.source.text(task.stream.order[p]) for p in positions]
+    expected = task.text.encode(["" if drop else text for text, drop in zip(own, dropped, strict=True)])
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+    assert len(set(own)) > 20 and sum(dropped) == {0.0: 0, 1.0: 40}.get(share, sum(dropped)) and (share != 0.3 or 4 <= sum(dropped) <= 20)
+
+
 # the learning rate
 
 
@@ -321,6 +362,40 @@ def gradients(loop: Loop, monkeypatch: pytest.MonkeyPatch, update: int) -> dict[
 def assert_close_to_the_largest(a: list[Tensor], b: list[Tensor], share: float = 1e-5) -> None:
     largest = max(float(x.abs().max()) for x in b)
     assert largest > 0 and all(float((x - y).abs().max()) <= share * largest for x, y in zip(a, b, strict=True))
+
+
+def test_an_update_clips_and_logs_means_over_its_micro_batches(stages: Stages, make_loop: Callable[..., Loop]) -> None:
+    settings, found = stages.settings("ldm"), []
+    for clip in (None, 0.01):
+        loop = make_loop(DiffusionTask(settings, lambda _: None), settings, batch_size=6, micro_batch=2, clip=clip)
+        parts = [loop.task.micro_step(collate([loop.task.stream[p] for p in range(i, i + 2)]), 0, lambda loss: None) for i in (0, 2, 4)]
+        logged = loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
+        assert len({float(part["loss"]) for part in parts}) == 3
+        torch.testing.assert_close(logged["loss"], torch.stack([part["loss"] for part in parts]).mean())
+        found.append([p.grad for p in loop.task.networks["unet"].parameters() if p.grad is not None])
+        found.append(logged["grad_norm_unet"])
+    plain, norm, clipped, before = found
+    torch.testing.assert_close(before, norm)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in plain]).norm())
+    assert norm > 0.02
+    for a, b in zip(clipped, plain, strict=True):
+        torch.testing.assert_close(a, b * (0.01 / norm), rtol=1e-3, atol=1e-9)
+
+
+def test_the_optimizer_is_adamw_as_configured() -> None:
+    """Three updates by hand: m and v with their own decays, both corrected for their start, and weights that decay beside them."""
+    config = TrainConfig(lr=0.1, betas=(0.8, 0.95), adam_eps=0.01, weight_decay=0.5)
+    layer = torch.nn.Linear(3, 1, bias=False)
+    w, m, v = layer.weight.detach().double().clone(), torch.zeros(1, 3).double(), torch.zeros(1, 3).double()
+    optimizers = Optimizers({"layer": layer}, config, None)
+    for k in range(3):
+        g = torch.tensor([[0.3, -0.02 * (k + 1), 0.0]])
+        optimizers.begin(k, lambda _: 1.0)
+        layer.weight.grad = g.clone()
+        optimizers.step(torch.tensor(True))
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g.square()
+        w = w * (1 - 0.1 * 0.5) - 0.1 * (m / (1 - 0.8 ** (k + 1))) / ((v / (1 - 0.95 ** (k + 1))).sqrt() + 0.01)
+    torch.testing.assert_close(layer.weight.detach().double(), w, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "ldm"])
@@ -503,6 +578,55 @@ def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stage
         assert figures == stage1.validate(9, lambda t: t, 0, 1)
 
 
+def test_validation_is_the_mean_error_whole_and_by_tenths(stages: Stages) -> None:
+    """Image by image: t from its part of 1…T, ‖ε − ε̂‖² without the weighting, means of all and of each tenth; the last batch is smaller."""
+    task, total = DiffusionTask(stages.settings("ldm", "train.validation_size=23", "objective.weighting=min_snr"), lambda _: None), 23
+    assert isinstance(task.codec, LatentCodec)
+    schedule, errors, steps = task.schedule, [], []
+    parts = scattered(list(range(total)), total)
+    with torch.no_grad():
+        found = task.validate(0, lambda t: t, 0, 1)
+        for p in range(total):
+            sample, t = collate([task.validation[p]]), (parts[p] * 1000).long()[None]
+            x0 = task.codec.autoencoder.encode(sample["image"]).sample(sample["posterior"])
+            x_t = schedule.alpha(t).float() * x0 + schedule.sigma(t).float() * sample["eps"]
+            said = task.unet(x_t, t, Condition(context=task.text.encode(sample["text"])))
+            errors.append(float((said - sample["eps"]).square().mean()))
+            steps.append(int(t))
+    tenths = [[e for e, t in zip(errors, steps, strict=True) if 100 * k <= t < 100 * (k + 1)] for k in range(10)]
+    assert found["loss_by_t"] == pytest.approx([sum(tenth) / len(tenth) for tenth in tenths], rel=1e-4)
+    assert found["loss"] == pytest.approx(sum(errors) / total, rel=1e-4)
+    assert found["loss_error"] == pytest.approx(torch.tensor(errors).std(correction=0).item() / math.sqrt(total), rel=1e-3)
+    assert max(errors) > 1.2 * min(errors) and len(set(found["loss_by_t"])) == 10
+
+
+def test_figures_of_the_autoencoder_are_those_of_its_pictures(stages: Stages) -> None:
+    """Image by image, by hand; decoded louder than pixels can be, so that it matters where they are clipped."""
+    task = AutoencoderTask(stages.settings("autoencoder", "train.validation_size=6"))
+    network = task.autoencoder
+    with torch.no_grad():
+        network.decoder.conv_out.weight *= 40
+        network.quant_conv.weight[:4] *= 3
+        found = task.validate(0, lambda t: t, 0, 1)
+        samples = [task.validation[p] for p in range(6)]
+        posteriors = [network.encode(sample["image"][None]) for sample in samples]
+        means, variances = torch.cat([q.mean for q in posteriors]), torch.cat([q.logvar.exp() for q in posteriors])
+        mean = means.mean((0, 2, 3), keepdim=True)
+        std = ((means - mean).square() + variances).mean((0, 2, 3), keepdim=True).sqrt()
+        sums: dict[str, list[float]] = {}
+        for sample, q in zip(samples, posteriors, strict=True):
+            decoded = network.decode(q.mean)
+            sums.setdefault("l1", []).append(float((decoded - sample["image"]).abs().mean()))
+            sums.setdefault("kl", []).append(float((q.mean.square() + q.logvar.exp() - 1 - q.logvar).mean() / 2))
+            noisy = {f"psnr_noise_{level:g}": network.decode(q.mean + level * std * sample["noise"]) for level in (0.1, 0.3, 1.0)}
+            for name, picture in {"psnr": decoded, **noisy}.items():
+                error = (picture.clamp(-1, 1) - sample["image"]).square().mean()
+                sums.setdefault(name, []).append(10 * math.log10(4 / float(error)))
+    assert float(decoded.abs().max()) > 1.5 and float((std - 1).abs().min()) > 0.05
+    for name, values in sums.items():
+        assert found[name] == pytest.approx(sum(values) / 6, rel=1e-4), name
+
+
 def test_more_processes_than_validation_images(stages: Stages) -> None:
     """Those without a share exchange the same figures in the same order, or all would wait for ever."""
     for name in ("autoencoder", "ldm"):
@@ -523,16 +647,16 @@ def test_more_processes_than_validation_images(stages: Stages) -> None:
 def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Stages) -> None:
     task = AutoencoderTask(stages.settings("autoencoder", "train.validation_size=24"))
     task.begin()
-    scale = torch.tensor([1.0, 0.5, 0.02, 0.0])
+    scale = torch.tensor([1.0, 0.5, 0.3, 0.02])
     network, convolution = task.autoencoder, task.autoencoder.quant_conv
     assert convolution.bias is not None
     with torch.no_grad():
         convolution.weight[:4] *= scale.view(4, 1, 1, 1)
         convolution.bias[:4] = torch.tensor([0.0, 0.0, 0.0, 7.0])  # the same for all images: carries nothing
-        assert task.validate(0, lambda t: t, 0, 1)["active_channels"] == 2
+        assert task.validate(0, lambda t: t, 0, 1)["active_channels"] == 3
         images = [prepare(task.validation.source[i].image, 32) for i in range(24)]
         variance = network.encode(torch.stack(images)).mean.var(0).mean((1, 2))
-    assert [bool(v > 0.01) for v in variance] == [True, True, False, False]
+    assert [bool(v > 0.01) for v in variance] == [True, True, True, False]
 
 
 def test_the_averaged_weights_are_what_is_exported(stages: Stages) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copyreg
+import dataclasses
+import datetime
+import decimal
+import fractions
+import pathlib
 import pickle
 import subprocess
 import sys
 import types
 import typing
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +25,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from ldm.interop.archive.archive import Archive, open_archive
 from ldm.interop.archive.pickled import Placeholder
@@ -162,6 +170,68 @@ def test_a_checkpoint_of_lightning(tmp_path: Path, is_zip: bool, protocol: int) 
     assert all(torch.equal(archive.tensors[name], tensor) for name, tensor in network.state_dict().items())
 
 
+@dataclasses.dataclass
+class Structured:
+    """A configuration as OmegaConf types it."""
+
+    sizes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+    name: typing.Optional[str] = None  # noqa: UP045  # pickled by operator.getitem
+
+
+def beside() -> dict[str, Any]:
+    """What trainers keep beside their weights."""
+    schedulers, optimizer = torch.optim.lr_scheduler, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return {
+        "types": [int, str, float, range(3), slice(1, 2), 1j, ..., type(None), bytearray(b"a"), {1}, frozenset({2})],
+        "collections": [
+            collections.Counter([30, 60]), collections.OrderedDict(a=1), collections.defaultdict(int, a=1), collections.deque([1], 3),
+            collections.ChainMap({1: 2}), collections.UserDict(a=1), collections.UserList([1]), {(1, "a"): 2, (): 3},
+        ],
+        "paths": [Path("logs"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
+        "times": [datetime.datetime.now(datetime.UTC), datetime.date(2020, 1, 2), datetime.timedelta(1), datetime.time(3)],
+        "numbers": [decimal.Decimal("1.5"), fractions.Fraction(1, 2), uuid.UUID(int=5)],
+        "namespaces": [types.SimpleNamespace(a=1), argparse.Namespace(b=2)],
+        "numpy": [
+            np.int64, np.float32(1), np.str_("a"), np.datetime64("2020-01-01"), np.complex64(1j), np.zeros(2), np.array(["a"], object),
+            np.random.RandomState(0), np.random.default_rng(0), np.random.RandomState(0).get_state(),
+        ],
+        "schedules": [
+            schedulers.MultiStepLR(optimizer, [30]).state_dict(), schedulers.OneCycleLR(optimizer, 1.0, 9).state_dict(),
+            schedulers.LambdaLR(optimizer, lambda epoch: 1.0).state_dict(), optimizer.state_dict(), torch.optim.AdamW, optimizer,
+        ],
+        "torch": [torch.__version__, torch.device("cpu"), torch.Size([1]), torch.bfloat16, torch.complex64, torch.eye(2).to_sparse()],
+        "omegaconf": [
+            OmegaConf.create({"a": [1, {"b": "${a}"}], "c": None, "d": 1.5, "e": True}), OmegaConf.create([1, 2]),
+            OmegaConf.structured(Structured),
+        ],
+        "typing": [typing.Any, typing.Optional[int], typing.Union[int, str], list[int]],  # noqa: UP007, UP045
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", beside())
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_trainers_keep_beside_their_weights_is_swallowed(tmp_path: Path, name: str, protocol: int, monkeypatch: Any) -> None:
+    things = beside()[name]
+    monkeypatch.setattr(Structured, "__module__", "__main__")  # where a training script has it
+    monkeypatch.setattr(sys.modules["__main__"], "Structured", Structured, raising=False)
+    for thing in things:
+        torch.save(
+            {"state_dict": {"w": torch.arange(2)}, "hyper_parameters": {"thing": [thing, thing]}},
+            tmp_path / "a.ckpt",
+            pickle_protocol=protocol,
+        )
+        assert open_archive(tmp_path / "a.ckpt").tensors["w"].tolist() == [0, 1], thing
+
+
+def test_tensors_of_other_classes_are_tensors(tmp_path: Path) -> None:
+    marked = torch.ones(2)
+    marked.remark = "an attribute"  # type: ignore[attr-defined]
+    weights = {"p": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Buffer(torch.zeros(2)), "m": marked, "c": torch.ones(2) * 1j}
+    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    found = open_archive(tmp_path / "a.ckpt").tensors
+    assert all(torch.equal(found[name], tensor) and type(found[name]) is torch.Tensor for name, tensor in weights.items())
+
+
 def test_a_placeholder_among_the_weights(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         odd = _Lightning(patch).make("omegaconf.nodes", _val=1)
@@ -278,6 +348,11 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
         (b"\x80\x02}(K\x01u.", "damaged"),
         (b"\x80\x02R.", "damaged"),
         (b"\x80\x02h\x05.", "damaged"),
+        (b"\x80\x02c_operator\ngetitem\n]K\x00\x86R.", "an item of what is not a type"),
+        (b"\x80\x02cfunctools\npartial\n)R.", "functools.partial"),
+        (b"\x80\x02ctypes\nFunctionType\n.", "types.FunctionType"),
+        (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN)NtR.", "rebuilt by another function than a tensor"),
+        (b"\x80\x02c__builtin__\nreduce\n.", "functools.reduce"),
         (b"\x80\x02t.", "damaged"),
         (b"\x80\x02.", "damaged"),
         (b"\x80\x02\xff.", "0xff"),

@@ -5,7 +5,8 @@
   ldm convert kl-f8.ckpt models/kl-f8                      # an autoencoder alone
 
 SRC is opened as by `ldm inspect`. Every tensor is used, or known to be carried besides and named; anything else is an error.
-Types are kept unless --dtype says otherwise. --verify reads what was written, compares the hash of every tensor, there and
+Types are kept unless --dtype says otherwise. A weight that is not finite, and a file that has changed since it was written with
+its folder, are refused. --verify reads what was written, compares the hash of every tensor, there and
 back again, and one forward pass of each network.
 """
 
@@ -15,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.console import Console
-from ldm.cli.reading import add_reading, reading
+from ldm.cli.reading import add_reading, parts, reading
 from ldm.config import ConfigError
 from ldm.files.disk import whole
 
@@ -40,18 +41,24 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.evaluation.conversion import verify
     from ldm.interop.archive.archive import open_archive
     from ldm.interop.bundle import TEXT
+    from ldm.interop.complete import check_complete
     from ldm.interop.convert import cast, coverage, write_model
+    from ldm.interop.intact import check_intact
     from ldm.interop.layouts import read_any
 
     console = Console()
     if Path(arguments.source).is_dir() and target.resolve().is_relative_to(Path(arguments.source).resolve()):
         raise ConfigError(f"{target} lies inside {arguments.source}, which it would add to: name a place beside it")
     source = read_any(arguments.source, **reading(arguments))
+    if target.suffix != ".safetensors":  # a single file may hold a part of a model, a folder is drawn from
+        check_complete(source, arguments.source)
     if TEXT in source.parts and not source.tokenizer and target.suffix != ".safetensors":
         raise ConfigError(
             f"{arguments.source} holds no tokenizer, without which a folder draws nothing: give --tokenizer, a folder that has it or"
             " a name of the hub (Stable Diffusion: openai/clip-vit-large-patch14)"
         )
+    for name, part in source.parts.items():
+        check_intact(part, name)
     for line in coverage(source):
         console.say(line)
     converted = cast(source, arguments.dtype)
@@ -60,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_model(converted, place, shard, arguments.openclip)
     console.say(f"written: {target}")
     if arguments.verify:
-        single = Path(arguments.source).is_file() and arguments.dtype == "keep"
+        single = Path(arguments.source).is_file() and arguments.dtype == "keep" and not parts(arguments)
         for line in verify(converted, target, open_archive(arguments.source).tensors if single else None):
             console.say(line)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
+from ldm.cli.reading import add_parts, parts
 from ldm.config import VARIANCES, ConfigError, config_file
 from ldm.evaluation.record import figures
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune", type=int, default=96, help="images for each of the settings tried (default 96; 0: the run's own settings)"
     )
     parser.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
+    add_parts(parser)
     parser.add_argument("--likelihood", action="store_true", help="bits per dimension instead of judged samples")
     parser.add_argument("--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)")
     parser.add_argument(
@@ -56,7 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.likelihood:
         _likelihood(folder, arguments, console)
         return
-    report = evaluate(folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say, *launched())
+    report = evaluate(
+        folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say, *launched(), parts(arguments)
+    )
     for path, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
         console.say(_line(path, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
@@ -68,7 +72,7 @@ def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -
 
     found = likelihood(
         folder, arguments.images, arguments.timesteps, arguments.variance, arguments.batch_size, SEED, console.progress, console.say,
-        *launched(),
+        *launched(), parts(arguments),
     )  # fmt: skip
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
     console.say(f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   ({found['images']} images, variance {found['variance']})")

@@ -35,6 +35,7 @@ CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
 STAGES = ("autoencoder", "clip", "ldm")
 PROMPTS, LONGEST_PROMPT = 8, 200  # captions drawn while training, and their length in characters at most
+PROMPT = "a caption like those of your images"  # where none of them will do as an example
 TOKENIZED = 20_000  # captions at most that are counted in tokens
 
 
@@ -161,7 +162,12 @@ def _lines(looked: Survey, longest: int) -> list[str]:
         f"  sizes     {sides[0][1]}×{sides[0][2]} to {sides[-1][1]}×{sides[-1][2]}, median short side {looked.short_side}",
         f"  formats   {_counts(h.format for h in headers)}; modes {_counts(h.mode for h in headers)}",
     ]
-    special = {"turned by EXIF": sum(h.turned for h in headers), "animated (first frame)": sum(h.animated for h in headers)}
+    special = {
+        "turned by EXIF": sum(h.turned for h in headers),
+        "with EXIF that cannot be read (taken as upright)": sum(h.odd_exif for h in headers),
+        "with several frames or pages (the first is read)": sum(h.animated for h in headers),
+        "with colours of another profile than sRGB (taken for sRGB)": sum(h.profile for h in headers),
+    }
     if any(special.values()):
         lines.append("  also      " + ", ".join(f"{n} {what}" for what, n in special.items() if n))
     if data.captions != "none":
@@ -202,5 +208,5 @@ def _say_next(plan: Plan, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
     console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")
-    prompt = f" --prompt {shlex.quote(plan.prompts[0])}" if plan.prompts else ""
+    prompt = f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}" if plan.data.captions != "none" else ""
     console.say(f"next:  ldm train {shlex.quote(str(out))}\n       ldm sample runs/{plan.name}{prompt} --count 8")

@@ -2,9 +2,12 @@
 
   ldm inspect runs/demo
   ldm inspect sd-v1-5.ckpt --json
+  ldm inspect runs/demo --verify
 
 Sizes, head counts, what it predicts, schedule, latent scale, types, and a sha256 of each part that is the same in every
-layout. Weights stay on disk: they are read piece by piece for their hashes, and not at all with --no-hashes.
+layout. Weights stay on disk: they are read piece by piece for their hashes, and not at all with --no-hashes. Tensors that hold
+NaN or an infinity are named. --verify fails (exit code 4) at such a tensor, and at a file that is not the one which was written
+with its folder: every file is hashed and compared with ldm.json.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 from ldm.cli.console import Console
 from ldm.cli.reading import add_reading, reading
+from ldm.config import ConfigError
 
 TITLES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "process": "process"}
 
@@ -25,17 +29,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file")
     add_reading(parser)
     parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")
+    parser.add_argument(
+        "--verify", action="store_true", help="fail where a weight is not finite, or a file has changed since it was written"
+    )
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the headers, and print."""
+    if arguments.verify and arguments.no_hashes:
+        raise ConfigError("--verify reads the weights, and --no-hashes does not: leave one out")
+    from ldm.interop.complete import OPTIONS, lacking
     from ldm.interop.describe import describe
+    from ldm.interop.intact import check_finite, check_hashes
     from ldm.interop.layouts import read_any
 
     bundle = read_any(arguments.model, **reading(arguments))
-    about = {"layout": bundle.layout, **describe(bundle, not arguments.no_hashes)}
     console = Console()
+    if arguments.verify:
+        for name, part in bundle.parts.items():
+            check_finite(part, TITLES[name])
+            check_hashes(part, anew=True)
+    about = {"layout": bundle.layout, **describe(bundle, not arguments.no_hashes)}
+    if missing := lacking(bundle):
+        about["lacks"] = {TITLES[name]: f"{sign}: give --{OPTIONS[name]}" for name, sign in missing.items()}
+    if arguments.verify:
+        about["verified"] = {"finite": list(bundle.parts), "unchanged": [name for name, part in bundle.parts.items() if part.sha256]}
     if arguments.json:
         console.say(json.dumps(about, indent=2, ensure_ascii=False))
         return

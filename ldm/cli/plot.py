@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console, rank
+from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
 
@@ -90,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     classifier.add_argument("--images", type=int, default=200, help="images for each scale (default 200)")
     classifier.add_argument("--steps", type=int, default=25, help="network calls (default 25)")
+    for sub in (forward, reverse, guidance, classifier):
+        add_parts(sub)
     for sub in (reverse, guidance):
         sub.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
         sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
@@ -139,7 +142,7 @@ def _schedule_of(run: Path) -> ScheduleConfig:
         return config.schedule
     from ldm.pipeline.info import ModelInfo
 
-    return ModelInfo.read(run).schedule
+    return ModelInfo.read(run, whole=False).schedule
 
 
 def _forward(arguments: argparse.Namespace, console: Console) -> None:
@@ -150,7 +153,7 @@ def _forward(arguments: argparse.Namespace, console: Console) -> None:
     from ldm.evaluation.chains import forward_page
     from ldm.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(arguments.run)
+    pipe = Pipeline.from_pretrained(arguments.run, **parts(arguments))
     page = forward_page(pipe, config.data, arguments.images, arguments.times, seed)
     page.save(file, {"seed": seed, "model": pipe.hash})
     console.say(f"forward chain: {file}")
@@ -160,12 +163,13 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "columns")
     given = _given(arguments, "sampler", "steps", "seed", "guidance_scale")
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_sampling
+    from ldm.pipeline.checks import check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
 
-    info = ModelInfo.read(arguments.run)
+    info = ModelInfo.read(arguments.run, **parts(arguments))
     settings = dataclasses.replace(info.defaults, **given)
     check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
+    check_start(info.schedule, info.target, settings)
     if bool(arguments.prompt) != info.has_text:
         raise ConfigError(
             "--prompt is needed: this model draws what a caption says"
@@ -175,7 +179,7 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     file = _out(arguments)
     from ldm.evaluation.chains import reverse_page
 
-    pipe, prompts = Pipeline.from_pretrained(arguments.run), arguments.prompt or [""]
+    pipe, prompts = Pipeline.from_pretrained(arguments.run, **parts(arguments)), arguments.prompt or [""]
     about = {"prompts": prompts, **dataclasses.asdict(settings), "model": pipe.hash}
     reverse_page(pipe, prompts, settings, arguments.columns).save(file, about)
     console.say(f"reverse chain: {file}")
@@ -196,7 +200,9 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
 
     processes, device = launched()
     folder = Path(arguments.run)
-    report, page = guidance_sweep(folder, scales, arguments.images, given, arguments.batch_size, console.progress, processes, device)
+    report, page = guidance_sweep(
+        folder, scales, arguments.images, given, arguments.batch_size, console.progress, processes, device, parts(arguments)
+    )
     for row in report["scales"]:
         console.say(_measured("γ", row))
     if processes.main:
@@ -215,7 +221,7 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
     processes, device = launched()
     report, page = classifier_sweep(
         Path(arguments.run), Path(arguments.classifier), scales, arguments.images, arguments.steps,
-        progress=console.progress, processes=processes, device=device,
+        progress=console.progress, processes=processes, device=device, parts=parts(arguments),
     )  # fmt: skip
     for name, variant in report["variants"].items():
         console.say(f"{name}:")

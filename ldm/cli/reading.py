@@ -18,9 +18,24 @@ HINTS = {  # of a single file that does not say it
 OPTIONS = ("variant", "weights", "tokenizer", "heads", *HINTS)
 
 
+PARTS = ("vae", "text")
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name parts of a model which lie elsewhere."""
+    parser.add_argument("--vae", metavar="PATH", help="a run, folder or file whose autoencoder is taken in the place of the model's own")
+    parser.add_argument("--text", metavar="PATH_OR_NAME", help="the same of the text encoder with its tokenizer; also a CLIP of the hub")
+
+
+def parts(arguments: argparse.Namespace) -> dict[str, str]:
+    """Those that were given."""
+    return {name: getattr(arguments, name) for name in PARTS if getattr(arguments, name) is not None}
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
+    add_parts(parser)
     single = parser.add_argument_group("single files", "what such a file may not say of itself; asked for where it is needed")
     single.add_argument("--weights", choices=("ema", "raw"), help="of a file with both (default: ema where they are)")
     single.add_argument("--tokenizer", metavar="FOLDER_OR_NAME", help="a folder, or a model of the hub, whose tokenizer it has")
@@ -34,4 +49,4 @@ def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     if "heads" in given:
         given["heads"] = tuple(given["heads"])
-    return given
+    return given | parts(arguments)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.console import Console
+from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import ConfigError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which picture, and with what."""
     parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
     parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
+    add_parts(parser)
     parser.add_argument("--out", metavar="FILE", help="keep the picture that is drawn again, as a PNG")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)")
 
@@ -54,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if path is None:
         raise ConfigError(f"{file} does not say where its model (sha256 {origin.model[:12]}) is: name it with --model")
     device = _device(arguments.device, origin)
-    info = ModelInfo.read(path, origin.variant)
-    pipe = Pipeline.from_pretrained(path, device, variant=origin.variant)
+    given = origin.given | parts(arguments)
+    info = ModelInfo.read(path, origin.variant, **given)
+    pipe = Pipeline.from_pretrained(path, device, variant=origin.variant, **given)
     check_model(origin, pipe, info, file)
     drawn = redraw(pipe, origin, pixels.shape[1], together=origin.index is None)
     try:

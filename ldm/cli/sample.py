@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console
+from ldm.cli.reading import add_parts, parts
 from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError, SampleConfig
+from ldm.files.text import lines, read_text
 
 GIVEN = (  # settings that the command line may replace
     "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to draw, and how."""
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
     parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
+    add_parts(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts-file", help="a text file with one caption a line")
     parser.add_argument("--count", type=int, default=1, help="images per caption (default 1)")
@@ -74,14 +77,14 @@ def run(arguments: argparse.Namespace) -> None:
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling
+    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
     from ldm.pipeline.origin import Origin, other_hashes, part_hashes, surroundings
 
     try:
-        info = ModelInfo.read(arguments.model, arguments.variant)
+        info = ModelInfo.read(arguments.model, arguments.variant, **parts(arguments))
         if info.has_text and not info.bundle.tokenizer:
-            raise ConfigError("it holds no tokenizer: give tokenizer")
+            raise ConfigError("it holds no tokenizer: give tokenizer, or name a text encoder that has one by --text")
     except ConfigError as error:
         if Path(arguments.model).is_file():  # there are more options than this command should have
             raise ConfigError(
@@ -93,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
     check_drawable(info.unet[0])
+    check_start(info.schedule, info.target, settings)
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
         raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")
@@ -110,12 +114,13 @@ def run(arguments: argparse.Namespace) -> None:
     processes, device = devices(arguments.device)
     out = Path(arguments.out)
     first = processes.each(lambda: _first_number(out))[0]  # agreed, before anyone writes
-    pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant)
+    pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant, **parts(arguments))
     pipe.check(settings, size)
+    pipe.warn_cut(prompts, settings, stacklevel=1)
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
     origin = Origin(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant, part_hashes(info), other_hashes(settings),
-        {**surroundings(device), **work},
+        {**surroundings(device), **work}, **parts(arguments),
     )  # fmt: skip
     images = processes.over(len(prompts), lambda mine: _draw(pipe, origin, mine, first, out, console))
     if processes.main and len(prompts) > 1:
@@ -130,13 +135,17 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file is not None:
         try:
-            lines = Path(arguments.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts-file {arguments.prompts_file}: cannot be read: {error}") from None
-        captions = [line.strip() for line in lines if line.strip()]
+            captions = [line.strip() for line in lines(read_text(Path(arguments.prompts_file))) if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--prompts-file {arguments.prompts_file}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
         if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
         prompts += captions
+    for i, prompt in enumerate(prompts):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError(f"prompt {i + 1} is not text in UTF-8: {prompt!r}")
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 

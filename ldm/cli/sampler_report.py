@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.console import Console
+from ldm.cli.reading import PARTS, add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import GRIDS, SAMPLERS, ConfigError
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})")
     parser.add_argument("--grid", help=f"with a run: {', '.join(GRIDS)} (default: the model's own)")
+    add_parts(parser)
     parser.add_argument("--out", metavar="FOLDER", help="folder of the files (default: the run, or sampler-report)")
     parser.add_argument("--device", help="with a run: cpu, cuda, cuda:1 … (default: a GPU where there is one)")
 
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         if name not in SAMPLERS:
             raise ConfigError(f"--samplers: {name!r} is none of {', '.join(SAMPLERS)}")
-    for option in (*FOR_RUNS, "grid", "device"):
+    for option in (*FOR_RUNS, *PARTS, "grid", "device"):
         if arguments.run is None and getattr(arguments, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')} goes with a run: name one, or leave it out")
     if arguments.grid not in (None, *GRIDS):
@@ -60,7 +62,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.run is None:
         _exact(names, steps, _folder(out), Console())
     else:
-        _trained(Path(arguments.run), names, steps, {**given, "grid": arguments.grid, "device": arguments.device}, out, Console())
+        _trained(
+            Path(arguments.run),
+            names,
+            steps,
+            {**given, "grid": arguments.grid, "device": arguments.device, "parts": parts(arguments)},
+            out,
+            Console(),
+        )
 
 
 def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Console) -> None:
@@ -86,7 +95,7 @@ def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[
 
     device, prompts = given["device"], captions(run, given["images"])
     try:
-        pipe = Pipeline.from_pretrained(run, device)
+        pipe = Pipeline.from_pretrained(run, device, **given["parts"])
     except (RuntimeError, AssertionError) as error:
         if device is None:
             raise

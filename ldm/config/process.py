@@ -69,6 +69,10 @@ class ScheduleConfig:
         """Whether the SNR of the last step is 0."""
         return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
 
+    def blind_at_the_end(self, target: str) -> bool:
+        """Whether a network that predicts ``target`` says nothing of the image at the last step: x̂_0 would be a division by 0."""
+        return self.ends_without_signal and target in ("eps", "score")
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from autoencoder.config import ConfigError
 from ldm.config.nesting import check_nesting
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.config.values import typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
 
@@ -46,29 +47,11 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name + ".")  # type: ignore[arg-type]
-    if typing.get_origin(hint) is tuple:
-        items, parts = value if isinstance(value, (list, tuple)) else [value], typing.get_args(hint)
-        if parts[-1] is not Ellipsis and len(items) != len(parts):
-            raise ConfigError(f"{name} must be {len(parts)} values, got {list(items)}")
-        return tuple(_convert(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r}")
-    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
-        raise ConfigError(f"{name} must be text, got {value!r}")
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
-    return value
-
-
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    """A value of a field: a dataclass from its mapping, anything else as ``typed`` has it."""
+    inner = hint
+    if isinstance(hint, types.UnionType) and value is not None:
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+    return build(inner, value, name + ".") if dataclasses.is_dataclass(inner) else typed(hint, value, name)  # type: ignore[arg-type]
 
 
 def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:

@@ -88,7 +88,7 @@ class DiffusionRun:
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
                 raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
-        if self.schedule.ends_without_signal and self.objective.target in ("eps", "score"):
+        if self.schedule.blind_at_the_end(self.objective.target):
             raise ConfigError(
                 f"objective.target {self.objective.target} says nothing of the image where the schedule leaves no signal: predict v or x0"
             )

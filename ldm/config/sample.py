@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from autoencoder.config import ConfigError, at_least, between, one_of
+from ldm.config.values import check_types
 
 SAMPLERS = (
     "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
@@ -15,6 +18,7 @@ GRIDS = (
 )  # fmt: skip
 CLASSIFIER_FORMS = ("score", "mean")
 VARIANCES = ("posterior", "beta", "learned")
+LORA_SCALE = 100  # the largest, of either sign
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class SampleConfig:
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.loras()
         one_of(self, SAMPLERS, "sampler")
         one_of(self, GRIDS, "grid")
@@ -69,6 +74,12 @@ class SampleConfig:
                 pairs.append((path, float(scale)) if path else (entry, 1.0))
             except ValueError:
                 pairs.append((entry, 1.0))
-            if not pairs[-1][0] or not abs(pairs[-1][1]) <= 100:
-                raise ConfigError(f"lora must be PATH or PATH:SCALE with a scale from -100 to 100, got {entry!r}")
+            if not pairs[-1][0] or not abs(pairs[-1][1]) <= LORA_SCALE:
+                raise ConfigError(f"lora must be PATH or PATH:SCALE with a scale from -{LORA_SCALE} to {LORA_SCALE}, got {entry!r}")
         return pairs
+
+
+def check_lora_scale(scale: Any, path: object) -> None:
+    """Raise ConfigError unless ``scale`` is a number that the LoRA at ``path`` may be taken with."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(float(scale)) <= LORA_SCALE:
+        raise ConfigError(f"lora {path}: its scale must be a number from -{LORA_SCALE} to {LORA_SCALE}, got {scale!r}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import struct
+import logging
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,24 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ldm.data.sources import BadSample
+from ldm.data.stored import Stored, stored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+BEGINNINGS = {
+    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+}  # fmt: skip
 PIXEL_LIMIT = 89_478_485  # 256 MiB of RGB, Pillow's own threshold; a small file can claim far more
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises on damaged files
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # the EXIF tag
+LONGEST_REASON = 200  # characters of what Pillow says, which may quote the file
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to the terminal
 
 
 def read_image(
@@ -31,24 +40,34 @@ def read_image(
     """One image file upright with 1 or 3 channels; of an animation, its first frame.
 
     16 bits are scaled to 8, transparency is laid over ``background``, EXIF orientation is applied; the size is read from
-    the header before anything is decoded. Colour profiles are not applied. Raises BadSample.
+    the header before anything is decoded. Colour profiles are not applied. Raises BadSample, whatever is wrong with the file.
     """
-    from PIL import ImageOps
-
-    opened = _open(path)
-    try:
-        with opened:
-            if min(opened.size) < smallest_side:
-                raise BadSample(str(path), f"{opened.width}×{opened.height} is smaller than {smallest_side} pixels")
-            pixels = _eight_bits(ImageOps.exif_transpose(opened), channels, background, path)
-    except DECODE_ERRORS as error:
-        raise BadSample(str(path), f"cannot be decoded: {' '.join(str(error).split())}") from None
+    with _open(path) as opened, _named(path, "cannot be decoded"):
+        if min(opened.size) < smallest_side:
+            raise BadSample(str(path), f"{opened.width}×{opened.height} is smaller than {smallest_side} pixels")
+        how = stored(opened)
+        if how.refused:
+            raise BadSample(str(path), how.refused)
+        opened.load()
+        pixels = _eight_bits(opened, how, channels, background)
+        turn = 1 if opened.format == "TIFF" else _orientation(opened)[0]  # Pillow turns a TIFF when it loads it
+    pixels = np.ascontiguousarray(_upright(pixels, turn))
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def too_long(width: int, height: int, size: int) -> str:
+    """Why an image cannot be resized so that its short side is ``size``; empty where it can: a strip of few pixels may grow huge."""
+    pixels = size * size * max(width, height) // min(width, height)
+    return f"{width}×{height} is so long that it has {pixels} pixels at {size} pixels of height" if pixels > PIXEL_LIMIT else ""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image: size as stored (before EXIF orientation), Pillow's mode, the format, whether it is turned or moves."""
+    """What a file says of its image: size as stored (before EXIF orientation), Pillow's mode, the format, bits of a sample.
+
+    ``turned``: EXIF says so; ``animated``: several frames or pages; ``profile``: its colours are of another space than sRGB;
+    ``odd_exif``: EXIF that cannot be read.
+    """
 
     width: int
     height: int
@@ -56,51 +75,120 @@ class Header:
     format: str
     turned: bool
     animated: bool
+    bits: int = 8
+    profile: bool = False
+    odd_exif: bool = False
 
 
 def read_header(path: Path) -> Header:
     """The header, without decoding. Raises BadSample."""
-    with _open(path) as opened:
-        try:
-            told = opened.format != "PNG" or "exif" in opened.info  # else Pillow would decode all of a PNG to look behind it
-            turned = told and opened.getexif().get(ORIENTATION, 1) not in (0, 1)
-            return Header(opened.width, opened.height, opened.mode, opened.format or "", turned, getattr(opened, "is_animated", False))
-        except DECODE_ERRORS as error:
-            raise BadSample(str(path), f"cannot be opened: {' '.join(str(error).split())}") from None
+    with _open(path) as opened, _named(path, "cannot be opened"):
+        told = opened.format != "PNG" or "exif" in opened.info  # else Pillow would decode all of a PNG to look behind it
+        turn, odd = _orientation(opened) if told else (1, False)
+        how, animated = stored(opened), bool(getattr(opened, "is_animated", False))
+        return Header(
+            opened.width, opened.height, opened.mode, opened.format or "", turn != 1, animated, how.bits, _has_profile(opened), odd
+        )
 
 
-def _open(path: Path) -> Image:
-    """Open by the header alone, refusing what is no image, of another format, or larger than PIXEL_LIMIT."""
-    from PIL import Image
-
+@contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on a file, and there is little that it does not, into a BadSample; and keep it quiet."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            warnings.simplefilter("ignore")  # of large images, which are refused below, and of odd EXIF
+            yield
+    except BadSample:
+        raise
+    except Exception as error:
+        said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split())) if error.args else ""
+        kind = "" if said and isinstance(error, (OSError, ValueError, SyntaxError)) else f"{type(error).__name__}: "
+        raise BadSample(str(path), f"{what}: {kind}{said}"[:LONGEST_REASON].rstrip(": ")) from None
+
+
+def _open(path: Path) -> ImageFile:
+    """Open by the header alone, refusing what is not an image, of another format, or larger than PIXEL_LIMIT."""
+    from PIL import Image
+
+    with _named(path, "cannot be opened"):
+        try:
             opened = Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise BadSample(str(path), "no such file") from None
-    except Image.DecompressionBombError:
-        raise BadSample(str(path), f"more than {PIXEL_LIMIT} pixels: make it smaller") from None
-    except Image.UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        raise BadSample(str(path), "the file is empty" if empty else f"no image in one of the formats {', '.join(FORMATS)}") from None
-    except DECODE_ERRORS as error:
-        raise BadSample(str(path), f"cannot be opened: {' '.join(str(error).split())}") from None
+        except FileNotFoundError:
+            raise BadSample(str(path), "no such file") from None
+        except Image.DecompressionBombError:
+            raise BadSample(str(path), f"more than {PIXEL_LIMIT} pixels: make it smaller") from None
+        except Image.UnidentifiedImageError:
+            raise BadSample(str(path), _unidentified(path)) from None
     if opened.width * opened.height > PIXEL_LIMIT:
         opened.close()
         raise BadSample(str(path), f"{opened.width}×{opened.height} is more than {PIXEL_LIMIT} pixels: make it smaller")
     return opened
 
 
-def _eight_bits(image: Image, channels: int, background: tuple[int, int, int], path: Path) -> np.ndarray:
+def _unidentified(path: Path) -> str:
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    if not beginning:
+        return "the file is empty"
+    kind = next((kind for start, kind in BEGINNINGS.items() if beginning.startswith(start)), None)
+    if kind:
+        return f"a {kind} whose header is damaged, or of a kind that is not read: save it anew, with 8 bits a channel"
+    return f"no image in one of the formats {', '.join(FORMATS)}"
+
+
+def _has_profile(opened: ImageFile) -> bool:
+    """Whether the file says that its colours are not those of sRGB; they are taken for it."""
+    profile = opened.info.get("icc_profile")
+    if isinstance(profile, bytes) and profile:
+        return b"sRGB" not in profile and "sRGB".encode("utf-16-be") not in profile
+    gamma = opened.info.get("gamma", 1 / 2.2)
+    return "srgb" not in opened.info and not (isinstance(gamma, (int, float)) and 0.44 < gamma < 0.47)
+
+
+def _orientation(opened: ImageFile) -> tuple[int, bool]:
+    """How EXIF says that the image is turned, 1 to 8 (1: not); and whether EXIF is there and cannot be read.
+
+    The one tag alone is looked at: others may be of types that Pillow cannot write back.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip to white
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise BadSample(str(path), "32 bits per channel: save it with 8 or 16")
-    elif image.has_transparency_data:
+    odd = False
+    try:
+        Image.Exif().load(opened.info.get("exif", b""))  # anew: Pillow, which looked for the resolution, would not fail again
+    except Exception:  # a viewer shows the image all the same
+        odd = True
+    try:
+        value = opened.getexif().get(ORIENTATION, 1)  # or, where EXIF has none, of XMP
+    except Exception:
+        return 1, True
+    return (value if isinstance(value, int) and 1 <= value <= 8 else 1), odd
+
+
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Undo EXIF orientation ``turn`` on [h, w, …]: 5 to 8 are stored with rows for columns, then up to two axes are mirrored."""
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+
+
+def _eight_bits(image: Image, how: Stored, channels: int, background: tuple[int, int, int]) -> np.ndarray:
+    """The pixels of a loaded image, [h, w] or [h, w, 3]."""
+    from PIL import Image
+
+    transparent = image.has_transparency_data
+    if how.scaled or how.key is not None:  # grey that Pillow would clip, leave negative, or compare with a key of other bits
+        values = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray(((values * 255 + how.white // 2) // how.white).astype(np.uint8))
+        if how.negative:
+            grey = grey.point([255 - v for v in range(256)])
+        if transparent := how.key is not None:
+            grey.putalpha(Image.fromarray(np.where(values == how.key, 0, 255).astype(np.uint8)))
+        image = grey
+    if transparent:
+        if image.mode == "La":  # of which Pillow has no way to RGBA but through grey
+            image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")  # first, because Pillow has no way from every mode to grey

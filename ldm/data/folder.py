@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.config import DataConfig
-from ldm.data.decode import read_image
+from ldm.data.decode import read_image, too_long
 from ldm.data.layouts import read_rows
-from ldm.data.sources import DataError, Sample, check_share
+from ldm.data.sources import BadSample, DataError, Sample, check_share
 
 
 class FolderSource:
@@ -30,10 +31,11 @@ class FolderSource:
         fraction = data.validation_fraction
         self.rows = [row for row in rows if in_validation(row.file_name, fraction) == (split == "validation")]
         if not self.rows:
-            advice = "raise data.validation_fraction" if split == "validation" else "lower data.validation_fraction"
+            works = working_fraction([row.file_name for row in rows])
+            advice = "add images" if works is None else f"set data.validation_fraction={works:g}, or add images"
             raise DataError(
                 f"{self.folder}: the {split} split is empty, none of {len(rows)} files fell into it"
-                f" (validation_fraction {fraction}): {advice} or add images"
+                f" (validation_fraction {fraction:g}): {advice}"
             )
         self.length: int | None = len(self.rows)
         facts = sorted([r.file_name, r.text, r.file_size, json.dumps(r.columns, sort_keys=True)] for r in self.rows)
@@ -44,7 +46,10 @@ class FolderSource:
         if not 0 <= index < len(self.rows):
             raise IndexError(f"index {index} is outside 0 to {len(self.rows)}")
         row, data = self.rows[index], self.data
-        image = read_image(self.folder / row.file_name, data.image_channels, data.background, data.smallest_side)
+        file = self.folder / row.file_name
+        image = read_image(file, data.image_channels, data.background, data.smallest_side)
+        if problem := too_long(image.shape[1], image.shape[0], data.image_size):
+            raise BadSample(str(file), problem)
         return Sample(image, row.text, row.columns)
 
     def text(self, index: int) -> str:
@@ -59,4 +64,19 @@ class FolderSource:
 
 def in_validation(file_name: str, fraction: float) -> bool:
     """Whether a file belongs to the validation split."""
-    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big") < fraction * 2**64
+    return _place(file_name) < fraction * 2**64
+
+
+def working_fraction(file_names: Iterable[str]) -> float | None:
+    """The smallest share, of two decimals where that will do, that leaves files for both splits; None where no share does."""
+    places = sorted(map(_place, file_names))
+    for digits in range(2, 17):
+        fraction = (places[0] * 10**digits // 2**64 + 1) / 10**digits
+        if fraction <= 0.5 and places[0] < fraction * 2**64 <= places[-1]:
+            return fraction
+    return None
+
+
+def _place(file_name: str) -> int:
+    """Where a file stands between 0 and 2⁶⁴, by its name alone."""
+    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big")

@@ -5,11 +5,8 @@ A layout yields a Row, or a Skipped where a row or image cannot be used. The fol
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -19,10 +16,11 @@ from typing import Any
 
 from ldm.config import DataConfig
 from ldm.data.decode import SUFFIXES
+from ldm.data.names import Listing, image_files
 from ldm.data.sources import DataError, Skipped
+from ldm.data.tables import EXAMPLE, METADATA, ended, table_rows
+from ldm.files.text import read_text
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
 FILE_NAMES = ("filename", "file name", "file", "image", "image_path", "img", "path", "name")  # what others call `file_name`
 CAPTION_NAMES = ("caption", "captions", "prompt", "description", "label", "title", "alt", "sentence")  # what others call `text`
 
@@ -61,33 +59,6 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def image_files(folder: Path) -> Iterator[str]:
-    """Names of all image files below ``folder``, relative to it, sorted; hidden files and folders are passed over."""
-    for name in all_files(folder):
-        if name.lower().endswith(SUFFIXES):
-            yield name
-
-
-def all_files(folder: Path) -> Iterator[str]:
-    """Names of all files below ``folder``, as ``image_files`` gives them; linked folders are followed, each once.
-
-    Raises DataError where it cannot be listed.
-    """
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")
-
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above, or to one that was listed
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        below = Path(place).relative_to(folder)
-        yield from ((below / name).as_posix() for name in sorted(names) if not name.startswith("."))
-
-
 # --- metadata.jsonl, metadata.csv
 
 
@@ -97,12 +68,12 @@ def _metadata(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         raise DataError(missing_metadata(folder))
     if len(present) > 1:
         raise DataError(f"{folder} has both {' and '.join(METADATA)}: keep one of them")
-    (path,) = present
+    (path,), listing = present, Listing(folder)
     first_line: dict[str, int] = {}
     empty = True
-    for number, values in (_json_lines if path.suffix == ".jsonl" else _csv_lines)(path):
+    for number, values in table_rows(path):
         empty = False
-        found = _row(folder, values, data.text_column)
+        found = values if isinstance(values, str) else _row(listing, values, data.text_column)
         if isinstance(found, Row) and found.file_name in first_line:
             found = f"file_name {found.file_name!r} stands on line {first_line[found.file_name]} already"
         if isinstance(found, str):
@@ -114,68 +85,46 @@ def _metadata(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         raise DataError(f"{path} has no rows: write one {EXAMPLE} a line" if path.suffix == ".jsonl" else f"{path} has no rows")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and what stands there: an object, or text that says what is wrong."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, f"not JSON: {error}"
-            continue
-        yield number, values if isinstance(values, dict) else f"must be an object like {EXAMPLE}, got {line.strip()[:80]}"
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    begun = 1  # the line on which the row under way began: a quote that is never closed runs on
-    try:
-        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
-        if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
-            raise DataError(f"{path}: fields are separated by {other!r}: save it with commas")
-        begun = reader.line_num + 1
-        for values in reader:
-            faulty = None in values or None in values.values()  # csv gives None as the name of what is too much, or as what is missing
-            said = f"has not the {len(names)} fields of the first line: a caption that holds commas needs quotes"
-            yield begun, said if faulty else values
-            begun = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{begun}: the row that begins here is no CSV: {error}") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _row(folder: Path, values: Any, text_column: str) -> Row | str:
+def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | str:
     """The row, or what is wrong with it."""
-    if isinstance(values, str):
-        return values
     for key in ("file_name", text_column):
         if key not in values:
             return _no_column(key, list(values), text_column)
         if not isinstance(values[key], str):
-            return f"{key} must be text, got {values[key]!r}"
+            return f"{key} must be text, got {repr(values[key])[:80]}"
         if not _is_text(values[key]):
             return f"{key} holds half of a surrogate pair, which is no text"
-    name = PurePosixPath(values["file_name"])  # "./a.png" is "a.png"
-    if name.is_absolute() or ".." in name.parts:
-        return f"file_name {values['file_name']!r} leaves the folder: give a path relative to it, without '..'"
-    size = _size(folder / name)
-    if isinstance(size, str):
-        hint = ": write / for \\" if "\\" in str(name) else ""
-        return f"no file {values['file_name']!r} in {folder}{hint}" if size == ABSENT else f"file_name {values['file_name']!r} {size}"
+    if "\0" in values[text_column]:
+        return f"{text_column} holds a NUL character, which is no text"
+    found = _find(listing, values["file_name"])
+    if isinstance(found, str):
+        return found
     columns = {key: value for key, value in values.items() if key not in ("file_name", text_column)}
-    return Row(str(name), values[text_column], columns, size)
+    return Row(found[0], values[text_column], columns, found[1])
 
 
 ABSENT = "is no file"
+
+
+def _find(listing: Listing, said: str) -> tuple[str, int] | str:
+    """Name and size of the file that a row names, or what is wrong: exactly that one, or else the one of another Unicode form."""
+    name = PurePosixPath(said)  # "./a.png" is "a.png"
+    if name.is_absolute() or ".." in name.parts:
+        return f"file_name {said!r} leaves the folder: give a path relative to it, without '..'"
+    size = _size(listing.folder / name)
+    if not isinstance(size, str):
+        return str(name), size
+    if size != ABSENT:
+        return f"file_name {said!r} {size}"
+    same = listing.same(str(name))
+    if len(same) == 1 and isinstance(size := _size(listing.folder / same[0]), int):
+        return same[0], size
+    hint = ": write / for \\" if "\\" in said else ""
+    if len(same) > 1:
+        hint = f", but {len(same)} whose names differ in their Unicode form alone: write one of them exactly"
+    elif not hint and (alike := listing.alike(str(name))):
+        hint = f": did you mean {alike[0]!r}?"
+    return f"no file {said!r} in {listing.folder}{hint}"
 
 
 def _size(path: Path) -> int | str:
@@ -222,20 +171,32 @@ def near_misses(folder: Path) -> list[str]:
 
 
 def _sidecar(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
-    """``a.txt`` beside ``a.png``."""
-    for name in image_files(folder):
-        beside = (folder / name).with_suffix(".txt")
-        if _size(beside) == "is no regular file":
-            yield Skipped(str(beside), "is no regular file")
-            continue
-        try:
-            text = beside.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError:
-            yield Skipped(str(folder / name), f"no {beside.name} beside it")
-        except (OSError, UnicodeDecodeError) as error:
-            yield Skipped(str(beside), "not UTF-8: save it as UTF-8" if isinstance(error, UnicodeDecodeError) else str(error.strerror))
-        else:
-            yield _image(folder, name, text, {})
+    """``a.txt`` beside ``a.png``; ``A.TXT`` beside ``A.PNG``, too."""
+    listing = Listing(folder)
+    for name in listing.images:
+        yield _beside(listing, name)
+
+
+def _beside(listing: Listing, name: str) -> Row | Skipped:
+    """An image with the caption that lies beside it."""
+    wanted, found = PurePosixPath(name).with_suffix(".txt"), listing.captions(name)
+    if len(found) != 1:
+        near = [other for other in listing.alike(str(wanted)) if other not in found]
+        several = f"{' and '.join(PurePosixPath(one).name for one in found)} lie beside it: keep one of them"
+        hint = f" ({PurePosixPath(near[0]).name} is another name: rename it)" if near else ""
+        return Skipped(str(listing.folder / name), several if found else f"no {wanted.name} beside it{hint}")
+    beside = listing.folder / found[0]
+    if isinstance(size := _size(beside), str):
+        return Skipped(str(beside), size)
+    try:
+        text = ended(read_text(beside)).strip()
+    except ValueError as error:
+        return Skipped(str(beside), str(error).removeprefix(str(beside)).lstrip(": "))
+    except OSError as error:
+        return Skipped(str(beside), f"cannot be read: {error.strerror}")
+    if "\0" in text:
+        return Skipped(str(beside), "holds a NUL character, as UTF-16 does: save it as UTF-8")
+    return _image(listing.folder, name, text, {})
 
 
 def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:

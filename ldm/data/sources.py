@@ -11,6 +11,8 @@ import numpy as np
 
 from ldm.config import DataConfig
 
+LONGEST = 300  # characters of a reason, which may quote the file
+
 
 class DataError(RuntimeError):
     """The data on disk is not as it should be; the message names the file or row."""
@@ -20,10 +22,16 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image file, or a row of metadata (`metadata.jsonl:7`), that is left out, and why."""
+    """An image file, or a row of metadata (`metadata.jsonl:7`), that is left out, and why; characters that cannot be shown are escaped."""
 
     file: str
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("file", "reason"):
+            object.__setattr__(self, name, "".join(c if c.isprintable() else repr(c)[1:-1] for c in getattr(self, name)))
+        if len(self.reason) > LONGEST:
+            object.__setattr__(self, "reason", self.reason[:LONGEST] + "…")
 
 
 class BadSample(DataError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,16 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 
 from ldm.config import CAPTIONS, DataConfig
-from ldm.data.decode import SUFFIXES, Header, read_header, read_image
+from ldm.data.decode import SUFFIXES, Header, read_header, read_image, too_long
 from ldm.data.folder import in_validation
-from ldm.data.layouts import CAPTION_NAMES, METADATA, Row, all_files, image_files, missing_metadata, near_misses, read_rows
+from ldm.data.layouts import CAPTION_NAMES, Row, missing_metadata, near_misses, read_rows
+from ldm.data.names import Listing, all_files, image_files
 from ldm.data.sources import BadSample, DataError, Skipped
+from ldm.data.tables import METADATA, text_columns
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # folder names that are no classes
 UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")
+DARK = 64  # of 255: where the brightest pixel of a 14-bit image lies that is stored in 16
 DECODED = 5000  # images at most that are decoded to the last pixel, unless all are asked for
 MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # share of the files at most, and images that validation should have
 
@@ -54,7 +56,7 @@ class Survey:
     @property
     def grey(self) -> bool:
         """Whether no image has colour."""
-        return all(h.mode in ("1", "L", "LA") or h.mode.startswith("I;16") for h in self.headers)
+        return all(h.mode in ("1", "L", "LA", "La") or h.mode.startswith("I;16") for h in self.headers)
 
 
 def survey(folder: Path, captions: str | None = None, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Survey:
@@ -66,14 +68,16 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
     column, said = _text_column(folder) if layout == "metadata" else ("text", [])
     data = DataConfig(folder=str(folder), captions=layout, text_column=column, min_side=1, max_skipped=1.0)
     found, left_out = read_rows(data)
-    skipped, rows, headers, decoded = list(left_out), [], [], 0
+    skipped, rows, headers, decoded, dark = list(left_out), [], [], 0, []
     stride = 1 if every else max(1, -(-len(found) // DECODED))
     for i, row in enumerate(found):
         try:
             headers.append(read_header(folder / row.file_name))
             if i % stride == 0:
-                read_image(folder / row.file_name, 3)
+                brightest = read_image(folder / row.file_name, 3).max()
                 decoded += 1
+                if headers[-1].bits == 16 and 0 < brightest <= DARK:
+                    dark.append(row.file_name)
         except BadSample as bad:
             del headers[len(rows) :]
             skipped.append(bad.skipped)
@@ -93,23 +97,28 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
     others = _others(folder, layout)
     if unread := sum(n for suffix, n in others.items() if suffix in UNREAD_IMAGES):
         said.append(f"{unread} images are of formats that are not read: convert them to JPEG or PNG")
+    if dark:
+        said.append(
+            f"{len(dark)} images of 16 bits, such as {dark[0]}, stay below a quarter of white, as 10, 12 or 14 bits stored in 16 do:"
+            " they are read as they are, nearly black; scale them if so"
+        )
     return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple([*remarks, *said]))
 
 
 def leave_out_small(looked: Survey, image_size: int) -> Survey:
-    """The same for images of side ``image_size``, of which those too small are left out."""
+    """The same for images of side ``image_size``, of which those too small or too long are left out."""
     data = dataclasses.replace(looked.data, image_size=image_size, image_channels=1 if looked.grey else 3)
-    pairs = list(zip(looked.rows, looked.headers, strict=True))
-    kept = [(row, h) for row, h in pairs if min(h.width, h.height) >= data.smallest_side]
-    reason = f"is smaller than {data.smallest_side} pixels"
-    small = [
-        Skipped(str(Path(str(data.folder)) / row.file_name), f"{h.width}×{h.height} {reason}")
-        for row, h in pairs
-        if min(h.width, h.height) < data.smallest_side
-    ]
+    kept: list[tuple[Row, Header]] = []
+    refused: list[Skipped] = []
+    for row, h in zip(looked.rows, looked.headers, strict=True):
+        small = f"{h.width}×{h.height} is smaller than {data.smallest_side} pixels" if min(h.width, h.height) < data.smallest_side else ""
+        if reason := small or too_long(h.width, h.height, image_size):
+            refused.append(Skipped(str(Path(str(data.folder)) / row.file_name), reason))
+        else:
+            kept.append((row, h))
     if not kept:
-        raise DataError(f"{data.folder}: every image {reason}")
-    left_out = (*looked.skipped, *small)
+        raise DataError(f"{data.folder}: no image is left, such as {refused[0].file}: {refused[0].reason}")
+    left_out = (*looked.skipped, *refused)
     data = dataclasses.replace(data, validation_fraction=_fraction([row for row, _ in kept], left_out, data))
     rows, headers = zip(*kept, strict=True)
     return dataclasses.replace(looked, data=data, rows=rows, headers=headers, skipped=left_out)
@@ -129,11 +138,12 @@ def detect(folder: Path) -> tuple[str, list[str]]:
             f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
             f" where they are with --captions ({', '.join(CAPTIONS[1:])})"
         )
-    images = list(image_files(folder))
+    listing = Listing(folder)
+    images = list(listing.images)
     if not images:
         raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-    others = set(all_files(folder)) - set(images)
-    if any(str(PurePosixPath(name).with_suffix(".txt")) in others for name in images):
+    others = set(listing.names) - set(images)
+    if any(listing.captions(name) for name in images):
         return "sidecar", []
     _refuse_other_sidecars(folder, images, others)
     classes = {name.split("/")[0] for name in images if "/" in name}
@@ -164,18 +174,7 @@ def _text_column(folder: Path) -> tuple[str, list[str]]:
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         raise DataError(missing_metadata(folder))
-    columns: list[str] = []
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:100]:
-        if path.suffix == ".csv":
-            columns = [part.strip().strip('"') for part in line.split(",")]
-            break
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            columns = [key for key, value in values.items() if key == "text" or isinstance(value, str)]
-            break
+    columns = text_columns(path)
     near = [c for c in columns if c.lower() in CAPTION_NAMES]
     if "text" in columns or not near:
         return "text", []

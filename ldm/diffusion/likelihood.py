@@ -78,9 +78,10 @@ def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
     """How often ``drawn_steps`` takes each of t = 1 … T−1.
 
     Half evenly, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits that step t has where the data are N(0, I): small t
-    weigh most, and no weight exceeds 2 (T−1)/k.
+    weigh most, and no weight exceeds 2 (T−1)/k. Evenly altogether where no step holds any signal (T = 2, the last without).
     """
     expected = schedule.alphas_cumprod[1:] * -schedule.half_log_snr_table.diff()
+    expected = torch.where(expected.sum() > 0, expected, 1.0)
     return 0.5 / len(expected) + 0.5 * expected / expected.sum()
 
 

@@ -89,13 +89,17 @@ class Schedule:
     """A forward process: how much signal (α) and noise (σ) a sample holds at each t, with α² + σ² = 1.
 
     Args:
-        betas: [T], the variance added at each step, in (0, 1); the last may be 1 (zero terminal SNR).
+        betas: [T], T ≥ 2, the variance added at each step, in (0, 1); the last may be 1 (zero terminal SNR).
         check: look at the numbers; a GPU has to be waited for.
+
+    Raises ValueError for other betas. With T = 1 there is no variance β̃_2 for the first step (P5), and no path to sample along.
     """
 
     def __init__(self, betas: Float[Tensor, " T"], check: bool = True) -> None:
-        if check and (betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all())):
-            raise ValueError("betas must be one row of numbers strictly between 0 and 1 (the last may be 1)")
+        if betas.ndim != 1 or len(betas) < 2:
+            raise ValueError(f"betas must be one row of at least 2 numbers, got {list(betas.shape)}")
+        if check and (not bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all())):
+            raise ValueError("betas must be strictly between 0 and 1 (the last may be 1)")
         self.betas = betas.double()
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         # index t + 1, so that t = −1 (clean data) is a row like the others; 1 − ᾱ summed without cancellation
@@ -104,7 +108,7 @@ class Schedule:
         self._alpha = torch.cat([zero + 1, torch.exp(log_bar / 2)])
         self._sigma = torch.cat([zero, torch.sqrt(-torch.expm1(log_bar))])
         self.least_signal = SMALLEST_SIGNAL  # the ᾱ that stands for 0, below every other
-        if self.betas[-1] == 1 and self.num_steps > 1:
+        if self.betas[-1] == 1:
             self.least_signal = min(SMALLEST_SIGNAL, self.alphas_cumprod[-2].item() / 4)
         finite = torch.where(torch.isinf(log_bar), math.log(self.least_signal), log_bar)
         self.half_log_snr_table = (finite - torch.log(-torch.expm1(finite))) / 2  # λ of t = 0 … T−1, finite
@@ -147,9 +151,9 @@ class Schedule:
         whole = t.floor()
         if bool(((t > -1) & (t < 0)).any()):
             raise ValueError("t between −1 and 0 has no noise level: λ is infinite at t = −1")
-        lower = whole.long().clamp(0, max(self.num_steps - 2, 0))
+        lower = whole.long().clamp(0, self.num_steps - 2)
         part = t.double() - lower
-        lam = torch.lerp(self.half_log_snr_table[lower], self.half_log_snr_table[(lower + 1).clamp(max=self.num_steps - 1)], part)
+        lam = torch.lerp(self.half_log_snr_table[lower], self.half_log_snr_table[lower + 1], part)
         return torch.where(t == whole, table[whole.long() + 1], torch.sigmoid(sign * 2 * lam).sqrt())
 
     def snr(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:

@@ -18,6 +18,7 @@ from ldm.data.sources import open_source, readable
 from ldm.diffusion.process import transition
 from ldm.diffusion.schedule import Schedule, like
 from ldm.evaluation.page import Page, table
+from ldm.models.finite import finite
 from ldm.pipeline import Pipeline
 from ldm.pipeline.checks import grid_of
 
@@ -60,10 +61,14 @@ def forward_chain(
     if pipe.codec is None:
         return {"$x_t$": pixels}
     mean = pipe.codec.autoencoder.encode(images)
-    x0 = pipe.codec.latent(mean, torch.zeros_like(mean.mean))
+    x0 = finite(pipe.codec.latent(mean, torch.zeros_like(mean.mean)), "the latents of the images")
     chain = [x0, *noised(pipe.schedule, x0, times, seed)]
     shown = [(x[:, :3] / REACH).repeat_interleave(pipe.factor, -1).repeat_interleave(pipe.factor, -2) for x in chain]
-    return {LATENT: _pictures(shown), DECODED: _pictures([pipe.codec.decode(x) for x in chain]), PIXELS: pixels}
+    return {
+        LATENT: _pictures(shown),
+        DECODED: _pictures([finite(pipe.codec.decode(x), "what the autoencoder decodes") for x in chain]),
+        PIXELS: pixels,
+    }
 
 
 def forward_page(pipe: Pipeline, data: DataConfig, n: int, times: Sequence[int] | None, seed: int) -> Page:

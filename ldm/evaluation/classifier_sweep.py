@@ -41,11 +41,13 @@ Swept = Callable[[dict[str, Any], Sequence[float], int, int], Points]  # (a vari
 def classifier_sweep(
     run: Path, classifier: Path, weights: Sequence[float], images: int, steps: int, batch_size: int = 100,
     progress: Progress | None = None, processes: Processes = ALONE, device: torch.device | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Page]:  # fmt: skip
     """Classifier guidance in each of VARIANTS, with the same noise at every weight: the figures and their page.
 
     The diffusion model is unconditional (γ = 0) and all is drawn by ancestral sampling, so that nothing else differs.
     ``images`` of each weight at most, shared equally among the classifier's captions; w = 0 is drawn once for all variants.
+    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for data that no judge reads and for fewer than two images of a caption, FolderError for a run without a model.
     """
     captions = len(read_classifier(classifier)[0].captions)
@@ -54,7 +56,7 @@ def classifier_sweep(
         raise ConfigError(f"{classifier}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     if images < 2 * captions:
         raise ConfigError(f"images must be at least {2 * captions}, two of each caption, got {images}")
-    pipe = Pipeline.from_pretrained(run, device)
+    pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     settings = SampleConfig("ddpm", steps, guidance_scale=0.0, classifier=str(classifier))
     pipe.check(settings, pipe.sample_size)
     judge = JUDGES[data.source](pipe.sample_size)

@@ -14,6 +14,7 @@ from ldm.interop.archive.archive import tensor_hash
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.besides import EMA_PREFIX, OPENCLIP_PREFIX
 from ldm.interop.compvis.layout import PREFIXES, from_compvis, to_compvis
+from ldm.interop.compvis.spelling import spelled
 from ldm.interop.files import FolderError
 from ldm.interop.layouts import read_any
 from ldm.interop.unet import unet_from_diffusers
@@ -33,6 +34,7 @@ def verify(source: Bundle, target: Path, file: Mapping[str, Tensor] | None = Non
     written = read_any(target)
     lines = [f"verified: {_same_tensors(source, written)} tensors have the same hash"]
     if file is not None:
+        file = spelled(file)
         lines.append(f"verified: turned back, {_same_names(written, file, source.besides)} tensors of the file have the same hash")
     if target.is_file():
         lines.append(f"verified: {_same_tensors(written, from_compvis(*to_compvis(written)))} tensors, back and forth once more")
@@ -83,7 +85,7 @@ def _same_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle,
 
 def _copied(part: Part) -> Part:
     """With its tensors in memory of their own: where they begin in a file decides in what order a sum is taken."""
-    return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()})
+    return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()}, files=(), sha256={})
 
 
 def _unet(bundle: Bundle) -> Tensor:

@@ -20,8 +20,9 @@ from ldm.data.sources import DataError, Source, open_source, readable
 from ldm.diffusion.gaussian import discretised_log_probability
 from ldm.interop.files import read_json, write_json
 from ldm.interop.folder import find_model
+from ldm.models.finite import finite
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import LatentCodec, autoencoder_hash
+from ldm.pipeline.codec import LatentCodec
 
 FILE = "likelihood.json"  # in the model folder
 SEED = 2001
@@ -37,10 +38,10 @@ def of_run(run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, sa
 
     def found() -> list[float]:
         source, file = open_source(data, "train"), find_model(run) / FILE
-        bound = {"autoencoder": autoencoder_hash(run), "data": source.fingerprint, "image_size": data.image_size}
+        assert pipe.codec is not None
+        bound = {"autoencoder": pipe.codec.hash, "data": source.fingerprint, "image_size": data.image_size}
         if file.is_file() and (known := read_json(file)).items() >= bound.items():
             return known["decoder_std"]
-        assert pipe.codec is not None
         say(f"fitting the decoder's deviation on {IMAGES} training images")
         image, decoded = pairs(pipe.codec, source, data.image_size, pipe.device)
         std = fit(image, decoded).tolist()
@@ -59,7 +60,7 @@ def pairs(codec: LatentCodec, source: Source, size: int, device: torch.device) -
         image = torch.stack([prepare(sample.image, size) for _, sample in read]).to(device)
         posterior = codec.autoencoder.encode(image)
         noise = np.stack([streams.normal(SEED, "likelihood/fit", i, tuple(posterior.mean.shape[1:])) for i, _ in read])
-        answer = codec.decode(codec.latent(posterior, torch.from_numpy(noise).to(device)))
+        answer = finite(codec.decode(codec.latent(posterior, torch.from_numpy(noise).to(device))), "reconstructions of training images")
         place = torch.linspace(0, size**2 - 1, min(PIXELS, size**2)).round().long().to(device)
         images.append(image.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())
         decoded.append(answer.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())

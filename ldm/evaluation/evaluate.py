@@ -85,11 +85,12 @@ JUDGES: dict[str, Callable[[int], Judge]] = {
 
 def evaluate(
     run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say,
-    processes: Processes = ALONE, device: torch.device | None = None,
+    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
 
     The report is the same at any number of processes, apart from its seconds.
+    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for data that no judge reads, FolderError for a run without a model.
     """
     started = time.monotonic()
@@ -98,10 +99,11 @@ def evaluate(
     if data.source not in JUDGES:
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     judge = JUDGES[data.source](data.image_size)
-    pipe = Pipeline.from_pretrained(run, device)
+    pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.sample
+    pipe.check(settings, pipe.sample_size)
     tried = None
     if tune:
         settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ ACCURACY_COLOUR, DIVERSITY_COLOUR = "#0072B2", "#D55E00"
 def guidance_sweep(
     run: Path, scales: Sequence[float], images: int, given: dict[str, Any], batch_size: int,
     progress: Progress | None = None, processes: Processes = ALONE, device: torch.device | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Page]:  # fmt: skip
     """Classifier-free guidance of a run, swept: the figures and their page. ``given``: sampling settings that replace the run's.
 
     ``images`` of each scale at most: EACH of every caption, or more where the captions are few.
+    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for data that no judge reads and for an unconditional model, FolderError for a run without a model.
     """
     data = configuration.load(DiffusionRun, run / "config.yaml").data
     if data.source not in JUDGES:
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
-    pipe = Pipeline.from_pretrained(run, device)
+    pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if pipe.text is None:
         raise ConfigError(f"{run}: this model is unconditional, there is nothing to guide")
     settings = dataclasses.replace(pipe.defaults, **given)

@@ -29,6 +29,7 @@ from ldm.diffusion import gaussian
 from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
 from ldm.evaluation import decoder_noise, plots
 from ldm.interop.files import read_json, write_json
+from ldm.models.finite import NonFiniteError
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
 
@@ -87,20 +88,23 @@ class Nats:
 
 def likelihood(
     run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
-    processes: Processes = ALONE, device: torch.device | None = None,
+    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
 
     ``timesteps``: steps drawn for each image, 0 for all; left out, DRAWN or as many as there are.
     ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta for latents and
     posterior for pixels: at the steps of least noise a latent is still a smooth density, and a pixel is known.
+    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
     """
     started = time.monotonic()
     config = configuration.load(DiffusionRun, run / "config.yaml")
-    pipe = Pipeline.from_pretrained(run, device)
+    pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if pipe.schedule_config.blind_at_the_end(pipe.target):
+        raise ConfigError(f"{run}: the bound of a model that predicts {pipe.target} is infinite where its schedule leaves no signal")
     last = pipe.schedule.num_steps - 1
     timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:
@@ -165,13 +169,17 @@ def measure(
         steps = drawn_steps(pipe.schedule, torch.from_numpy(uniform).to(pipe.device))
     found = bounds(denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None)
     by_variance = dict(zip(variances, found, strict=True))
-    return {
+    rows = {
         n: Nats(
             -float(log_p[i]), float(log_q[i]), float(standard[i]), float(found[0].prior[i]),
             {name: float(bound.reconstruction[i]) for name, bound in by_variance.items()}, steps.t[i].tolist(),
             {name: bound.denoising[i].tolist() for name, bound in by_variance.items()},
         ) for i, n in enumerate(numbers)
     }  # fmt: skip
+    for n, row in rows.items():
+        if not all(math.isfinite(row.terms(name)[term]) for name in variances for term in row.terms(name)):
+            raise NonFiniteError(f"the bound of image {n}: not finite (NaN or infinite)")
+    return rows
 
 
 def normalised(codec: LatentCodec, posterior: DiagonalGaussian) -> DiagonalGaussian:

@@ -35,6 +35,9 @@ def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray
     return sheet
 
 
+LONGEST = 200  # characters of a caption below its picture
+
+
 def captioned(
     images: UInt8[np.ndarray, "n h w c"],
     captions: Sequence[str],
@@ -57,7 +60,7 @@ def captioned(
         for spine in axes.spines.values():
             spine.set_color("red" if bad else "none")
             spine.set_linewidth(3)
-        axes.set_xlabel(_wrap(caption, 22), fontsize=6.5, color="red" if bad else "black")
+        axes.set_xlabel(_wrap(caption[:LONGEST], 22), fontsize=6.5, color="red" if bad else "black", parse_math=False)  # $ is a dollar
     if title:
         figure.suptitle(title, fontsize=9)
     figure.tight_layout()

@@ -14,6 +14,7 @@ from autoencoder.metrics import psnr
 from autoencoder.model import AutoencoderKL
 from ldm.data.images import prepare, to_uint8
 from ldm.data.sources import Source, readable
+from ldm.models.finite import finite
 
 AT_ONCE = 16  # images computed together
 SHOWN = 6  # images of each group
@@ -34,7 +35,7 @@ class Batch:
 def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices: Sequence[int], batch: int) -> Iterator[Batch]:
     """The samples ``indices`` of a source at side ``size``, ``batch`` at once, on the autoencoder's device.
 
-    Those that cannot be read are passed over.
+    Those that cannot be read are passed over. Raises NonFiniteError where a reconstruction is not finite.
     """
     device = next(autoencoder.parameters()).device
     for start in range(0, len(indices), batch):
@@ -43,7 +44,9 @@ def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices
             continue
         samples = [sample for _, sample in read]
         image = torch.stack([prepare(s.image, size) for s in samples]).to(device)
-        decoded = autoencoder(image)[0].clamp(-1, 1)
+        decoded = finite(autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}").clamp(
+            -1, 1
+        )
         yield Batch([i for i, _ in read], image, decoded, psnr(decoded, image).tolist(), [s.text for s in samples])
 
 
@@ -62,14 +65,13 @@ def extremes(
 ) -> tuple[list[float], dict[str, list[Pair]]]:
     """The PSNR of each of the first ``n`` images that can be read, and the pairs that are best, median and worst; best first.
 
-    A reconstruction that is not finite has NaN dB and is the worst. Only the pairs shown are kept in memory: they are
-    computed a second time.
+    Only the pairs shown are kept in memory: they are computed a second time. Raises NonFiniteError.
     """
     decibels: dict[int, float] = {}
     for part in reconstructed(autoencoder, source, size, range(n), AT_ONCE):
         decibels |= zip(part.indices, part.psnr, strict=True)
         progress(len(decibels), n, {})
-    order = sorted(decibels, key=lambda i: -np.inf if np.isnan(decibels[i]) else decibels[i], reverse=True)
+    order = sorted(decibels, key=lambda i: decibels[i], reverse=True)
     n = len(order)
     shown = min(SHOWN, -(-n // 3))
     middle = (n - shown) // 2

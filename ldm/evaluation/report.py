@@ -29,6 +29,7 @@ from ldm.evaluation.plots import grid
 from ldm.evaluation.reconstructions import Pair, extremes
 from ldm.interop.files import FolderError
 from ldm.interop.reference import REFERENCE
+from ldm.models.finite import NonFiniteError
 from ldm.pipeline.codec import load_codec
 
 MODELS = {
@@ -181,7 +182,7 @@ def _reconstructions(run: Run) -> Section | None:
         source = open_source(config.data, "validation")
         wanted = min(run.images, source.length or run.images)
         decibels, groups = extremes(autoencoder, source, config.data.image_size, wanted, run.progress)
-    except (FolderError, DataError, ConfigError) as error:
+    except (FolderError, DataError, ConfigError, NonFiniteError) as error:
         return title, element("p", f"None: {error}.")
     n = len(decibels)
     if n == 0:

@@ -53,7 +53,7 @@ def compare_samplers(
     base = dataclasses.replace(pipe.defaults, sampler="ddim", eta=0.0, steps=min(REFERENCE_STEPS, pipe.schedule.num_steps))
     own = dataclasses.replace(base, grid=grid or base.grid)
     wanted = [dataclasses.replace(own, sampler=name, steps=n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
-    for settings in wanted:
+    for settings in (base, *wanted):
         pipe.check(settings, pipe.sample_size)
     others = any(SAMPLERS[name].stochastic for name in samplers)
     second = dataclasses.replace(base, seed=(base.seed + 1) % 2**63, steps=max(1, base.steps // 10))

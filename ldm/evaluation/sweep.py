@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.config import ConfigError
 from ldm.data.images import prepare, to_uint8
 from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import Source
+from ldm.data.sources import Source, readable
 from ldm.evaluation.evaluate import Judge, Progress
 from ldm.evaluation.judge import proportion
 
@@ -69,10 +69,13 @@ def real_pictures(source: Source, size: int, wanted: int) -> dict[str, UInt8[np.
             where.setdefault(text, []).append(i)
         if len(where) == wanted and all(len(found) >= REAL for found in where.values()):
             break
+    real = {}
     for text, found in where.items():
-        if len(found) < 2:
-            raise ConfigError(f"diversity needs two real images of a caption, but {text!r} has one")
-    return {text: to_uint8(torch.stack([prepare(source[i].image, size) for i in found[:REAL]])) for text, found in where.items()}
+        read = [prepare(sample.image, size) for _, sample in readable(source, found[:REAL])]
+        if len(read) < 2:
+            raise ConfigError(f"diversity needs two real images of a caption, but {text!r} has {len(read)} that can be read")
+        real[text] = to_uint8(torch.stack(read))
+    return real
 
 
 def sweep(

@@ -13,6 +13,8 @@ from ldm.interop.archive.archive import write_tensors
 from ldm.interop.bundle import UNET, VAE, Bundle
 from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.folder import write_folder, write_part
+from ldm.interop.intact import check_writable
+from ldm.interop.schedulers import blind_end
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 3  # names of a kind
@@ -39,11 +41,14 @@ def coverage(bundle: Bundle) -> list[str]:
     for reason, count in Counter(bundle.besides.values()).items():
         names = [name for name, why in bundle.besides.items() if why == reason]
         lines.append(f"left aside, {count}: {', '.join(names[:SHOWN])}{' …' if count > SHOWN else ''}: {reason}")
+    if bundle.scheduler is not None and (blind := blind_end(bundle.scheduler)) is not None:
+        lines.append(f"warning: the model {blind}")
     return lines
 
 
 def write_model(bundle: Bundle, target: Path, max_shard_bytes: int | None = None, openclip: bool = False) -> None:
     """Write a folder, or a single file where the name ends in .safetensors. Raises FolderError or ConfigError."""
+    check_writable(bundle)
     if target.suffix == ".safetensors":
         tensors, metadata = to_compvis(bundle, openclip)
         write_tensors(target, tensors, metadata)

@@ -13,19 +13,21 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm.interop.archive.archive import tensor_hash
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers
+from ldm.interop.scheduler_keys import unread
+from ldm.interop.schedulers import blind_end, sampler_from_diffusers, scheduler_from_diffusers
 from ldm.interop.unet import unet_from_diffusers
+from ldm.models.finite import counted, nonfinite
 
 
-def describe(bundle: Bundle, hashes: bool = True) -> dict[str, Any]:
-    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale, and the hash of each part.
+def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
+    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale; of its ``weights``, if they are to be read, the hash
+    of each part, and which tensors hold NaN or an infinity, where there are any.
 
     Raises ConfigError where a configuration cannot be expressed here.
     """
     tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {
-        name: {**_size(part.tensors), **tell[name](part), **({"sha256": part_hash(part)} if hashes else {})}
-        for name, part in bundle.parts.items()
+        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})} for name, part in bundle.parts.items()
     }
     if bundle.scheduler is not None:
         about["process"] = _process(bundle.scheduler)
@@ -44,6 +46,12 @@ def part_hash(part: Part) -> str:
     for name in sorted(part.tensors):
         digest.update(f"{name} {tensor_hash(part.tensors[name])}\n".encode())
     return digest.hexdigest()
+
+
+def _weights(part: Part) -> dict[str, Any]:
+    """What only the weights themselves say."""
+    bad = nonfinite(part.tensors)
+    return {"sha256": part_hash(part)} | ({"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {})
 
 
 def _size(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -111,4 +119,6 @@ def _process(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         "scheduler": scheduler.get("_class_name"),
         **({"sampling": sampling} if sampling else {}),
         **({"not_offered": missing} if missing else {}),
+        **({"not_read_by_it": ignored} if (ignored := unread(scheduler)) else {}),
+        **({"warning": blind} if (blind := blind_end(scheduler)) else {}),
     }

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ldm.config import ConfigError
 from ldm.interop import diffusers as layout
 from ldm.interop.archive.archive import find_weights, open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.files.disk import file_hash
 from ldm.interop.files import FolderError, read_json, write_json
+from ldm.interop.intact import EXTRA, check_writable, write_hashes, written_hashes
 from ldm.interop.reference import REFERENCE, Reference
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {UNET: WEIGHTS, VAE: WEIGHTS, TEXT: "model.safetensors"}
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
-EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
 # Of the autoencoder's attention before diffusers 0.17, in which the published Stable Diffusion folders were written.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _BESIDES = {  # of a text encoder
@@ -52,10 +52,12 @@ def find_autoencoder(path: str | Path) -> Path:
     raise FolderError(f"{path} holds no autoencoder, neither in model/vae nor in vae/: let its training finish")
 
 
-def read_folder(folder: Path, variant: str | None = None) -> Bundle:
+def read_folder(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> Bundle:
     """A pipeline folder; no weight is looked at. Raises FolderError or ConfigError.
 
+    A part that the index names and whose folder is gone is left out (``complete.lacking`` says so).
     ``variant``: fp16, non_ema …, which the U-Net must have; other parts without it are taken as they are.
+    ``without``: parts that are not to be read.
     """
     index = read_json(folder / INDEX)
     if index.get("_class_name") not in layout.PIPELINES:
@@ -64,22 +66,27 @@ def read_folder(folder: Path, variant: str | None = None) -> Bundle:
     besides = {f"{name}/": "no part of this pipeline" for name in named if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")}
     parts = {}
     for name in (UNET, VAE, TEXT):
-        if name in named or name == UNET:
+        if name == UNET or (name in named and name not in without and (folder / name).exists()):
             own = variant if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*")) else None
             parts[name], aside = read_part(folder / name, name, own)
             besides |= {f"{name}/{tensor}": why for tensor, why in aside.items()}
     extra = read_json(folder / EXTRA) if (folder / EXTRA).exists() else {}
     tokenizer = read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {}
-    return Bundle(parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}")
+    return Bundle(
+        parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}", index["_class_name"]
+    )
 
 
 def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:
     """One sub-folder, config.json and weights, and the tensors there that no network uses. Raises FolderError."""
     config = read_json(folder / "config.json")
     archive = open_archive(find_weights(folder, FILES[name].removesuffix(".safetensors"), variant))
-    tensors = {_name(name, key): tensor for key, tensor in archive.tensors.items()}
+    tensors = {current_name(name, key): tensor for key, tensor in archive.tensors.items()}
     besides = {key: why for key, why in _BESIDES.items() if name == TEXT and tensors.pop(key, None) is not None}
-    return Part(config, tensors, archive.files), besides
+    hashes = written_hashes(folder)
+    if variant is not None and not any(file.name in hashes for file in archive.files):
+        hashes = {}  # other weights beside those that were written, asked for by name
+    return Part(config, tensors, archive.files, hashes), besides
 
 
 def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = None) -> tuple[Path, ...]:
@@ -89,6 +96,7 @@ def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = Non
     """
     if UNET not in bundle.parts or bundle.scheduler is None:
         raise ConfigError("a pipeline folder needs a U-Net and a scheduler: an autoencoder alone is written to a folder of its own")
+    check_writable(bundle)
     index = layout.model_index(bundle)
     (folder / INDEX).unlink(missing_ok=True)
     files = [file for name, part in bundle.parts.items() for file in write_part(part, folder / name, name, max_shard_bytes)]
@@ -97,7 +105,7 @@ def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = Non
         (folder / "tokenizer" / file).write_bytes(content)
     write_json(folder / SCHEDULER, dict(bundle.scheduler))
     if bundle.extra:
-        write_json(folder / EXTRA, {**bundle.extra, "sha256": {str(file.relative_to(folder)): file_hash(file) for file in files}})
+        write_hashes(folder, files, bundle.extra)
     write_json(folder / INDEX, index)
     return tuple(files)
 
@@ -109,7 +117,7 @@ def write_part(part: Part, folder: Path, name: str, max_shard_bytes: int | None 
     return open_archive(written).files
 
 
-def _name(part: str, key: str) -> str:
+def current_name(part: str, key: str) -> str:
     """Today's name of a tensor: of the autoencoder's attention, and of a text tower that transformers 5 wrote without its prefix."""
     if part == VAE and ".attentions." in key:
         head, old, tail = next(((h, o, t) for o in _OLD_ATTENTION for h, d, t in [key.partition(f".{o}.")] if d), (key, "", ""))

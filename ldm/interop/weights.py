@@ -13,6 +13,7 @@ from torch import nn
 from ldm.interop.archive.archive import open_archive, write_tensors
 from ldm.interop.bundle import Part
 from ldm.interop.files import FolderError
+from ldm.interop.intact import check_intact
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,21 +28,22 @@ def read_module(make: Callable[[], M], file: Path) -> M:
     return fill(make, Part({}, open_archive(file).tensors, (file,)))
 
 
-def fill(make: Callable[[], M], part: Part) -> M:
-    """Build a module without allocating it and give it the tensors of ``part``, frozen: every one used, none missing.
+def fill(make: Callable[[], M], part: Part, name: str = "") -> M:
+    """Build a module without allocating it and give it the tensors of ``part``, frozen: every one used, none missing, all finite.
 
-    They stay memory-mapped until they are moved or changed. Raises FolderError.
+    They stay memory-mapped until they are moved or changed. ``name``: of the part, for messages. Raises FolderError.
     """
     with torch.device("meta"):
         module = make()
     check_tensors({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, part)
+    check_intact(part, name)
     module.load_state_dict(dict(part.tensors), assign=True)
     return module.requires_grad_(False).eval()
 
 
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
     """Raise FolderError unless the part holds tensors of just these names and shapes."""
-    where, given = "the model" if not part.files else str(part.files[0] if len(part.files) == 1 else part.files[0].parent), part.tensors
+    where, given = part.where, part.tensors
     for name, shape in wanted.items():
         if name not in given:
             near = difflib.get_close_matches(name, [n for n in given if n not in wanted], n=1)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, LoraConfig
+
+Network = TypeVar("Network", bound=nn.Module)
+_COMPILED = "_orig_mod"  # torch.compile's name for the module inside
 
 
 class LowRank(nn.Module):
@@ -35,6 +40,11 @@ class LowRank(nn.Module):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """(α/r) B A x, in the precision of A."""
         return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * (self.alpha / self.rank)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def unscaled(self) -> tuple[Tensor, Tensor]:
+        """A and (α/r) B in float32: the same change with α = r."""
+        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / self.rank)  # type: ignore[operator,union-attr]
 
     def matrix(self) -> Float[Tensor, "o i"]:
         """(α/r) B A in float32, a convolution's kernel flattened with its input channels."""
@@ -84,14 +94,20 @@ class Lora(nn.Module):
     def gradient_checkpointing(self, value: bool) -> None:
         self.network.gradient_checkpointing = value  # type: ignore[assignment]
 
-    def attach(self, scale: float = 1.0) -> Callable[[], None]:
-        """Let the base compute with these changes, times ``scale``, besides those attached already; the result takes them off."""
-        layers = changeable(self.network)
+    def attach(self, scale: float = 1.0, network: nn.Module | None = None) -> Callable[[], None]:
+        """Let the base compute with these changes, times ``scale``, besides those attached already; the result takes them off.
+
+        Every thread that uses the base sees them. ``network``: what computes with them instead, a ``shared_copy`` of the base.
+        """
+        layers = changeable(network or self.network)
         handles = [layers[name].register_forward_hook(partial(_add, change, scale)) for name, change in self.changes.items()]
+        if network is None:
+            _forget_compiled()
 
         def detach() -> None:
             for handle in handles:
                 handle.remove()
+            _forget_compiled()
 
         return detach
 
@@ -108,9 +124,27 @@ class Lora(nn.Module):
         return self.network(*inputs)
 
 
+def shared_copy(module: Network) -> Network:
+    """A copy of all modules of a network, with the same tensors: what is attached to the copy changes nothing but the copy.
+
+    It is not compiled where the network is, for compiled code does not look at hooks again.
+    """
+    module = getattr(module, _COMPILED, module)
+    copied = copy.copy(module)
+    copied._modules = {name: child if child is None else shared_copy(child) for name, child in module._modules.items()}
+    for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(copied, hooks, getattr(module, hooks).copy())
+    copied._compiled_call_impl = None
+    return copied
+
+
 def changeable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be changed, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    """The layers that can be changed, by name; names are the same where parts of the network are compiled."""
+    return {
+        ".".join(part for part in name.split(".") if part != _COMPILED): module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
 
 
 def named_layers(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -127,6 +161,12 @@ def named_layers(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
 
 def _is(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile begin anew, for it does not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _add(change: LowRank, scale: float, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

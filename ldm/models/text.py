@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +28,17 @@ from transformers.utils import logging as hf_logging
 
 from ldm.config import NULL_CAPTION, ClipConfig
 from ldm.files.disk import replace
+from ldm.models.lora import shared_copy
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 EMBEDDING_STD = 2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
+
+LONGEST_WORD = 1000  # characters: the time to learn merges from a word grows with its square
+LONGEST_CAPTION = 10_000  # characters of a caption that are looked at; 77 tokens take some hundred
+_SPACE = re.compile(r"[^\S\x1c-\x1f]+")
+# what CLIP takes for one word: letters, or neither letters, digits nor space, for which Python counts four control characters
+_LONG_WORD = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}|(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}")
 
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP's
 # Names in older config.json files that say nothing of a CLIP's text tower: how to generate text, and what earlier releases wrote.
@@ -48,7 +56,8 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CL
     """Learn a byte-complete BPE in OpenAI's layout, so that no text is unknown.
 
     The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges`` learned merges (fewer
-    where the captions have fewer pairs), start and end of text. The same captions give the same tokenizer.
+    where the captions have fewer pairs), start and end of text. The same captions give the same tokenizer. Of a word longer
+    than LONGEST_WORD, the rest is left out.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point, which is OpenAI's order
     base = symbols + [s + WORD_END for s in symbols]
@@ -60,7 +69,7 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CL
     trainer = trainers.BpeTrainer(
         vocab_size=len(base) + merges, min_frequency=0, special_tokens=base, end_of_word_suffix=WORD_END, show_progress=False
     )
-    learner.train_from_iterator(captions, trainer)
+    learner.train_from_iterator((_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions), trainer)
     learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
     tokens = dict.fromkeys([*base, *("".join(pair) for pair in learned), START, END])
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=learned, model_max_length=max_length)  # type: ignore[arg-type]
@@ -115,13 +124,30 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tuple[Int[Tensor, "b l"], int]:
     """Token ids, each row padded or cut to ``length``, and how many captions were cut.
 
-    A caption that spells ``<|endoftext|>`` holds those characters, not the token.
+    A caption that spells ``<|endoftext|>`` holds those characters, not the token. Of one longer than LONGEST_CAPTION, white space
+    folded, the rest is not looked at.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = tokenizer(captions, split_special_tokens=True, verbose=False)["input_ids"] if captions else []
-    truncated = sum(len(row) > length for row in rows)
+    folded = [text if len(text) <= LONGEST_CAPTION else _SPACE.sub(" ", text) for text in captions]
+    shortened = [text[:LONGEST_CAPTION] for text in folded]
+    rows = tokenizer(shortened, split_special_tokens=True, verbose=False)["input_ids"] if captions else []
+    truncated = sum(len(row) > length or len(text) > LONGEST_CAPTION for row, text in zip(rows, folded, strict=True))
     rows = [[*row[: length - 1], end] if len(row) > length else row + [pad] * (length - len(row)) for row in rows]
     return torch.tensor(rows, dtype=torch.int64).view(len(captions), length), truncated
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A caption that is longer than the encoder takes.
+
+    Attributes:
+        tokens: how many at its end are dropped.
+        text: what they say.
+    """
+
+    caption: str
+    tokens: int
+    text: str
 
 
 class TextEncoder:
@@ -180,6 +206,12 @@ class TextEncoder:
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
+    def shared_copy(self) -> TextEncoder:
+        """An encoder with the same weights, whose tower can be changed by a LoRA of its own."""
+        copied = copy.copy(self)
+        copied.model = shared_copy(self.model)
+        return copied
+
     @property
     def device(self) -> torch.device:
         """Where the weights are and the states come out."""
@@ -215,6 +247,19 @@ class TextEncoder:
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
         """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU."""
         return tokenize(self.tokenizer, captions, self.max_length)
+
+    def cut(self, captions: Iterable[str]) -> list[Cut]:
+        """Those of the captions that are cut to fit, each once, with what is dropped of them."""
+        distinct, room = list(dict.fromkeys(captions)), self.max_length - 1  # the last is the end of text
+        if not distinct:
+            return []
+        read = self.tokenizer(distinct, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
+        rows = zip(distinct, read["input_ids"], read["offset_mapping"], strict=True)
+        return [
+            Cut(caption, len(row) - 1 - room, caption[places[room][0] :].strip())
+            for caption, row, places in rows
+            if len(row) > self.max_length
+        ]
 
     @torch.no_grad()
     def encode_ids(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from torch import Tensor
 
-from ldm.config import ConfigError, SampleConfig, UNetConfig
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config.values import plain, shown
 from ldm.diffusion.samplers.grids import check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 
+LARGEST = 2**14  # pixels a side: beyond, not even the noise of one image fits into a machine
 LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that look ahead fail (docs/samplers.md)
 
 
@@ -38,8 +43,42 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
         readers = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
         if settings.sampler not in readers and getattr(settings, name) != getattr(SampleConfig, name):
             raise ConfigError(f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out")
+    check_text(settings.negative_prompt, "negative_prompt")
+    if size > LARGEST:
+        raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")
     if size < factor or size % factor:
         raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+
+
+def check_start(schedule: ScheduleConfig, target: str, settings: SampleConfig) -> None:
+    """Raise ConfigError where the first step asks a network for an image of which its prediction says nothing."""
+    if not schedule.blind_at_the_end(target):
+        return
+    if grid_of(Schedule.from_config(schedule), settings)[0] == schedule.num_steps - 1:
+        raise ConfigError(
+            f"this model predicts {target}, which says nothing of the image where its schedule leaves no signal, and grid"
+            f" {settings.grid} starts there: take grid leading and fewer than {schedule.num_steps} steps"
+        )
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """The prompts as a list. Raises ConfigError naming the first that is not text."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts must be a text or several, got {shown(prompts)}")
+    texts = [plain(prompt) for prompt in prompts]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"prompts[{i}] must be text, got {shown(text)}")
+        check_text(text, f"prompts[{i}]")
+    return texts
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ConfigError for half of a surrogate pair, which is what bytes on a command line become that are not UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{name} is not text in UTF-8: {shown(text)}")
 
 
 def check_drawable(unet: UNetConfig) -> None:

@@ -14,8 +14,8 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import from_diffusers, latent_scale
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
+from ldm.files.known import known_hash
 from ldm.interop.bundle import Part
-from ldm.files.disk import file_hash
 from ldm.interop.layouts import read_autoencoder
 from ldm.interop.weights import fill
 
@@ -46,7 +46,7 @@ class LatentCodec:
 def codec_of(part: Part) -> LatentCodec:
     """The autoencoder of a model, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
     config = from_diffusers(part.config)
-    autoencoder = fill(lambda: AutoencoderKL(config), part).float()
+    autoencoder = fill(lambda: AutoencoderKL(config), part, "autoencoder").float()
     return LatentCodec(autoencoder, *latent_scale(part.config), part.files)
 
 
@@ -67,9 +67,9 @@ def autoencoder_hash(path: str | Path) -> str:
 
 def files_hash(files: Sequence[Path]) -> str:
     """sha256 of one file, or of the hashes of several."""
-    return file_hash(files[0]) if len(files) == 1 else joined_hash(files)
+    return known_hash(files[0]) if len(files) == 1 else joined_hash(files)
 
 
 def joined_hash(files: Sequence[Path]) -> str:
     """sha256 of the hashes of files."""
-    return sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
+    return sha256("".join(known_hash(file) for file in files).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from ldm.models.classifier import NoisyClassifier
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
+
+_READING = RLock()  # a network that several threads ask for at once is read once
 
 
 @dataclass
@@ -34,18 +37,26 @@ class Guides:
 
     def weak(self, pipe: Pipeline, path: str, captions: list[str], settings: SampleConfig) -> Denoise:
         """The model at ``path``, under the condition from which autoguidance starts. Raises ConfigError where it does not fit."""
-        if path not in self.weaker:
-            weak = type(pipe).from_pretrained(path, pipe.device, pipe.unet.conv_in.weight.dtype)
-            self._check_fits(pipe, f"autoguidance {path}", weak.codec.hash if weak.codec else None, weak.unet.in_channels, weak.schedule)
-            if weak.target != pipe.target:
-                raise ConfigError(f"autoguidance {path}: its target is {weak.target}, this model's is {pipe.target}: they must be equal")
-            if (weak.text is None) != (pipe.text is None):
-                raise ConfigError(f"autoguidance {path}: one of the models has a text encoder and the other has none")
-            self.weaker[path] = weak
-        weak = self.weaker[path]
+        weak = self._weaker(pipe, path)
+        weak.warn_cut(captions, settings, stacklevel=1)
         null = settings.negative_prompt or weak.null_caption
         cond = weak.condition(captions if settings.guidance_scale else [null] * len(captions))
         return lambda x_t, t: weak._predict(x_t, t, cond)[:, : pipe.unet.in_channels]
+
+    def _weaker(self, pipe: Pipeline, path: str) -> Pipeline:
+        with _READING:
+            if path not in self.weaker:
+                weak = type(pipe).from_pretrained(path, pipe.device, pipe.unet.conv_in.weight.dtype)
+                autoencoder = weak.codec.hash if weak.codec else None
+                self._check_fits(pipe, f"autoguidance {path}", autoencoder, weak.unet.in_channels, weak.schedule)
+                if weak.target != pipe.target:
+                    raise ConfigError(
+                        f"autoguidance {path}: its target is {weak.target}, this model's is {pipe.target}: they must be equal"
+                    )
+                if (weak.text is None) != (pipe.text is None):
+                    raise ConfigError(f"autoguidance {path}: one of the models has a text encoder and the other has none")
+                self.weaker[path] = weak
+            return self.weaker[path]
 
     def gradient(self, pipe: Pipeline, captions: list[str], settings: SampleConfig, form: str) -> Gradient | None:
         """w ∇ log p(y | x_t) of the classifier, y the class of each caption; None where the settings ask for none in this form."""
@@ -57,11 +68,12 @@ class Guides:
 
     def classifier(self, pipe: Pipeline, path: str) -> tuple[ClassifierInfo, NoisyClassifier]:
         """The classifier at ``path``. Raises ConfigError where it does not fit this model."""
-        if path not in self.classifiers:
-            info, classifier = load_classifier(path)
-            self._check_fits(pipe, f"classifier {path}", info.autoencoder, info.in_channels, Schedule.from_config(info.schedule))
-            self.classifiers[path] = info, classifier.to(pipe.device)
-        return self.classifiers[path]
+        with _READING:
+            if path not in self.classifiers:
+                info, classifier = load_classifier(path)
+                self._check_fits(pipe, f"classifier {path}", info.autoencoder, info.in_channels, Schedule.from_config(info.schedule))
+                self.classifiers[path] = info, classifier.to(pipe.device)
+            return self.classifiers[path]
 
     def _check_fits(self, pipe: Pipeline, name: str, autoencoder: str | None, channels: int, schedule: Schedule) -> None:
         """Raise ConfigError where another network was not trained on this model's latents or schedule."""

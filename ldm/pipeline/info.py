@@ -13,6 +13,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig, build
 from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
+from ldm.interop.complete import check_complete
 from ldm.interop.files import FolderError
 from ldm.interop.folder import find_model
 from ldm.interop.layouts import read_model
@@ -44,18 +45,31 @@ class ModelInfo:
     lora: Reference | None = None
 
     @classmethod
-    def read(cls, path: str | Path, variant: str | None = None, **reading: Any) -> ModelInfo:
-        """Of a run, a model folder or a single file. Raises FolderError, or ConfigError for what cannot be expressed here."""
+    def read(
+        cls, path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, whole: bool = True,
+        **reading: Any,
+    ) -> ModelInfo:  # fmt: skip
+        """Of a run, a model folder or a single file.
+
+        ``vae``, ``text``, ``reading``: as in ``ldm.interop.layouts.read_model``. ``whole``: nothing may be missing that the
+        model draws with. Raises FolderError, or ConfigError for what cannot be expressed here.
+        """
         path = Path(path) if Path(path).is_file() else find_model(path)
         if (reference := Reference.read(path)) is not None:
+            if vae is not None or text is not None:
+                raise ConfigError(
+                    f"{path} is a LoRA's, trained with the parts of {reference.base}: name that as the model and this as --lora"
+                )
             base = cls.read(reference.base)
             if base.lora is not None:
                 raise FolderError(f"{path} is the LoRA of {reference.base}, itself a LoRA: merge that first")
             bundle = dataclasses.replace(base.bundle, extra={**base.extra, **reference.extra})
             return dataclasses.replace(base, bundle=bundle, lora=reference)
-        bundle = read_model(path, variant, **reading)
+        bundle = read_model(path, variant, vae, text, **reading)
         if UNET not in bundle.parts or bundle.scheduler is None:
             raise ConfigError(f"{path} is an autoencoder alone, which draws nothing: name a model with a U-Net")
+        if whole:
+            check_complete(bundle, path)
         schedule, target = schedulers.scheduler_from_diffusers(bundle.scheduler)
         sampling, missing = schedulers.sampler_from_diffusers(bundle.scheduler)
         if missing and "defaults" not in bundle.extra:
@@ -100,4 +114,4 @@ class ModelInfo:
 
 def load_unet(info: ModelInfo) -> UNet:
     """The U-Net of a model, frozen, in the precision of the file, without a LoRA. Raises FolderError."""
-    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET])
+    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET], "U-Net")

@@ -23,9 +23,9 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
+from ldm.files.disk import file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
-from ldm.files.disk import file_hash
 from ldm.interop.lora import find_lora
 from ldm.pipeline.codec import joined_hash
 from ldm.pipeline.info import ModelInfo
@@ -45,6 +45,7 @@ class Origin:
         index: number of the image within the seed; None: a grid.
         model: ``Pipeline.hash``.
         path, variant: where the model was, as it was named, and which of its weights.
+        vae, text: the autoencoder and the text encoder that were named in the place of the model's own.
         parts: a hash of each thing of the model that decides pixels and is no weight.
         others: a hash of each LoRA and guide, by the name that the settings give it.
         drawn: with which versions, on what, and how the images were shared out; differs without changing what is drawn by more
@@ -61,6 +62,13 @@ class Origin:
     parts: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     drawn: Mapping[str, Any] = field(default_factory=dict)
+    vae: str | None = None
+    text: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Those of ``vae`` and ``text`` that were named."""
+        return {name: value for name, value in (("vae", self.vae), ("text", self.text)) if value is not None}
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -83,7 +91,7 @@ class Origin:
         about = {"prompt": self.prompts[0], "index": self.index} if self.index is not None else {"prompts": self.prompts}
         rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
         info = PngInfo()
-        info.add_itxt(KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest}, ensure_ascii=False))
+        info.add_itxt(KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest, **self.given}, ensure_ascii=False))
         return info
 
 
@@ -129,7 +137,7 @@ def _parsed(about: Any) -> Origin:
     settings = SampleConfig(**values)
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
     index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
-    rest = {name: about.pop(name) for name in ("path", "variant", "parts", "others", "drawn") if name in about}
+    rest = {name: about.pop(name) for name in ("path", "variant", "parts", "others", "drawn", "vae", "text") if name in about}
     if about:
         raise ValueError(f"unknown: {', '.join(about)}")
     counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]

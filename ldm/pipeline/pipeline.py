@@ -6,13 +6,14 @@ images = pipe(["a small red circle on a white background"], steps=20, guidance_s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
-from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
+from ldm.config.sample import check_lora_scale
+from ldm.config.values import shown, typed
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
@@ -31,27 +34,40 @@ from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
 from ldm.diffusion.samplers.path import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.files.disk import file_hash
 from ldm.interop import diffusers as layout
 from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.files.disk import file_hash
 from ldm.interop.folder import write_folder
 from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
-from ldm.models.lora import Lora
+from ldm.models.lora import Lora, shared_copy
 from ldm.models.unet import UNet
-from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_sampling, first_step, grid_of
+from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_prompts, check_sampling, check_start, first_step, grid_of
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.info import ModelInfo, load_unet
+from ldm.pipeline.watch import Watch, unseen
 
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     from ldm.models.text import TextEncoder
+
+    Whole, Number, Text = SupportsIndex, SupportsFloat, str
+else:  # checked by the call itself, as the configuration checks them and with the argument's name
+    Whole = Number = Text = Any
+SHOWN = 3  # prompts that a warning quotes
+QUOTED = 200  # characters of what is dropped of one
+_READING = RLock()  # a LoRA that several threads ask for at once is read once
 
 
 @dataclass
 class Pipeline:
     """A trained model, ready to draw from.
+
+    Several threads may draw at the same time, each with LoRAs and guides of its own. What changes the model for all
+    (``load_lora``, ``merge_lora``, ``to``) is for a moment when none draws.
 
     Attributes:
         unet, schedule_config, target: the denoiser, its process, and what it predicts.
@@ -73,8 +89,9 @@ class Pipeline:
     null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     files: tuple[Path, ...] = ()  # of the weights; none before saving
+    _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
     _guides: Guides = field(default_factory=Guides, init=False, repr=False)
-    _loras: dict[str, list[Lora]] = field(default_factory=dict, init=False, repr=False)  # that have been read, as they were named
+    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)  # by file, time, size
     _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)  # LoRAs, live and merged
     _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)  # with how to take it off
 
@@ -113,50 +130,66 @@ class Pipeline:
         if self.text:
             self.text.to(device)
         self._guides.to(device)
-        for lora in (lora for loras in self._loras.values() for lora in loras):
+        for lora in (lora for loras in self._loras.values() for lora in loras.values()):
             lora.to(device)
         return self
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Let the networks compute with the LoRA at ``path`` (a file, folder or run), times ``scale``, besides those loaded before.
 
-        Raises FolderError where it does not fit, and then changes nothing.
+        It holds for every later call, in all threads; call it while no thread draws. For one call: ``pipe(…, lora=…)``.
+        Raises FolderError where it does not fit and ConfigError for a scale that is out of range, and then changes nothing.
         """
-        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path))]
+        check_lora_scale(scale, path)
+        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path)).values()]
         self._loaded.append((str(path), scale))
 
     def merge_lora(self) -> None:
-        """Add the loaded LoRAs to the weights for good, which costs nothing when drawing. To be without them, open the model again."""
+        """Add the loaded LoRAs to the weights for good, which costs nothing when drawing. To be without them, open the model again.
+
+        Call it while no thread draws: the weights are those of all threads.
+        """
         for lora, scale, detach in self._live:
             detach()
             lora.merge(scale)
         self._live.clear()
 
-    def _lora(self, path: str) -> list[Lora]:
-        """What the LoRA at ``path`` changes, not attached."""
-        if path not in self._loras:
-            networks: dict[str, torch.nn.Module] = {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
-            self._loras[path] = [lora.to(self.device) for lora in read_lora(path, networks).values()]
-        return self._loras[path]
+    def _lora(self, path: str) -> dict[str, Lora]:
+        """The changes of each network by the LoRA at ``path``, not attached."""
+        file = find_lora(path)
+        version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
+        with _READING:
+            if version not in self._loras:
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self._networks()).items()}
+            return self._loras[version]
 
-    @contextmanager
-    def _under(self, settings: SampleConfig) -> Iterator[None]:
-        """The LoRAs of a call, attached for the block."""
-        with ExitStack() as stack:
-            for path, scale in settings.loras():
-                for lora in self._lora(path):
-                    stack.callback(lora.attach(scale))
-            yield
+    def _under(self, settings: SampleConfig) -> Pipeline:
+        """This model under the LoRAs of a call: the weights are shared, so that no other call sees them."""
+        wanted = [(part, lora, scale) for path, scale in settings.loras() for part, lora in self._lora(path).items()]
+        if not wanted:
+            return self
+        pipe = copy.copy(self)
+        pipe.unet = shared_copy(self.unet)
+        pipe.text = self.text and self.text.shared_copy()
+        networks = pipe._networks()
+        for part, lora, scale in wanted:
+            lora.attach(scale, networks[part])
+        return pipe
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that a LoRA may change."""
+        return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
 
     def __call__(
-        self, prompts: str | Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
-        seed: int | None = None, negative_prompt: str | None = None, eta: float | None = None, size: int | None = None,
-        batch_size: int = 16, callback: Callable[[int, int], None] | None = None, **further: Any,
+        self, prompts: Text | Iterable[Text], *, steps: Whole | None = None, guidance_scale: Number | None = None,
+        sampler: Text | None = None, seed: Whole | None = None, negative_prompt: Text | None = None, eta: Number | None = None,
+        size: Whole | None = None, batch_size: Whole = 16, callback: Callable[[int, int], None] | None = None, **further: Any,
     ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt. Image i of a seed starts from the same noise at any batch size.
 
         Args:
-            prompts: one or several captions (ignored by an unconditional model, where they only count).
+            prompts: one or several captions (ignored by an unconditional model, where they only count); "" is the caption that
+                says nothing.
             steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's own defaults hold.
             size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
             batch_size: pictures computed together.
@@ -164,7 +197,8 @@ class Pipeline:
             further: any other field of SampleConfig: ``guidance_rescale``, ``guidance_interval``, ``autoguidance``, ``classifier`` …
 
         Raises:
-            ConfigError: an argument is out of range; the message names it.
+            ConfigError: an argument is unknown, of another type or out of range; the message names it.
+            NonFiniteError: something computed is NaN or infinite; the message names the part and the step.
         """
         given = {
             "steps": steps,
@@ -175,13 +209,18 @@ class Pipeline:
             "eta": eta,
             **further,
         }
-        settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = build(SampleConfig, {**dataclasses.asdict(self.defaults), **given})
+        texts = check_prompts(prompts)
+        if not texts:
+            raise ConfigError("prompts must be a text or several, got none")
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback must be a function, got {shown(callback)}")
         pictures = []
-        for images in self.sample(prompts, settings, size=size, batch_size=batch_size):
+        for images in self.sample(texts, settings, size=size, batch_size=batch_size):
             pictures += to_pil(to_uint8(images))
             if callback:
-                callback(len(pictures), len(prompts))
+                callback(len(pictures), len(texts))
         return pictures
 
     @torch.no_grad()
@@ -190,8 +229,8 @@ class Pipeline:
         prompts: Sequence[str],
         settings: SampleConfig,
         *,
-        size: int | None = None,
-        batch_size: int = 16,
+        size: Whole | None = None,
+        batch_size: Whole = 16,
         indices: Sequence[int] | None = None,
         callback: StepCallback | None = None,
     ) -> Iterator[Float[Tensor, "b C H W"]]:
@@ -202,7 +241,8 @@ class Pipeline:
         ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
         diffused; what it returns, unless None, is what the sampler goes on with.
         """
-        size = self.sample_size if size is None else size
+        size = self.sample_size if size is None else typed(int, size, "size")
+        batch_size, prompts = typed(int, batch_size, "batch_size"), check_prompts(prompts)
         self.check(settings, size)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
@@ -213,6 +253,7 @@ class Pipeline:
         if settings.classifier is not None:
             for caption in prompts:  # all known, before the first is drawn
                 self._guides.classifier(self, settings.classifier)[0].label(caption)
+        self.warn_cut(prompts, settings, 4)
         indices = range(len(prompts)) if indices is None else indices
         shape = (self.unet.in_channels, size // self.factor, size // self.factor)
         sampler, grid = SAMPLERS[settings.sampler], grid_of(self.schedule, settings)
@@ -225,29 +266,54 @@ class Pipeline:
             )
         for i in range(0, len(prompts), batch_size):
             texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+            watch = Watch(len(grid) - 1, self.unet.conv_in.weight.dtype)
             if (gradient := self._guides.gradient(self, texts, settings, "mean")) is not None:
+                gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
                 options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
-            with self._under(settings):
-                latent = sampler.function(
-                    self.denoiser(texts, settings), self._noise(settings.seed, "x_T", numbers, shape), grid,
-                    lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape), callback=callback, **options,
-                )  # fmt: skip
-            yield self.codec.decode(latent) if self.codec else latent
+            latent = sampler.function(
+                self.denoiser(texts, settings, watch), self._noise(settings.seed, "x_T", numbers, shape), grid,
+                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape),
+                callback=watch.after_step(callback), **options,
+            )  # fmt: skip
+            images = watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
+            watch.check()
+            yield images
 
-    def denoiser(self, captions: list[str], settings: SampleConfig) -> Denoiser:
-        """What samplers call for these captions, guidance included."""
-        cond, null = self.condition(captions), self.condition([settings.negative_prompt or self.null_caption] * len(captions))
+    def warn_cut(self, prompts: Iterable[str], settings: SampleConfig, stacklevel: int) -> None:
+        """Warn of prompts, and of a negative prompt, that are longer than the text encoder takes: once of each."""
+        if self.text is None:
+            return
+        found = [("prompt", cut) for cut in self.text.cut(one for one in prompts if one not in self._cut)]
+        found += [("negative prompt", cut) for cut in self.text.cut({settings.negative_prompt} - self._cut)]
+        self._cut |= {cut.caption for _, cut in found}
+        lines = [f"{kind} {_short(cut.caption, 40)} ends early, its last {cut.tokens} tokens are dropped: {_short(cut.text, QUOTED)}"
+                 for kind, cut in found[:SHOWN]]  # fmt: skip
+        if lines:
+            more = [f"{len(found) - SHOWN} more are cut"] if len(found) > SHOWN else []
+            room = self.text.max_length - 2
+            warnings.warn(f"the text encoder takes {room} tokens: {'; '.join([*lines, *more])}", stacklevel=stacklevel)
+
+    def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
+        """What samplers call for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
+        model = self._under(settings)
+        cond, null = model.condition(captions), model.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        for context in (cond.context, null.context):
+            if watch and context is not None:
+                watch.see("what the text encoder says of the caption", context, False)
+        seen = watch.watched if watch else unseen
+        gradient = self._guides.gradient(self, captions, settings, "score")
+        weak = None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings)
         guidance = Guidance(
-            self._predict, cond, null, self.schedule, self.target, self.learned_variance,
+            seen("the U-Net's prediction", model._predict), cond, null, self.schedule, self.target, self.learned_variance,
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
-            weak=None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings),
+            weak=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
             weak_scale=settings.autoguidance_scale,
-            gradient=self._guides.gradient(self, captions, settings, "score"),
+            gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
             threshold=settings.dynamic_threshold,
         )  # fmt: skip
-        return Denoiser(self.schedule, self.target, guidance, self.learned_variance)
+        return Denoiser(self.schedule, self.target, seen("the guided prediction", guidance), self.learned_variance)
 
     def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
         noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
@@ -270,6 +336,7 @@ class Pipeline:
             raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
         check_guidance(settings, self.codec is not None)
         check_drawable(self.unet.config)
+        check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():
             self._lora(path)
 
@@ -314,6 +381,8 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
+        vae: str | None = None,
+        text: str | None = None,
         **reading: Any,
     ) -> Pipeline:
         """Open a run, a model folder (ours or diffusers') or a single file. Raises FolderError or ConfigError.
@@ -322,20 +391,27 @@ class Pipeline:
             dtype: of the U-Net; the autoencoder and the text encoder stay in float32.
             device: left out, a GPU where there is one.
             variant: of a folder's weights: fp16, non_ema.
+            vae, text: another autoencoder or text encoder than the model's own, or those that it lacks: a run, folder or file.
             reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
         """
-        info = ModelInfo.read(path, variant, **reading)
+        info = ModelInfo.read(path, variant, vae, text, **reading)
+        if info.lora is not None:
+            info.lora.check(info.hash)
         codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
-        text = None
+        encoder = None
         if info.has_text:
             from ldm.interop.text import text_of  # transformers takes seconds to import
 
-            text = text_of(info.bundle, info.path)
+            encoder = text_of(info.bundle, info.path)
         pipe = cls(
-            load_unet(info).to(dtype), info.schedule, info.target, codec, text, info.sample_size, info.defaults,
+            load_unet(info).to(dtype), info.schedule, info.target, codec, encoder, info.sample_size, info.defaults,
             info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
         )  # fmt: skip
         if info.lora is not None:
-            info.lora.check(info.hash)
             pipe.load_lora(info.lora.folder)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _short(text: str, most: int) -> str:
+    """A text as a message quotes it: a long one by its two ends."""
+    return repr(text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}")

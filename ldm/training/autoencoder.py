@@ -19,12 +19,14 @@ from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderRun, ConfigError
 from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import open_source, readable
+from ldm.data.sources import DataError, open_source, readable
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
-from ldm.interop.files import write_json
-from ldm.interop.weights import write_module
-from ldm.training.finite import NotFiniteError, not_finite
+from ldm.interop.bundle import VAE, Part
+from ldm.interop.folder import write_part
+from ldm.interop.intact import write_hashes
+from ldm.models.finite import NonFiniteError
+from ldm.training.finite import not_finite
 from ldm.training.run import RunDirectory
 from ldm.training.task import seeded
 
@@ -105,6 +107,9 @@ class AutoencoderTask:
     def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
         """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
         images = (prepare(sample.image, self.config.data.image_size) for _, sample in itertools.islice(readable(self.source), limit))
+        if (first := next(images, None)) is None:
+            raise DataError(f"{self.config.data.folder}: none of {self.source.length} training images can be read")
+        images = itertools.chain([first], images)
         while several := list(itertools.islice(images, AT_ONCE)):
             yield network.encode(torch.stack(several).to(self._adaptive.device))
 
@@ -225,11 +230,11 @@ class AutoencoderTask:
         try:
             network.fold_statistics(mean, std)
         except ValueError as error:
-            raise NotFiniteError(f"the latents of the training images: {error}: nothing is exported") from None
+            raise NonFiniteError(f"the latents of the training images: {error}: nothing is exported") from None
         if (problem := not_finite({"model_autoencoder": network.state_dict()}, {})) is not None:
-            raise NotFiniteError(f"{problem} not finite once the statistics of the latents are folded in: nothing is exported")
-        write_module(network, run.model / "vae/diffusion_pytorch_model.safetensors")
-        write_json(run.model / "vae/config.json", {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size})
+            raise NonFiniteError(f"{problem} not finite once the statistics of the latents are folded in: nothing is exported")
+        config = {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size}
+        write_hashes(run.model, write_part(Part(config, network.state_dict()), run.model / VAE, VAE))
 
     @torch.no_grad()
     def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:

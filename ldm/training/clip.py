@@ -14,6 +14,9 @@ from ldm.data.images import to_uint8
 from ldm.data.sources import open_source
 from ldm.data.stream import Batch, Draws, Stream, validation_batches
 from ldm.evaluation.plots import grid
+from ldm.interop.bundle import TEXT
+from ldm.interop.folder import FILES
+from ldm.interop.intact import write_hashes
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
 from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer, vocabulary_hash
 from ldm.training.run import RunDirectory
@@ -116,6 +119,7 @@ class ClipTask:
     def export(self, run: RunDirectory) -> None:
         """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
         from_clip(self.clip, self.tokenizer).save(run.model)
+        write_hashes(run.model, [run.model / TEXT / FILES[TEXT]])
         save_clip(self.clip, run.model / "clip")
 
 

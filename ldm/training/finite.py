@@ -6,15 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-
-class NotFiniteError(RuntimeError):
-    """What a training would write is infinite or NaN."""
-
-    exit_code = 5
-
+from ldm.models.finite import nonfinite
 
 _PARTS = {"model": "the weights", "optimizer": "the optimizer's moments"}  # by the first word of a group's name
 
@@ -26,27 +20,12 @@ def not_finite(groups: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str,
     each device.
     """
     for group, named in groups.items():
-        if broken := _broken(named):
+        if broken := nonfinite(named):
             kind, _, network = group.partition("_")
             part = f"{_PARTS[kind]} of {network}" if kind in _PARTS else "the averaged weights"
             return f"{part} ({_listed(broken)}) are"
     broken = [name for name, value in _numbers(scalars, "") if not math.isfinite(value)]
     return f"the state ({_listed(broken)}) is" if broken else None
-
-
-def _broken(named: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors with a value that is not finite, in order."""
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, tensor in named.items():
-        if tensor.is_floating_point() and tensor.numel():
-            by_device.setdefault(tensor.device, {})[name] = tensor.detach()
-    found: set[str] = set()
-    for tensors in by_device.values():
-        norms = torch._foreach_norm(list(tensors.values()))  # pyright: ignore[reportPrivateImportUsage]
-        finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
-        suspects = (name for name, whole in zip(tensors, finite, strict=True) if not whole)
-        found |= {name for name in suspects if not torch.isfinite(tensors[name]).all()}  # or the sum of squares alone overflowed
-    return [name for name in named if name in found]
 
 
 def _listed(names: list[str]) -> str:

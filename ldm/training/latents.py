@@ -33,18 +33,23 @@ def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
 def ensure_cache(
     config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None], processes: Processes, device: torch.device
 ) -> cache.LatentCache:
-    """Open the run's latent cache, and write it before where it is missing. Raises DataError for one that does not match."""
+    """Open the run's latent cache, which is compared with its hashes, and write it before where it is missing or damaged.
+
+    Raises DataError for one that was made for something else.
+    """
     folder = Path(config.run) / "latents"
     bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
-    if not processes.each((folder / cache.MANIFEST).is_file)[0]:  # what the main process sees holds for all
-        say(f"encoding {source.length} images into {folder}")
-        tenths: set[int] = set()
+    try:
+        return cache.LatentCache(folder, bound, processes)
+    except cache.DamagedCacheError as error:  # on all processes alike
+        say(f"encoding {source.length} images into {folder}" if error.missing else f"{error}: encoding {source.length} images again")
+    tenths: set[int] = set()
 
-        def progress(done: int, total: int) -> None:
-            if total >= MANY and (tenth := done * 10 // total) not in tenths:
-                tenths.add(tenth)
-                say(f"encoded {done} of {total}")
+    def progress(done: int, total: int) -> None:
+        if total >= MANY and (tenth := done * 10 // total) not in tenths:
+            tenths.add(tenth)
+            say(f"encoded {done} of {total}")
 
-        cache.write(folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes)
-        autoencoder.to("cpu")
-    return cache.LatentCache(folder, bound)
+    cache.write(folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes)
+    autoencoder.to("cpu")
+    return cache.LatentCache(folder, bound, processes)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ldm.models.finite import NonFiniteError
 from ldm.training.run import RunDirectory
 from ldm.training.skipped import SkipLog
 from ldm.training.stopping import warn_if_slow
@@ -51,18 +52,19 @@ class Recorder:
             self.run.status("running", step, self.steps)
 
     def pictures(self, step: int, draw: Callable[[], Mapping[str, UInt8[np.ndarray, "h w c"]]]) -> None:
-        """What ``draw`` returns, by name. Its failure is a warning, but for the errors that a person can mend (``exit_code``)."""
+        """What ``draw`` returns, by name. Its failure is a warning, but for the errors that the user can fix (``exit_code``)."""
         if self.run is None:
             return
         try:
             pictures = draw()
         except Exception as error:
-            if hasattr(error, "exit_code"):
+            if hasattr(error, "exit_code") and not isinstance(error, NonFiniteError):
                 raise
             if not self._undrawn:
                 warnings.warn(f"no pictures from update {step} on, training continues: {type(error).__name__}: {error}", stacklevel=1)
             self._undrawn = True
             return
+        self._undrawn = False
         for name, picture in pictures.items():
             self.run.picture(name, step, picture)
             self._trackers.image(step, name, picture)

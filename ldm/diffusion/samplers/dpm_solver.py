@@ -4,7 +4,8 @@ Each step solves x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0(λ) dλ with a poly
 the probability flow, those named ``sde`` the reverse diffusion with the same marginals.
 
 ``start``: exact samples at the grid's nodes 1, 2, …, taken in place of the solver's own, to measure its order.
-``lower_final``: with fewer than 15 steps the last is of first order and the one before it of second at most.
+``lower_final``: with fewer than 15 steps the last is of first order and the one before it of second at most. The paper has no
+such rule; it is one of the authors' code, there for fewer than 10 steps (at first 15, which diffusers kept, and so do we).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
 from ldm.diffusion.schedule import like
 
-FEW_STEPS = 15  # below it Lu et al.'s solvers lower their last orders
+FEW_STEPS = 15  # below it the last orders are lowered, as in diffusers
 
 # data(path, step, [x̂_0 now, of the call before, …]): the constant x̂_0 that would make the same step
 Data = Callable[[Path, int, list[Tensor]], Tensor]

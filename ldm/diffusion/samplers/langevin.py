@@ -1,9 +1,10 @@
 """Langevin samplers: annealed, and as the corrector behind a predictor (math.md S4).
 
-A Langevin step at one noise level is x ← x + (δ/2) ∇log q(x_t) + √δ z, with δ = 4 (r ‖z‖/‖∇log q‖)². The signal-to-noise
-ratio r is that of Song et al. 2021 (Algorithm 4; their ε is δ/2). By default ‖z‖/‖∇log q‖ is not measured but taken
-as s_t, what it is for the kernel's score −ε/s_t: so δ = 4 r² s_t², in proportion to the variance as in Song & Ermon
-2019, and a sample's step does not depend on luck. As steps double at one r, the error ends at the steps' own, of order r².
+A Langevin step at one noise level is x ← x + (δ/2) ∇log q(x_t) + √δ z, with δ = 4 r² s_t², in proportion to the variance
+as in Song & Ermon 2019. The signal-to-noise ratio r is that of Song et al. 2021 (Algorithm 4; their ε is δ/2), whose step is
+δ = 4 (r ‖z‖/‖∇log q‖)²: here the ratio of the norms is s_t, which it is for the kernel's score −ε/s_t. Their code averages the
+norms over the batch, so that an image would depend on those beside it; of each sample alone they would make the step depend on
+x and z, which changes the stationary distribution. As steps double at one r, the error ends at the steps' own, of order r².
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SNR = 0.16  # r of the corrector, as published for images
 
 def annealed_langevin(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
-    corrections: int = PER_LEVEL, snr: float = 0.3, measured: bool = False, callback: Callback | None = None,
+    corrections: int = PER_LEVEL, snr: float = 0.3, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1; S4): ``corrections`` Langevin steps at each level after the first.
 
@@ -37,12 +38,12 @@ def annealed_langevin(
             return (x0 := denoiser(x, path.t[i]).x0), x0
         return like(path.alpha[i + 1] / path.alpha[i], x) * x, None
 
-    return _corrected(denoiser, x, grid, noise, follow, corrections, snr, measured, callback)
+    return _corrected(denoiser, x, grid, noise, follow, corrections, snr, callback)
 
 
 def predictor_corrector(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
-    eta: float = 0.0, corrections: int = 1, snr: float = SNR, measured: bool = False, callback: Callback | None = None,
+    eta: float = 0.0, corrections: int = 1, snr: float = SNR, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """A DDIM step to each level (η = 1: ancestral), then ``corrections`` Langevin steps at it (Song et al. 2021, Algorithm 1; S4).
 
@@ -55,23 +56,21 @@ def predictor_corrector(
         x = ddim(denoiser, x, path.t[i : i + 2], lambda _: noise(draw), eta=eta, callback=lambda _, __, x0: used.append(x0))
         return x, used[0]
 
-    return _corrected(denoiser, x, grid, noise, predict, corrections, snr, measured, callback)
+    return _corrected(denoiser, x, grid, noise, predict, corrections, snr, callback)
 
 
-def langevin_step(said: Prediction, z: Float[Tensor, "b *d"], snr: float, measured: bool = False) -> Float[Tensor, "b *d"]:
-    """x + (δ/2) ŝ + √δ z at the prediction's noise level; ``measured``: δ from each sample's own ‖z‖/‖ŝ‖."""
-    score = said.score
-    if measured:
-        ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
-    else:
-        ratio = said.denoiser.schedule.sigma(said.t)
-    delta = like((2 * snr * ratio).square(), z)
-    return said.x_t + delta / 2 * score + delta.sqrt() * z
+def langevin_step(said: Prediction, z: Float[Tensor, "b *d"], snr: float) -> Float[Tensor, "b *d"]:
+    """x + (δ/2) ŝ + √δ z, δ = 4 r² s_t², at the prediction's noise level.
+
+    On Gaussian data of variance V at that level, steps without end reach the variance V/(1 − δ/(4V)).
+    """
+    delta = like((2 * snr * said.denoiser.schedule.sigma(said.t)).square(), z)
+    return said.x_t + delta / 2 * said.score + delta.sqrt() * z
 
 
 def _corrected(
     denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, predict: Callable[[int, Path, Tensor], tuple[Tensor, Tensor | None]],
-    corrections: int, snr: float, measured: bool, callback: Callback | None,
+    corrections: int, snr: float, callback: Callback | None,
 ) -> Tensor:  # fmt: skip
     """Each step: ``predict``, which draws noise i·(corrections + 1) if any, then the corrections, which draw those after it."""
     if corrections < 1 or snr <= 0:
@@ -82,7 +81,7 @@ def _corrected(
         if path.sigma[i + 1] > 0:
             for j in range(corrections):
                 said = denoiser(x, path.t[i + 1])
-                x, x0 = langevin_step(said, noise(i * (corrections + 1) + 1 + j), snr, measured), said.x0
+                x, x0 = langevin_step(said, noise(i * (corrections + 1) + 1 + j), snr), said.x0
         assert x0 is not None
         x = told(callback, i, x, x0)
     return x

@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from ldm.files.disk import flush
 from ldm.interop.archive import safetensors, torchfile
 from ldm.interop.archive.mapped import MappedFile
-from ldm.files.disk import flush
 from ldm.interop.files import FolderError
 
 TORCH = (".ckpt", ".pt", ".pth", ".bin")

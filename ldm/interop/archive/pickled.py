@@ -5,6 +5,7 @@ Nothing is imported or looked up by name here: a global is an entry of the table
 
 from __future__ import annotations
 
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names, which protocol 2 writes: long, unicode, xrange …
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,22 +65,33 @@ class Function:
     call: Callable[..., Any]
 
 
-PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf")  # all become placeholders
+# Whole packages and modules whose names become placeholders: what trainers write beside the weights, and modules of values alone.
+PACKAGES = {
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "torchvision", "omegaconf", "hydra",
+    "transformers", "tokenizers", "accelerate", "diffusers", "peft", "timm", "taming", "sgm", "cldm", "wandb", "easydict", "addict",
+    "munch", "box", "ml_collections", "yacs", "main", "__main__",
+}  # fmt: skip
+_VALUES = {"pathlib", "pathlib._local", "datetime", "decimal", "fractions", "uuid", "typing", "collections"}
+_WITHIN = ("torch.optim.", "numpy.random.")  # beginnings of modules
 _BESIDE = {
-    "argparse.Namespace", "typing.Any", "pathlib.PosixPath", "pathlib.WindowsPath", "collections.deque", "numpy.ndarray",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer",
-    "torch.device", "datetime.datetime", "datetime.timedelta",
-    *(f"builtins.{t}" for t in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set",
-                                "str", "tuple", "type")),
+    "argparse.Namespace", "types.SimpleNamespace", "types.GenericAlias", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer", "torch.device",
+    "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer",
+    "torch.nn.modules.container.ParameterDict", "torch.torch_version.TorchVersion",
+    "torch._utils._rebuild_sparse_tensor", "torch.serialization._get_layout",
+    *(f"builtins.{t}" for t in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range",
+                                "set", "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented")),
+    *(f"numpy.{t}" for t in ("bool_", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+                             "float32", "float64", "complex64", "complex128", "str_", "bytes_", "datetime64", "timedelta64", "object_")),
 }  # fmt: skip
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+    "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
 }  # fmt: skip
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _DTYPES = (*_STORAGES.values(), *(getattr(torch, name) for name in (*_FLOAT8, "uint16", "uint32", "uint64")))
 _NUMBERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}  # numpy's words
-_MODULES = {"__builtin__": "builtins"}  # Python 2's name, which protocol 2 writes
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None) -> TensorRef:
@@ -106,6 +118,20 @@ def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None, state: A
     if not isinstance(data, TensorRef):
         raise ValueError("a parameter that is no tensor")
     return data
+
+
+def _subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> TensorRef:
+    """A tensor of a subclass, or with attributes: they are left out."""
+    if rebuild not in _TENSORS or type(arguments) is not tuple:
+        raise ValueError("a tensor of a subclass that is rebuilt by another function than a tensor")
+    return rebuild.call(*arguments)
+
+
+def _of_a_type(owner: Any, item: Any) -> Placeholder:
+    """`typing.Optional[int]`: one placeholder for another."""
+    if not isinstance(owner, Placeholder):
+        raise ValueError("an item of what is not a type")
+    return Placeholder(owner.name)
 
 
 def _size(shape: Any = ()) -> tuple[Any, ...]:
@@ -140,15 +166,18 @@ def _numpy_scalar(dtype: Any, data: Any = None) -> int | float | Placeholder:
     return np.frombuffer(data, dtype)[0].item()
 
 
+_TENSORS = (Function(_tensor_v2), Function(_tensor_v3), Function(_parameter))
 _KNOWN: dict[str, Any] = {
     **{f"{module}.{name}Storage": StorageType(t) for module in ("torch", "torch.cuda") for name, t in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(None),
     **{str(dtype): dtype for dtype in _DTYPES},
-    "torch._utils._rebuild_tensor": Function(_tensor_v2),
-    "torch._utils._rebuild_tensor_v2": Function(_tensor_v2),
-    "torch._utils._rebuild_tensor_v3": Function(_tensor_v3),
-    "torch._utils._rebuild_parameter": Function(_parameter),
-    "torch._utils._rebuild_parameter_with_state": Function(_parameter),
+    "torch._utils._rebuild_tensor": _TENSORS[0],
+    "torch._utils._rebuild_tensor_v2": _TENSORS[0],
+    "torch._utils._rebuild_tensor_v3": _TENSORS[1],
+    "torch._utils._rebuild_parameter": _TENSORS[2],
+    "torch._utils._rebuild_parameter_with_state": _TENSORS[2],
+    "torch._tensor._rebuild_from_type_v2": Function(_subclass),
+    "_operator.getitem": Function(_of_a_type),
     "torch.Size": Function(_size),
     "collections.OrderedDict": Function(_ordered),
     "collections.defaultdict": Function(lambda factory=None: {}),
@@ -160,7 +189,9 @@ _KNOWN: dict[str, Any] = {
 
 
 def put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """One entry of a dict; its key is what hashes fast and cannot be nested."""
+    """One entry of a dict; its key is what hashes fast and cannot be nested. A tuple of such becomes a placeholder, and is not hashed."""
+    if isinstance(key, tuple) and all(item is None or isinstance(item, (str, int, float, bytes, Placeholder)) for item in key):
+        key = Placeholder("builtins.tuple")
     if not (isinstance(key, (str, float, bytes, Placeholder, torch.dtype)) or key is None or (isinstance(key, int) and abs(key) < 2**60)):
         raise ValueError(f"a key that is a {type(key).__name__}")
     if key in target:
@@ -170,10 +201,11 @@ def put(target: dict[Any, Any], key: Any, value: Any) -> None:
 
 def find(module: str, name: str) -> Any:
     """What a global stands for. Raises LookupError with its full name for one that no weights need."""
-    module = _MODULES.get(module, module)
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
     if full in _KNOWN:
         return _KNOWN[full]
-    if (module.split(".")[0] in PACKAGES and name.isidentifier()) or full in _BESIDE:
+    inert = module.split(".")[0] in PACKAGES or module in _VALUES or module.startswith(_WITHIN)
+    if (inert and name.isidentifier()) or full in _BESIDE:
         return Placeholder(full)
     raise LookupError(full)

@@ -23,6 +23,12 @@ from ldm.interop.files import FolderError
 ZIP = b"PK\x03\x04"
 LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, which the first pickle of an old file holds
 SPARE = 2**24  # bytes that copies of shared memory may take beyond the file's own length: small files often expand a tensor
+_OTHER_KINDS = {  # by a key that only they have
+    "param_groups": "the state of an optimizer",
+    "optimizer": "the state of an optimizer, or of a training with one",
+    "string_to_param": "a textual inversion",
+    "ip_adapter": "an IP-Adapter",
+}
 Regions = Mapping[str, tuple[int, int]]  # storage → where its bytes begin and end in the file
 
 
@@ -123,6 +129,10 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
     if not isinstance(inside, dict):
         raise FolderError(f"{file.path}: its state_dict is a {type(inside).__name__}, no tensors by name")
     counters = {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, (int, float)) and not isinstance(v, bool)}
+    if (kind := next((kind for key, kind in _OTHER_KINDS.items() if key in inside), None)) is not None:
+        raise FolderError(f"{file.path} is {kind}: not a model")
+    if (kept := [str(name) for name, value in inside.items() if isinstance(value, dict)]) and inside is content:
+        raise FolderError(f"{file.path} holds no state_dict: its tensors are under {', '.join(kept[:4])[:200]}")
     references = {}
     for name, value in inside.items():
         if inside is content and name in counters:
@@ -132,6 +142,8 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
             raise FolderError(f"{file.path}: {str(name)[:200]!r} is a {kind}, no tensor")
         file.check_name(name)
         references[name] = value
+    if not references:
+        raise FolderError(f"{file.path} holds no tensors")
     return references, counters
 
 

@@ -26,7 +26,7 @@ SCALE = "scale_factor"
 HARMLESS = {  # what such files carry besides, by pattern
     r"model_ema\.(decay|num_updates)": "a counter of the EMA",
     r"(first_stage_model\.)?loss\..+": "of the loss that the autoencoder was trained with",
-    r"cond_stage_model\.transformer\.text_model\.embeddings\.position_ids": "the numbers 0, 1, … of the positions",
+    r"(.+\.)?position_ids": "the numbers 0, 1, … of the positions",
     r"cond_stage_model\.(model\.|transformer\.)?(text_projection|text_projection\.weight|logit_scale)": "CLIP's, for comparing with images",
 }
 

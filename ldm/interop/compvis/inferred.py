@@ -122,6 +122,7 @@ def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor
         scale_shift=shapes("middle_block.0.emb_layers.1.weight", 0) == 2 * channels[-1],
         vector_dim=shapes("label_emb.0.0.weight", 1) if shapes.has("label_emb.0.") else None,
         concat_channels=into - x_channels,
+        upcast_attention=family is not None and family.prediction is None and target == "v",  # published so: in half precision it overflows
     )
     factor = factor or (PUBLISHED_FACTOR if family else 1)
     layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)

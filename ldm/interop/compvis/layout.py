@@ -119,10 +119,11 @@ def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The parts whose tensors are there, with their prefixes."""
-    found = {part: prefix for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)}
-    if any(name.startswith(OPENCLIP_PREFIX + "transformer.") for name in tensors):
+    names = [name for name in tensors if not name.endswith("position_ids")]  # which may be left of a text encoder that was taken out
+    found = {part: prefix for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in names)}
+    if any(name.startswith(OPENCLIP_PREFIX + "transformer.") for name in names):
         found[TEXT] = OPENCLIP_PREFIX
-    if not found and any(name.startswith(("encoder.", "decoder.")) for name in tensors):
+    if not found and any(name.startswith(("encoder.", "decoder.")) for name in names):
         found[VAE] = ""
     if not found:
         prefixes = ", ".join(PREFIXES.values())

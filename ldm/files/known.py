@@ -1,0 +1,72 @@
+"""Hashes of large files, computed once for each file and change of it.
+
+A small file in the user's cache folder holds the hash of each, with all that the file system says of a change. It may be
+deleted at any time; where it cannot be kept, the hash is computed each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ldm.files.disk import file_hash, replace
+
+SMALLEST = 16 * 2**20  # bytes: below it, computing the hash takes no longer than a blink
+SETTLED = 2.0  # seconds since the last change: within the clock of the file system, a second change may look like none
+_computed: dict[str, str] = {}  # by this process: the hash by the state of the file
+
+
+def known_hash(file: Path) -> str:
+    """sha256 of a file's bytes; of a large one that has not changed, the one computed before. Raises OSError."""
+    before = _state(file)
+    if not _worth_keeping(before):
+        return file_hash(file)
+    key, entry = json.dumps(before), _entry(before["path"])
+    if (known := _computed.get(key) or (entry and _remembered(entry, before))) is not None:
+        return known
+    digest = file_hash(file)
+    if _state(file) == before:
+        _computed[key] = digest
+        if entry is not None:
+            with suppress(OSError):
+                replace(entry, json.dumps({**before, "sha256": digest}).encode())
+    return digest
+
+
+def _state(file: Path) -> dict[str, Any]:
+    """What changes with a file's content, however it is written: the time of the last change of the inode cannot be set back."""
+    about = file.stat()
+    return {
+        "path": str(file.resolve()), "device": about.st_dev, "inode": about.st_ino, "size": about.st_size,
+        "mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns,
+    }  # fmt: skip
+
+
+def _worth_keeping(state: dict[str, Any]) -> bool:
+    changed = max(state["mtime_ns"], state["ctime_ns"]) / 1e9
+    return state["size"] >= SMALLEST and time.time() - changed >= SETTLED
+
+
+def _entry(path: str) -> Path | None:
+    """Where the hash of a file is kept; None where there is no folder for it."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+    return folder / "ldm/hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+
+
+def _remembered(entry: Path, state: dict[str, Any]) -> str | None:
+    """The hash in an entry, if it is of this very state of the file."""
+    try:
+        held = json.loads(entry.read_text(encoding="utf-8"))
+        digest = held.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return digest if held == state and isinstance(digest, str) and len(digest) == 64 else None

@@ -1,0 +1,60 @@
+"""What is computed while a picture is drawn, watched for NaN and infinities: which part gave the first, and at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers.path import Callback
+from ldm.models.finite import NonFiniteError, is_finite
+
+EVERY = 16  # steps on a GPU between two looks, each of which waits for it
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Watch:
+    """Looks at tensors in the order in which they are computed, without waiting for the device until it is asked."""
+
+    def __init__(self, steps: int, dtype: torch.dtype) -> None:
+        self.steps, self.step = steps, 1
+        self._hint = f" (its weights are {str(dtype).removeprefix('torch.')}: take dtype float32)" if dtype in HALF else ""
+        self._names: list[str] = []
+        self._flags: list[Tensor] = []
+
+    def see(self, what: str, tensor: Tensor, at_step: bool = True) -> Tensor:
+        """The tensor itself, noted as ``what``."""
+        self._names.append(f"{what} at step {self.step} of {self.steps}" if at_step else what)
+        self._flags.append(is_finite(tensor))
+        return tensor
+
+    def watched(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function whose results are seen."""
+        return lambda *arguments: self.see(what, function(*arguments))
+
+    def check(self) -> None:
+        """Raise NonFiniteError naming the first that was not finite of all seen since the last call."""
+        names, flags = self._names, self._flags
+        self._names, self._flags = [], []
+        if flags and not bool((finite := torch.stack(flags)).all()):
+            first = names[finite.tolist().index(False)]
+            raise NonFiniteError(f"{first} is not finite (NaN or infinite): no picture is drawn{self._hint}")
+
+    def after_step(self, callback: Callback | None) -> Callback:
+        """A sampler's callback that sees the sample after each step, and calls ``callback``."""
+
+        def after(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
+            given = callback(step, x, x0) if callback else None
+            self.see("the sample", x if given is None else given)
+            self.step = step + 2
+            if x.device.type == "cpu" or self.step % EVERY == 0:
+                self.check()
+            return given
+
+        return after
+
+
+def unseen(what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function itself, where nobody watches."""
+    return function
