@@ -127,7 +127,9 @@ WRITERS = {
 def test_a_full_disk_is_one_line_with_path_and_reason_and_leaves_nothing_half_written(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("ldm.evaluation.conformance.conformance", lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1})
+    monkeypatch.setattr(
+        "ldm.evaluation.conformance.conformance", lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1}
+    )
     monkeypatch.setattr("ldm.evaluation.sampler_plots.exact_table", lambda report: [])
     if name == "reproduce":
         assert call("sample", "run", "--steps", "1", "--device", "cpu")[0] == 0
@@ -332,7 +334,8 @@ ODD = {
     "numbers": b'{"step": 1, "loss": NaN, "b": 1e999, "c": ' + b"9" * 400 + b', "accuracy": -Infinity}\n',
     "5000 digits": b'{"step": ' + b"1" * 5000 + b"}\n",
     "wrong types": b'{"step": "x", "steps": null, "seconds": [], "state": {}, "code": "5", "reason": 3, "files": [], "data": []}\n',
-    "negative": b'{"step": -1, "steps": 0, "seconds": -1e400, "state": "running", "code": 1e9, "files": {"a\\u0000b": {"bytes": 0, "sha256": ""}}}\n',
+    "negative": b'{"step": -1, "steps": 0, "seconds": -1e400, "state": "running", "code": 1e9}\n',
+    "a name of no file": b'{"step": 4, "format": 1, "files": {"a\\u0000b": {"bytes": 0, "sha256": ""}}}\n',
     "other names": b'{"step": true, "files": {"x": 3}, "format": 1, "judge": {"accuracy": {}}}\n',
 }
 FILES = ("status.json", "metrics.jsonl", "starts.jsonl", "skipped.jsonl", "report.json", "checkpoints/step-00000004/state.json",
@@ -475,9 +478,7 @@ def test_nohup_keeps_a_hang_up_ignored() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["missing", "given and missing", "noise", "another network"])
-def test_lpips_weights_are_asked_for_before_anything_slow(
-    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
-) -> None:
+def test_lpips_weights_are_asked_for_before_anything_slow(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str) -> None:
     def slow(*arguments: Any) -> Any:
         raise AssertionError("a network is made, or data read")
 
@@ -492,7 +493,12 @@ def test_lpips_weights_are_asked_for_before_anything_slow(
         torch.save({"features.0.weight": torch.zeros(3)}, place)
     given = ["loss.lpips_weights=nowhere/vgg.pth"] if "given" in wrong else []
     code, _, error = call(
-        "train-autoencoder", str(ROOT / "configs/sd1/autoencoder.yaml"), "run=new", "data.folder=photos", "train.mixed_precision='no'", *given
+        "train-autoencoder",
+        str(ROOT / "configs/sd1/autoencoder.yaml"),
+        "run=new",
+        "data.folder=photos",
+        "train.mixed_precision='no'",
+        *given,
     )
     assert code == 2 and error.count("\n") == 1, error
     assert "vgg16-397923af.pth" in error and ("nowhere/vgg.pth" if given else str(place)) in error

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError
-from ldm.config.nesting import check_nesting
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 from ldm.config.values import typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
 
 T = TypeVar("T")
+
+DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values with what aliases repeat
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
@@ -125,16 +126,43 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
         text = read_text(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
         for part in (text, *(override.partition("=")[2] for override in overrides)):
-            check_nesting(part)
+            _require_small(part)
         loaded = OmegaConf.load(io.StringIO(text))
-        if isinstance(loaded, DictConfig):
-            tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-            return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:  # OSError: a lone number, too
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"{file}: cannot be read: {reason.removeprefix(f'{file}: ')}") from None
-    raise ConfigError(f"{file} must be a mapping of settings, not a list")
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{file} must be a mapping of settings, not a list")
+        tree = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:  # odd numbers, tags, keys
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _require_small(text: str) -> None:
+    """Raise ConfigError for YAML that is nested deep or that aliases would blow up, before it is built; yaml.YAMLError for none."""
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what has a name, with all that it refers to
+    open_nodes: list[tuple[str | None, int]] = []  # the names of the nodes around, and the count of values before each
+    count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_nodes.pop()
+            if name is not None:
+                sizes[name] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+        count += isinstance(event, yaml.NodeEvent)
+        if len(open_nodes) > DEPTH or count > VALUES:
+            raise ConfigError(f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases")
 
 
 def save(config: Any, file: str | Path) -> None:
