@@ -70,6 +70,24 @@ def unsafe_loads(tree: ast.Module) -> Iterator[int]:
             yield node.lineno
 
 
+TEXT_CALLS = ("read_text", "write_text", "open")  # of Path, or the builtin: in the locale's encoding unless they say which
+
+
+def locale_bound(tree: ast.Module) -> Iterator[int]:
+    """Lines that read or write text in an encoding that depends on the machine."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        of = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        if name not in TEXT_CALLS or of in ("os", "Image", "self.recorder") or (name == "read_text" and not of):  # those of ours say it
+            continue
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        modes = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if name != "open" or not any("b" in mode for mode in modes):
+            yield node.lineno
+
+
 def violations(root: Path) -> list[str]:
     """Every breach of the rules in the product under ``root``, as `file:line: what`."""
     found = []
@@ -78,12 +96,13 @@ def violations(root: Path) -> list[str]:
         parts = file.relative_to(root).with_suffix("").parts
         package = ".".join(parts[:-1])
         module = package if parts[-1] == "__init__" else ".".join(parts)
-        tree = ast.parse(file.read_text(), path)
+        tree = ast.parse(file.read_text(encoding="utf-8"), path)
         if bad := SHAPELESS & set(parts):
             found.append(f"{path}:1: {bad.pop()} says nothing of what is inside")
         found += [f"{path}:{line}: {fault}" for line, name in imported(tree, package) for fault in faults(path, module, name)]
         if path != MAY_TORCH_LOAD:
             found += [f"{path}:{line}: unpickles" for line in unsafe_loads(tree)]
+        found += [f"{path}:{line}: text in the locale's encoding" for line in locale_bound(tree)]
     return found
 
 
@@ -135,6 +154,10 @@ def test_every_module_has_a_room() -> None:
         ("ldm/data/x.py", "import torch\ntorch.load('f')", "x.py:2: unpickles"),
         ("ldm/data/x.py", "from torch import load", "unpickles"),
         ("ldm/data/x.py", "import numpy as np\nnp.load('f', allow_pickle=True)", "unpickles"),
+        ("ldm/data/x.py", "from pathlib import Path\nPath('f').read_text()", "x.py:2: text in the locale's encoding"),
+        ("ldm/data/x.py", "file.write_text('a', errors='replace')", "text in the locale's encoding"),
+        ("ldm/data/x.py", "open('f')", "text in the locale's encoding"),
+        ("ldm/data/x.py", "path.open('a')", "text in the locale's encoding"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expected: str) -> None:
@@ -153,6 +176,7 @@ def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expecte
         ),
         ("ldm/interop/diffusers.py", "from ldm.interop import diffusers"),
         ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
+        ("ldm/data/x.py", "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, path: str, code: str) -> None:

@@ -242,6 +242,31 @@ def test_a_guide_that_changed_is_named(call: Call, place: Path, tmp_path: Path, 
     assert code == 4 and f"{Path(file).parts[0]} has changed since it helped to draw {picture}" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "old"), [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge")], ids=["lora", "weak", "judge"]
+)
+def test_a_guide_that_moved_is_named_and_must_be_the_same(call: Call, place: Path, tmp_path: Path, option: str, old: str) -> None:
+    picture = drawn(call, tmp_path, *CASES[option])[0]
+    new = tmp_path / f"new-{old}"
+    (place / old).rename(new)
+    try:
+        assert call("reproduce", picture)[0] in (2, 4)
+        code, out = call("reproduce", picture, "--moved", f"{old}={new}")
+        assert code == 0 and ": identical; model " in out
+        code, error = call("reproduce", picture, "--moved", f"other={new}")
+        assert code == 2 and f"--moved other: the picture names {old}" in error
+        assert call("reproduce", picture, "--moved", old)[0] == 2
+        for file in new.rglob("*.safetensors") if new.is_dir() else [new]:
+            content = file.read_bytes()
+            save_file(stir(file, 1e-3), file, {"lora_adapter_metadata": "{}"})
+            code, error = call("reproduce", picture, "--moved", f"{old}={new}")
+            file.write_bytes(content)
+            assert code == 4 and "changed since it helped to draw" in error
+            break
+    finally:
+        new.rename(place / old)
+
+
 def test_pixels_that_changed_are_counted(call: Call, plain: dict[str, Path], tmp_path: Path) -> None:
     file = plain["run"]
     array = pixels(file)

@@ -12,6 +12,7 @@ PARTS = (  # that only a run has; `.lock` comes first, with the folder
     "samples", "tensorboard", "wandb", "wandb-id",
 )  # fmt: skip
 RECORDS = (".lock", "status.json", "metrics.jsonl", "starts.jsonl", "checkpoints", "latents")  # of which a run that was begun has some
+FOLDERS = ("checkpoints", "samples", "model", "latents")
 LOGS = (".log", ".out", ".err", ".txt")  # what a shell or a scheduler writes may lie there first
 
 
@@ -20,6 +21,9 @@ def check_place(settings: Any) -> None:
     folder, run = settings.data.folder, Path(settings.run)
     if folder is not None and run.resolve().is_relative_to(Path(folder).resolve()):
         raise ConfigError(f"run {settings.run} lies inside data.folder {folder}, among the images: choose another place")
+    for name in FOLDERS:
+        if (run / name).exists() and not (run / name).is_dir():
+            raise ConfigError(f"{run / name} is a file, where a run has a folder: move it away")
     if any((run / name).exists() for name in RECORDS) or not run.is_dir():
         return
     if run.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):

@@ -3,7 +3,7 @@
   ldm reproduce images/00000-a-small-red-circle.png
 
 The model is looked for where it was when the picture was drawn, as it was named then (so start it in the same folder), or
-where --model says; it must have the hash that the PNG holds. So must the LoRAs and guides.
+where --model says; it must have the hash that the PNG holds. So must the LoRAs and guides, which --moved OLD=NEW finds elsewhere.
 
 exit codes: 0 identical, or within 1 of 255 (the difference is said), 1 the pixels differ by more, 2 no picture of `ldm sample`,
 4 the model, a LoRA or a guide is missing or has changed
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which picture, and with what."""
     parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
     parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
+    parser.add_argument(
+        "--moved", action="append", default=[], metavar="OLD=NEW", help="where a LoRA or guide is now, by its name in the PNG"
+    )
     add_parts(parser)
     parser.add_argument("--out", metavar="FILE", help="keep the picture that is drawn again, as a PNG")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)")
@@ -46,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from ldm.evaluation.plots import write_png
-    from ldm.evaluation.reproduction import PROMISED, check_model, deviation, elsewhere, redraw
+    from ldm.evaluation.reproduction import PROMISED, check_model, deviation, elsewhere, redraw, relocated
     from ldm.pipeline import Pipeline
     from ldm.pipeline.info import ModelInfo
     from ldm.pipeline.origin import read_origin, surroundings
 
     origin, pixels = read_origin(file)
+    if moved := dict(_moved(pair) for pair in arguments.moved):
+        origin = relocated(origin, moved)
     path = arguments.model or origin.path
     if path is None:
         raise ConfigError(f"{file} does not say where its model (sha256 {origin.model[:12]}) is: name it with --model")
@@ -76,6 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     for line in elsewhere(origin, here):
         console.say(f"  {line}")
     return int(most > PROMISED)
+
+
+def _moved(pair: str) -> tuple[str, str]:
+    old, separator, new = pair.partition("=")
+    if not (old and separator and new):
+        raise ConfigError(f"--moved must be OLD=NEW, got {pair!r}")
+    return old, new
 
 
 def _device(name: str | None, origin: Origin) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.config import ConfigError
+from ldm.files.disk import make_folder
 
 
 def check_target(
@@ -26,7 +27,7 @@ def check_target(
         for other in () if file.exists() else (file.with_suffix(suffix) for suffix in beside):
             if other.exists():
                 raise ConfigError(f"{option} {file}: {other}, which is written with it, is there already: name another file, or remove it")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         probe = file.with_name(f".{file.name[:40]}.tmp")  # as ``ldm.files.disk.replace`` names it
         probe.touch()
         probe.unlink()

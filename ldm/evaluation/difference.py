@@ -62,7 +62,8 @@ def _data(path: Path) -> dict[str, Any]:
     newest = newest_checkpoint(path)
     try:
         state = parse((newest[1] / "state.json").read_text(encoding="utf-8")) if newest is not None else {}
-        data = flat(state.get("data", {}))
+        data = state.get("data", {})
+        data = flat(data) if isinstance(data, dict) else {}
     except (OSError, ValueError, AttributeError):  # damaged; `ldm checkpoints` says how
         data = {}
     left_out = len(read_skipped(path)[0])

@@ -75,7 +75,8 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
     return status
 
 
-def _is_seconds(value: Any) -> bool:
+def is_seconds(value: Any) -> bool:
+    """Whether a value may be a time, neither negative nor infinite."""
     return _is_number(value) and 0 <= value < 1e12  # and so neither infinite nor NaN
 
 
@@ -87,7 +88,7 @@ STATUS = {  # of status.json: what is right, and its name
     "state": (_is_text, "text"),
     "step": (is_count, "a whole number"),
     "steps": (is_count, "a whole number"),
-    "seconds": (_is_seconds, "a number of seconds"),
+    "seconds": (is_seconds, "a number of seconds"),
     "code": (lambda value: is_count(value) and value < 256, "an exit code"),
     "reason": (_is_text, "text"),
 }

@@ -90,7 +90,7 @@ def _head(run: Run) -> Html:
         ("command", f"ldm {command}"),
         ("state", element("b", told, class_="bad") if state == "failed" else told),
         ("updates", f"{run.status.get('step', 0)} of {train.steps}"),
-        ("wall time", _duration(seconds) + ", all resumes together" if isinstance(seconds, (int, float)) else "not known yet"),
+        ("wall time", _duration(seconds) + ", all resumes together" if record.is_seconds(seconds) else "not known yet"),
         ("global batch", f"{train.batch_size} images"),
         ("model", "exported" if exported else "not exported yet: that follows the last update"),
     ]

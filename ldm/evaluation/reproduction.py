@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ldm.config import ConfigError
 from ldm.data.images import to_pil, to_uint8
 from ldm.evaluation.plots import GAP, grid
 from ldm.interop.files import FolderError
@@ -23,6 +25,18 @@ _NAMES = {
     "text_encoder": "text encoder's settings",
     "null_caption": "null caption",
 }
+
+
+def relocated(origin: Origin, moved: Mapping[str, str]) -> Origin:
+    """``origin`` with the LoRAs and guides at the places where they are now. Raises ConfigError for a name that it does not have."""
+    settings = origin.settings
+    named = {path for path, _ in settings.loras()} | {settings.classifier, settings.autoguidance}
+    if unknown := sorted(moved.keys() - named):
+        raise ConfigError(f"--moved {unknown[0]}: the picture names {', '.join(sorted(n for n in named if n)) or 'no LoRA and no guide'}")
+    lora = tuple(f"{moved.get(path, path)}:{scale!r}" for path, scale in settings.loras())
+    guides = {name: moved.get(at, at) for name in ("classifier", "autoguidance") if (at := getattr(settings, name)) is not None}
+    others = {moved.get(name, name): value for name, value in origin.others.items()}
+    return dataclasses.replace(origin, settings=dataclasses.replace(settings, lora=lora, **guides), others=others)
 
 
 def check_model(origin: Origin, pipe: Pipeline, info: ModelInfo, file: Path) -> None:

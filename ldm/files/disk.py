@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -27,6 +28,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises OSError; NotADirectoryError where a file stands in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+
+
 def replace(file: Path, content: bytes) -> None:
     """Write, flush and rename: readers see the old file or the new one, never half of one. Raises OSError naming ``file``.
 
@@ -37,7 +46,7 @@ def replace(file: Path, content: bytes) -> None:
         if file.exists() and not file.is_file():
             file.write_bytes(content)
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
