@@ -65,9 +65,6 @@ def _old(name: str) -> str | None:
 
 def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, str]:
     """The layer that a key changes, by the ``stems`` in ``table``, and which of its tensors it is. Raises FolderError."""
-    for pattern, kind in OTHERS.items():
-        if re.search(pattern, key):
-            raise FolderError(f"{where}: {key}: {kind} is not offered, only LoRA")
     for ending, role in ENDINGS.items():
         if key.endswith(ending) and (place := table.get(key.removesuffix(ending))) is not None:
             return place, role
@@ -76,6 +73,17 @@ def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, s
     stem = next((key.removesuffix(ending) for ending in ENDINGS if key.endswith(ending)), key)
     near = difflib.get_close_matches(stem, table, n=1)
     raise FolderError(f"{where}: {key} changes no layer of this model" + (f" (the nearest is called {near[0]})" if near else ""))
+
+
+def check_kind(keys: Iterable[str], where: str) -> None:
+    """Raise FolderError where keys are of another kind of adapter, or of none."""
+    keys = list(keys)
+    for key in keys:
+        for pattern, kind in OTHERS.items():
+            if re.search(pattern, key):
+                raise FolderError(f"{where}: {key}: {kind} is not offered, only LoRA")
+    if keys and not any(key.endswith(tuple(ENDINGS)) for key in keys):
+        raise FolderError(f"{where} is not a LoRA: none of its tensors has the name of one; the first is {keys[0]}")
 
 
 def diffusers_keys(part: str, name: str) -> dict[str, str]:
