@@ -142,7 +142,7 @@ def test_the_layout_of_kohya_is_read_by_its_readers_and_by_diffusers(written: Pa
     equal({part: {n: layer.weight.double() for n, layer in changeable(net).items()} for part, net in networks(pipe).items()}, expected)
 
 
-@pytest.mark.parametrize("stem", ["lora_te_", "lora_te1_", "text_encoder."])
+@pytest.mark.parametrize("stem", ["lora_te_", "lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."])
 def test_keys_of_a_text_encoder_may_lack_its_prefix(pipe: Pipeline, tmp_path: Path, stem: str) -> None:
     """As older merges, and peft on transformers 5, name its layers."""
     lora = both(pipe)[TEXT]
@@ -155,6 +155,28 @@ def test_keys_of_a_text_encoder_may_lack_its_prefix(pipe: Pipeline, tmp_path: Pa
     found = read_lora(tmp_path / "x.safetensors", networks(pipe))
     assert list(found) == [TEXT] and found[TEXT].changes.keys() == lora.changes.keys()
     assert all(torch.equal(found[TEXT].changes[name].matrix(), change.matrix()) for name, change in lora.changes.items())
+
+
+@pytest.mark.parametrize("stem", ["diffusion_model.", "lora_unet_"])
+def test_names_of_a_file_in_the_layout_of_compvis_are_read(written: Path, pipe: Pipeline, tmp_path: Path, stem: str) -> None:
+    """As ComfyUI writes them: each layer is known by its weight in the single file that `ldm convert` writes."""
+    assert main(["convert", str(written), str(tmp_path / "single.safetensors")]) == 0
+    prefix = "model.diffusion_model."
+    single = {key: value for key, value in load_file(tmp_path / "single.safetensors").items() if key.startswith(prefix)}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in changeable(pipe.unet).items():
+        (key,) = (key for key, value in single.items() if value.shape == layer.weight.shape and torch.equal(value, layer.weight))
+        plain = key.removeprefix(prefix).removesuffix(".weight")
+        there = stem + (plain if stem.endswith(".") else plain.replace(".", "_"))
+        lora = Lora(pipe.unet, {name: (2, 2.0)})
+        lora.changes[name].lora_B.weight.data.normal_()  # type: ignore[union-attr,operator]
+        values = {"lora_down": lora.changes[name].lora_A, "lora_up": lora.changes[name].lora_B}
+        tensors |= {f"{there}.{word}.weight": part.weight.detach() for word, part in values.items()}  # type: ignore[union-attr,misc]
+        tensors[f"expected {name}"] = lora.changes[name].matrix()
+    expected = {key.removeprefix("expected "): tensors.pop(key) for key in list(tensors) if key.startswith("expected ")}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_lora(tmp_path / "x.safetensors", networks(pipe))[UNET].changes
+    assert found.keys() == expected.keys() and all(torch.equal(found[name].matrix(), value) for name, value in expected.items())
 
 
 # ---------------------------------------------------------------- ldm convert

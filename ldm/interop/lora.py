@@ -11,10 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config import UNetConfig
 from ldm.interop.archive.archive import open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.files import FolderError, read_json
-from ldm.interop.lora_names import ALPHA, DOWN, UP, Place, check_kind, diffusers_keys, kohya_keys, needs_settings, place_of, stems
+from ldm.interop.lora_names import (
+    ALPHA,
+    DOWN,
+    UP,
+    Place,
+    check_kind,
+    compvis_stems,
+    diffusers_keys,
+    kohya_keys,
+    needs_settings,
+    place_of,
+    stems,
+)
 from ldm.interop.lora_settings import alpha_of, settings_of
 from ldm.models.lora import Lora, LowRank, changeable
 
@@ -38,6 +51,8 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
     settings = {part: settings_of(part, header, str(file)) for part in (UNET, TEXT)}
     check_kind(tensors, str(file))
     table = {stem: (part, name) for part, network in networks.items() for name in changeable(network) for stem in stems(part, name)}
+    if isinstance(config := getattr(networks.get(UNET), "config", None), UNetConfig):
+        table |= {stem: (UNET, name) for name in changeable(networks[UNET]) for stem in compvis_stems(name, config)}
     found: Found = {}
     for key, tensor in tensors.items():
         place, role = place_of(key, table, str(file))

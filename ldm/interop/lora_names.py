@@ -9,7 +9,9 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from ldm.config import UNetConfig
 from ldm.interop.bundle import TEXT, UNET
+from ldm.interop.compvis.names import unet_name
 from ldm.interop.files import FolderError
 from ldm.interop.lora_settings import TOWER
 
@@ -46,8 +48,17 @@ def stems(part: str, name: str) -> Iterator[str]:
         for plain in (whole, _old(whole)):
             if plain is not None:
                 yield from (plain, f"{part}.{plain}", f"{PEFT_PREFIX}{plain}")
+        if part == TEXT:
+            yield from (f"text_encoders.{clip}.transformer.{whole}" for clip in ("clip_l", "clip_h"))  # ComfyUI
         flat = whole.replace(".", "_")
         yield from (f"{kohya}_{flat}" for kohya in (("lora_unet",) if part == UNET else ("lora_te", "lora_te1")))
+
+
+def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
+    """What a layer of the U-Net is called by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
+    attends = [level in config.attention_levels for level in reversed(range(len(config.channels)))]
+    there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
+    return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"
 
 
 _OLD = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}
