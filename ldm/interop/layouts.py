@@ -26,7 +26,7 @@ from ldm.interop.reference import REFERENCE, Reference
 from ldm.interop.weights import check_tensors
 
 _OTHERS = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP
-_WHAT_FOR = "draw with it by `ldm sample MODEL --lora` (docs/lora.md)"
+_WHAT_FOR = "draw with it by `ldm sample MODEL --lora`, rewrite it by `ldm convert --lora-layout` (docs/lora.md)"
 OPENCLIP_PAD = "!"  # the token 0, with which OpenCLIP fills up a caption; OpenAI's CLIP takes the end of text
 
 

@@ -42,9 +42,9 @@ class LowRank(nn.Module):
         return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * (self.alpha / self.rank)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def unscaled(self) -> tuple[Tensor, Tensor]:
-        """A and (α/r) B in float32: the same change with α = r."""
-        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / self.rank)  # type: ignore[operator,union-attr]
+    def with_alpha(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """A and B in float32, B so that the change is the same with another α."""
+        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / alpha)  # type: ignore[operator,union-attr]
 
     def matrix(self) -> Float[Tensor, "o i"]:
         """(α/r) B A in float32, a convolution's kernel flattened with its input channels."""

@@ -161,7 +161,7 @@ class Pipeline:
         version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
         with _READING:
             if version not in self._loras:
-                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self._networks()).items()}
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self.networks).items()}
             return self._loras[version]
 
     def _under(self, settings: SampleConfig) -> Pipeline:
@@ -172,13 +172,14 @@ class Pipeline:
         pipe = copy.copy(self)
         pipe.unet = shared_copy(self.unet)
         pipe.text = self.text and self.text.shared_copy()
-        networks = pipe._networks()
+        networks = pipe.networks
         for part, lora, scale in wanted:
             lora.attach(scale, networks[part])
         return pipe
 
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        """The networks that a LoRA may change."""
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What a LoRA may change: the U-Net and the text encoder's tower."""
         return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
 
     def __call__(
