@@ -148,7 +148,10 @@ def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:
     if bundle.parts[TEXT].config.get("hidden_act") == "gelu":
         from ldm.models.text import padded_with  # transformers takes seconds to import
 
-        return padded_with(files, OPENCLIP_PAD)
+        try:
+            return padded_with(files, OPENCLIP_PAD)
+        except ValueError as error:
+            raise FolderError(f"{folder}: {error}") from None
     return files
 
 
@@ -177,4 +180,7 @@ def read_text_part(name: str) -> tuple[Part, dict[str, bytes]]:
     split = (folder / "text_encoder").is_dir()
     part, _ = read_part(folder / "text_encoder" if split else folder, TEXT)
     tower = {key: tensor for key, tensor in part.tensors.items() if not key.startswith(_OTHERS)}
-    return replace(part, tensors=tower), read_tokenizer_files(folder / "tokenizer" if split else folder)
+    config, inner = part.config, part.config.get("text_config")
+    if config.get("model_type") == "clip" and isinstance(inner, Mapping):
+        config = {**inner, "model_type": "clip_text_model"}
+    return replace(part, config=config, tensors=tower), read_tokenizer_files(folder / "tokenizer" if split else folder)
