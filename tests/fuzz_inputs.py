@@ -167,7 +167,7 @@ def folder(draw: random.Random) -> Call:
     file = draw.choice(sorted(p for p in Path("run/model").rglob("*") if p.suffix in (".json", ".txt")))
     if draw.random() < 0.1 and file.suffix == ".json" and "tokenizer" not in str(file):
         file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items())), indent=7))
-        return Call(f"{file}: keys in another order", argv, (), same=Path("run/model/ldm.json").exists())
+        return Call(f"{file}: keys in another order", argv, (), same=argv[0] == "sample" and Path("run/model/ldm.json").exists())
     return Call(upset(draw, file), argv, (2, 4))
 
 
@@ -231,9 +231,9 @@ def image(draw: random.Random) -> Call:
         more, content = damaged(draw, content)
         words += f", {more}"
     file.write_bytes(content)
-    words = misplaced(draw, file) if draw.random() < 0.1 else words
     with Path("images/metadata.jsonl").open("a") as stream:
         stream.write(json.dumps({"file_name": file.name, "text": "a photo"}) + "\n")
+    words = misplaced(draw, file) if draw.random() < 0.1 else words
     return Call(words, draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"])), (2, 3))
 
 
@@ -252,10 +252,11 @@ def rows(draw: random.Random) -> Call:
         file.write_text("\n".join([head, *(f"{row['file_name']},{row['text']}" for row in parsed), ""]))
     else:
         words, file = way, Path("images/3.txt")
+        names = draw.sample(("red", "blue", "n" * 200, "a\nb", "caf\udce9", " ", "é", "e\u0301"), 2)
         for image_file, text in ((Path("images") / row["file_name"], row["text"]) for row in parsed):
             image_file.with_suffix(".txt").write_text(text)
             if way == "class":
-                (target := Path("images") / draw.choice(("red", "blue", "n" * 200, "a\nb", "caf\udce9"))).mkdir(exist_ok=True)
+                (target := Path("images") / draw.choice(names)).mkdir(exist_ok=True)
                 image_file.rename(target / image_file.name)
     words += f"; {upset(draw, file)}" if way == "sidecar" or draw.random() < 0.4 else ""
     argv = ["cache-latents", "configs/ldm.yaml", "run=new", f"data.captions={way if way in ('sidecar', 'class') else 'metadata'}"]
