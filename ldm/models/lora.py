@@ -127,14 +127,13 @@ class Lora(nn.Module):
 def shared_copy(module: Network) -> Network:
     """A copy of all modules of a network, with the same tensors: what is attached to the copy changes nothing but the copy.
 
-    It is not compiled where the network is, for compiled code does not look at hooks again.
+    It is not compiled where the network is (torch copies no compiled code), which would not look at hooks again.
     """
     module = getattr(module, _COMPILED, module)
     copied = copy.copy(module)
     copied._modules = {name: child if child is None else shared_copy(child) for name, child in module._modules.items()}
     for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         setattr(copied, hooks, getattr(module, hooks).copy())
-    copied._compiled_call_impl = None
     return copied
 
 
