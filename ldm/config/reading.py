@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+<<<<<<< HEAD
 import difflib
 import io
+=======
+>>>>>>> part-c
 import types
 import typing
 from pathlib import Path
@@ -12,9 +15,13 @@ from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError, shown
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+<<<<<<< HEAD
 from ldm.config.values import typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
+=======
+from ldm.config.values import check_names, typed
+>>>>>>> part-c
 
 T = TypeVar("T")
 
@@ -27,6 +34,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+<<<<<<< HEAD
     for key in values:
         if key not in fields:
             key = str(key)[:100]
@@ -34,6 +42,9 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
             raise ConfigError(
                 f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
             )
+=======
+    check_names(values, fields, path)
+>>>>>>> part-c
     missing = [
         n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
@@ -53,7 +64,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     inner = hint
     if isinstance(hint, types.UnionType) and value is not None:
         (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
-    return build(inner, value, name + ".") if dataclasses.is_dataclass(inner) else typed(hint, value, name)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(inner):
+        return build(inner, value, name + ".")  # type: ignore[arg-type]
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and "${" in text:
+            raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
+    return typed(hint, value, name)
 
 
 def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:

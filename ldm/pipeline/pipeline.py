@@ -24,9 +24,14 @@ from torch import Tensor
 
 from autoencoder.config import shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
+<<<<<<< HEAD
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
 from ldm.config.sample import check_lora_scale
 from ldm.config.values import typed
+=======
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
+from ldm.config.values import changed, shown, typed
+>>>>>>> part-c
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
@@ -214,7 +219,7 @@ class Pipeline:
             **further,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        settings = build(SampleConfig, {**dataclasses.asdict(self.defaults), **given})
+        settings = changed(self.defaults, given)
         texts = check_prompts(prompts)
         if not texts:
             raise ConfigError("prompts must be a text or several, got none")
