@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
-import difflib
 import io
-=======
->>>>>>> part-c
 import types
 import typing
 from pathlib import Path
@@ -15,13 +11,9 @@ from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError, shown
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
-<<<<<<< HEAD
-from ldm.config.values import typed
+from ldm.config.values import check_names, typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
-=======
-from ldm.config.values import check_names, typed
->>>>>>> part-c
 
 T = TypeVar("T")
 
@@ -34,17 +26,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-<<<<<<< HEAD
-    for key in values:
-        if key not in fields:
-            key = str(key)[:100]
-            near = difflib.get_close_matches(key, fields, n=1)
-            raise ConfigError(
-                f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
-            )
-=======
     check_names(values, fields, path)
->>>>>>> part-c
     missing = [
         n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]

@@ -37,13 +37,8 @@ def typed(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {shown(value)}")
-<<<<<<< HEAD
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
         raise ConfigError(f"{name} must be text without NUL and in UTF-8, got {shown(value)}")
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
-=======
->>>>>>> part-c
     return value
 
 
@@ -52,7 +47,8 @@ def check_names(names: Iterable[Any], known: Iterable[str], path: str = "") -> N
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            name = str(name)[:100]
+            near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
                 f"unknown key {path}{name}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}")
             )

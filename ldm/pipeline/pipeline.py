@@ -24,14 +24,9 @@ from torch import Tensor
 
 from autoencoder.config import shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
-<<<<<<< HEAD
-from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
-from ldm.config.sample import check_lora_scale
-from ldm.config.values import typed
-=======
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
-from ldm.config.values import changed, shown, typed
->>>>>>> part-c
+from ldm.config.sample import check_lora_scale
+from ldm.config.values import changed, typed
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
