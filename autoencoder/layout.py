@@ -92,7 +92,7 @@ def _check_types(layout: Mapping[str, Any]) -> None:
     ):
         values = layout.get(key, [])
         if not isinstance(values, (list, tuple)) or not all(type(value) is kind for value in values) or (key in layout and not values):
-            raise ConfigError(f"{key} is {values!r}: expected a list of {what}, one for each level")
+            raise ConfigError(f"{key} is {values!r}: expected a list of {what}, as many as down_block_types")
     if type(layout.get("mid_block_add_attention", True)) is not bool:
         raise ConfigError(f"mid_block_add_attention is {layout['mid_block_add_attention']!r}: expected true or false")
 

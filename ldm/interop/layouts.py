@@ -73,7 +73,8 @@ def read_any(
     Raises FolderError or ConfigError.
     """
     if Path(path).is_dir() and not any((Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)):
-        _refuse(reading | {"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
+        _refuse(reading, path)
+        _refuse({"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
         part, besides = read_part(_alone(Path(path)), VAE, variant)
         bundle = Bundle({VAE: part}, besides=besides, layout="a folder of an AutoencoderKL")
     else:

@@ -37,7 +37,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
     if KEY not in metadata:
         return None
     try:
-        said = parse_json(metadata[KEY], f"the file's header ({KEY})")
+        said = parse_json(metadata[KEY], f"the file's header ({KEY}) cannot be read: it")
         if said["format"] != FORMAT:
             raise FolderError(f"the file's header is of format {said['format']!r}, this version reads {FORMAT}")
         configs = {str(part): dict(config) for part, config in said["parts"].items()}
