@@ -229,7 +229,7 @@ def test_missing_binary_and_odd_files(tmp_path: Path) -> None:
     for file, message in (
         (tmp_path / "none.yaml", "no configuration file"),
         (tmp_path, "is a folder, not a configuration file: name .*b.yaml"),
-        (binary, "cannot be read"),
+        (binary, "is UTF-16: save it as UTF-8"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             config.load(ClipRun, file)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ldm.files.text import lines
 
@@ -75,7 +75,7 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
     return status
 
 
-def is_seconds(value: Any) -> bool:
+def is_seconds(value: Any) -> TypeGuard[float]:
     """Whether a value may be a time, neither negative nor infinite."""
     return _is_number(value) and 0 <= value < 1e12  # and so neither infinite nor NaN
 
