@@ -86,7 +86,8 @@ def call(here: Path, capsys: pytest.CaptureFixture[str]) -> Call:
             code = main(list(arguments))
         except SystemExit as stop:  # argparse
             code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        said = capsys.readouterr()
+        return code, said.out, said.err
 
     return run
 

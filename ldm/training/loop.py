@@ -237,11 +237,11 @@ class Loop:
                     recorder.figures(self.step, values)
             if values and self.writer:
                 self.writer.poll()
+            if last and self._broken and _validation_failed(values):
+                raise TrainingError(self._skipped("with them the validation is not finite, so nothing is exported"))
             if self.step % config.sample_every == 0 or last:
                 with recorder.timed("drawing samples"):
                     recorder.pictures(self.step, self._drawn)
-            if last and self._broken and _validation_failed(values):
-                raise TrainingError(self._skipped("with them the validation is not finite, so nothing is exported"))
             if saving:
                 self._checkpoint()
         self._look_back()
