@@ -13,12 +13,25 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+# Upper limits of what is a size or a count: beyond any use, and below what would hang, overflow or exhaust the machine.
+MOST_CHANNELS, MOST_LAYERS, MOST_SIDE, MOST_UPDATES = 16_384, 100, 8192, 10**9
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it, shortened: a number may have thousands of digits."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python refuses to write out such a number
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
 def at_least(config: Any, low: float, *names: str) -> None:
-    """Require each named field to be a finite number ≥ ``low`` (``None`` passes)."""
+    """Require each named field to be a finite number ≥ ``low`` (``None`` passes); of a count, use ``between``."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (value >= low and math.isfinite(value)):
-            raise ConfigError(f"{name} must be at least {low}, got {value}")
+        if value is not None and not (value >= low and value < math.inf):
+            raise ConfigError(f"{name} must be at least {low}, got {shown(value)}")
 
 
 def between(config: Any, low: float, high: float, *names: str) -> None:
@@ -26,7 +39,7 @@ def between(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name} must lie between {low} and {high}, got {value}")
+            raise ConfigError(f"{name} must lie between {low} and {high}, got {shown(value)}")
 
 
 def one_of(config: Any, choices: tuple[str, ...], *names: str) -> None:
@@ -34,16 +47,16 @@ def one_of(config: Any, choices: tuple[str, ...], *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def divisible(channels: tuple[int, ...], groups: int) -> None:
-    """Require every channel count to be a positive multiple of the GroupNorm groups."""
-    if not channels:
-        raise ConfigError("channels must name at least one level")
+    """Require one to ten levels, whose channel counts are positive multiples of the GroupNorm groups, and not too large."""
+    if not 1 <= len(channels) <= 10:
+        raise ConfigError(f"channels must name at least one level and at most 10, got {len(channels)}")
     for c in channels:
-        if c < 1 or c % groups:
-            raise ConfigError(f"channels {c} is not a positive multiple of groups {groups}")
+        if not 1 <= c <= MOST_CHANNELS or c % groups:
+            raise ConfigError(f"channels {shown(c)} is not a positive multiple of groups {groups}, at most {MOST_CHANNELS}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,8 @@ class AutoencoderConfig:
     attention_levels: tuple[int, ...] = ()  # levels with self-attention after each residual block (0: the full resolution)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "image_channels", "latent_channels", "layers_per_level", "groups")
+        between(self, 1, MOST_CHANNELS, "image_channels", "latent_channels", "groups")
+        between(self, 1, MOST_LAYERS, "layers_per_level")
         divisible(self.channels, self.groups)
         if not 2 <= self.factor <= 32:
             raise ConfigError(
@@ -70,7 +84,7 @@ class AutoencoderConfig:
             )
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
-                raise ConfigError(f"attention_levels: {level} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+                raise ConfigError(f"attention_levels: {shown(level)} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
 
     @property
     def factor(self) -> int:
@@ -103,8 +117,10 @@ class LossConfig:
     disc_lr: float | None = None  # null: the autoencoder's
 
     def __post_init__(self) -> None:
-        at_least(self, 0.0, "l1", "mse", "lpips", "kl", "gan", "gan_start", "gan_ramp", "disc_lr")
-        at_least(self, 1, "disc_channels", "disc_layers")
+        at_least(self, 0.0, "l1", "mse", "lpips", "kl", "gan", "disc_lr")
+        between(self, 0, MOST_UPDATES, "gan_start", "gan_ramp")
+        between(self, 1, MOST_CHANNELS, "disc_channels")
+        between(self, 1, 10, "disc_layers")
         one_of(self, PERCEPTUAL_NETS, "lpips_net")
         if self.l1 == self.mse == self.lpips == 0.0:
             raise ConfigError("l1, mse and lpips are all 0: nothing would be reconstructed")

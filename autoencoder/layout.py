@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ ATTENTION_DOWN, ATTENTION_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
 # Keys that say nothing about the network: tile size, latent scale (`latent_scale`) and the dtype.
 STATISTICS = frozenset({"sample_size", "scaling_factor", "shift_factor", "force_upcast"})
 FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "latents_mean": None, "latents_std": None}
+LARGEST = 1e30  # of a latent scale or shift
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
 
@@ -51,9 +51,7 @@ def from_diffusers(layout: Mapping[str, Any]) -> AutoencoderConfig:
     The latent scale and shift are not part of the network and are left to the caller.
     Raises ConfigError naming the key that AutoencoderKL here cannot express.
     """
-    for key in COUNTS:
-        if key in layout and (type(layout[key]) is not int or layout[key] < 1):
-            raise ConfigError(f"{key} is {layout[key]!r}: expected a whole number from 1")
+    _check_types(layout)
     given = {k: v for k, v in layout.items() if not k.startswith("_") and k not in STATISTICS}
     if layout.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ConfigError(f"_class_name is {layout['_class_name']!r}: only AutoencoderKL can be read")
@@ -82,6 +80,23 @@ def from_diffusers(layout: Mapping[str, Any]) -> AutoencoderConfig:
     return config
 
 
+def _check_types(layout: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value of another type than this network's settings have."""
+    for key in COUNTS:
+        if key in layout and (type(layout[key]) is not int or layout[key] < 1):
+            raise ConfigError(f"{key} is {layout[key]!r}: expected a whole number from 1")
+    for key, kind, what in (
+        ("block_out_channels", int, "whole numbers"),
+        ("down_block_types", str, "names"),
+        ("up_block_types", str, "names"),
+    ):
+        values = layout.get(key, [])
+        if not isinstance(values, (list, tuple)) or not all(type(value) is kind for value in values) or (key in layout and not values):
+            raise ConfigError(f"{key} is {values!r}: expected a list of {what}, as many as down_block_types")
+    if type(layout.get("mid_block_add_attention", True)) is not bool:
+        raise ConfigError(f"mid_block_add_attention is {layout['mid_block_add_attention']!r}: expected true or false")
+
+
 def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels: int) -> list[bool]:
     """Whether each block has attention; takes ``key`` out of ``given``. Raises ConfigError for other blocks or another number of them."""
     blocks = list(given.pop(key, (plain,)))
@@ -94,6 +109,6 @@ def latent_scale(layout: Mapping[str, Any]) -> tuple[float, float]:
     """(scale, shift) of the normalised latent (z − shift)·scale; absent, those of that class. Raises ConfigError for no such number."""
     scale, shift = layout.get("scaling_factor", 0.18215), layout.get("shift_factor")
     for key, value in (("scaling_factor", scale), ("shift_factor", 0.0 if shift is None else shift)):
-        if type(value) not in (int, float) or not math.isfinite(value) or (key == "scaling_factor" and value <= 0):
+        if type(value) not in (int, float) or not abs(value) <= LARGEST or (key == "scaling_factor" and value <= 0):
             raise ConfigError(f"{key} is {value!r}: expected a finite number" + (" above 0" if key == "scaling_factor" else ""))
     return float(scale), float(shift or 0.0)

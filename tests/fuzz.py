@@ -16,10 +16,12 @@ import argparse
 import dataclasses
 import faulthandler
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -40,12 +42,13 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
-from fuzz_inputs import KINDS, Call, build_examples, pipeline
+from fuzz_inputs import DRAW, KINDS, Call, build_examples, pipeline
 from PIL import Image
 
+import ldm
 from ldm.cli import main as command_line
 
-LIMIT = 20.0  # seconds for a call
+LIMIT = 15.0  # seconds of a processor for a call, which may have to wait for it four times as long
 MEMORY = 3 << 30  # bytes of address space beyond those of the process that calls
 ANSWERS = {
     "status": {1, 3, 4, 5, 75, 130},
@@ -80,8 +83,8 @@ def limited(call: Call, output: tuple[int, int]) -> None:
         os.dup2(target, descriptor)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), call.encoding, write_through=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), call.encoding, "backslashreplace", write_through=True)
-    faulthandler.dump_traceback_later(LIMIT - 1)
-    signal.alarm(int(2 * LIMIT))  # where nobody is left to end it
+    faulthandler.register(signal.SIGUSR2)
+    signal.alarm(int(8 * LIMIT))  # where nobody is left to end it
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     sys.dont_write_bytecode = True  # a full disk would leave half of it
@@ -123,13 +126,16 @@ def carried_out(call: Call) -> Outcome:
     if pid == 0:
         limited(call, (pipes[0][1], pipes[1][1]))
     said = [Said(*pipe) for pipe in pipes]
-    limit, status = time.monotonic() + LIMIT, None
-    while status is None and time.monotonic() < limit:
+    limit, status = time.monotonic() + 4 * LIMIT, None
+    while status is None and time.monotonic() < limit and spent(pid) < LIMIT:
         done, found = os.waitpid(pid, os.WNOHANG)
         status = found if done else None
         for one in said:
             one.read()
         time.sleep(0.005)
+    if status is None:
+        os.kill(pid, signal.SIGUSR2)  # says where it is
+        time.sleep(0.2)
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # its data workers as well
     code = os.waitstatus_to_exitcode(status) if status is not None else os.waitpid(pid, 0) and None
@@ -138,6 +144,12 @@ def carried_out(call: Call) -> Outcome:
     left = tuple(name for name in after if any(Path(name).is_relative_to(place) for place in call.out))
     changed = tuple(n for n in {**before, **after} if not n.startswith("out") and before.get(n) != after.get(n))
     return Outcome(code, stdout, stderr, left, changed)
+
+
+def spent(pid: int) -> float:
+    """Seconds of a processor that a process has used."""
+    user, system = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Said:
@@ -246,9 +258,6 @@ def kind_of(number: int) -> str:
 
 def case(examples: Path, seed: int, number: int, keep: bool = False) -> tuple[Call, Outcome, list[str]]:
     """Call ``number`` of a seed, and what is wrong with its answer."""
-    if kind_of(number) == "python":
-        with fresh(examples):
-            pipeline()  # opened once for each worker
     with fresh(examples, keep):
         call = KINDS[kind_of(number)](random.Random(f"{seed} {number}"))
         outcome = carried_out(call)
@@ -257,6 +266,16 @@ def case(examples: Path, seed: int, number: int, keep: bool = False) -> tuple[Ca
     wanted = expected(examples, tuple(call.argv)) if compared else {}
     other = [key for key in {**given, **wanted} if given.get(key) != wanted.get(key)]
     return dataclasses.replace(call, python=None), outcome, faults(call, outcome, other)  # a function passes no pipe
+
+
+def warm_up(examples: Path) -> None:
+    """In a worker: import what the commands import when they run, and open the pipeline, once for all its calls."""
+    for module in pkgutil.walk_packages(ldm.__path__, "ldm."):
+        importlib.import_module(module.name)
+    with fresh(examples), redirect_stdout(io.StringIO()):
+        pipeline()
+        for argv in (["sample", "run", *DRAW], ["init", "images", "--out", "init"], ["report", "run", "--images", "0"]):
+            command_line.main(argv)
 
 
 def built(folder: Path) -> Path:
@@ -292,7 +311,7 @@ def fuzz(examples: Path, arguments: argparse.Namespace) -> int:
     begun, seed = time.monotonic(), arguments.seed
     calls, refused, causes = Counter[str](), Counter[str](), dict[str, list[str]]()
     numbers = [number for number in range(arguments.calls) if not arguments.only or kind_of(number) in arguments.only]
-    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+    with multiprocessing.get_context("fork").Pool(arguments.jobs, warm_up, (examples,)) as pool:
         for number, call, outcome, found in pool.imap(_case, [(examples, seed, number) for number in numbers]):
             kind = kind_of(number)
             calls[kind] += 1
@@ -334,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(examples: Path, seed: int, number: int) -> int:
     """One call, all that it says, and what is wrong with it."""
+    warm_up(examples)
     call, outcome, found = case(examples, seed, number, keep=True)
     print(f"{kind_of(number)}: {call.what}\n{shlex.join(['ldm', *call.argv])}\nexit code {outcome.code}\n{outcome.stdout}{outcome.stderr}")
     print("\n".join(found) or "as it should be", f"in {examples.parent}", sep="\n")

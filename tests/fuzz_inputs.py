@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ from safetensors.torch import load_file
 from ldm.cli.main import main, parser
 
 DRAW = ["--steps", "2", "--prompt", "a photo", "--out", "out"]
+HINTS = ["--groups", "4", "--vae-groups", "4", "--heads", "2", "--text-heads", "2", "--prediction", "eps", "--image-size", "32"]
+HINTS += ["--text-act", "quick_gelu", "--scale", "1", "--tokenizer", "run/model/tokenizer"]  # what model.ckpt does not say
 READERS = (  # of a model
     ["sample", "{}", *DRAW], ["inspect", "{}"], ["inspect", "{}", "--json", "--no-hashes"], ["convert", "{}", "out/model.safetensors"],
     ["convert", "{}", "out", "--verify"], ["diff", "{}", "autoencoder/model"],
@@ -64,9 +67,10 @@ COMMANDS = [
     ["init", "images", "--out", "out"], [*TRAIN_LDM, "run=out"], ["train", "configs", "ldm.run=out"], ["checkpoints", "run"],
     ["cache-latents", "configs/ldm.yaml", "run=out"], ["sample", "run", *DRAW], ["status", "run"], ["diff", "run", "adapter"],
     ["reproduce", "pictures/00000-a-photo.png", "--out", "out"], ["report", "run", "--images", "4", "--out", "out"],
-    ["replay", "run/incidents/x"], ["plot", "reverse", "run", "--out", "out"], ["plot", "schedules", "--out", "out"],
-    ["convert", "model.ckpt", "out"], ["convert", "run", "out.safetensors", "--verify"], ["inspect", "model.safetensors"],
-    ["compare-autoencoders", "autoencoder", "autoencoder", "--out", "out"], ["train-classifier", "configs/ldm.yaml"],
+    ["plot", "reverse", "run", "--prompt", "a photo", "--out", "out.png"], ["plot", "schedules", "--out", "out.png"],
+    ["replay", "run/incidents/x"], ["train-classifier", "classifier.yaml", "run=out"],
+    ["convert", "model.ckpt", "out", *HINTS], ["convert", "run", "out.safetensors", "--verify"], ["inspect", "model.safetensors"],
+    ["compare-autoencoders", "autoencoder", "autoencoder", "--out", "out"],
     ["train-autoencoder", "configs/autoencoder.yaml", "run=out"], ["train-clip", "configs/clip.yaml", "run=out"],
     ["evaluate", "run", "--images", "2", "--likelihood", "--timesteps", "2"], ["verify-resume", "configs/ldm.yaml", "--keep", "out"],
     ["sampler-report", "run", "--out", "out", "--steps", "2", "--samplers", "ddim", "--images", "2"],
@@ -98,11 +102,12 @@ class Call:
 
 def build_examples() -> None:
     """Images with captions, runs of three stages and of a LoRA, a model as a single file and as a pickle, a picture; in this folder."""
-    for name in ("images", "configs"):
-        Path(name).mkdir()
+    for name in ("images", "configs", "classes/even", "classes/odd"):
+        Path(name).mkdir(parents=True)
     for i in range(12):
         pixels = np.arange(3 * 40 * (36 + i), dtype=np.uint8).reshape(40, 36 + i, 3) // (i + 1)
-        Image.fromarray(pixels).save(f"images/{i}.png")
+        for place in (f"images/{i}.png", f"classes/{'odd' if i % 2 else 'even'}/{i}.png"):
+            Image.fromarray(pixels).save(place)
     rows = [{"file_name": f"{i}.png", "text": f"a photo of number {i}"} for i in range(12)]
     Path("images/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.txt").write_text("a photo\na photo of number 3\n")
@@ -110,12 +115,22 @@ def build_examples() -> None:
     for name, tree in NETWORKS.items():
         whole = {"run": "run" if name == "ldm" else name, "data": data, "train": TRAIN, **tree}
         Path(f"configs/{name}.yaml").write_text(yaml.safe_dump(whole))
+    classes = {**data, "folder": "classes", "captions": "class"}
+    classifier = {"run": "classifier", "data": classes, "diffusion": "run", "model": {"channels": [8], "groups": 4}, "train": TRAIN}
+    Path("classifier.yaml").write_text(yaml.safe_dump(classifier))
     adapter = [*TRAIN_LDM, "init=run", "train.lora.rank=2", "run=adapter"]
     for argv in (["train", "configs"], adapter, ["sample", "run", *DRAW], ["convert", "run", "model.safetensors"]):
         if main(argv):
             raise RuntimeError(f"the examples cannot be built: {argv}")
     Path("out").rename("pictures")
     torch.save({"state_dict": load_file("model.safetensors"), "epoch": 1}, "model.ckpt")
+    shutil.copytree("run/model", "pickled", ignore=shutil.ignore_patterns("ldm.json"))
+    weights = Path("pickled/unet/diffusion_pytorch_model.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    for argv in (["inspect", "pickled"], ["inspect", "model.ckpt", *HINTS]):
+        if main(argv):
+            raise RuntimeError(f"the examples are not good: {argv}")
 
 
 def reader(draw: random.Random, model: str) -> list[str]:
@@ -167,7 +182,7 @@ def folder(draw: random.Random) -> Call:
     file = draw.choice(sorted(p for p in Path("run/model").rglob("*") if p.suffix in (".json", ".txt")))
     if draw.random() < 0.1 and file.suffix == ".json" and "tokenizer" not in str(file):
         file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items())), indent=7))
-        return Call(f"{file}: keys in another order", argv, (), same=Path("run/model/ldm.json").exists())
+        return Call(f"{file}: keys in another order", argv, (), same=argv[0] == "sample" and Path("run/model/ldm.json").exists())
     return Call(upset(draw, file), argv, (2, 4))
 
 
@@ -189,12 +204,13 @@ def tensors(draw: random.Random) -> Call:
 
 def pickle(draw: random.Random) -> Call:
     """Archives of torch."""
-    source = Path("model.ckpt")
-    argv = reader(draw, "model.ckpt")
+    alone = [["inspect", "model.ckpt", *HINTS], ["convert", "model.ckpt", "out", *HINTS]]
+    in_folder = Path("pickled/unet/diffusion_pytorch_model.bin")
+    source, argv = draw.choice(((Path("model.ckpt"), draw.choice(alone)), (in_folder, reader(draw, "pickled"))))
     if draw.random() < 0.25:
         words, content = damaged(draw, source.read_bytes())
         source.write_bytes(content)
-        return Call(f"model.ckpt: {words}", argv, (2, 4, 5))
+        return Call(f"{source}: {words}", argv, (2, 4, 5))
     with zipfile.ZipFile(source) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = next(n for n in members if n.endswith("data.pkl")) if draw.random() < 0.7 else draw.choice(list(members))
@@ -213,7 +229,7 @@ def pickle(draw: random.Random) -> Call:
     with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED if way == "compressed" else zipfile.ZIP_STORED) as archive:
         for member, content in members.items():
             archive.writestr(member, content)
-    return Call(f"model.ckpt: {words}", argv, (2, 4, 5))
+    return Call(f"{source}: {words}", argv, (2, 4, 5))
 
 
 def image(draw: random.Random) -> Call:
@@ -231,9 +247,9 @@ def image(draw: random.Random) -> Call:
         more, content = damaged(draw, content)
         words += f", {more}"
     file.write_bytes(content)
-    words = misplaced(draw, file) if draw.random() < 0.1 else words
     with Path("images/metadata.jsonl").open("a") as stream:
         stream.write(json.dumps({"file_name": file.name, "text": "a photo"}) + "\n")
+    words = misplaced(draw, file) if draw.random() < 0.1 else words
     return Call(words, draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"])), (2, 3))
 
 
@@ -252,10 +268,11 @@ def rows(draw: random.Random) -> Call:
         file.write_text("\n".join([head, *(f"{row['file_name']},{row['text']}" for row in parsed), ""]))
     else:
         words, file = way, Path("images/3.txt")
+        names = draw.sample(("red", "blue", "n" * 200, "a\nb", "caf\udce9", " ", "é", "e\u0301"), 2)
         for image_file, text in ((Path("images") / row["file_name"], row["text"]) for row in parsed):
             image_file.with_suffix(".txt").write_text(text)
             if way == "class":
-                (target := Path("images") / draw.choice(("red", "blue", "n" * 200, "a\nb", "caf\udce9"))).mkdir(exist_ok=True)
+                (target := Path("images") / draw.choice(names)).mkdir(exist_ok=True)
                 image_file.rename(target / image_file.name)
     words += f"; {upset(draw, file)}" if way == "sidecar" or draw.random() < 0.4 else ""
     argv = ["cache-latents", "configs/ldm.yaml", "run=new", f"data.captions={way if way in ('sidecar', 'class') else 'metadata'}"]

@@ -21,6 +21,7 @@ ODD: list[Any] = [
     None, True, "", "x", "\ud800", "a\0b", "y" * 5000, 0, -1, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-320, math.nan, math.inf, [], {},
     [[]], {"x": 1}, [1, "x"], "@digits", "@deep", "..", "/dev/null", "loop", "pipe", "images", "run", "model.safetensors",
 ]  # fmt: skip
+NUMBERS: list[Any] = [-1, 0, 1, 3, 2**20, 2**31, 2**63, 10**30, 0.5, 1e-9, -1e308, math.nan, math.inf, "@digits", "3"]
 WORDS = [
     "", "-1", "0", "1", "3", "nan", "inf", "1e400", "99999999999", DIGITS, "caf\udce9", "n" * 5000, ".", "..", "/dev/null/x", "run",
     "images", "model.safetensors", "model.ckpt", "adapter", "/dev/null", "missing", "loop", "pipe", "-", "--", "=", "a=b", "run=",
@@ -45,7 +46,7 @@ def oddly(draw: random.Random, tree: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     changes = {
         "dropped": lambda: holder.pop(key),
-        "odd": lambda: holder.__setitem__(key, draw.choice(ODD)),
+        "odd": lambda: holder.__setitem__(key, draw.choice(NUMBERS if number and draw.random() < 0.6 else ODD)),
         "a list": lambda: holder.__setitem__(key, [value]),
         "times": lambda: holder.__setitem__(key, value * draw.choice((-1, 0, 2, 10**9, 0.37)) if number else [value] * 3),
         "as text": lambda: holder.__setitem__(key, str(value)),

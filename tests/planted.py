@@ -161,6 +161,8 @@ TRAINING: dict[str, list[Row]] = {
     "ldm/training/loop.py": [
         ("accumulated gradients are sums", "self.accelerator.backward(loss / n)", "self.accelerator.backward(loss)", "training::test_accumulation_gives_the_gradient_of_the_whole_batch[ldm]"),
         ("metrics are sums over micro-batches", "{k: v / n + sums.get(k, 0.0)", "{k: v + sums.get(k, 0.0)", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
+        ("validation of the weights as trained", "with self.ema.swap(network), _evaluating", "with _evaluating", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("samples of the weights as trained", "with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():\n            return", "with _evaluating(self.task.networks), torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("the average takes in broken updates", "self.ema.update(self.step, finite)", "self.ema.update(self.step)", "training::test_an_update_that_is_not_finite_changes_nothing"),
     ],
     "ldm/training/ema.py": [

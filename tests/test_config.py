@@ -4,6 +4,9 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +220,71 @@ def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("1: 2\n", "unknown key 1"),
         ("run: a\n---\nrun: b\n", "cannot be read"),
         ("run: \x00\n", "cannot be read"),
+        ("run: " + "[" * 50_000, "nested more than 20 deep"),
+        ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "with its aliases"),
+        ("run: *nothing\n", "cannot be read"),
+        ("run: &a [*a]\n", "recursive aliases"),
+        ("run: a\ndata: {source: shapes}\ntrain: {steps: 1" + "0" * 5000 + "}\n", "cannot be read: Exceeds the limit"),
+        ("run: a\ndata: {source: shapes}\ntrain: {lr: 1" + "0" * 4000 + "}\n", "train.lr must be a number, got 1000"),
+        ("run: a\ndata: {source: shapes}\ntrain: {steps: !!int x}\n", "cannot be read"),
+        ("run: a\ndata: {source: shapes}\ntrain: {steps: 2020-01-01}\n", "train.steps must be an integer, got '2020-01-01'"),
+        ("run: a\ndata: {source: shapes}\ntrain: {lr: '1e-4'}\n", "train.lr must be a number, got '1e-4'"),
+        ("run: a\n? [b]\n: c\n", "cannot be read"),
+        ("x" * 900 + ": a\n", "unknown key xxx"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
-    assert message in fault(tmp_path, ClipRun, text=text)
+    said = fault(tmp_path, ClipRun, text=text)
+    assert message in said and len(said) < 700
+
+
+def test_a_mark_of_the_byte_order_aliases_merge_keys_and_numbers_with_an_exponent_are_read(tmp_path: Path) -> None:
+    text = "\ufeffrun: &r a\ndata: &d {source: shapes, size: 9}\ntrain: {lr: 1e-4}\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    settings = config.load(ClipRun, tmp_path / "a.yaml")
+    assert (settings.run, settings.data.size, settings.train.lr) == ("a", 9, 1e-4)
+    (tmp_path / "a.yaml").write_text("run: &r a\ndata:\n  <<: {source: shapes, size: 9}\n  size: 8\nmodel: {}\n")
+    assert config.load(ClipRun, tmp_path / "a.yaml").data.size == 8
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        (tmp_path / "a.yaml").write_bytes(b"run: caf\xe9\n")
+        config.load(ClipRun, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "override", ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"]
+)
+def test_odd_overrides_are_one_line(tmp_path: Path, override: str) -> None:
+    assert len(fault(tmp_path, DiffusionRun, override)) < 700
+
+
+@pytest.mark.parametrize("value", [10**30, 10**4000, -(10**30), 10**10])
+def test_every_size_and_count_has_an_upper_limit(value: int) -> None:
+    """Of every integer in every configuration, lists too: one line that names it, before anything of that size is made."""
+
+    def integers(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+        for name, hint in typing.get_type_hints(cls).items():
+            kinds = [kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if kind is not type(None)]
+            if dataclasses.is_dataclass(kinds[0]):
+                yield from integers(typing.cast(type, kinds[0]), (*path, name))
+            elif kinds[0] is int or (typing.get_origin(kinds[0]) is tuple and typing.get_args(kinds[0])[0] is int):
+                yield (*path, name), kinds[0] is not int
+
+    for cls, tree in TREES.items():
+        for path, several in integers(cls):
+            if path[-1] == "seed" and value == 10**10:
+                continue
+            changed: Any = [value] * (3 if path[-1] == "background" else 1) if several else value
+            for name in reversed(path):
+                changed = {name: changed}
+            with pytest.raises(ConfigError, match=re.escape(path[-1])) as caught:
+                config.build(cls, merged(tree, changed))
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def merged(tree: Any, change: Any) -> Any:
+    if not isinstance(tree, dict) or not isinstance(change, dict):
+        return change
+    return {**tree, **{key: merged(tree.get(key, {}), value) for key, value in change.items()}}
 
 
 def test_missing_binary_and_odd_files(tmp_path: Path) -> None:

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = {*(str(n) for n in (*range(1, 11), 27, 29, 30, 31, 32, 40, 42)), *(f"P{n}" for n in range(1, 18))}
+NUMBERS = {
+    *(str(n) for n in (*range(1, 11), 12, 13, 15, 22, 26, 27, 29, 30, 31, 32, 35, 36, 40, 42, 43)),
+    *(f"P{n}" for n in range(1, 18)),
+    *(f"M{n}" for n in range(1, 7)),
+    *(f"L{n}" for n in range(1, 6)),
+}
 ROWS = [
     [cell.strip() for cell in line.strip().strip("|").split(" | ")]
     for line in (ROOT / "docs/faults.md").read_text(encoding="utf-8").splitlines()
-    if re.match(r"\| P?\d+ \|", line)
+    if re.match(r"\| [A-Z]?\d+ \|", line)
 ]
 
 

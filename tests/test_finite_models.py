@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.cli.main import main
 from ldm.config import ClassifierConfig
 from ldm.data.images import to_uint8
+from ldm.data.processes import ALONE
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.convert import write_model
@@ -26,6 +27,9 @@ from ldm.interop.text import read_text
 from ldm.models.finite import NonFiniteError, counted, is_finite, nonfinite
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
+from ldm.training.recorder import Recorder
+from ldm.training.run import RunDirectory
+from ldm.training.skipped import SkipLog
 
 NAN, INF = float("nan"), float("inf")
 PLACES = {  # of each part: a tensor, its name there, the part as messages call it
@@ -183,7 +187,7 @@ def test_a_callback_may_spoil_the_sample(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_half_precision_that_overflows_says_what_to_take(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipeline.from_pretrained(written, "cpu", dtype=torch.float16)
     monkeypatch.setattr(pipe.unet, "forward", spoil(pipe.unet.forward, 1, INF))
-    with pytest.raises(NonFiniteError, match="its weights are float16: take dtype float32"):
+    with pytest.raises(NonFiniteError, match="its weights are float16: take dtype bfloat16 or float32"):
         pipe(PROMPTS[:1], steps=1)
 
 
@@ -211,6 +215,20 @@ def test_the_command_writes_no_picture(written: Path, tmp_path: Path, monkeypatc
     said = capsys.readouterr().err
     assert "the U-Net's prediction at step 2 of 3 is not finite" in said and said.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.png"))
+
+
+def test_a_preview_that_is_none_does_not_end_the_training(tmp_path: Path) -> None:
+    class Silent:
+        def say(self, text: str) -> None: ...
+        def progress(self, step: int, steps: int, values: Any) -> None: ...
+
+    with RunDirectory(tmp_path / "run") as run:
+        recorder = Recorder(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
+        with pytest.warns(UserWarning, match=r"no pictures from update 3 on, training continues: NonFiniteError: pixels of a picture"):
+            recorder.pictures(3, lambda: {"samples": to_uint8(torch.full((1, 3, 2, 2), NAN))[0]})
+        assert not list((tmp_path / "run").rglob("*.png"))
+        recorder.pictures(4, lambda: {"samples": to_uint8(torch.zeros(1, 3, 2, 2))[0]})
+        assert len(list((tmp_path / "run").rglob("*.png"))) == 1
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

@@ -50,6 +50,11 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(stir(here / "run/model" / UNET_FILE, 0.1), here / "run/model/unet/diffusion_pytorch_model.other.safetensors")
     forget_hashes(shutil.copytree(here / "run/model", here / "weak"))
     save_file(stir(here / "weak" / UNET_FILE, 0.1), here / "weak" / UNET_FILE)
+    shutil.copytree(here / "run/model/vae", here / "eyes")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(here / "run/model" / part, here / "ears" / part)
+    for file in (here / "eyes/diffusion_pytorch_model.safetensors", here / "ears/text_encoder/model.safetensors"):
+        save_file(stir(file, 0.1), file)
     pipe = Pipeline.from_pretrained(here / "run", "cpu")
     lora = Lora.fresh(pipe.unet, LoraConfig(rank=2))
     torch.manual_seed(2)
@@ -159,6 +164,8 @@ CASES: dict[str, tuple[str, ...]] = {  # by what `ldm sample` calls it: options 
     "classifier_scale": (*CLASSIFIER[:3], "90"),
     "classifier_form": (*CLASSIFIER, "--classifier-form", "mean", "--sampler", "ddpm", "--steps", "4"),
     "lora": ("--lora", "style.safetensors:0.5", "--lora", "style.safetensors"),
+    "vae": ("--vae", "eyes"),
+    "text": ("--text", "ears"),
     "seed": ("--seed", str(2**63 - 1)),
     "count": ("--count", "3"),
     "batch_size": ("--count", "3", "--batch-size", "2"),

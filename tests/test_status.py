@@ -287,6 +287,9 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))  # as a hook sets it
     assert len(commit) == 40 and starts.checkout(tmp_path) == {"commit": commit, "dirty": False}  # the user's own files are no code
     assert starts.checkout(inside) == unknown  # installed into somebody's repository
+    index = (tmp_path / ".git/index").read_bytes()
+    os.utime(tmp_path / "ldm/x.py", (1, 1))  # git would write its index anew, and a commit of the user meanwhile would fail
+    assert starts.checkout(tmp_path) == {"commit": commit, "dirty": False} and (tmp_path / ".git/index").read_bytes() == index
     (tmp_path / "ldm/y.py").write_text("2\n")
     assert starts.checkout(tmp_path) == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", "")

@@ -108,6 +108,10 @@ def test_a_transparent_colour_of_a_colour_png(tmp_path: Path) -> None:
     for high in (0, 0xAB00):  # bits that an 8-bit image does not have
         content = png(8, 2, rows, (b"tRNS", struct.pack(">HHH", *(int(part) | high for part in key))))
         agree(read(tmp_path, content, "rgb.png"), over(COLOURS, alpha))
+    content = png(16, 2, packed(COLOURS * 257, 16), (b"tRNS", struct.pack(">HHH", *(key * 257).tolist())))
+    with pytest.raises(BadSample, match="16 bits a channel and one transparent colour"):  # Pillow keeps the higher eight alone
+        read(tmp_path, content, "rgb.png")
+    agree(read(tmp_path, png(16, 2, packed(COLOURS * 257, 16)), "rgb.png"), COLOURS)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -657,6 +658,19 @@ def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Sta
         images = [prepare(task.validation.source[i].image, 32) for i in range(24)]
         variance = network.encode(torch.stack(images)).mean.var(0).mean((1, 2))
     assert [bool(v > 0.01) for v in variance] == [True, True, True, False]
+
+
+def test_the_averaged_weights_are_validated_and_drawn_from(stages: Stages) -> None:
+    """The figures and the samples of the last update, from the average and from the weights as trained, which differ."""
+    task, run = DiffusionTask(stages.settings("ldm"), lambda _: None), stages.folder / "ldm"
+    found = []
+    for name in ("ema", "model_unet"):
+        task.unet.load_state_dict(load_file(run / f"checkpoints/step-00000006/{name}.safetensors"))
+        with torch.no_grad():
+            found.append((task.validate(6, lambda t: t, 0, 1)["loss"], task.pictures()["samples"].tolist()))
+    (picture,) = (run / "samples").glob("*6*.png")
+    assert found[0] == (pytest.approx(lines(run)[-1]["validation/loss"], rel=1e-6), np.asarray(Image.open(picture)).tolist())
+    assert found[1][0] != pytest.approx(found[0][0], rel=1e-6) and found[1][1] != found[0][1]
 
 
 def test_the_averaged_weights_are_what_is_exported(stages: Stages) -> None:

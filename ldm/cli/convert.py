@@ -3,6 +3,7 @@
   ldm convert sd-v1-5.ckpt models/sd15 --verify            # a single file to a folder
   ldm convert runs/demo demo.safetensors --verify          # a run or folder to a single file
   ldm convert kl-f8.ckpt models/kl-f8                      # an autoencoder alone
+  ldm convert runs/lora lora.safetensors --lora-layout kohya   # a LoRA for kohya's scripts, ComfyUI, AUTOMATIC1111
 
 SRC is opened as by `ldm inspect`. Every tensor is used, or known to be carried besides and named; anything else is an error.
 Types are kept unless --dtype says otherwise. A weight that is not finite, and a file that has changed since it was written with
@@ -21,6 +22,7 @@ from ldm.config import ConfigError
 from ldm.files.disk import whole
 
 DTYPES = ("keep", "fp32", "fp16", "bf16")
+LORA_LAYOUTS = ("diffusers", "kohya")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default keep)")
     parser.add_argument("--shard-size", type=float, metavar="GB", help="split the files of a folder's weights above this size")
     parser.add_argument("--openclip", action="store_true", help="a single file of Stable Diffusion 2: the text encoder in OpenCLIP's names")
+    parser.add_argument(
+        "--lora-layout", choices=LORA_LAYOUTS, help="SRC is a LoRA: the names in the new file (float32 unless --dtype says another)"
+    )
+    parser.add_argument("--lora-base", metavar="MODEL", help="the model that a LoRA changes, where SRC is not a run, which knows it")
     add_reading(parser)
 
 
@@ -38,6 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything, convert, and say what became of each tensor."""
     target = Path(arguments.target)
     _check_target(target, arguments.shard_size, arguments.openclip)
+    if arguments.lora_layout is not None:
+        return _run_lora(arguments, target)
+    if arguments.lora_base is not None:
+        raise ConfigError("--lora-base is for a LoRA: give --lora-layout too")
     from ldm.evaluation.conversion import verify
     from ldm.interop.archive.archive import open_archive
     from ldm.interop.bundle import TEXT
@@ -70,6 +80,20 @@ def run(arguments: argparse.Namespace) -> None:
         single = Path(arguments.source).is_file() and arguments.dtype == "keep" and not parts(arguments)
         for line in verify(converted, target, open_archive(arguments.source).tensors if single else None):
             console.say(line)
+
+
+def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
+    """A LoRA into another layout."""
+    if target.suffix != ".safetensors" or arguments.shard_size is not None or arguments.openclip:
+        raise ConfigError("--lora-layout writes one file: end DST in .safetensors, without --shard-size and --openclip")
+    from ldm.pipeline.lora import base_of, convert_lora, networks_of, verify_lora
+
+    console, source = Console(), Path(arguments.source)
+    networks = networks_of(base_of(source, arguments.lora_base), **reading(arguments))
+    loras = convert_lora(source, target, arguments.lora_layout, arguments.dtype, networks)
+    console.say(f"written: {target}")
+    if arguments.verify:
+        console.say(verify_lora(loras, target, networks))
 
 
 def _check_target(target: Path, shard_size: float | None, openclip: bool) -> None:

@@ -174,6 +174,10 @@ def _lines(looked: Survey, longest: int) -> list[str]:
         texts = [row.text for row in looked.rows]
         empty = sum(not text.strip() for text in texts)
         cut = f", longer than 77 tokens are cut (longest: {longest})" if longest > 77 else f", the longest of {longest} tokens"
+        from ldm.models.text import LONGEST_CAPTION
+
+        if long := sum(len(text) > LONGEST_CAPTION for text in texts):
+            cut += f"; of {long} with more than {LONGEST_CAPTION} characters the rest is not looked at"
         lines.append(f"  captions  {len(set(texts))} distinct, {empty} empty{cut}")
     train, validation = looked.split
     lines.append(f"  split     {train} for training, {validation} for validation (by a hash of the name: adding files moves none)")

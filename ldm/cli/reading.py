@@ -27,7 +27,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="PATH_OR_NAME", help="the same of the text encoder with its tokenizer; also a CLIP of the hub")
 
 
-def parts(arguments: argparse.Namespace) -> dict[str, str]:
+def parts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those that were given."""
     return {name: getattr(arguments, name) for name in PARTS if getattr(arguments, name) is not None}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from autoencoder.config import ConfigError, at_least, between, one_of
+from autoencoder.config import MOST_CHANNELS, MOST_SIDE, ConfigError, between, one_of, shown
 
 SOURCES = ("folder", "shapes", "shapes-two", "shapes-striped", "digits", "textures")
 CAPTIONS = ("metadata", "sidecar", "class", "none")
@@ -37,8 +37,11 @@ class DataConfig:
         one_of(self, SOURCES, "source")
         one_of(self, CAPTIONS, "captions")
         one_of(self, ("center", "random"), "crop")
-        at_least(self, 1, "image_size", "image_channels", "size", "min_side", "worker_timeout")
-        at_least(self, 0, "workers")
+        between(self, 1, MOST_SIDE, "image_size", "min_side")
+        between(self, 1, MOST_CHANNELS, "image_channels")
+        between(self, 1, 10**8, "size")
+        between(self, 1, 10**7, "worker_timeout")
+        between(self, 0, 1024, "workers")
         between(self, 0.0, 0.5, "validation_fraction")
         between(self, 0.0, 1.0, "max_skipped")
         if (self.folder is not None) != (self.source == "folder"):
@@ -48,9 +51,9 @@ class DataConfig:
         if self.flip and self.source in ("shapes-two", "digits"):
             raise ConfigError(f"flip must be false for {self.source}: a mirrored image no longer fits its caption")
         if not all(0 <= part <= 255 for part in self.background):
-            raise ConfigError(f"background must be three numbers from 0 to 255, got {list(self.background)}")
+            raise ConfigError(f"background must be three numbers from 0 to 255, got {shown(list(self.background))}")
         if not self.caption_templates or any(template.count("{}") != 1 for template in self.caption_templates):
-            raise ConfigError(f"caption_templates must each hold {{}} once, got {list(self.caption_templates)}")
+            raise ConfigError(f"caption_templates must each hold {{}} once, got {shown(list(self.caption_templates))}")
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:

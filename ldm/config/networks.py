@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoencoder.config import ConfigError, at_least, between, divisible, one_of
+from autoencoder.config import MOST_CHANNELS, MOST_LAYERS, MOST_SIDE, ConfigError, between, divisible, one_of, shown
 
 VECTOR_MAPS = ("mlp", "linear", "identity")
 
@@ -32,18 +32,20 @@ class UNetConfig:
     upcast_attention: bool = False  # scores in float32 whatever the precision: kept for other readers, here they always are
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "layers_per_level", "transformer_layers", "groups", "vector_dim", "num_labels")
-        at_least(self, 0, "concat_channels")
+        between(self, 1, MOST_LAYERS, "layers_per_level", "transformer_layers")
+        between(self, 1, MOST_CHANNELS, "groups", "vector_dim")
+        between(self, 1, 10**7, "num_labels")
+        between(self, 0, MOST_CHANNELS, "concat_channels")
         divisible(self.channels, self.groups)
         self._check_class_embedding()
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
-                raise ConfigError(f"attention_levels: {level} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+                raise ConfigError(f"attention_levels: {shown(level)} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
         if len(self.heads) not in (1, len(self.channels)):
-            raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {list(self.heads)}")
+            raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}")
         for level in sorted({*self.attention_levels, len(self.channels) - 1}):  # the middle has the heads of the last
             if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or self.channels[level] % h:
-                raise ConfigError(f"heads: {h} does not divide channels {self.channels[level]} of level {level}")
+                raise ConfigError(f"heads: {shown(h)} does not divide channels {self.channels[level]} of level {level}")
 
     @property
     def time_dim(self) -> int:
@@ -80,8 +82,10 @@ class ClipConfig:
     projection: int = 64
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "width", "layers", "heads", "patch_size", "projection")
-        at_least(self, 0, "merges")
+        between(self, 1, MOST_CHANNELS, "width", "heads", "projection")
+        between(self, 1, MOST_LAYERS, "layers")
+        between(self, 1, MOST_SIDE, "patch_size")
+        between(self, 0, 10**6, "merges")
         between(self, 4, 77, "max_length")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -96,5 +100,6 @@ class ClassifierConfig:
     groups: int = 32
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "layers_per_level", "groups")
+        between(self, 1, MOST_LAYERS, "layers_per_level")
+        between(self, 1, MOST_CHANNELS, "groups")
         divisible(self.channels, self.groups)

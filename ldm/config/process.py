@@ -33,7 +33,7 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         one_of(self, (*SCHEDULES, LEARNED, GIVEN), "name")
         self._check_learned()
-        at_least(self, 2, "num_steps")
+        between(self, 2, 100_000, "num_steps")
         between(self, 1e-12, 0.999, "beta_start", "beta_end")
         between(self, 1e-3, 1e3, "shift")
         if self.name in ("cosine", "sigmoid_signal", GIVEN) and (self.beta_start, self.beta_end) != (None, None):

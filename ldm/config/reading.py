@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoencoder.config import ConfigError
+from autoencoder.config import ConfigError, shown
 from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
-from ldm.config.values import typed
+from ldm.config.values import check_names, typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
 
@@ -24,15 +23,10 @@ DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values wi
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {values!r}")
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            raise ConfigError(
-                f"unknown key {path}{key}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(fields)}")
-            )
+    check_names(values, fields, path)
     missing = [
         n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
@@ -52,7 +46,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     inner = hint
     if isinstance(hint, types.UnionType) and value is not None:
         (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
-    return build(inner, value, name + ".") if dataclasses.is_dataclass(inner) else typed(hint, value, name)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(inner):
+        return build(inner, value, name + ".")  # type: ignore[arg-type]
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and "${" in text:
+            raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
+    return typed(hint, value, name)
 
 
 def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> T:
@@ -112,9 +111,7 @@ def _names(cls: type) -> set[str]:
 
 def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
     """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
-    import yaml
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if file.is_dir():
         found = " or ".join(sorted(str(inside) for inside in file.glob("*.yaml")))
@@ -140,7 +137,7 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
     except ConfigError:
         raise
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:  # odd numbers, tags, keys
+    except Exception as error:  # PyYAML and OmegaConf raise more than their own of odd tags, numbers and keys
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, at_least, between
+from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
 from ldm.config.data import DataConfig
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import LEARNED, ObjectiveConfig, ScheduleConfig
@@ -78,7 +78,7 @@ class DiffusionRun:
     def __post_init__(self) -> None:
         _named(self.run)
         between(self, 0.0, 1.0, "caption_dropout")
-        at_least(self, 0, "cache_captions")
+        between(self, 0, 10**7, "cache_captions")
         if self.data.captions == "none" and self.text != NONE:
             raise ConfigError("data.captions none: set text: none, or say where the captions are")
         if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":

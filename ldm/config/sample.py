@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from autoencoder.config import ConfigError, at_least, between, one_of
+from autoencoder.config import ConfigError, between, one_of
 from ldm.config.values import check_types
 
 SAMPLERS = (
@@ -59,8 +59,8 @@ class SampleConfig:
             raise ConfigError(f"guidance_interval must be two numbers 0 ≤ lo < hi, got {list(interval)}")
         if self.variance is not None:
             one_of(self, VARIANCES, "variance")
-        at_least(self, 1, "steps")
-        at_least(self, 0, "grid_offset")
+        between(self, 1, 100_000, "steps")
+        between(self, 0, 100_000, "grid_offset")
         between(self, 0.0, 100.0, "guidance_scale")
         between(self, 0.0, 1.0, "eta")
         between(self, 0, 2**63 - 1, "seed")

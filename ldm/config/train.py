@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoencoder.config import ConfigError, at_least, between, one_of
+from autoencoder.config import MOST_CHANNELS, MOST_UPDATES, ConfigError, at_least, between, one_of
 
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -21,7 +21,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of layers' names; also proj_in, ff.net.2, conv1 …
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "rank")
+        between(self, 1, MOST_CHANNELS, "rank")
         at_least(self, 1e-12, "alpha")
         if not self.targets:
             raise ConfigError("targets must name at least one layer")
@@ -62,12 +62,13 @@ class TrainConfig:
     lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays as it is
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "batch_size", "micro_batch", "log_every", "validate_every")
-        at_least(self, 1, "validation_size", "sample_every", "checkpoint_every", "rank_timeout")
-        at_least(self, 2, "keep_checkpoints")
-        at_least(self, 1, "keep_every")
+        between(self, 1, MOST_UPDATES, "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_every")
+        between(self, 1, 10**6, "batch_size", "micro_batch")
+        between(self, 1, 10**7, "validation_size", "rank_timeout")
+        between(self, 2, MOST_UPDATES, "keep_checkpoints")
         one_of(self, SAVE_ERRORS, "save_errors")
-        at_least(self, 0.0, "weight_decay", "warmup", "adam_eps")
+        at_least(self, 0.0, "weight_decay", "adam_eps")
+        between(self, 0, MOST_UPDATES, "warmup")
         at_least(self, 1e-12, "lr", "clip")
         between(self, 0.0, 1.0, "lr_end")
         between(self, 0.0, 0.9999999, "ema_decay")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from autoencoder.config import ConfigError
+from autoencoder.config import ConfigError, shown
 
+T = TypeVar("T")
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 LONGEST = 256  # bits of a whole number: more have no meaning here, and Python refuses to write very many
 
@@ -36,9 +39,26 @@ def typed(hint: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]}, got {shown(value)}")
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
         raise ConfigError(f"{name} must be text without NUL and in UTF-8, got {shown(value)}")
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
     return value
+
+
+def check_names(names: Iterable[Any], known: Iterable[str], path: str = "") -> None:
+    """Raise ConfigError for the first name that is not known, with the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            name = str(name)[:100]
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"unknown key {path}{name}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}")
+            )
+
+
+def changed(config: T, given: Mapping[str, Any]) -> T:
+    """A dataclass with other values of some fields, each of its type. Raises ConfigError naming the first that is not."""
+    hints = typing.get_type_hints(type(config))
+    check_names(given, [field.name for field in dataclasses.fields(config)])  # type: ignore[arg-type]
+    return dataclasses.replace(config, **{name: typed(hints[name], value, name) for name, value in given.items()})  # type: ignore[type-var]
 
 
 def check_types(config: Any) -> None:
@@ -54,12 +74,3 @@ def plain(value: Any) -> Any:
         return str(value)
     item = getattr(value, "item", None)
     return item() if callable(item) and tuple(getattr(value, "shape", (0,))) == () else value
-
-
-def shown(value: Any) -> str:
-    """A value as a message quotes it: short, and in one line."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # a number that Python refuses to write
-        text = f"a {type(value).__name__} too long to be written"
-    return text if len(text) <= 120 else text[:120] + "…"

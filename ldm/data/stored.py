@@ -47,10 +47,8 @@ def stored(opened: ImageFile) -> Stored:
 def _png(opened: ImageFile) -> Stored:
     raw, key = str(opened.tile[0].args), opened.info.get("transparency")  # such as L;4 and I;16B
     bits = 16 if ";16" in raw else 1 if opened.mode == "1" else int(raw.partition(";")[2] or 8)
-    if opened.mode == "RGB" and isinstance(key, tuple):
-        if bits == 16:
-            return Stored(bits, refused="16 bits a channel and one transparent colour: save it with an alpha channel")
-        opened.info["transparency"] = tuple(part & 255 for part in key)
+    if opened.mode == "RGB" and key is not None and bits == 16:
+        return Stored(bits, refused="16 bits a channel and one transparent colour: save it with an alpha channel")
     if opened.mode not in ("1", "L", "I;16"):
         return Stored(bits)
     white = {"1": 1, "L": 255, "I;16": 65535}[opened.mode]

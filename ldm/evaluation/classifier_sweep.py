@@ -41,7 +41,7 @@ Swept = Callable[[dict[str, Any], Sequence[float], int, int], Points]  # (a vari
 def classifier_sweep(
     run: Path, classifier: Path, weights: Sequence[float], images: int, steps: int, batch_size: int = 100,
     progress: Progress | None = None, processes: Processes = ALONE, device: torch.device | None = None,
-    parts: Mapping[str, str] | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Page]:  # fmt: skip
     """Classifier guidance in each of VARIANTS, with the same noise at every weight: the figures and their page.
 

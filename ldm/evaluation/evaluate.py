@@ -85,7 +85,7 @@ JUDGES: dict[str, Callable[[int], Judge]] = {
 
 def evaluate(
     run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say,
-    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, str] | None = None,
+    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
 

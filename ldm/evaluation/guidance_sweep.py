@@ -30,7 +30,7 @@ ACCURACY_COLOUR, DIVERSITY_COLOUR = "#0072B2", "#D55E00"
 def guidance_sweep(
     run: Path, scales: Sequence[float], images: int, given: dict[str, Any], batch_size: int,
     progress: Progress | None = None, processes: Processes = ALONE, device: torch.device | None = None,
-    parts: Mapping[str, str] | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Page]:  # fmt: skip
     """Classifier-free guidance of a run, swept: the figures and their page. ``given``: sampling settings that replace the run's.
 

@@ -88,7 +88,7 @@ class Nats:
 
 def likelihood(
     run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
-    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, str] | None = None,
+    processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.config import ClassifierConfig, ConfigError, ScheduleConfig, build, to_dict
 from ldm.interop.files import FolderError, read_json, write_json
+from ldm.interop.sizes import WIDEST
 from ldm.interop.weights import read_module, write_module
 from ldm.models.classifier import NoisyClassifier
 
@@ -71,10 +73,27 @@ def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
         model = build(ClassifierConfig, about["model"], "model.")
         schedule = build(ScheduleConfig, about["schedule"], "schedule.")
         rest = about["in_channels"], schedule, about["autoencoder_sha256"]
+        _check_types(about, str(folder / "config.json"))
         info = ClassifierInfo(model, tuple(about["classes"]), about["captions"], *rest)
     except KeyError as error:
         raise FolderError(f"{folder / 'config.json'}: {error.args[0]} is missing") from None
     return info, folder / WEIGHTS
+
+
+def _check_types(about: Mapping[str, Any], where: str) -> None:
+    """Raise FolderError for an entry of another type than is written."""
+    classes, captions, channels, autoencoder = (about[key] for key in ("classes", "captions", "in_channels", "autoencoder_sha256"))
+    faults = {
+        "classes should be a list of names": not isinstance(classes, list) or not all(isinstance(name, str) for name in classes),
+        "captions should give each caption the number of a class": not isinstance(captions, dict)
+        or not isinstance(classes, list)
+        or not all(type(number) is int and 0 <= number < len(classes) for number in captions.values()),
+        "in_channels should be a whole number from 1": type(channels) is not int or not 1 <= channels <= WIDEST,
+        "autoencoder_sha256 should be text or null": autoencoder is not None and not isinstance(autoencoder, str),
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise FolderError(f"{where}: {fault}")
 
 
 def load_classifier(path: str | Path) -> tuple[ClassifierInfo, NoisyClassifier]:

@@ -51,6 +51,6 @@ def check_complete(bundle: Bundle, where: str | Path) -> None:
     if context is None:
         raise FolderError(f"{where}: there is a text encoder, and the U-Net takes no caption: not of one model")
     tower = bundle.parts[TEXT].config
-    width = (tower.get("text_config") or tower).get("hidden_size")
-    if width is not None and width != context:
+    width = (inner if isinstance(inner := tower.get("text_config"), dict) else tower).get("hidden_size")
+    if type(width) is int and width != context:
         raise FolderError(f"{where}: the text encoder's states have width {width}, and the U-Net takes {context}: not of one model")

@@ -94,7 +94,8 @@ def _autoencoder(part: Part) -> dict[str, Any]:
 
 
 def _text(part: Part) -> dict[str, Any]:
-    tower = part.config.get("text_config") or part.config
+    inner = part.config.get("text_config")
+    tower = inner if isinstance(inner, Mapping) else part.config
     names = {
         "width": "hidden_size",
         "layers": "num_hidden_layers",

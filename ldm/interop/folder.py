@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ldm.config import ConfigError
+from ldm.config.values import shown
 from ldm.interop import diffusers as layout
 from ldm.interop.archive.archive import find_weights, open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.files import FolderError, read_json, write_json
-from ldm.interop.intact import EXTRA, check_writable, write_hashes, written_hashes
+from ldm.interop.intact import check_writable, read_extra, write_hashes, written_hashes
 from ldm.interop.reference import REFERENCE, Reference
+from ldm.interop.sizes import check_sizes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {UNET: WEIGHTS, VAE: WEIGHTS, TEXT: "model.safetensors"}
@@ -60,9 +63,11 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
     ``without``: parts that are not to be read.
     """
     index = read_json(folder / INDEX)
-    if index.get("_class_name") not in layout.PIPELINES:
-        raise ConfigError(f"{folder}: a {index.get('_class_name')} cannot be opened, only {', '.join(layout.PIPELINES)}")
-    named = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+    if (kind := index.get("_class_name")) not in layout.PIPELINES:
+        raise ConfigError(
+            f"{folder}: a {kind if isinstance(kind, str) else shown(kind)} cannot be opened, only {', '.join(layout.PIPELINES)}"
+        )
+    named = [name for name, entry in index.items() if _names_class(folder / INDEX, name, entry)]
     besides = {f"{name}/": "no part of this pipeline" for name in named if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")}
     parts = {}
     for name in (UNET, VAE, TEXT):
@@ -70,11 +75,21 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
             own = variant if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*")) else None
             parts[name], aside = read_part(folder / name, name, own)
             besides |= {f"{name}/{tensor}": why for tensor, why in aside.items()}
-    extra = read_json(folder / EXTRA) if (folder / EXTRA).exists() else {}
+    extra = read_extra(folder)
     tokenizer = read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {}
     return Bundle(
         parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}", index["_class_name"]
     )
+
+
+def _names_class(file: Path, name: str, entry: Any) -> bool:
+    """Whether an entry of the index says that a sub-folder is there. Raises FolderError for one of the parts that says neither."""
+    pair = isinstance(entry, list) and len(entry) == 2
+    if pair and all(isinstance(one, str) for one in entry):
+        return True
+    if name in (UNET, VAE, TEXT, "scheduler", "tokenizer") and not (pair and entry == [None, None]):
+        raise FolderError(f"{file}: {name} should be a library and a class, or two nulls, and is {shown(entry)}")
+    return False
 
 
 def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:
@@ -83,6 +98,7 @@ def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part
     archive = open_archive(find_weights(folder, FILES[name].removesuffix(".safetensors"), variant))
     tensors = {current_name(name, key): tensor for key, tensor in archive.tensors.items()}
     besides = {key: why for key, why in _BESIDES.items() if name == TEXT and tensors.pop(key, None) is not None}
+    check_sizes(name, config, tensors, str(folder / "config.json"))
     hashes = written_hashes(folder)
     if variant is not None and not any(file.name in hashes for file in archive.files):
         hashes = {}  # other weights beside those that were written, asked for by name
@@ -129,7 +145,10 @@ def current_name(part: str, key: str) -> str:
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a tokenizer. Raises FolderError where there is none."""
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    try:
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise FolderError(f"{folder}: its tokenizer cannot be read: {error.strerror}") from None
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
         half = "".join(f" ({name} alone is half of one)" for name in ("vocab.json", "merges.txt") if name in files)
         raise FolderError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt{half}")

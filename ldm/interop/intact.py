@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from ldm.config.values import shown
 from ldm.files.disk import file_hash
 from ldm.files.known import known_hash
 from ldm.interop.bundle import Bundle, Part
@@ -17,6 +19,37 @@ from ldm.models.finite import NonFiniteError, counted, nonfinite
 
 EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
 HASHES = "sha256"  # its entry
+FORMAT = 1
+LARGEST = 2**14  # pixels a side
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """`ldm.json` of a model folder, each entry of its type; empty where there is none. Raises FolderError."""
+    file = folder / EXTRA
+    about = read_json(file) if file.exists() else {}
+    check_extra(about, str(file))
+    return about
+
+
+def check_extra(about: Mapping[str, Any], where: str) -> None:
+    """Raise FolderError for an entry of another type than is written."""
+    for key, (holds, what) in _ENTRIES.items():
+        if key in about and not holds(about[key]):
+            raise FolderError(f"{where}: {key} should be {what}, and is {shown(about[key])}")
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (lambda v: type(v) is int and v == FORMAT, f"{FORMAT}, the one that is read here"),
+    "null_caption": (lambda v: isinstance(v, str), "text"),
+    "caption_dropout": (_is_share, "a number from 0 to 1, or null"),
+    "sample_size": (lambda v: type(v) is int and 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}"),
+    "defaults": (lambda v: isinstance(v, dict), "a mapping of settings"),
+    HASHES: (lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()), "the hash of each file of weights"),
+}
 
 
 def written_hashes(folder: Path) -> dict[str, str]:
@@ -25,20 +58,14 @@ def written_hashes(folder: Path) -> dict[str, str]:
     Empty where it has none of this folder's. Raises FolderError.
     """
     folder = Path(os.path.abspath(folder))  # a link to another run's is not followed: it is not the part that was written here
-    file = folder.parent / EXTRA
-    if not file.exists():
-        return {}
-    hashes = read_json(file).get(HASHES, {})
-    if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
-        raise FolderError(f"{file}: {HASHES} should hold the hash of each file of weights, as text")
-    places = {Path(name): digest for name, digest in hashes.items()}
+    places = {Path(name): digest for name, digest in read_extra(folder.parent).get(HASHES, {}).items()}
     return {place.name: digest for place, digest in places.items() if str(place.parent) == folder.name}
 
 
 def write_hashes(folder: Path, files: Iterable[Path], about: Mapping[str, object] | None = None) -> None:
     """Write `ldm.json` with ``about`` and the hashes of these files. Raises OSError."""
     hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
-    write_json(folder / EXTRA, {"format": 1, **(about or {}), HASHES: hashes})
+    write_json(folder / EXTRA, {"format": FORMAT, **(about or {}), HASHES: hashes})
 
 
 def check_intact(part: Part, name: str = "") -> None:

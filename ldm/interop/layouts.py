@@ -26,7 +26,7 @@ from ldm.interop.reference import REFERENCE, Reference
 from ldm.interop.weights import check_tensors
 
 _OTHERS = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP
-_WHAT_FOR = "draw with it by `ldm sample MODEL --lora` (docs/lora.md)"
+_WHAT_FOR = "draw with it by `ldm sample MODEL --lora`, rewrite it by `ldm convert --lora-layout` (docs/lora.md)"
 OPENCLIP_PAD = "!"  # the token 0, with which OpenCLIP fills up a caption; OpenAI's CLIP takes the end of text
 
 
@@ -73,7 +73,8 @@ def read_any(
     Raises FolderError or ConfigError.
     """
     if Path(path).is_dir() and not any((Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)):
-        _refuse(reading | {"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
+        _refuse(reading, path)
+        _refuse({"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
         part, besides = read_part(_alone(Path(path)), VAE, variant)
         bundle = Bundle({VAE: part}, besides=besides, layout="a folder of an AutoencoderKL")
     else:
@@ -148,7 +149,10 @@ def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:
     if bundle.parts[TEXT].config.get("hidden_act") == "gelu":
         from ldm.models.text import padded_with  # transformers takes seconds to import
 
-        return padded_with(files, OPENCLIP_PAD)
+        try:
+            return padded_with(files, OPENCLIP_PAD)
+        except ValueError as error:
+            raise FolderError(f"{folder}: {error}") from None
     return files
 
 
@@ -177,4 +181,7 @@ def read_text_part(name: str) -> tuple[Part, dict[str, bytes]]:
     split = (folder / "text_encoder").is_dir()
     part, _ = read_part(folder / "text_encoder" if split else folder, TEXT)
     tower = {key: tensor for key, tensor in part.tensors.items() if not key.startswith(_OTHERS)}
-    return replace(part, tensors=tower), read_tokenizer_files(folder / "tokenizer" if split else folder)
+    config, inner = part.config, part.config.get("text_config")
+    if config.get("model_type") == "clip" and isinstance(inner, Mapping):
+        config = {**inner, "model_type": "clip_text_model"}
+    return replace(part, config=config, tensors=tower), read_tokenizer_files(folder / "tokenizer" if split else folder)

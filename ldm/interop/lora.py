@@ -11,10 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config import UNetConfig
 from ldm.interop.archive.archive import open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.files import FolderError, read_json
-from ldm.interop.lora_names import ALPHA, DOWN, UP, Place, diffusers_keys, kohya_keys, needs_settings, place_of, stems
+from ldm.interop.lora_names import (
+    ALPHA,
+    DOWN,
+    UP,
+    Place,
+    check_kind,
+    compvis_stems,
+    diffusers_keys,
+    kohya_keys,
+    needs_settings,
+    place_of,
+    stems,
+)
 from ldm.interop.lora_settings import alpha_of, settings_of
 from ldm.models.lora import Lora, LowRank, changeable
 
@@ -36,7 +49,10 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
     file = find_lora(path)
     tensors, header = _open(file)
     settings = {part: settings_of(part, header, str(file)) for part in (UNET, TEXT)}
+    check_kind(tensors, str(file))
     table = {stem: (part, name) for part, network in networks.items() for name in changeable(network) for stem in stems(part, name)}
+    if isinstance(config := getattr(networks.get(UNET), "config", None), UNetConfig):
+        table |= {stem: (UNET, name) for name in changeable(networks[UNET]) for stem in compvis_stems(name, config)}
     found: Found = {}
     for key, tensor in tensors.items():
         place, role = place_of(key, table, str(file))
@@ -54,17 +70,20 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def write_lora(loras: Mapping[str, Lora], file: Path, layout: str = "diffusers", dtype: torch.dtype = torch.float32) -> None:
-    """Write the changes of each network; α/r is multiplied into B, so that a reader that knows no α computes the same.
+    """Write the changes of each network, their α multiplied into B as far as no reader then takes another scale.
 
-    ``layout``: `diffusers` (the ranks also in the header), as ``load_lora_weights`` and peft read it; or `kohya` (each
-    layer's α = r besides), as kohya's scripts, ComfyUI, AUTOMATIC1111 and also diffusers read it. Raises FolderError.
+    ``layout``: `diffusers`, as ``load_lora_weights`` and peft read it: α is the rank of each layer, which is also in the
+    header, so that readers that look for no α are right. Or `kohya`, as kohya's scripts, ComfyUI, AUTOMATIC1111 and also
+    diffusers read it: α is one tensor a layer, all equal, since diffusers misreads those that differ. Raises FolderError.
     """
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for part, lora in loras.items():
+        usual = _usual_rank(lora)
         for name, change in lora.changes.items():
-            down, up = change.unscaled()
-            values = {DOWN: down.to(dtype), UP: up.to(dtype), ALPHA: torch.tensor(float(change.rank))}
+            alpha = float(change.rank if layout == "diffusers" else usual)
+            down, up = change.with_alpha(alpha)
+            values = {DOWN: down.to(dtype), UP: up.to(dtype), ALPHA: torch.tensor(alpha)}
             for role, key in LAYOUTS[layout](part, name).items():
                 tensors[key] = _finite(key, values[role], file).detach().cpu().contiguous()
         about |= {f"{part}.{key}": value for key, value in _peft_config(lora).items()}
@@ -164,16 +183,19 @@ def _check_size(name: str, change: LowRank, file: Path) -> None:
         raise FolderError(f"{file}: the change of {name} is not finite: its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}")
 
 
+def _usual_rank(lora: Lora) -> int:
+    return Counter(change.rank for change in lora.changes.values()).most_common(1)[0][0]
+
+
 def _peft_config(lora: Lora) -> dict[str, Any]:
-    """peft's LoraConfig of tensors with α = r: the most frequent rank, and the layers that differ."""
-    ranks = {name: change.rank for name, change in lora.changes.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    """peft's LoraConfig of tensors with α = r: the usual rank, and the layers that differ."""
+    usual, changes = _usual_rank(lora), lora.changes
+    others = {name: change.rank for name, change in changes.items() if change.rank != usual}
     return {
         "peft_type": "LORA",
         "r": usual,
         "lora_alpha": usual,
-        "target_modules": list(ranks),
+        "target_modules": sorted(changes),
         "rank_pattern": others,
         "alpha_pattern": others,
     }

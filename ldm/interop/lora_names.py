@@ -9,7 +9,9 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from ldm.config import UNetConfig
 from ldm.interop.bundle import TEXT, UNET
+from ldm.interop.compvis.names import unet_name
 from ldm.interop.files import FolderError
 from ldm.interop.lora_settings import TOWER
 
@@ -46,8 +48,17 @@ def stems(part: str, name: str) -> Iterator[str]:
         for plain in (whole, _old(whole)):
             if plain is not None:
                 yield from (plain, f"{part}.{plain}", f"{PEFT_PREFIX}{plain}")
+        if part == TEXT:
+            yield from (f"text_encoders.{clip}.transformer.{whole}" for clip in ("clip_l", "clip_h"))  # ComfyUI
         flat = whole.replace(".", "_")
         yield from (f"{kohya}_{flat}" for kohya in (("lora_unet",) if part == UNET else ("lora_te", "lora_te1")))
+
+
+def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
+    """What a layer of the U-Net is called by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
+    attends = [level in config.attention_levels for level in reversed(range(len(config.channels)))]
+    there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
+    return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"
 
 
 _OLD = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}
@@ -65,9 +76,6 @@ def _old(name: str) -> str | None:
 
 def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, str]:
     """The layer that a key changes, by the ``stems`` in ``table``, and which of its tensors it is. Raises FolderError."""
-    for pattern, kind in OTHERS.items():
-        if re.search(pattern, key):
-            raise FolderError(f"{where}: {key}: {kind} is not offered, only LoRA")
     for ending, role in ENDINGS.items():
         if key.endswith(ending) and (place := table.get(key.removesuffix(ending))) is not None:
             return place, role
@@ -76,6 +84,17 @@ def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, s
     stem = next((key.removesuffix(ending) for ending in ENDINGS if key.endswith(ending)), key)
     near = difflib.get_close_matches(stem, table, n=1)
     raise FolderError(f"{where}: {key} changes no layer of this model" + (f" (the nearest is called {near[0]})" if near else ""))
+
+
+def check_kind(keys: Iterable[str], where: str) -> None:
+    """Raise FolderError where keys are of another kind of adapter, or of none."""
+    keys = list(keys)
+    for key in keys:
+        for pattern, kind in OTHERS.items():
+            if re.search(pattern, key):
+                raise FolderError(f"{where}: {key}: {kind} is not offered, only LoRA")
+    if keys and not any(key.endswith(tuple(ENDINGS)) for key in keys):
+        raise FolderError(f"{where} is not a LoRA: none of its tensors has the name of one; the first is {keys[0]}")
 
 
 def diffusers_keys(part: str, name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ IGNORED = (
 )  # fmt: skip
 KINDS = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
-    "velora_config": "VeLoRA",    "alora_invocation_tokens": "aLoRA", "monteclora_config": "MonteCLoRA", "lora_bias": "a LoRA with biases",
+    "velora_config": "VeLoRA", "alora_invocation_tokens": "aLoRA", "monteclora_config": "MonteCLoRA", "lora_bias": "a LoRA with biases",
     "modules_to_save": "a layer trained and saved whole", "trainable_token_indices": "the embedding of a token",
     "target_parameters": "a change of a bare parameter", "layer_replication": "a repeated layer",
     "megatron_config": "a layer of Megatron",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.interop.files import FolderError, read_json, write_json
+from ldm.interop.intact import check_extra
 
 REFERENCE = "lora.json"
 
@@ -40,11 +41,11 @@ class Reference:
         if not (folder / REFERENCE).is_file():
             return None
         about = read_json(folder / REFERENCE)
-        try:
-            places, sha256 = about.pop("base"), about.pop("base_sha256")
-            base = next((place for p in places if (place := folder / p).exists()), None)
-        except (KeyError, TypeError):
-            raise FolderError(f"{folder / REFERENCE}: base and base_sha256 are missing or damaged") from None
+        places, sha256 = about.pop("base", None), about.pop("base_sha256", None)
+        if not isinstance(places, list) or not places or not all(isinstance(one, str) for one in (*places, sha256)):
+            raise FolderError(f"{folder / REFERENCE}: base and base_sha256 are missing or damaged")
+        check_extra(about, str(folder / REFERENCE))
+        base = next((place for p in places if _is_there(place := folder / p)), None)
         if base is None:
             raise FolderError(f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}")
         return cls(folder, base, sha256, {key: value for key, value in about.items() if key != "format"})
@@ -53,3 +54,11 @@ class Reference:
         """Raise FolderError unless the base has the weights that the LoRA was trained on."""
         if sha256 != self.sha256:
             raise FolderError(f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back")
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is anything at a path that a file names, whatever letters it is made of."""
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False

@@ -29,7 +29,10 @@ _ZERO = {"rescale_betas_zero_snr": False}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
 _THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_RANGE = {"sigma_min": None, "sigma_max": None}  # of those sigmas; some classes look for them though their __init__ does not name them
+_RANGE = {
+    "sigma_min": None,
+    "sigma_max": None,
+}  # of those sigmas; some classes look for them though their __init__ does not name them
 _SOLVER = {
     "solver_order": 2,
     "lower_order_final": True,
@@ -80,8 +83,21 @@ _OTHERS = {  # keys that the classes of a β schedule without a table above have
 }  # fmt: skip
 KEYS = _OTHERS.union(*READS.values())
 
-_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", list: "a list of numbers"}
-_NONE_FOR = {"trained_betas": list, "sigma_min": float, "sigma_max": float, "shift_terminal": float, "variance_type": str, "solver_p": str}
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+    list: "a list of numbers",
+}
+_NONE_FOR = {
+    "trained_betas": list,
+    "sigma_min": float,
+    "sigma_max": float,
+    "shift_terminal": float,
+    "variance_type": str,
+    "solver_p": str,
+}
 
 
 def class_name(layout: Mapping[str, Any]) -> str:
@@ -93,7 +109,10 @@ def settings(layout: Mapping[str, Any]) -> dict[str, Any]:
     """Every key that the scheduler's class reads, as the file gives it or by default. Raises ConfigError for a value of another type."""
     name = class_name(layout)
     table = READS.get(name) or PROCESSES.get(name) or _ANY_PROCESS
-    return {key: _typed(key, layout[key], default) if key in layout else default for key, default in table.items()}
+    values = {key: _typed(key, layout[key], default) if key in layout else default for key, default in table.items()}
+    if not 2 <= (steps := values["num_train_timesteps"]) <= MOST_STEPS:
+        raise ConfigError(f"scheduler: num_train_timesteps must lie between 2 and {MOST_STEPS}, got {str(steps)[:20]}")
+    return values
 
 
 def unread(layout: Mapping[str, Any]) -> list[str]:
@@ -116,8 +135,6 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     if value is None and (kind is bool or key in _NONE_FOR):
         return False if kind is bool else None
     fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind is list and not all(type(item) in (int, float) for item in value)):
+    if not fits or (isinstance(value, list) and not all(type(item) in (int, float) for item in value)):
         raise ConfigError(f"scheduler: {key} must be {_KINDS[kind]}, got {str(value)[:60]!r}")
-    if key == "num_train_timesteps" and not 2 <= value <= MOST_STEPS:
-        raise ConfigError(f"scheduler: {key} must lie between 2 and {MOST_STEPS}, got {str(value)[:20]}")
     return value

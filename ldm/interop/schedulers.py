@@ -16,7 +16,11 @@ THEIR_SCHEDULER = "DDIMScheduler"
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # the last is ours alone
 _TARGETS = {theirs: ours for ours, theirs in _PREDICTIONS.items()} | {"original_sample": "x0"}  # as EulerDiscreteScheduler has it
-_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # of their DDIMScheduler
+_BETA_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}  # of their DDIMScheduler
 _SCHEDULES = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()} | {"sigmoid": "sigmoid"}  # of their DDPMScheduler
 _BETAS = {"scaled_linear": (0.00085, 0.012)}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
 # As diffusers computes them: the third equals the first, and a missing one is neither and leaves the first.
@@ -24,7 +28,10 @@ _VARIANCES = {"fixed_small": "posterior", None: "posterior", "fixed_small_log": 
               "fixed_large": "beta", "learned_range": "learned"}  # fmt: skip
 
 _WHOLE = {"trailing": "trailing", "leading": "leading", "linspace": "linspace"}
-_ON_THE_GRID = {"trailing": "trailing", "leading": "leading"}  # with linspace, DDIM and PNDM step to t − T//S, which is no node of it
+_ON_THE_GRID = {
+    "trailing": "trailing",
+    "leading": "leading",
+}  # with linspace, DDIM and PNDM step to t − T//S, which is no node of it
 _FRACTIONAL = _WHOLE | {"linspace": "linspace_fractional"}
 _POSITIVE = {"trailing": "trailing", "leading": "leading_positive", "linspace": "linspace_positive"}
 

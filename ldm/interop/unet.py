@@ -140,7 +140,7 @@ def sample_side(layout: Mapping[str, Any]) -> int:
     """Side of x_t in training, where the file says it, else 64. Raises ConfigError where x_t is no square."""
     side = layout.get("sample_size") or 64
     if isinstance(side, (list, tuple)):
-        side = side[0] if len(set(side)) == 1 else side
+        side = side[0] if all(one == side[0] for one in side) else side
     if type(side) is not int or side < 1:
         raise ConfigError(f"unet: sample_size {side!r} is no square: write one whole number, the side of what is diffused")
     return side

@@ -42,9 +42,9 @@ class LowRank(nn.Module):
         return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * (self.alpha / self.rank)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def unscaled(self) -> tuple[Tensor, Tensor]:
-        """A and (α/r) B in float32: the same change with α = r."""
-        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / self.rank)  # type: ignore[operator,union-attr]
+    def with_alpha(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """A and B in float32, B so that the change is the same with another α."""
+        return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / alpha)  # type: ignore[operator,union-attr]
 
     def matrix(self) -> Float[Tensor, "o i"]:
         """(α/r) B A in float32, a convolution's kernel flattened with its input channels."""
@@ -127,14 +127,13 @@ class Lora(nn.Module):
 def shared_copy(module: Network) -> Network:
     """A copy of all modules of a network, with the same tensors: what is attached to the copy changes nothing but the copy.
 
-    It is not compiled where the network is, for compiled code does not look at hooks again.
+    It is not compiled where the network is (torch copies no compiled code), which would not look at hooks again.
     """
     module = getattr(module, _COMPILED, module)
     copied = copy.copy(module)
     copied._modules = {name: child if child is None else shared_copy(child) for name, child in module._modules.items()}
     for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         setattr(copied, hooks, getattr(module, hooks).copy())
-    copied._compiled_call_impl = None
     return copied
 
 

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from safetensors.torch import save as serialized
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -40,6 +39,8 @@ _SPACE = re.compile(r"[^\S\x1c-\x1f]+")
 # what CLIP takes for one word: letters, or neither letters, digits nor space, for which Python counts four control characters
 _LONG_WORD = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}|(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}")
 
+_OUTPUT = ("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation")  # how others want it returned
+_NotOurs = (KeyboardInterrupt, SystemExit)  # of what ends a call to a library that panics
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP's
 # Names in older config.json files that say nothing of a CLIP's text tower: how to generate text, and what earlier releases wrote.
 _OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
@@ -167,16 +168,19 @@ class TextEncoder:
         Weights in float32 stay memory-mapped. Raises ValueError where weights and configuration do not belong together.
         """
         _check_config(config)
+        tower = {key: value for key, value in (config.get("text_config") or config).items() if key not in _OUTPUT}
         try:
-            with torch.device("meta"):
-                model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.get("text_config") or config)))
-        except (ValueError, StrictDataclassError) as error:
+            with torch.device("meta"), _quiet():
+                model = CLIPTextModel(CLIPTextConfig.from_dict(tower))
+        except Exception as error:  # transformers raises many kinds for a setting of another type or out of range
             raise ValueError(f"config.json: {_one_line(error)}") from None
         _fill(_tower(model), {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()})
         with TemporaryDirectory() as folder:
             for name, content in tokenizer.items():
                 (Path(folder) / name).write_bytes(content)
-            return cls(model, _load_tokenizer(Path(folder)))
+            encoder = cls(model, _load_tokenizer(Path(folder)))
+        encoder.check_tokens()
+        return encoder
 
     @property
     def config(self) -> dict[str, Any]:
@@ -230,7 +234,7 @@ class TextEncoder:
     @property
     def max_length(self) -> int:
         """Tokens of every caption, start, end and padding included."""
-        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
     @property
     def hash(self) -> str:
@@ -243,6 +247,23 @@ class TextEncoder:
             digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def check_tokens(self) -> None:
+        """Raise ValueError unless the tokenizer makes tokens of any text that the encoder has states of."""
+        size, length = self.model.config.vocab_size, self.tokenizer.model_max_length
+        if type(length) not in (int, float) or not length >= 3:
+            raise ValueError(f"its tokenizer: model_max_length is {length!r}: expected a whole number from 3")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if type(number := getattr(self.tokenizer, name)) is not int or not 0 <= number < size:
+                raise ValueError(f"its tokenizer: {name} is {number!r}: expected one of its {size} tokens")
+        if strange := [token for token, number in self.tokenizer.get_vocab().items() if not 0 <= number < size]:
+            raise ValueError(f"its tokenizer: token {strange[0]!r} has a number that is none of 0 to {size - 1}")
+        try:
+            self.tokenize(["a photo, of 2 ✿"])
+        except _NotOurs:
+            raise
+        except BaseException as error:  # as in _load_tokenizer
+            raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
         """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU."""
@@ -342,14 +363,21 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise ValueError("it holds no tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raises nothing more particular for a file that it cannot read
+    except _NotOurs:
+        raise
+    except BaseException as error:  # tokenizers raises nothing more particular for a file that it cannot read, or panics
         raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
 
 def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
-    """The files of a tokenizer that pads with another token."""
+    """The files of a tokenizer that pads with another token. Raises ValueError where its settings cannot be read."""
     files = {name: content for name, content in tokenizer.items() if name != "special_tokens_map.json"}
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    try:
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"tokenizer_config.json: {_one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ValueError("tokenizer_config.json should hold a JSON object")
     return files | {"tokenizer_config.json": json.dumps(settings | {"pad_token": token}, indent=2).encode()}
 
 
@@ -374,11 +402,16 @@ def _check_config(layout: object) -> None:
     if kind not in ("clip", "clip_text_model") or not isinstance(layout, Mapping):
         raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")
     tower = layout.get("text_config") or {} if kind == "clip" else layout
+    if not isinstance(tower, Mapping):
+        raise ValueError("config.json: text_config should be a mapping of settings")
     known = {f.name for f in dataclasses.fields(CLIPTextConfig)}  # type: ignore[arg-type]
     for key in tower:
         if key not in known | _OLD_SETTINGS and not key.startswith("_"):
             near = difflib.get_close_matches(key, sorted(known), n=1)
             raise ValueError(f"config.json: unknown key {key}" + (f": did you mean {near[0]}?" if near else " of a CLIP text encoder"))
+    epsilon = tower.get("layer_norm_eps", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon <= 1:
+        raise ValueError(f"config.json: layer_norm_eps is {epsilon!r}: expected a number from 0 to 1")
     if (activation := tower.get("hidden_act", "quick_gelu")) not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act is {activation!r}, but CLIP has {' or '.join(ACTIVATIONS)}")
 
@@ -397,5 +430,5 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:1000] or type(error).__name__

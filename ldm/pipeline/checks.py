@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.config.values import plain, shown
+from ldm.config.values import plain
 from ldm.diffusion.samplers.grids import check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule

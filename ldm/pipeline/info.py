@@ -17,7 +17,7 @@ from ldm.interop.complete import check_complete
 from ldm.interop.files import FolderError
 from ldm.interop.folder import find_model
 from ldm.interop.layouts import read_model
-from ldm.interop.reference import Reference
+from ldm.interop.reference import REFERENCE, Reference
 from ldm.interop.unet import sample_side, unet_from_diffusers
 from ldm.interop.weights import fill
 from ldm.models.unet import UNet
@@ -60,9 +60,9 @@ class ModelInfo:
                 raise ConfigError(
                     f"{path} is a LoRA's, trained with the parts of {reference.base}: name that as the model and this as --lora"
                 )
-            base = cls.read(reference.base)
-            if base.lora is not None:
+            if reference.base.is_dir() and (find_model(reference.base) / REFERENCE).is_file():  # it may be this very folder
                 raise FolderError(f"{path} is the LoRA of {reference.base}, itself a LoRA: merge that first")
+            base = cls.read(reference.base)
             bundle = dataclasses.replace(base.bundle, extra={**base.extra, **reference.extra})
             return dataclasses.replace(base, bundle=bundle, lora=reference)
         bundle = read_model(path, variant, vae, text, **reading)

@@ -66,7 +66,7 @@ class Origin:
     text: str | None = None
 
     @property
-    def given(self) -> dict[str, str]:
+    def given(self) -> dict[str, Any]:
         """Those of ``vae`` and ``text`` that were named."""
         return {name: value for name, value in (("vae", self.vae), ("text", self.text)) if value is not None}
 

@@ -22,10 +22,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from autoencoder.config import shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
-from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig, build
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
 from ldm.config.sample import check_lora_scale
-from ldm.config.values import shown, typed
+from ldm.config.values import changed, typed
 from ldm.data import streams
 from ldm.data.images import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
@@ -50,11 +51,13 @@ from ldm.pipeline.info import ModelInfo, load_unet
 from ldm.pipeline.watch import Watch, unseen
 
 if TYPE_CHECKING:
-    from typing import SupportsFloat, SupportsIndex
+    from typing import SupportsFloat, SupportsIndex, TypeAlias
 
     from ldm.models.text import TextEncoder
 
-    Whole, Number, Text = SupportsIndex, SupportsFloat, str
+    Whole: TypeAlias = SupportsIndex
+    Number: TypeAlias = SupportsFloat
+    Text: TypeAlias = str
 else:  # checked by the call itself, as the configuration checks them and with the argument's name
     Whole = Number = Text = Any
 SHOWN = 3  # prompts that a warning quotes
@@ -160,7 +163,7 @@ class Pipeline:
         version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
         with _READING:
             if version not in self._loras:
-                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self._networks()).items()}
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self.networks).items()}
             return self._loras[version]
 
     def _under(self, settings: SampleConfig) -> Pipeline:
@@ -171,13 +174,14 @@ class Pipeline:
         pipe = copy.copy(self)
         pipe.unet = shared_copy(self.unet)
         pipe.text = self.text and self.text.shared_copy()
-        networks = pipe._networks()
+        networks = pipe.networks
         for part, lora, scale in wanted:
             lora.attach(scale, networks[part])
         return pipe
 
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        """The networks that a LoRA may change."""
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What a LoRA may change: the U-Net and the text encoder's tower."""
         return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
 
     def __call__(
@@ -210,7 +214,7 @@ class Pipeline:
             **further,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        settings = build(SampleConfig, {**dataclasses.asdict(self.defaults), **given})
+        settings = changed(self.defaults, given)
         texts = check_prompts(prompts)
         if not texts:
             raise ConfigError("prompts must be a text or several, got none")
@@ -241,11 +245,12 @@ class Pipeline:
         ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
         diffused; what it returns, unless None, is what the sampler goes on with.
         """
-        size = self.sample_size if size is None else typed(int, size, "size")
-        batch_size, prompts = typed(int, batch_size, "batch_size"), check_prompts(prompts)
-        self.check(settings, size)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        side: int = self.sample_size if size is None else typed(int, size, "size")
+        together: int = typed(int, batch_size, "batch_size")
+        prompts = check_prompts(prompts)
+        self.check(settings, side)
+        if together < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {together}")
         if indices is not None and len(indices) != len(prompts):
             raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(indices)}")
         if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
@@ -255,7 +260,7 @@ class Pipeline:
                 self._guides.classifier(self, settings.classifier)[0].label(caption)
         self.warn_cut(prompts, settings, 4)
         indices = range(len(prompts)) if indices is None else indices
-        shape = (self.unet.in_channels, size // self.factor, size // self.factor)
+        shape = (self.unet.in_channels, side // self.factor, side // self.factor)
         sampler, grid = SAMPLERS[settings.sampler], grid_of(self.schedule, settings)
         options = {name: getattr(settings, name) for name in sampler.options}
         if sampler.looks_ahead and (ratio := first_step(self.schedule, grid)) > LONG_STEP:
@@ -264,8 +269,8 @@ class Pipeline:
                 " too much for it; take grid karras, or another sampler such as dpmpp_2m (docs/samplers.md)",
                 stacklevel=3,
             )
-        for i in range(0, len(prompts), batch_size):
-            texts, numbers = list(prompts[i : i + batch_size]), indices[i : i + batch_size]
+        for i in range(0, len(prompts), together):
+            texts, numbers = list(prompts[i : i + together]), indices[i : i + together]
             watch = Watch(len(grid) - 1, self.unet.conv_in.weight.dtype)
             if (gradient := self._guides.gradient(self, texts, settings, "mean")) is not None:
                 gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)

@@ -19,7 +19,10 @@ class Watch:
 
     def __init__(self, steps: int, dtype: torch.dtype) -> None:
         self.steps, self.step = steps, 1
-        self._hint = f" (its weights are {str(dtype).removeprefix('torch.')}: take dtype float32)" if dtype in HALF else ""
+        self._hint = ""
+        if dtype in HALF:
+            wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+            self._hint = f" (its weights are {str(dtype).removeprefix('torch.')}: take dtype {wider})"
         self._names: list[str] = []
         self._flags: list[Tensor] = []
 

@@ -78,7 +78,7 @@ def checkout(folder: Path) -> dict[str, Any]:
     said = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *PACKAGES]):
         try:
-            git = ["git", "-C", str(folder), *arguments]
+            git = ["git", "--no-optional-locks", "-C", str(folder), *arguments]  # a user may be committing
             said.append(subprocess.run(git, capture_output=True, text=True, check=True, timeout=20, env=environment).stdout.strip())
         except (OSError, subprocess.SubprocessError):
             return unknown

@@ -89,7 +89,7 @@ def _kind(file: MappedFile) -> str:
 def _open_shards(index: Path) -> Archive:
     """Every tensor where the index says, every shard with these and no others."""
     try:
-        content = safetensors.parse_json(index.read_bytes(), f"{index}: it")
+        content = safetensors.parse_header(index.read_bytes(), f"{index}: it")
     except OSError as error:
         raise FolderError(f"{index}: cannot be read: {error.strerror}") from None
     places = content.get("weight_map")

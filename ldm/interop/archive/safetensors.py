@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.interop.archive.mapped import MappedFile
-from ldm.interop.files import FolderError
+from ldm.interop.files import FolderError, parse_json
 
 MOST_HEADER = 100_000_000  # bytes, the library's limit
 PIECE = 16 * 2**20  # bytes
@@ -34,7 +34,7 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     length = int.from_bytes(file.data[:8], "little")
     if len(file) < 8 or length > len(file) - 8 or length > MOST_HEADER:
         raise FolderError(f"{file.path}: no safetensors file, or cut off: a header of {length} bytes in a file of {len(file)}")
-    header = parse_json(file.data[8 : 8 + length], f"{file.path}: its header")
+    header = parse_header(file.data[8 : 8 + length], f"{file.path}: its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items()):
         raise FolderError(f"{file.path}: its metadata should be a JSON object of texts")
@@ -58,23 +58,12 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key is twice. Raises FolderError beginning with ``what``."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise FolderError(f"{what} names {next(name for name in found if names.count(name) > 1)[:200]!r} twice")
-        return found
-
+def parse_header(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in UTF-8 in which no key is twice. Raises FolderError beginning with ``what``."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data.decode(), what)
+    except UnicodeDecodeError as error:
         raise FolderError(f"{what} is no JSON in UTF-8: {error}") from None
-    if not isinstance(value, dict):
-        raise FolderError(f"{what} should be a JSON object")
-    return value
 
 
 def _is_text(value: str) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 from ldm.config import ConfigError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.compvis.shapes import one_line
-from ldm.interop.files import FolderError
+from ldm.interop.files import FolderError, parse_json
+from ldm.interop.intact import check_extra
 
 KEY = "ldm"  # of the safetensors metadata, whose values are text
 FORMAT = 1
@@ -36,7 +37,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
     if KEY not in metadata:
         return None
     try:
-        said = json.loads(metadata[KEY])
+        said = parse_json(metadata[KEY], f"the file's header ({KEY}) cannot be read: it")
         if said["format"] != FORMAT:
             raise FolderError(f"the file's header is of format {said['format']!r}, this version reads {FORMAT}")
         configs = {str(part): dict(config) for part, config in said["parts"].items()}
@@ -44,6 +45,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
         header = Header(configs, scheduler, {name: text.encode() for name, text in said["tokenizer"].items()}, dict(said["extra"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(f"the file's header ({KEY}) cannot be read: {one_line(error)}") from None
+    check_extra(header.extra, f"the file's header ({KEY})")
     if not configs or not configs.keys() <= {UNET, VAE, TEXT}:
         raise FolderError(f"the file's header names the parts {', '.join(configs) or '(none)'}: known are {UNET}, {VAE} and {TEXT}")
     if UNET in configs and scheduler is None:

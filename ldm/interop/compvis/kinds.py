@@ -35,7 +35,10 @@ _KINDS: dict[str, str] = {  # a pattern of one name → what has it; the narrowe
     _AT + r"(?:exp_avg|exp_avg_sq|momentum_buffer)(?:\.|$)|^optimizer\.": "the state of an optimizer",
     r"^(?:conv_first\.|model\.0\.weight$|model\.1\.sub\.|body\.0\.rdb1\.)": "an upscaler of the ESRGAN family",
 }
-_XL_VECTORS = {2816: "the U-Net of Stable Diffusion XL", 2560: "the U-Net of the refiner of Stable Diffusion XL"}  # widths of label_emb
+_XL_VECTORS = {
+    2816: "the U-Net of Stable Diffusion XL",
+    2560: "the U-Net of the refiner of Stable Diffusion XL",
+}  # widths of label_emb
 _CONDITIONED = "model.diffusion_model.label_emb.0.0.weight"
 
 

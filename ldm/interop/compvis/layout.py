@@ -33,6 +33,7 @@ from ldm.interop.compvis.names import Slot, text_slots, unet_slots, vae_slots
 from ldm.interop.compvis.schedule import buffers, schedule_of
 from ldm.interop.compvis.shapes import Shapes, missing, one_line
 from ldm.interop.files import FolderError
+from ldm.interop.sizes import check_sizes
 from ldm.interop.weights import check_tensors
 
 PREFIXES = {UNET: "model.diffusion_model.", VAE: "first_stage_model.", TEXT: "cond_stage_model.transformer."}
@@ -63,6 +64,8 @@ def from_compvis(
     prefixes = _prefixes(tensors)
     if header is None:
         header = _infer(tensors, prefixes, hints or Hints())
+    for part, config in header.configs.items():
+        check_sizes(part, config, tensors, "the file's header")
     places = _places(header.configs, {**PREFIXES, **prefixes})
     _check(tensors, places)
     source, copies = choose_weights(tensors, places.get(UNET, {}), weights)

@@ -21,10 +21,16 @@ _PARTS = re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_mod
 _UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|out|label_emb)\.\d")
 _VAE = re.compile(r"(?:encoder|decoder)\.(?:conv_in|conv_out|mid|mid_block|down|up|down_blocks|up_blocks)\.|(?:post_)?quant_conv\.")
 _TEXT = (  # what stands for what
-    (re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\."), r"cond_stage_model.transformer.text_model.\1."),
+    (
+        re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\."),
+        r"cond_stage_model.transformer.text_model.\1.",
+    ),
     (re.compile(r"cond_stage_model\.(transformer\.resblocks|ln_final)\."), r"cond_stage_model.model.\1."),
     (re.compile(r"cond_stage_model\.(token_embedding\.weight|positional_embedding)$"), r"cond_stage_model.model.\1"),
-    (re.compile(r"cond_stage_model\.model\.encoder\.(?:layers|resblocks)\."), "cond_stage_model.model.transformer.resblocks."),
+    (
+        re.compile(r"cond_stage_model\.model\.encoder\.(?:layers|resblocks)\."),
+        "cond_stage_model.model.transformer.resblocks.",
+    ),
 )
 
 
