@@ -19,7 +19,7 @@ from pathlib import Path
 from ldm.cli.console import Console
 from ldm.cli.reading import add_reading, parts, reading
 from ldm.config import ConfigError
-from ldm.files.disk import whole
+from ldm.files.disk import resolved, whole
 
 DTYPES = ("keep", "fp32", "fp16", "bf16")
 LORA_LAYOUTS = ("diffusers", "kohya")
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.interop.layouts import read_any
 
     console = Console()
-    if Path(arguments.source).is_dir() and target.resolve().is_relative_to(Path(arguments.source).resolve()):
+    if Path(arguments.source).is_dir() and resolved(target).is_relative_to(resolved(arguments.source)):
         raise ConfigError(f"{target} lies inside {arguments.source}, which it would add to: name a place beside it")
     source = read_any(arguments.source, **reading(arguments))
     if target.suffix != ".safetensors":  # a single file may hold a part of a model, a folder is drawn from

@@ -27,6 +27,7 @@ from ldm.evaluation.evaluate import JUDGES, Progress
 from ldm.evaluation.html import Html, drawing, element, join, page, picture, table
 from ldm.evaluation.plots import grid
 from ldm.evaluation.reconstructions import Pair, extremes
+from ldm.files.disk import resolved
 from ldm.interop.files import FolderError
 from ldm.interop.reference import REFERENCE
 from ldm.models.finite import NonFiniteError
@@ -77,7 +78,7 @@ def report(path: Path, images: int, progress: Progress) -> str:
     names = [title.lower().replace(" ", "-") for title, _ in found]
     links = element("nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True)))
     body = [element("section", element("h2", title), content, id=name) for name, (title, content) in zip(names, found, strict=True)]
-    title = path.resolve().name
+    title = resolved(path).name
     return page(f"{title}: report", element("h1", title), _head(run), links, *body)
 
 
