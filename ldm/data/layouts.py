@@ -210,7 +210,7 @@ def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         if not kind:
             yield Skipped(str(folder / name), "its folder's name holds no word")
             continue
-        if not is_utf8(kind):
+        if not _is_text(kind):
             yield Skipped(str(folder / name), "its folder's name is not UTF-8: rename it")
             continue
         template = templates[

@@ -30,6 +30,12 @@ def check_regular(file: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
+def read_bytes(file: Path) -> bytes:
+    """A file's content. Raises OSError, also for what would be waited for."""
+    check_regular(file)
+    return file.read_bytes()
+
+
 def file_hash(file: Path) -> str:
     """sha256 of a file's bytes. Raises OSError."""
     check_regular(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ldm.files.disk import check_regular
+from ldm.files.disk import read_bytes
 
 
 def read_text(file: Path) -> str:
@@ -14,8 +14,7 @@ def read_text(file: Path) -> str:
     Raises ValueError naming the file, the line and the byte where it is in another encoding; OSError where it cannot be
     read, or is a named pipe or a device.
     """
-    check_regular(file)
-    content = file.read_bytes()
+    content = read_bytes(file)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

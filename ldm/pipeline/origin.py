@@ -24,7 +24,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
-from ldm.files.disk import file_hash
+from ldm.files.disk import check_regular, file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
 from ldm.interop.lora import find_lora
@@ -112,6 +112,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
     """What a PNG says of itself, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
     try:
+        check_regular(Path(file))
         with Image.open(file, formats=["PNG"]) as picture:
             picture.load()
             text, pixels = picture.info.get(KEY), np.array(picture)
