@@ -18,6 +18,7 @@ from test_training import assert_same_end, at_position, power_cut
 from ldm.cli.main import main
 from ldm.config import UNetConfig, load_run
 from ldm.diffusion.condition import Condition
+from ldm.interop.intact import write_hashes
 from ldm.interop.lora import FILE
 from ldm.pipeline import Pipeline
 from ldm.training.diffusion import DiffusionTask
@@ -203,10 +204,16 @@ def test_what_differs_from_the_given_model_is_named(
     assert said.format(init=f"{stages.folder}/ldm") in refused(runs, tmp_path, capsys, name, *overrides)
 
 
+def retrained(folder: Path, name: str) -> None:
+    """Other weights, with the hash that their training would have written."""
+    file = folder / name
+    save_file({key: value * 1.01 for key, value in load_file(file).items()}, file)
+    write_hashes(folder, [file])
+
+
 def test_another_autoencoder_is_refused(runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Path(shutil.copytree(stages.folder / "autoencoder", tmp_path / "other"))
-    file = other / "model/vae/diffusion_pytorch_model.safetensors"
-    save_file({key: value * 1.01 for key, value in load_file(file).items()}, file)
+    retrained(other / "model", "vae/diffusion_pytorch_model.safetensors")
     assert "autoencoder: sha256: " in refused(runs, tmp_path, capsys, "whole", f"autoencoder={other}")
 
 
@@ -214,8 +221,7 @@ def test_another_text_encoder_is_refused_to_a_lora_alone(
     runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(stages.folder / "clip", tmp_path / "other"))
-    file = other / "model/text_encoder/model.safetensors"
-    save_file({key: value * 1.01 for key, value in load_file(file).items()}, file)
+    retrained(other / "model", "text_encoder/model.safetensors")
     assert "text: a LoRA needs the text encoder of its base" in refused(runs, tmp_path, capsys, "lora", f"text={other}")
     assert train(runs, "whole", f"run={tmp_path}/run", f"text={other}", "train.steps=1") == 0
 

@@ -130,7 +130,6 @@ def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
         ([1, None], "prompts[0] must be text, got 1"),
         (["a", None], "prompts[1] must be text, got None"),
         ([["a"]], "prompts[0] must be text, got ['a']"),
-        ([], "prompts must be a text or several, got none"),
         (None, "prompts must be a text or several, got None"),
         (3, "prompts must be a text or several, got 3"),
         (b"a", "prompts must be a text or several, got b'a'"),

@@ -220,6 +220,7 @@ def test_every_start_leaves_a_line(stages: Stages, tmp_path: Path, monkeypatch: 
     for line in lines:
         assert set(line) == {
             "time", "step", "processes", "device", "python", "torch", "accelerate", "ldm", "commit", "dirty", "arguments",
+            "processor", "threads",
         }  # fmt: skip
         assert abs((now - datetime.fromisoformat(line["time"])).total_seconds()) < 3600
         assert (line["processes"], line["device"]) == (1, "cpu") or torch.cuda.is_available()

@@ -74,7 +74,7 @@ def _data(path: Path) -> dict[str, Any]:
 def _code(path: Path) -> dict[str, Any]:
     """Of the newest start."""
     starts = read_starts(path)
-    return {name: starts[-1].get(name) for name in CODE} if starts else {}
+    return {name: starts[-1][name] for name in CODE if name in starts[-1]} if starts else {}  # older ones lack some
 
 
 def _results(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FolderError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise FolderError(str(error)) from None
-    return parse_json(text, f"{file}: it")
+    return parse_json(text, f"{file}: cannot be read: it")
 
 
 def parse_json(text: str, what: str) -> dict[str, Any]:

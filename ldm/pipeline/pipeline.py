@@ -229,8 +229,6 @@ class Pipeline:
         given = {name: value for name, value in given.items() if value is not None}
         settings = changed(self.defaults, given)
         texts = check_prompts(prompts)
-        if not texts:
-            raise ConfigError("prompts must be a text or several, got none")
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback must be a function, got {shown(callback)}")
         pictures = []
