@@ -229,6 +229,7 @@ def test_progress_is_reported_and_one_prompt_may_be_a_string(pipe: Pipeline) -> 
     pictures = pipe(PROMPTS[:3], steps=1, batch_size=2, callback=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 3), (3, 3)] and [p.size for p in pictures] == [(16, 16)] * 3
     assert [p.size for p in pipe("a circle", steps=1, size=24)] == [(24, 24)]
+    assert pipe([]) == []
 
 
 # ---------------------------------------------------------------- kinds of model
