@@ -341,6 +341,7 @@ def test_verify_finds_what_has_changed(model: Path, tmp_path: Path, monkeypatch:
         ("value", "conv_in.bias has changed"),
         ("config", "unet computes something else"),
         ("name", "conv_in.bias is missing"),
+        ("tokenizer", "verify: text_encoder: the tokenizer has"),
     ):
         target = tmp_path / fault
         write_model(source, target)
@@ -351,6 +352,10 @@ def test_verify_finds_what_has_changed(model: Path, tmp_path: Path, monkeypatch:
         elif fault == "name":
             tensors["other"] = tensors.pop("conv_in.bias")
         save_file(tensors, file)
+        if fault == "tokenizer":
+            about = json.loads((target / "tokenizer/tokenizer.json").read_text())
+            del about["model"]["vocab"]["z"]
+            (target / "tokenizer/tokenizer.json").write_text(json.dumps(about))
         if fault == "config":
             config = json.loads((target / "unet/config.json").read_text())
             (target / "unet/config.json").write_text(json.dumps({**config, "attention_head_dim": 4}))

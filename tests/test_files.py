@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files.disk import file_hash, replace
+from ldm.files.disk import file_hash, replace, resolved
 from ldm.files.text import lines, read_text
 
 
@@ -27,6 +27,28 @@ def test_another_encoding_is_named(tmp_path: Path, content: bytes, fault: str) -
     with pytest.raises(ValueError) as raised:
         read_text(tmp_path / "a.txt")
     assert str(tmp_path / "a.txt") in str(raised.value) and fault in str(raised.value)
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        for reads in (read_text, file_hash):
+            with pytest.raises(OSError, match=f"not a regular file: '{odd}'"):
+                reads(odd)
+
+
+def test_what_a_shell_passes_through_a_pipe_is_read() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"a photo\n")
+    os.close(writer)
+    assert read_text(Path(f"/dev/fd/{reader}")) == "a photo\n"
+    os.close(reader)
+
+
+def test_a_link_to_itself_has_a_place(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("folder")
+    assert resolved(tmp_path / "loop") == tmp_path.resolve() / "loop" and resolved(tmp_path / "link") == tmp_path.resolve() / "folder"
 
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

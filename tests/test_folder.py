@@ -231,6 +231,13 @@ def test_class_folders_give_captions_from_templates(tmp_path):
     assert all(texts[name] == text for name, text in again.items() if name in texts)
 
 
+def test_a_class_folder_whose_name_is_no_text_is_left_out_by_name(tmp_path):
+    paint(tmp_path, "fox/a.png", "fox/caf\udce9.png", "caf\udce9/b.png")
+    source = opened(tmp_path, captions="class", max_skipped=0.5, validation_fraction=0.0)
+    assert len(source.rows) + len(source.skipped) == 3
+    assert Skipped(str(tmp_path / "caf\udce9/b.png"), "its folder's name is not UTF-8: rename it") in source.skipped
+
+
 def test_images_alone(tmp_path):
     paint(tmp_path, "b.png", "a/c.webp")
     assert everything(tmp_path, captions="none") == {"a/c.webp": "", "b.png": ""}

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fuzz
+import fuzz_calls
 import pytest
-from fuzz_inputs import KINDS, Call
+from fuzz_calls import carried_out
+from fuzz_examples import Call
+from fuzz_inputs import KINDS
 from fuzz_oddities import oddly, written
 
 
@@ -92,11 +95,11 @@ def test_planted_faults_are_found(
     command: Callable[[list[str]], int], refused: bool, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fuzz.command_line, "main", command)
-    monkeypatch.setattr(fuzz, "LIMIT", 0.4)
+    monkeypatch.setattr(fuzz_calls.command_line, "main", command)
+    monkeypatch.setattr(fuzz_calls, "LIMIT", 0.4)
     Path("kept").write_text("as it was")
     call = Call("", ["sample", "run"], (2, 3), refused)
-    found = fuzz.faults(call, fuzz.carried_out(call))
+    found = fuzz.faults(call, carried_out(call))
     assert found == [] if fault is None else [one for one in found if one.startswith(fault)], found
 
 
@@ -109,7 +112,7 @@ def test_a_result_that_should_be_the_same_is_compared(tmp_path: Path, monkeypatc
     examples = tmp_path / "examples"
     examples.mkdir()
     (examples / "seed").write_text("1")
-    monkeypatch.setattr(fuzz.command_line, "main", draws)
+    monkeypatch.setattr(fuzz_calls.command_line, "main", draws)
     for text, fault in (("1", []), ("2", ["another result: out/0.txt"])):
         monkeypatch.setitem(KINDS, "command", lambda draw, text=text: Path("seed").write_text(text) and Call("", ["sample"], (), same=True))
         assert fuzz.case(examples, 0, list(KINDS).index("command"))[2] == fault
@@ -118,9 +121,9 @@ def test_a_result_that_should_be_the_same_is_compared(tmp_path: Path, monkeypatc
 
 def test_a_limit_on_files_is_one_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fuzz.command_line, "main", lambda argv: Path("file").write_bytes(bytes(2000)) and 0)
-    assert fuzz.carried_out(Call("", ["x"], ())).code == 0
-    assert "File too large" in fuzz.carried_out(Call("", ["x"], (), disk=1000)).stderr
+    monkeypatch.setattr(fuzz_calls.command_line, "main", lambda argv: Path("file").write_bytes(bytes(2000)) and 0)
+    assert carried_out(Call("", ["x"], ())).code == 0
+    assert "File too large" in carried_out(Call("", ["x"], (), disk=1000)).stderr
 
 
 def test_trees_are_changed_by_the_seed_alone_and_hold_what_no_tree_can() -> None:
@@ -136,10 +139,9 @@ def test_trees_are_changed_by_the_seed_alone_and_hold_what_no_tree_can() -> None
 
 def test_a_few_calls_are_answered_well(tmp_path: Path) -> None:
     """In a process of its own, since the type checks of the tests would answer before the commands do."""
-    kinds = ["command", "config", "folder", "tensors", "pickle", "image", "lora", "run", "picture"]
-    command = [sys.executable, "tests/fuzz.py", "--calls", str(len(KINDS)), "--seed", "1", "--only", *kinds]
+    command = [sys.executable, "tests/fuzz.py", "--calls", str(len(KINDS)), "--seed", "1", "--jobs", "1"]
     environment = {"PYTHONPATH": ".", "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0 and "faults of 0 causes" in done.stdout, done.stdout + done.stderr
-    assert all(f"{kind:10s}     1 calls" in done.stdout for kind in kinds)
+    assert all(f"{kind:10s}     1 calls" in done.stdout for kind in KINDS)
     assert not list(tmp_path.glob("fuzz-*"))

@@ -65,7 +65,7 @@ OF_THE_CALL: list[tuple[dict[str, Any], str]] = [
     ({"size": 64.0}, "size must be an integer, got 64.0"),
     ({"size": (64, 64)}, "size must be an integer, got (64, 64)"),
     ({"size": 10**12}, "size must be at most 16384 pixels, got 1000000000000"),
-    ({"negative_prompt": "caf\udce9"}, "negative_prompt is not text in UTF-8: 'caf\\udce9'"),
+    ({"negative_prompt": "caf\udce9"}, "negative_prompt must be text without NUL and in UTF-8, got 'caf\\udce9'"),
 ]
 
 
@@ -78,6 +78,30 @@ def test_an_argument_of_another_type_is_named(pipe: Pipeline, arguments: dict[st
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
+OPENING: list[tuple[dict[str, Any], str]] = [
+    ({"path": [""]}, "path must be that of a model, got ['']"),
+    ({"path": None}, "path must be that of a model, got None"),
+    ({"dtype": "float16"}, "dtype must be a floating-point type of torch, such as torch.bfloat16, got 'float16'"),
+    ({"dtype": torch.int64}, "dtype must be a floating-point type of torch"),
+    ({"device": [1]}, "device must be one that torch has here, such as cpu or cuda, got [1]: "),
+    ({"device": "gpu"}, "device must be one that torch has here, such as cpu or cuda, got 'gpu': "),
+    ({"device": "meta"}, "device must be one that torch has here, such as cpu or cuda, got 'meta': "),
+    ({"device": 10**400}, "device must be one that torch has here, such as cpu or cuda, got "),
+    ({"variant": 1}, "variant must be text, got 1"),
+    ({"vae": {}}, "vae must be text, got {}"),
+    ({"no_such": 3}, "unknown key no_such: known are prediction"),
+    ({"scale_": 3}, "unknown key scale_: did you mean scale?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), OPENING)
+def test_an_argument_of_opening_is_named(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.safetensors").touch()  # before it is looked into
+    with pytest.raises(ConfigError) as raised:
+        Pipeline.from_pretrained(**{"path": tmp_path / "a.safetensors", "device": "cpu", **arguments})
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+
+
 def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
     """In a process of its own, where no other checker of types is at work."""
     code = (
@@ -87,6 +111,11 @@ def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
         "    for made in (lambda: SampleConfig(**arguments), lambda: build(SampleConfig, arguments)):\n"
         "        try: made()\n        except ConfigError as error: assert str(error).startswith(message), error\n"
         "        else: raise AssertionError(message)\n"
+        "from ldm.interop.compvis.inferred import Hints\n"
+        "for name, value in (('heads', 'x'), ('heads', [1, None]), ('prediction', [1]), ('scale', '2'), ('groups', True)):\n"
+        "    try: Hints(**{name: value})\n        except ConfigError as error: assert str(error).startswith(name), error\n"
+        "    else: raise AssertionError(name)\n"
+        "assert Hints(heads=2).heads == (2,)\n"
         "made = SampleConfig(seed=numpy.int64(3), guidance_scale=2, guidance_interval=[0, 5], lora=['a'], steps=torch.tensor(4))\n"
         "assert made == SampleConfig(seed=3, guidance_scale=2.0, guidance_interval=(0.0, 5.0), lora=('a',), steps=4)\n"
         "print([type(v).__name__ for v in (made.seed, made.steps, made.guidance_scale, made.guidance_interval[0], made.lora)])"

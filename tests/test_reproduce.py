@@ -361,10 +361,17 @@ def test_what_is_no_picture_of_ours_is_one_line(call: Call, plain: dict[str, Pat
         (resaved(file, tmp_path / "3.png", {"form": "euler"}), "they are no settings of `ldm sample`"),
         (resaved(file, tmp_path / "4.png", {**about, "colour": 1}), "unknown: colour"),
         (resaved(file, tmp_path / "5.png", {**about, "steps": "3"}), "damaged"),
-        (resaved(file, tmp_path / "6.png", {**about, "steps": 0}), "steps must be at least 1, got 0"),
+        (resaved(file, tmp_path / "6.png", {**about, "steps": 0}), "steps must lie between 1 and 100000, got 0"),
         (resaved(file, tmp_path / "7.png", {**about, "index": 5}), "there is no image 5"),
         (resaved(file, tmp_path / "8.png", {**about, "drawn": {"batch_size": 0}}), "whole numbers"),
         (resaved(file, tmp_path / "9.png", {k: v for k, v in about.items() if k != "size"}), "size is missing"),
+        (resaved(file, tmp_path / "10.png", "[" * 5000 + "]" * 5000), "its settings are damaged"),
+        (resaved(file, tmp_path / "11.png", {**about, "variant": [None]}), "variant must be text"),
+        (resaved(file, tmp_path / "12.png", {**about, "others": "{}"}), "parts, others and drawn must be objects"),
+        (resaved(file, tmp_path / "13.png", {**about, "parts": {"unet": 3}}), "hashes and prompts text"),
+        (resaved(file, tmp_path / "14.png", {**about, "prompt": 3}), "hashes and prompts text"),
+        (resaved(file, tmp_path / "15.png", {**about, "index": 0.5}), "there is no image 0.5"),
+        (resaved(file, tmp_path / "16.png", {**about, "classifier": [None]}), "classifier must be text"),
     ]:
         code, error = call("reproduce", faulty)
         assert code == 2 and what in error and str(faulty) in error, error

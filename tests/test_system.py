@@ -185,9 +185,29 @@ def test_where_a_folder_belongs_a_file_is_found_before_training(call: Call) -> N
         shutil.rmtree("new")
 
 
-def test_a_name_with_a_line_break_stays_in_one_line(call: Call) -> None:
-    code, _, error = call("status", "a\nb")
-    assert code == 2 and error.count("\n") == 1 and "a\\nb" in error
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\u2028b", "a\x0bb", "a\x85b", "a\x1b[31mb"])
+@pytest.mark.parametrize("arguments", [["status"], ["replay", "x"], ["train", "configs", "x", "--device"], []])
+def test_a_name_with_a_control_character_stays_in_one_line(call: Call, arguments: list[str], name: str) -> None:
+    """In argparse's own errors, too."""
+    code, _, error = call(*arguments, name)
+    assert code == 2 and len(error.splitlines()) == 1 and name not in error
+
+
+@pytest.mark.parametrize("odd", ["loop", "pipe"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-ldm", "ldm.yaml", "run={}"], ["train-ldm", "{}"], ["init", "photos", "--out", "{}"], ["init", "{}"],
+        ["convert", "run", "{}"], ["reproduce", "{}", "--out", "a.png"], ["reproduce", "a.png", "--out", "{}"], ["replay", "{}"],
+        ["status", "{}"],
+        ["sample", "run", "--prompts-file", "{}"], ["plot", "schedules", "--run", "{}"],
+    ],
+)  # fmt: skip
+def test_links_to_themselves_and_pipes_are_one_line(call: Call, arguments: list[str], odd: str) -> None:
+    os.mkfifo("pipe")
+    Path("loop").symlink_to("loop")
+    code, _, error = call(*(word.format(odd) for word in arguments))
+    assert code in (2, 3, 4) and error.count("\n") == 1
 
 
 def test_the_fault_of_one_process_is_told_to_the_others_with_its_code() -> None:

@@ -8,7 +8,7 @@
 SRC is opened as by `ldm inspect`. Every tensor is used, or known to be carried besides and named; anything else is an error.
 Types are kept unless --dtype says otherwise. A weight that is not finite, and a file that has changed since it was written with
 its folder, are refused. --verify reads what was written, compares the hash of every tensor, there and
-back again, and one forward pass of each network.
+back again, and one forward pass of each network; where they differ, nothing is left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from ldm.cli.console import Console
 from ldm.cli.reading import add_reading, parts, reading
 from ldm.config import ConfigError
-from ldm.files.disk import whole
+from ldm.files.disk import resolved, whole
 
 DTYPES = ("keep", "fp32", "fp16", "bf16")
 LORA_LAYOUTS = ("diffusers", "kohya")
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.interop.layouts import read_any
 
     console = Console()
-    if Path(arguments.source).is_dir() and target.resolve().is_relative_to(Path(arguments.source).resolve()):
+    if Path(arguments.source).is_dir() and resolved(target).is_relative_to(resolved(arguments.source)):
         raise ConfigError(f"{target} lies inside {arguments.source}, which it would add to: name a place beside it")
     source = read_any(arguments.source, **reading(arguments))
     if target.suffix != ".safetensors":  # a single file may hold a part of a model, a folder is drawn from
@@ -73,13 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
         console.say(line)
     converted = cast(source, arguments.dtype)
     shard = None if arguments.shard_size is None else int(arguments.shard_size * 1e9)
+    verified: list[str] = []
     with whole(target) as place:
         write_model(converted, place, shard, arguments.openclip)
-    console.say(f"written: {target}")
-    if arguments.verify:
-        single = Path(arguments.source).is_file() and arguments.dtype == "keep" and not parts(arguments)
-        for line in verify(converted, target, open_archive(arguments.source).tensors if single else None):
-            console.say(line)
+        if arguments.verify:
+            single = Path(arguments.source).is_file() and arguments.dtype == "keep" and not parts(arguments)
+            verified = verify(converted, place, open_archive(arguments.source).tensors if single else None)
+    for line in (f"written: {target}", *verified):
+        console.say(line)
 
 
 def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
@@ -90,10 +91,13 @@ def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
 
     console, source = Console(), Path(arguments.source)
     networks = networks_of(base_of(source, arguments.lora_base), **reading(arguments))
-    loras = convert_lora(source, target, arguments.lora_layout, arguments.dtype, networks)
-    console.say(f"written: {target}")
-    if arguments.verify:
-        console.say(verify_lora(loras, target, networks))
+    verified: list[str] = []
+    with whole(target) as place:
+        loras = convert_lora(source, place, arguments.lora_layout, arguments.dtype, networks)
+        if arguments.verify:
+            verified = [verify_lora(loras, place, networks)]
+    for line in (f"written: {target}", *verified):
+        console.say(line)
 
 
 def _check_target(target: Path, shard_size: float | None, openclip: bool) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.console import Console
 from ldm.config import CAPTIONS, ConfigError
-from ldm.files.disk import replace
+from ldm.files.disk import replace, resolved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,7 +105,7 @@ def _plain(folder: Path) -> str:
 def _check_places(folder: Path, out: Path) -> None:
     """What is written must lie outside the images, or it would be taken for more of them."""
     for place in (out, Path("runs")):
-        if folder.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+        if folder.is_dir() and resolved(place).is_relative_to(resolved(folder)):
             raise ConfigError(
                 f"{place} would lie inside {folder}, among the images: start from another folder" + " (or see --out)" * (place == out)
             )

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ldm.cli.console import complain, end_output, rank, silence, write_anything
+from ldm.cli.console import complain, end_output, one_line, rank, silence, write_anything
 from ldm.files.disk import OS_FAULT, described
 
 # command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _leave_it_to_the_main_process()
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         end_output()
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_it_to_the_main_process()
         place = "" if rank() == 0 else f" (process {rank()})"
         if code is not None:
-            complain(f"ldm {arguments.command}{place}: {line}".replace("\n", "\\n").replace("\r", "\\r"))  # of a file's name
+            complain(f"ldm {arguments.command}{place}: {line}")
             return code
         if (fault := _of_another(error, arguments.command)) is not None:
             complain(f"ldm {arguments.command}{place}: {fault}")

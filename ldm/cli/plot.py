@@ -20,6 +20,7 @@ from ldm.cli.console import Console, rank
 from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
+from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
     from ldm.evaluation.page import Page
@@ -125,7 +126,7 @@ def _schedules(arguments: argparse.Namespace, console: Console) -> None:
     from ldm.data.images import prepare
     from ldm.evaluation import schedules
 
-    shown = [schedules.own(f"run {Path(arguments.run).resolve().name}\n({ours.name})", ours)] if ours else []
+    shown = [schedules.own(f"run {resolved(arguments.run).name}\n({ours.name})", ours)] if ours else []
     num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
     shown += schedules.entries(tuple(dict.fromkeys(names)), num_steps, arguments.zero_terminal_snr, arguments.shift)
     picture = prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()

@@ -8,10 +8,10 @@ Exit code 1 where all is finite here.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ldm.cli.console import Console
 from ldm.config import ClipRun, load_run
+from ldm.files.disk import resolved
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.training.precision import accelerator_of
     from ldm.training.replay import NotReproducedError, replay
 
-    folder, console = Path(arguments.incident).resolve(), Console()
+    folder, console = resolved(arguments.incident), Console()
     incident, weights = read(folder)
     settings = load_run(folder.parent.parent)
     accelerator_of(settings.train.mixed_precision)  # before what may take long

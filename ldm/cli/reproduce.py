@@ -20,6 +20,7 @@ from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import ConfigError
+from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read, check, draw and compare."""
     file, out = Path(arguments.image), None if arguments.out is None else Path(arguments.out)
-    if out is not None and (out.is_dir() or not out.parent.is_dir() or out.resolve() == file.resolve()):
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or resolved(out) == resolved(file)):
         raise ConfigError(f"--out {out} must be a file in a folder that is there, and not the picture itself")
     if out is not None:
         check_target(out, lambda content: False)

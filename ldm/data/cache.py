@@ -29,7 +29,7 @@ from ldm.data.folder import FolderSource
 from ldm.data.images import prepare
 from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import BadSample, DataError, Skipped, Source
-from ldm.files.disk import file_hash, flush, replace
+from ldm.files.disk import file_hash, flush, read_bytes, replace
 
 MANIFEST, TEXTS = "cache.json", "texts.json"
 SHARD = 4096  # samples in one file
@@ -78,7 +78,7 @@ class LatentCache:
             raise DamagedCacheError(f"no latent cache in {folder}: run `ldm cache-latents`" if missing else f"{folder}: {problem}", missing)
         self.folder, self.length = folder, int(held["length"])
         self.skipped = {int(index): Skipped(*said) for index, said in held["skipped"].items()}
-        self._texts: list[str] = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
+        self._texts: list[str] = json.loads(read_bytes(folder / TEXTS).decode())
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def _shard(self, number: int) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def _read_manifest(folder: Path, bound: dict[str, Any]) -> tuple[dict[str, Any],
     if problem := _unreadable(folder / MANIFEST):
         return {}, problem
     try:
-        held = json.loads((folder / MANIFEST).read_bytes())
+        held = json.loads(read_bytes(folder / MANIFEST))
         digest = held.pop("sha256", None)
     except (ValueError, RecursionError, AttributeError, TypeError):  # of text that is not JSON, and of JSON that is not an object
         return {}, f"{MANIFEST} is damaged"

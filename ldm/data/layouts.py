@@ -210,7 +210,12 @@ def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         if not kind:
             yield Skipped(str(folder / name), "its folder's name holds no word")
             continue
-        template = templates[int.from_bytes(hashlib.sha256(f"template {name}".encode()).digest()[:4], "big") % len(templates)]
+        if not _is_text(kind):
+            yield Skipped(str(folder / name), "its folder's name is not UTF-8: rename it")
+            continue
+        template = templates[
+            int.from_bytes(hashlib.sha256(f"template {name}".encode(errors="surrogateescape")).digest()[:4], "big") % len(templates)
+        ]
         yield _image(folder, name, template.replace("{}", kind), {"class": kind})
 
 

@@ -118,7 +118,11 @@ def _text(bundle: Bundle) -> Tensor:
     from ldm.models.text import TextEncoder  # transformers takes seconds to import
 
     part = bundle.parts[TEXT]
-    return TextEncoder.from_tensors(part.config, part.tensors, bundle.tokenizer).encode(["a small red circle", ""])
+    try:
+        encoder = TextEncoder.from_tensors(part.config, part.tensors, bundle.tokenizer)
+    except ValueError as error:
+        raise FolderError(f"verify: {TEXT}: {error}") from None
+    return encoder.encode(["a small red circle", ""])
 
 
 FORWARD: Mapping[str, Callable[[Bundle], Tensor]] = {UNET: _unet, VAE: _autoencoder, TEXT: _text}

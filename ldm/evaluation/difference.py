@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.config import load_run, to_dict
 from ldm.evaluation.record import figures, flat, newest_checkpoint, parse, read_metrics, read_skipped, read_starts, read_status
+from ldm.files.disk import read_bytes
 
 NOTHING = "–"  # where one of the two does not have it
 TIMES = ("seconds", "updates_per_second")  # ends of names; two equal runs differ in them
@@ -61,7 +62,7 @@ def _data(path: Path) -> dict[str, Any]:
     """Counts and fingerprints, as the newest checkpoint keeps them."""
     newest = newest_checkpoint(path)
     try:
-        state = parse((newest[1] / "state.json").read_text(encoding="utf-8")) if newest is not None else {}
+        state = parse(read_bytes(newest[1] / "state.json").decode()) if newest is not None else {}
         data = state.get("data", {})
         data = flat(data) if isinstance(data, dict) else {}
     except (OSError, ValueError, AttributeError):  # damaged; `ldm checkpoints` says how
@@ -87,7 +88,7 @@ def _results(path: Path) -> dict[str, Any]:
 def _report(path: Path) -> dict[str, Any]:
     """The figures of the evaluation."""
     try:
-        report = parse((path / "report.json").read_text(encoding="utf-8"))
+        report = parse(read_bytes(path / "report.json").decode())
     except (OSError, ValueError):
         return {}
     rows = {name: value["accuracy"] if isinstance(value, dict) else value for name, value in figures(report)}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ldm.files.disk import read_bytes
 from ldm.files.text import lines
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
@@ -64,7 +65,7 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        status = parse(file.read_text(encoding="utf-8"))
+        status = parse(read_bytes(file).decode())
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({type(error).__name__}): delete it to continue") from None
     if not isinstance(status, dict):
@@ -109,7 +110,7 @@ def _parsed_lines(file: Path) -> list[dict[str, Any]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return lines(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else []
+        return lines(read_bytes(file).decode(errors="replace")) if file.exists() else []
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from None
 

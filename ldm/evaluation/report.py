@@ -27,6 +27,7 @@ from ldm.evaluation.evaluate import JUDGES, Progress
 from ldm.evaluation.html import Html, drawing, element, join, page, picture, table
 from ldm.evaluation.plots import grid
 from ldm.evaluation.reconstructions import Pair, extremes
+from ldm.files.disk import check_regular, read_bytes, resolved
 from ldm.interop.files import FolderError
 from ldm.interop.reference import REFERENCE
 from ldm.models.finite import NonFiniteError
@@ -77,7 +78,7 @@ def report(path: Path, images: int, progress: Progress) -> str:
     names = [title.lower().replace(" ", "-") for title, _ in found]
     links = element("nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True)))
     body = [element("section", element("h2", title), content, id=name) for name, (title, content) in zip(names, found, strict=True)]
-    title = path.resolve().name
+    title = resolved(path).name
     return page(f"{title}: report", element("h1", title), _head(run), links, *body)
 
 
@@ -165,6 +166,7 @@ def _grid(step: int, file: Path) -> Html:
 def _file(file: Path, side: int, wanted: int) -> Html:
     """A picture on disk; a sentence where it cannot be read, as while it is being written."""
     try:
+        check_regular(file)
         with Image.open(file) as image:
             return picture(image, file.name, side, wanted)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -239,7 +241,7 @@ def _skipped(run: Run) -> Section:
 
 
 def _settings(run: Run) -> Section:
-    text = configuration.config_file(run.path).read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(configuration.config_file(run.path)).decode(errors="replace")
     return "Configuration", element("pre", text)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ldm.evaluation import record
 from ldm.evaluation.html import Html, element, join, table
+from ldm.files.disk import read_bytes
 
 ROWS = 200  # skipped files listed by name
 REASONS = 20  # reasons listed with their counts
@@ -30,7 +31,7 @@ def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
 def evaluation(file: Path) -> Html:
     """A report.json, shares with their intervals; a sentence for one that cannot be read."""
     try:
-        rows = [_judged(name, value) for name, value in record.figures(record.parse(file.read_text(encoding="utf-8")))]
+        rows = [_judged(name, value) for name, value in record.figures(record.parse(read_bytes(file).decode()))]
     except (OSError, ValueError) as error:
         return element("p", f"{file}: cannot be read: {error}", class_="bad")
     return join([element("h3", "Evaluation (report.json)"), table(("figure", "value", "95 % interval", "n"), rows)])

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,8 +14,31 @@ from pathlib import Path
 OS_FAULT = 2  # exit code of an OSError that nothing else explains
 
 
+def resolved(path: str | Path) -> Path:
+    """The absolute path without links; of a link to itself, for which ``Path.resolve`` raises RuntimeError, as it stands."""
+    return Path(os.path.realpath(path))
+
+
+def check_regular(file: Path) -> None:
+    """Raise OSError for what would be waited for without an end, a named pipe or a device, and for what is not there.
+
+    A pipe without a name may be read: a shell makes one for `<(...)`, and the other end writes to it.
+    """
+    mode = file.stat().st_mode
+    unnamed = stat.S_ISFIFO(mode) and not resolved(file).exists()
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or unnamed):
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def read_bytes(file: Path) -> bytes:
+    """A file's content. Raises OSError, also for what would be waited for."""
+    check_regular(file)
+    return file.read_bytes()
+
+
 def file_hash(file: Path) -> str:
     """sha256 of a file's bytes. Raises OSError."""
+    check_regular(file)
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ldm.files.disk import file_hash, replace
+from ldm.files.disk import file_hash, replace, resolved
 
 SMALLEST = 16 * 2**20  # bytes: below it, computing the hash takes no longer than a blink
 SETTLED = 2.0  # seconds since the last change: within the clock of the file system, a second change may look like none
@@ -42,7 +42,7 @@ def _state(file: Path) -> dict[str, Any]:
     """What changes with a file's content, however it is written: the time of the last change of the inode cannot be set back."""
     about = file.stat()
     return {
-        "path": str(file.resolve()), "device": about.st_dev, "inode": about.st_ino, "size": about.st_size,
+        "path": str(resolved(file)), "device": about.st_dev, "inode": about.st_ino, "size": about.st_size,
         "mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns,
     }  # fmt: skip
 

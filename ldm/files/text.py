@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ldm.files.disk import read_bytes
+
 
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, without the byte order mark that some editors put first.
 
-    Raises ValueError naming the file, the line and the byte where it is in another encoding; OSError where it cannot be read.
+    Raises ValueError naming the file, the line and the byte where it is in another encoding; OSError where it cannot be
+    read, or is a named pipe or a device.
     """
-    content = file.read_bytes()
+    content = read_bytes(file)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

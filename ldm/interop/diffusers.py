@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
+from ldm.interop.scheduler_keys import class_name
 from ldm.interop.schedulers import OUR_SCHEDULER, scheduler_from_diffusers
 from ldm.interop.unet import DIFFUSERS_VERSION, THEIR_UNET, unet_from_diffusers
 
@@ -35,7 +36,7 @@ def model_index(bundle: Bundle) -> dict[str, Any]:
     """`model_index.json`: which class reads which sub-folder; our own class name for what none of theirs can express."""
     nothing = [None, None]
     concat = unet_from_diffusers(bundle.parts[UNET].config)[0].concat_channels
-    scheduler = (bundle.scheduler or {})["_class_name"]
+    scheduler = class_name(bundle.scheduler or {})
     return {
         "_class_name": OUR_PIPELINE if ours_alone(bundle) else INPAINTING if concat else THEIR_PIPELINE,
         "_diffusers_version": DIFFUSERS_VERSION,

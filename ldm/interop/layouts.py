@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.config import ConfigError
+from ldm.config.values import check_names
 from ldm.interop.archive.archive import Archive, open_archive
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.header import KEY
@@ -121,9 +122,11 @@ def read_file(
     """
     if variant is not None:
         raise ConfigError(f"variant {variant} is for folders, and {file} is a single file")
+    check_names(hints, [field.name for field in fields(Hints)])
+    hinted = Hints(**hints) if hints else None
     archive = open_archive(file)
     tensors = _known_kind(file, archive)
-    bundle = from_compvis(tensors, archive.metadata, weights, Hints(**hints) if hints else None)
+    bundle = from_compvis(tensors, archive.metadata, weights, hinted)
     if tokenizer is not None:
         bundle = replace(bundle, tokenizer=_tokenizer(file, bundle, tokenizer))
     parts = {name: replace(part, files=archive.files) for name, part in bundle.parts.items()}

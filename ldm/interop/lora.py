@@ -178,7 +178,7 @@ def _alpha(name: str, rank: int, own: tuple[str, Tensor] | None, settings: Mappi
 
 def _check_size(name: str, change: LowRank, file: Path) -> None:
     """Raise FolderError where (α/r) B A may be too large for float32."""
-    a, b = (float(part.weight.abs().max()) for part in (change.lora_A, change.lora_B))  # type: ignore[operator,union-attr]
+    a, b = (float(part.weight.detach().abs().max()) for part in (change.lora_A, change.lora_B))  # type: ignore[operator,union-attr]
     if not a * b * abs(change.alpha) < torch.finfo(torch.float32).max:
         raise FolderError(f"{file}: the change of {name} is not finite: its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.files.disk import resolved
 from ldm.interop.files import FolderError, read_json, write_json
 from ldm.interop.intact import check_extra
 
@@ -32,7 +33,7 @@ class Reference:
 
     def write(self) -> None:
         """Write `lora.json`: the base's place as seen from the folder, so that both may move together, and in full."""
-        places = [os.path.relpath(self.base, self.folder), str(self.base.resolve())]
+        places = [os.path.relpath(self.base, self.folder), str(resolved(self.base))]
         write_json(self.folder / REFERENCE, {"format": 1, "base": places, "base_sha256": self.sha256, **self.extra})
 
     @classmethod

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autoencoder.config import shown
@@ -74,6 +77,27 @@ def check_prompts(prompts: Any) -> list[str]:
             raise ConfigError(f"prompts[{i}] must be text, got {shown(text)}")
         check_text(text, f"prompts[{i}]")
     return texts
+
+
+def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.device:
+    """Where the networks go: ``device``, or a GPU where there is one. Raises ConfigError naming what is of another type.
+
+    ``names``: text, or a path, or None.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise ConfigError(f"path must be that of a model, got {shown(path)}")
+    for name, value in names.items():
+        if not isinstance(value, (str, PathLike, NoneType)):
+            raise ConfigError(f"{name} must be text, got {shown(value)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating-point type of torch, such as torch.bfloat16, got {shown(dtype)}")
+    try:
+        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=place).cpu()  # `meta` has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, OverflowError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}") from None
+    return place
 
 
 def check_text(text: str, name: str) -> None:

@@ -50,7 +50,7 @@ def verify_lora(loras: Mapping[str, Lora], written: Path, networks: Mapping[str,
     for part, lora in loras.items():
         found = again[part].changes if part in again else {}
         if found.keys() != lora.changes.keys():
-            raise FolderError(f"{written}: {part} was not written whole: {len(found)} of {len(lora.changes)} layers")
+            raise FolderError(f"verify: {part} was not written whole: {len(found)} of {len(lora.changes)} layers")
         for name, change in lora.changes.items():
             wanted = change.matrix()
             most = max(most, float((found[name].matrix() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)))

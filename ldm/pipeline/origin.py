@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
-from ldm.files.disk import file_hash
+from ldm.files.disk import check_regular, file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
 from ldm.interop.lora import find_lora
@@ -34,6 +35,7 @@ KEY = "ldm"
 _PASSING = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")  # of a text encoder's file: decide nothing
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 _WORK = ("images", "batch_size", "processes")
+_NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
     """What a PNG says of itself, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
     try:
+        check_regular(Path(file))
         with Image.open(file, formats=["PNG"]) as picture:
             picture.load()
             text, pixels = picture.info.get(KEY), np.array(picture)
@@ -123,7 +126,7 @@ def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
         raise ConfigError(f"{file} holds no settings: name a PNG as `ldm sample` wrote it, not one that another program saved again")
     try:
         return _parsed(json.loads(text)), pixels
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ConfigError(f"{file}: its settings are damaged, of another command or of a newer ldm: {what}") from None
 
@@ -137,13 +140,19 @@ def _parsed(about: Any) -> Origin:
     settings = SampleConfig(**values)
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
     index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
-    rest = {name: about.pop(name) for name in ("path", "variant", "parts", "others", "drawn", "vae", "text") if name in about}
+    rest = {name: about.pop(name) for name in (*_NAMED, *_TABLES) if name in about}
     if about:
         raise ValueError(f"unknown: {', '.join(about)}")
+    if wrong := [name for name in _NAMED if not isinstance(rest.get(name), (str, NoneType))]:
+        raise ValueError(f"{wrong[0]} must be text")
+    tables = [rest.get(name, {}) for name in _TABLES]
+    hashes = [value for table in tables[:2] if isinstance(table, dict) for value in table.values()]
+    if not all(isinstance(table, dict) for table in tables) or not all(isinstance(value, str) for value in (model, *hashes, *prompts)):
+        raise ValueError("parts, others and drawn must be objects, hashes and prompts text")
     counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
     if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts):
         raise ValueError("size and the counts must be whole numbers, with a prompt at least")
-    if index is not None and not 0 <= index < rest.get("drawn", {}).get("images", index + 1):
+    if index is not None and not (isinstance(index, int) and 0 <= index < rest.get("drawn", {}).get("images", index + 1)):
         raise ValueError(f"there is no image {index} among them")
     return Origin(prompts, index, settings, size, model, **rest)
 

@@ -44,7 +44,17 @@ from ldm.interop.lora import find_lora, read_lora
 from ldm.interop.unet import unet_to_diffusers
 from ldm.models.lora import Lora, shared_copy
 from ldm.models.unet import UNet
-from ldm.pipeline.checks import LONG_STEP, check_drawable, check_guidance, check_prompts, check_sampling, check_start, first_step, grid_of
+from ldm.pipeline.checks import (
+    LONG_STEP,
+    check_drawable,
+    check_guidance,
+    check_opening,
+    check_prompts,
+    check_sampling,
+    check_start,
+    first_step,
+    grid_of,
+)
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.info import ModelInfo, load_unet
@@ -58,8 +68,11 @@ if TYPE_CHECKING:
     Whole: TypeAlias = SupportsIndex
     Number: TypeAlias = SupportsFloat
     Text: TypeAlias = str
+    Place: TypeAlias = str | Path
+    Device: TypeAlias = torch.device | str
+    Dtype: TypeAlias = torch.dtype
 else:  # checked by the call itself, as the configuration checks them and with the argument's name
-    Whole = Number = Text = Any
+    Whole = Number = Text = Place = Device = Dtype = Any
 SHOWN = 3  # prompts that a warning quotes
 QUOTED = 200  # characters of what is dropped of one
 _READING = RLock()  # a LoRA that several threads ask for at once is read once
@@ -380,12 +393,12 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        vae: str | None = None,
-        text: str | None = None,
+        path: Place,
+        device: Device | None = None,
+        dtype: Dtype = torch.float32,
+        variant: Text | None = None,
+        vae: Text | None = None,
+        text: Text | None = None,
         **reading: Any,
     ) -> Pipeline:
         """Open a run, a model folder (ours or diffusers') or a single file. Raises FolderError or ConfigError.
@@ -397,7 +410,8 @@ class Pipeline:
             vae, text: another autoencoder or text encoder than the model's own, or those that it lacks: a run, folder or file.
             reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
         """
-        info = ModelInfo.read(path, variant, vae, text, **reading)
+        place = check_opening(path, device, dtype, variant=variant, vae=vae, text=text)
+        info = ModelInfo.read(path, variant, vae and str(vae), text and str(text), **reading)
         if info.lora is not None:
             info.lora.check(info.hash)
         codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
@@ -412,7 +426,7 @@ class Pipeline:
         )  # fmt: skip
         if info.lora is not None:
             pipe.load_lora(info.lora.folder)
-        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return pipe.to(place)
 
 
 def _short(text: str, most: int) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import config as configuration
-from ldm.files.disk import file_hash, flush
+from ldm.files.disk import file_hash, flush, read_bytes
 from ldm.training.shelf import CONFIG, FORMAT, MANIFEST, STATE, CheckpointError, check, prune, remove, remove_stale, size_text
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group → name → tensor
@@ -165,7 +165,7 @@ def load(path: Path, groups: Iterable[str] | None = None, verify: bool = True) -
         raise CheckpointError("; ".join(problems))
     tensors, file = {}, path / STATE
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(read_bytes(file).decode())
         if not isinstance(state, dict):
             raise ValueError("it should hold one JSON object")
         for group in wanted:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.config import NONE
 from ldm.evaluation.record import newest_checkpoint, parse
+from ldm.files.disk import read_bytes
 
 Problem = str | None
 
@@ -23,7 +24,7 @@ def moved_problem(key: str, run: Path, old: Any, new: Any) -> Problem:
     if newest is None:
         return "the run has no checkpoint, which would say what was there"
     try:
-        state = parse((newest[1] / "state.json").read_text(encoding="utf-8"))
+        state = parse(read_bytes(newest[1] / "state.json").decode())
         return PLACES[key](state, new)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         if hasattr(error, "exit_code"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.data.processes import Processes
-from ldm.files.disk import file_hash
+from ldm.files.disk import file_hash, resolved
 from ldm.training.shelf import MANIFEST, CheckpointError, check, newest_valid, step_of, steps
 
 ASIDE = "set-aside-"  # folders of checkpoints that the run does not go on from any more
@@ -42,14 +42,14 @@ def _named(folder: Path, asked: str) -> Path:
     path = Path(asked)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}: {folder} holds {_listed(folder)}")
-    if path.resolve().parent != folder.resolve():
-        if path.resolve().parent.parent == folder.resolve():
+    if resolved(path).parent != resolved(folder):
+        if resolved(path).parent.parent == resolved(folder):
             raise CheckpointError(f"{path} has been set aside: move it back to {folder} first")
         raise CheckpointError(
             f"{path} is no checkpoint of this run ({folder}): to start from the weights of another run name it as init: in a new one"
         )
     step_of(path)
-    return folder / path.resolve().name
+    return folder / resolved(path).name
 
 
 def _listed(folder: Path) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from ldm import config as configuration
 from ldm.data.sources import Skipped
 from ldm.evaluation.record import RunError, flat, parse_line, read_skipped, read_status
-from ldm.files.disk import OS_FAULT
+from ldm.files.disk import OS_FAULT, read_bytes
 from ldm.files.text import lines
 from ldm.training.journal import Journal
 from ldm.training.moved import PLACES, moved_problem
@@ -132,7 +132,7 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         try:
             if file.exists():
-                logged = lines(file.read_text(encoding="utf-8", errors="replace"))
+                logged = lines(read_bytes(file).decode(errors="replace"))
                 self._journal.rewrite([line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ldm.files.disk import file_hash
+from ldm.files.disk import file_hash, read_bytes
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 FORMAT = 1
@@ -48,7 +48,7 @@ def check(path: Path, only: Iterable[str] | None = None, fast: bool = False) -> 
     ``only`` limits the check to those files.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(path / MANIFEST).decode())
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return [f"{path / MANIFEST}: cannot be read ({type(error).__name__})"]

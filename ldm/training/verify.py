@@ -20,6 +20,7 @@ from ldm.config import AutoencoderRun, DiffusionRun
 from ldm.data import cache
 from ldm.data.stream import Batch
 from ldm.evaluation.record import read_metrics
+from ldm.files.disk import resolved
 from ldm.training import checkpoint
 from ldm.training.deviation import Difference, Row, between_digests, between_figures, between_groups, between_rates, between_reads, row_of
 from ldm.training.launch import launched
@@ -181,7 +182,7 @@ class _Check:
         for place in (Path(self.settings.run), self.folder / "straight"):
             latents = place / LATENTS
             if place != run and (latents / cache.MANIFEST).is_file() and not (run / LATENTS).exists():
-                (run / LATENTS).symlink_to(latents.resolve())
+                (run / LATENTS).symlink_to(resolved(latents))
 
     def _apart(self, loop: Loop, run: Path) -> dict[str, Difference]:
         """The live state at the end beside the straight run's last checkpoint, a group of tensors at a time."""

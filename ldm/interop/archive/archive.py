@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from ldm.files.disk import flush
+from ldm.files.disk import flush, read_bytes
 from ldm.interop.archive import safetensors, torchfile
 from ldm.interop.archive.mapped import MappedFile
 from ldm.interop.files import FolderError
@@ -89,7 +89,7 @@ def _kind(file: MappedFile) -> str:
 def _open_shards(index: Path) -> Archive:
     """Every tensor where the index says, every shard with these and no others."""
     try:
-        content = safetensors.parse_header(index.read_bytes(), f"{index}: it")
+        content = safetensors.parse_header(read_bytes(index), f"{index}: it")
     except OSError as error:
         raise FolderError(f"{index}: cannot be read: {error.strerror}") from None
     places = content.get("weight_map")

@@ -5,13 +5,15 @@ What no tensor says (head counts, groups, target, scale of the latents) is known
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from autoencoder.config import AutoencoderConfig, at_least
+from autoencoder.config import AutoencoderConfig, at_least, shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import ConfigError, ScheduleConfig, UNetConfig
+from ldm.config.values import typed
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.compvis.besides import PUBLISHED_SCALE
 from ldm.interop.compvis.shapes import Shapes, missing
@@ -62,12 +64,15 @@ class Hints:
                 raise ConfigError(f"{name} is about the {part}, which the file does not hold: leave it out")
 
     def __post_init__(self) -> None:
+        types = typing.get_type_hints(Hints) | {"heads": tuple[int, ...] | None}
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, typed(types[name], value, name))
         if self.prediction not in (None, "eps", "v", "x0"):
-            raise ConfigError(f"prediction must be eps, v or x0, got {self.prediction!r}")
+            raise ConfigError(f"prediction must be eps, v or x0, got {shown(self.prediction)}")
         at_least(self, 1, "groups", "vae_groups", "image_size", "text_heads", "text_layers")
         at_least(self, 1e-12, "scale")
-        if self.heads is not None and any(heads < 1 for heads in ([self.heads] if isinstance(self.heads, int) else self.heads)):
-            raise ConfigError(f"heads must be at least 1, got {self.heads}")
+        if any(heads < 1 for heads in self.heads or ()):  # type: ignore[union-attr]
+            raise ConfigError(f"heads must be at least 1, got {shown(self.heads)}")
 
 
 def _same(values: list[Any], what: str) -> Any:
