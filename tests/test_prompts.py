@@ -242,5 +242,6 @@ def test_a_file_that_is_no_text_is_one_line(
 
 
 def test_bytes_on_the_command_line_that_are_no_text(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "nowhere", "--prompt", "a", "--prompt", "caf\udce9"]) == 2
-    assert capsys.readouterr().err == "ldm sample: prompt 2 is not text in UTF-8: 'caf\\udce9'\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "nowhere", "--prompt", "a", "--prompt", "caf\udce9"])
+    assert ended.value.code == 2 and "argument 'caf\\udce9' is not UTF-8 text" in capsys.readouterr().err
