@@ -24,6 +24,7 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
+from ldm.config.values import changed
 from ldm.files.disk import check_regular, file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
@@ -136,8 +137,7 @@ def _parsed(about: Any) -> Origin:
     if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
         raise ValueError("they are no settings of `ldm sample`")
     values: dict[str, Any] = {name: about.pop(name) for name in _SETTINGS if name in about}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    settings = SampleConfig(**values)
+    settings = changed(SampleConfig(), values)
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
     index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
     rest = {name: about.pop(name) for name in (*_NAMED, *_TABLES) if name in about}
