@@ -164,8 +164,8 @@ USAGE = [
 ]
 SAMPLING = [
     (["--sampler", "eulr"], "got 'eulr'"),
-    (["--steps", "0"], "steps must be at least 1, got 0"),
-    (["--steps", "-3"], "steps must be at least 1"),
+    (["--steps", "0"], "steps must lie between 1 and 100000, got 0"),
+    (["--steps", "-3"], "steps must lie between 1"),
     (["--steps", "1001"], "steps must lie between 1 and 1000, got 1001"),
     (["--guidance-scale", "nan"], "guidance_scale must lie between"),
     (["--guidance-scale", "-1"], "guidance_scale must lie between"),

@@ -37,7 +37,9 @@ def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatc
     assert Image.open(runs / "both.png").width > 100
 
 
-@pytest.mark.parametrize(("out", "message"), [("both.yaml", "ends in .png"), ("taken.png", "would overwrite taken.json")])
+@pytest.mark.parametrize(
+    ("out", "message"), [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, is there already")]
+)
 def test_what_is_there_is_not_overwritten(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str
 ) -> None:

@@ -116,7 +116,7 @@ def test_weights_beside_those_that_were_written_are_taken_by_name(folder: Path) 
 @pytest.mark.parametrize("hashes", [3, ["a"], {"vae/x": 3}, None])
 def test_hashes_that_are_none_are_one_line(folder: Path, hashes: object) -> None:
     (folder / "ldm.json").write_text(json.dumps({**json.loads((folder / "ldm.json").read_text()), "sha256": hashes}))
-    with pytest.raises(FolderError, match=r"ldm\.json: sha256 should hold"):
+    with pytest.raises(FolderError, match=r"ldm\.json: sha256 should be the hash of each file"):
         Pipeline.from_pretrained(folder)
 
 

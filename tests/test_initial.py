@@ -235,7 +235,7 @@ def test_a_rescaled_schedule_is_for_whole_training(runs: Path, tmp_path: Path, c
     ("overrides", "said"),
     [
         (("init=null",), "train.lora needs init"),
-        (("train.lora.rank=0",), "train.lora.rank must be at least 1"),
+        (("train.lora.rank=0",), "train.lora.rank must lie between 1"),
         (("train.lora.alpha=0",), "train.lora.alpha must be"),
         (("train.lora.targets=[]",), "train.lora.targets must name at least one layer"),
         (("train.lora.targets=[to_w]",), "train.lora.targets: no linear or convolutional layer of the U-Net is called to_w"),

@@ -95,7 +95,6 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "captions-missing": lambda f: (f / cache.TEXTS).unlink(),
     "captions-truncated": lambda f: os.truncate(f / cache.TEXTS, 30),
     "captions-flipped": lambda f: flipped(f / cache.TEXTS),
-    "a-file": lambda f: (shutil.rmtree(f), f.write_text("")),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import DIFFUSION, TRAIN, PowerCut, Stages
+from conftest import DIFFUSION, TRAIN, PowerCut, Stages, forget_hashes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import at_position, power_cut
@@ -71,7 +71,10 @@ def straight(here: Path) -> Path:
 
 
 def disturb(place: Path) -> None:
-    """Move one weight of each file in a folder."""
+    """Move one weight of each file in a folder, as another training would."""
+    for about in place.rglob("ldm.json"):
+        if "sha256" in json.loads(about.read_text(encoding="utf-8")):
+            forget_hashes(about.parent)
     for file in place.rglob("*.safetensors"):
         tensors = load_file(file)
         name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())

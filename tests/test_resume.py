@@ -12,6 +12,7 @@ import pytest
 from conftest import Stages
 
 from ldm.evaluation.record import read_metrics
+from ldm.interop.intact import write_hashes
 from ldm.training import checkpoint
 from ldm.training.shelf import step_of, steps
 
@@ -79,6 +80,7 @@ def test_a_resume_with_another_frozen_model_is_refused_by_name(
         content = bytearray(weights.read_bytes())
         content[-2] ^= 1  # a low bit of one weight
         weights.write_bytes(content)
+        write_hashes(held, [weights])  # as another training would
         assert stages.train("ldm", f"run={run}") == 4
         assert f"{changed} {stages.folder}/{again}: its weights have changed since this run began" in capsys.readouterr().err
     finally:

@@ -70,7 +70,7 @@ def test_the_settings_are_checked() -> None:
     assert TrainConfig(checkpoint_every=10, keep_every=40).keep_every == 40
     for wrong, message in (
         ({"checkpoint_every": 10, "keep_every": 45}, "keep_every 45 is not a multiple of checkpoint_every 10"),
-        ({"keep_every": 0}, "keep_every must be at least 1"),
+        ({"keep_every": 0}, "keep_every must lie between 1"),
         ({"save_errors": "ignore"}, "save_errors must be one of"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -228,7 +228,7 @@ def test_zero_terminal_snr_is_that_of_classes_that_rescale() -> None:
         ("trained_betas", "0.1", "trained_betas must be a list of numbers"),
         ("trained_betas", [0.1, "0.2"], "trained_betas must be a list of numbers"),
         ("trained_betas", [0.1, 1.2], "betas must lie strictly between 0 and 1"),
-        ("trained_betas", [], "num_steps must be at least 2"),
+        ("trained_betas", [], "num_steps must lie between 2"),
         ("timestep_spacing", 3, "timestep_spacing must be a name"),
         ("_class_name", ["DDIMScheduler"], "_class_name must be a name"),
     ],

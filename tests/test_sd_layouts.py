@@ -218,7 +218,7 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         ({"class_embed_type": "projection"}, "unet: projection_class_embeddings_input_dim is missing"),
         ({"class_embed_type": "identity", "num_class_embeds": 4}, "unet: num_class_embeds = 4 has no meaning with .*'identity'"),
         ({"projection_class_embeddings_input_dim": 4}, "unet: projection_class_embeddings_input_dim = 4 has no meaning with .*None"),
-        ({"num_class_embeds": 0}, "unet.num_labels must be at least 1"),
+        ({"num_class_embeds": 0}, "unet.num_labels must lie between 1"),
     ],
 )
 def test_unet_settings_beyond_ours_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:

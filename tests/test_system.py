@@ -465,6 +465,7 @@ def test_a_closed_terminal_saves_as_a_request_to_stop_does(here: Path) -> None:
     Path("long.yaml").write_text(yaml.safe_dump({"run": str(here / "new"), **PIXELS, "train": train}), encoding="utf-8")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around the tests, lets them ignore
         os.environ["PYTHONPATH"] = str(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "ldm.cli.main", "train-ldm", "long.yaml"])
     os.set_blocking(terminal, False)

@@ -33,15 +33,8 @@ def prepare(
 
 def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
     """[−1, 1] to 0…255, clipped and rounded, channels last. Raises NonFiniteError: of what is not a number there is no picture."""
-    return (
-        ((finite(images, "pixels of a picture").float().clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .contiguous()
-        .cpu()
-        .numpy()
-    )
+    levels = ((finite(images, "pixels of a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def to_pil(images: UInt8[np.ndarray, "b h w c"]) -> list[Image.Image]:
