@@ -84,7 +84,7 @@ def faults(call: Call, outcome: Outcome, other: Sequence[str] = ()) -> list[str]
         found += [f"exit code {code}, none of {call.codes}"] if code not in call.codes else []
         found += [f"{len(lines)} lines where one should be: {lines[:3]}"] if len(lines) != 1 else []
         found += [f"written though refused: {outcome.left[0]}"] if outcome.left else []
-        found += [f"{call.names} is not named: {line[:200]}" for line in lines[:1] if call.names not in line]
+        found += [f"{call.names} is not named: {line[:200]}" for line in lines[:1] if call.names not in line.lower()]
     return found + ([f"changes {outcome.changed[0]}"] if outcome.changed and name in READ_ONLY else [])
 
 

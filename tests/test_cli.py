@@ -139,6 +139,16 @@ def test_a_fault_in_a_script_is_one_line_and_its_code(tmp_path: Path) -> None:
 # one line for what is wrong
 
 
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
+def test_too_little_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def asks_too_much(*_: Any, **__: Any) -> None:
+        np.empty(2**62, np.uint8) if device == "numpy" else torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr("ldm.cli.status.run", asks_too_much)
+    code, _, error = run("status", "anywhere")
+    assert code == 2 and error.startswith("ldm status: not enough memory") and error.count("\n") == 1
+
+
 USAGE = [
     ([], "command"),
     (["paint"], "invalid choice: 'paint'"),

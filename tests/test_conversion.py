@@ -246,6 +246,28 @@ def test_convert_and_inspect(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert "sha256" not in capsys.readouterr().out
 
 
+def test_a_scheduler_without_its_class_is_written_as_the_one_that_it_is_read_as(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model/scheduler/scheduler_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "_class_name"}))
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--verify"]) == 0
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert scheduler.config["prediction_type"] == "v_prediction"
+
+
+def test_a_conversion_that_cannot_be_verified_leaves_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model/tokenizer/tokenizer.json"
+    about = json.loads(file.read_text())
+    del about["model"]["vocab"]["z"]
+    file.write_text(json.dumps(about))
+    for target in (tmp_path / "out", tmp_path / "out.safetensors"):
+        assert main(["convert", str(tmp_path / "model"), str(target), "--verify"]) == 4
+        assert "verify: text_encoder: the tokenizer has" in capsys.readouterr().err
+    assert [place.name for place in tmp_path.iterdir()] == ["model"]
+
+
 def test_an_autoencoder_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(model / "vae"), str(tmp_path / "vae.safetensors"), "--verify"]) == 0
     assert main(["convert", str(tmp_path / "vae.safetensors"), str(tmp_path / "vae"), "--verify"]) == 0

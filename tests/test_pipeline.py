@@ -310,6 +310,12 @@ def test_autoguidance_starts_where_classifier_free_guidance_does(written: Path, 
         assert not torch.allclose(said, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("argument", ["autoguidance", "classifier", "lora"])
+def test_the_argument_whose_file_is_missing_is_named(pipe: Pipeline, argument: str) -> None:
+    with pytest.raises((FolderError, ConfigError), match=f"(?i){argument}.*nowhere"):
+        pipe(PROMPTS[:1], steps=1, **{argument: ["nowhere"] if argument == "lora" else "nowhere"})
+
+
 def test_guidance_without_caption_dropout_warns(pipe: Pipeline) -> None:
     never_dropped = dataclasses.replace(pipe, caption_dropout=0.0)
     with pytest.warns(UserWarning, match="trained without caption dropout"):

@@ -113,7 +113,7 @@ def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
         "        else: raise AssertionError(message)\n"
         "from ldm.interop.compvis.inferred import Hints\n"
         "for name, value in (('heads', 'x'), ('heads', [1, None]), ('prediction', [1]), ('scale', '2'), ('groups', True)):\n"
-        "    try: Hints(**{name: value})\n        except ConfigError as error: assert str(error).startswith(name), error\n"
+        "    try: Hints(**{name: value})\n    except ConfigError as error: assert str(error).startswith(name), error\n"
         "    else: raise AssertionError(name)\n"
         "assert Hints(heads=2).heads == (2,)\n"
         "made = SampleConfig(seed=numpy.int64(3), guidance_scale=2, guidance_interval=[0, 5], lora=['a'], steps=torch.tensor(4))\n"

@@ -151,6 +151,9 @@ def _known(error: Exception) -> tuple[int | None, str]:
         return error.exit_code, str(error)  # type: ignore[attr-defined]
     if isinstance(error, OSError):
         return OS_FAULT, described(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        return OS_FAULT, f"not enough memory{f' ({wanted[0].lower()})' if wanted else ''}: take a smaller batch, image or network"
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
         return OS_FAULT, f"{error.object!r} cannot be named in this locale ({error.encoding}): set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
     return None, ""

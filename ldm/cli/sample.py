@@ -143,9 +143,6 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
         prompts += captions
-    for i, prompt in enumerate(prompts):
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise ConfigError(f"prompt {i + 1} is not text in UTF-8: {prompt!r}")
     return [prompt for prompt in prompts for _ in range(arguments.count)]
 
 

@@ -94,7 +94,7 @@ def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.dev
     try:
         place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=place).cpu()  # `meta` has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, OverflowError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}") from None
     return place

@@ -13,6 +13,7 @@ from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Gradient, classifier_gradient
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.classifier import ClassifierInfo, load_classifier
+from ldm.interop.files import FolderError
 from ldm.models.classifier import NoisyClassifier
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ class Guides:
     def _weaker(self, pipe: Pipeline, path: str) -> Pipeline:
         with _READING:
             if path not in self.weaker:
-                weak = type(pipe).from_pretrained(path, pipe.device, pipe.unet.conv_in.weight.dtype)
+                try:
+                    weak = type(pipe).from_pretrained(path, pipe.device, pipe.unet.conv_in.weight.dtype)
+                except (ConfigError, FolderError) as error:
+                    raise type(error)(f"autoguidance: {error}") from None
                 autoencoder = weak.codec.hash if weak.codec else None
                 self._check_fits(pipe, f"autoguidance {path}", autoencoder, weak.unet.in_channels, weak.schedule)
                 if weak.target != pipe.target:

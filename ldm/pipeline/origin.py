@@ -137,7 +137,6 @@ def _parsed(about: Any) -> Origin:
     if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
         raise ValueError("they are no settings of `ldm sample`")
     values: dict[str, Any] = {name: about.pop(name) for name in _SETTINGS if name in about}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     settings = changed(SampleConfig(), values)
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
     index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
