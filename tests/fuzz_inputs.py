@@ -223,7 +223,7 @@ def latents(draw: random.Random) -> Call:
         file.write_bytes(content)
     else:
         words = upset(draw, file, text=file.suffix == ".json")
-    return Call(f"{file}: {words}", RESUME, (3, 4), same=True, out=())
+    return Call(f"{file}: {words}", RESUME, (2, 3, 4), same=True, out=())
 
 
 def run(draw: random.Random) -> Call:
