@@ -25,9 +25,9 @@ from torch import nn
 
 from ldm.config import ScheduleConfig, UNetConfig
 from ldm.models.unet import UNet
-from ldm.training.checkpoint import Tensors, optimizer_tensors, tensor_bytes
+from ldm.runs.checkpoints.files import Tensors, optimizer_tensors, tensor_bytes
+from ldm.runs.checkpoints.writer import BackgroundWriter, Written
 from ldm.training.ema import EMA
-from ldm.training.writer import BackgroundWriter, Written
 
 ROUNDS = 5
 CHANNELS, HEADS = (64, 128, 256), (2, 4, 8)

@@ -16,11 +16,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm.config import DiffusionRun, load
-from ldm.data import streams
-from ldm.data.images import to_uint8
+from ldm.data import rng as streams
 from ldm.data.sources import open_source
-from ldm.evaluation.plots import captioned
-from ldm.interop.folder import find_model
+from ldm.data.transforms import to_uint8
+from ldm.evaluation.figures.plots import captioned
+from ldm.interop.diffusers.folder import find_model
 from ldm.pipeline import Pipeline
 
 COUNT, SEED = 16, 7

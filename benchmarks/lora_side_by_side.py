@@ -15,13 +15,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm.config import DataConfig, SampleConfig
-from ldm.data import streams
-from ldm.data.images import to_uint8
+from ldm.data import rng as streams
 from ldm.data.shapes import Scene, caption, parse, stripe
 from ldm.data.sources import open_source
-from ldm.evaluation.judge import ShapesJudge, agreement, proportion
-from ldm.evaluation.plots import captioned
-from ldm.interop.folder import find_model
+from ldm.data.transforms import to_uint8
+from ldm.evaluation.figures.plots import captioned
+from ldm.evaluation.judges.shapes import ShapesJudge, agreement, proportion
+from ldm.interop.diffusers.folder import find_model
 from ldm.interop.lora import find_lora
 from ldm.pipeline import Pipeline
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from ldm.interop.bundle import UNET
-from ldm.interop.folder import read_part, write_folder
-from ldm.interop.unet import unet_from_diffusers
+from ldm.interop.diffusers.folder import read_part, write_folder
+from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.interop.weights import fill
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline

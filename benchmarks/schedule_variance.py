@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm.config import DiffusionRun, ScheduleConfig, load_run
+from ldm.data.dataset import Draws, Stream, validation_batches
 from ldm.data.sources import open_source
-from ldm.data.stream import Draws, Stream, validation_batches
 from ldm.diffusion.learned_schedule import LearnedSchedule, decoder, prior
 from ldm.diffusion.schedule import Schedule
 from ldm.pipeline import Pipeline

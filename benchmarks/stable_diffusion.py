@@ -28,12 +28,12 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import to_diffusers
 from ldm.config import DiffusionRun, ScheduleConfig, load
-from ldm.data import streams
+from ldm.data import rng as streams
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.names import shapes_of
-from ldm.interop.folder import write_folder
-from ldm.interop.schedulers import scheduler_to_diffusers
-from ldm.interop.unet import unet_to_diffusers
+from ldm.interop.diffusers.folder import write_folder
+from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
+from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.models.text import save_tokenizer
 from ldm.pipeline import Pipeline
 

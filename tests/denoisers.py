@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.schedulers import scheduler_to_diffusers
+from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 
 
 def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]:

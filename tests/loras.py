@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm.config import ClipConfig, LoraConfig, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.data import streams
+from ldm.data import rng as streams
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.lora_settings import TOWER

@@ -10,12 +10,12 @@ from __future__ import annotations
 Row = tuple[str, str, str, str]
 
 DATA: dict[str, list[Row]] = {
-    "ldm/data/streams.py": [
+    "ldm/data/rng.py": [
         ("the seed has no part in the draws", "[seed, name]", "[0, name]", "streams::test_a_draw_is_a_function_of_seed_name_and_position_alone"),
         ("positions share their numbers", "[0, 0, position, 0]", "[position, 0, 0, 0]", "streams::test_positions_do_not_overlap_however_much_is_drawn"),
         ("the same order in each epoch", '"order", epoch', '"order", 0', "streams::test_order_is_a_permutation_in_each_epoch_and_another_in_the_next"),
     ],
-    "ldm/data/stream.py": [
+    "ldm/data/dataset.py": [
         ("mirroring is drawn from the drop stream", 'self.seed, "flip"', 'self.seed, "drop"', "streams::test_each_choice_has_draws_of_its_own"),
         ("one in four is mirrored", '"flip", position) < 0.5', '"flip", position) < 0.25', "streams::test_flips_are_half_and_crops_even"),
         ("left becomes right under its caption", " or DIRECTION.search(text)", "", "streams::test_a_caption_that_says_left_or_right_is_never_mirrored"),
@@ -32,7 +32,7 @@ DATA: dict[str, list[Row]] = {
         ("validation t: parts drawn twice", "while math.gcd(stride, total) != 1:", "while False:", "streams::test_validation_draws_every_part_once_and_not_in_order"),
         ("validation t: the lower end of each part", "(parts + 0.5) / total", "parts / total", "streams::test_validation_draws_every_part_once_and_not_in_order"),
     ],
-    "ldm/data/images.py": [
+    "ldm/data/transforms.py": [
         ("white is not quite 1", "/ 127.5 - 1", "/ 128 - 1", "images::test_levels_go_there_and_back"),
         ("pictures are cut, not rounded", "* 127.5).round().byte()", "* 127.5).byte()", "images::test_levels_go_there_and_back"),
         ("mirrored top to bottom", "image[:, ::-1]", "image[::-1]", "streams::test_flips_are_half_and_crops_even"),
@@ -148,7 +148,7 @@ DIFFUSION: dict[str, list[Row]] = {
 }  # fmt: skip
 
 TRAINING: dict[str, list[Row]] = {
-    "ldm/training/diffusion.py": [
+    "ldm/training/stages/diffusion.py": [
         ("1 − p of the captions are dropped", '(batch["drop"] < self.config.caption_dropout)', '(batch["drop"] > self.config.caption_dropout)', "training::test_captions_are_dropped_where_their_draw_says"),
         ("the others are dropped", "NULL_CAPTION if drop else text", "text if drop else NULL_CAPTION", "training::test_captions_are_dropped_where_their_draw_says"),
         ("loss_by_t: tenths in reverse", "bins = t * BINS // self.schedule.num_steps", "bins = BINS - 1 - t * BINS // self.schedule.num_steps", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
@@ -180,12 +180,12 @@ TRAINING: dict[str, list[Row]] = {
         ("betas are torch's own", "betas=config.betas, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
         ("epsilon is torch's own", "eps=config.adam_eps, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
     ],
-    "ldm/training/shelf.py": [
+    "ldm/runs/checkpoints/folder.py": [
         ("numbers of nine digits are no checkpoints", 'r"step-(\\d{8,})"', 'r"step-(\\d{8})"', "retention::test_more_digits_are_more"),
         ("the oldest intact one is resumed", "for path in reversed(steps(folder)):\n        found = check(path)", "for path in steps(folder):\n        found = check(path)", "retention::test_the_newest_is_the_highest_valid_number_and_no_other_name"),
         ("a flipped byte is not seen", "if digest is not None and file_hash(file) != digest:", "if False:", "checkpoint::test_damage_is_found_named_and_skipped"),
     ],
-    "ldm/training/autoencoder.py": [
+    "ldm/training/stages/autoencoder.py": [
         ("the adversarial term is not balanced", "gan_factor(update, loss) * self._adaptive * gan_gradient", "gan_factor(update, loss) * gan_gradient", "training::test_the_autoencoders_gradient_is_that_of_the_scalar_loss"),
         ("the KL is not weighted", 'loss.kl * terms["kl"]', 'terms["kl"]', "training::test_the_autoencoders_gradient_is_that_of_the_scalar_loss"),
         ("the latents' deviation without the posterior's", " + var.mean((1, 2))).sqrt()", ").sqrt()", "training::test_exported_latents_have_zero_mean_and_unit_variance"),
@@ -195,7 +195,7 @@ TRAINING: dict[str, list[Row]] = {
         ("PSNR beyond the pixels' range", '"psnr": psnr(clipped, image)', '"psnr": psnr(reconstruction, image)', "training::test_figures_of_the_autoencoder_are_those_of_its_pictures"),
         ("one rate for both networks", "return loss.disc_lr / train.lr if", "return 1.0 if", "training::test_each_update_uses_its_rate"),
     ],
-    "ldm/training/classifier.py": [
+    "ldm/training/stages/classifier.py": [
         ("accuracy_by_t: tenths in reverse", "sums.index_add_(1, t * BINS //", "sums.index_add_(1, BINS - 1 - t * BINS //", "classifier::test_validation_is_the_mean_whole_and_by_tenths"),
         ("the training loss is a sum", "backward(loss.mean())", "backward(loss.sum())", "classifier::test_what_is_learned_is_the_cross_entropy_of_x_t"),
     ],
@@ -271,12 +271,12 @@ AROUND: dict[str, list[Row]] = {
     "ldm/pipeline/checks.py": [
         ("pictures without pixels", "size < factor or size % factor", "size % factor", "pipeline::test_an_argument_out_of_range_is_named"),
     ],
-    "ldm/interop/unet.py": [
+    "ldm/interop/diffusers/unet.py": [
         ("labels become a projection", '"timestep" if config.sinusoidal_labels else kind', "kind", "sd_layouts::test_unet_settings_go_there_and_back"),
         ("all channels are the sample's", 'out_channels // 2 if layout.get("learned_variance") else out_channels', "out_channels", "objective::test_channels_of_a_folder"),
         ("another default context", '"cross_attention_dim", 1280)', '"cross_attention_dim", 768)', "sd_layouts::test_an_absent_setting_has_the_default_of_diffusers"),
     ],
-    "ldm/interop/reference.py": [
+    "ldm/interop/diffusers/lora_folder.py": [
         ("a LoRA draws on whatever base lies there", "if sha256 != self.sha256:", "if False:", "lora::test_a_base_that_changed_or_is_gone_is_one_line"),
     ],
     "ldm/interop/weights.py": [
@@ -291,7 +291,7 @@ AROUND: dict[str, list[Row]] = {
         ("a table of another process passes", "max(1e-4, _ROUNDINGS", "max(1e-1, _ROUNDINGS", "compvis::test_a_changed_table_is_refused"),
         ("the bound's first weight stays infinite", "torch.cat([weights[1:2], weights[1:]])", "weights", "compvis::test_weights_of_the_bound_and_log_variances"),
     ],
-    "ldm/interop/archive/safetensors.py": [
+    "ldm/files/tensors/safetensors.py": [
         ("tensors may overlap", "if begin != position:", "if begin > position:", "archive::test_a_damaged_safetensors_file"),
         ("bytes after the last tensor pass", "if position != (given", "if position > (given", "archive::test_a_damaged_safetensors_file"),
     ],

@@ -23,8 +23,8 @@ from ldm.cli.console import Console
 from ldm.cli.main import leave
 from ldm.cli.training import make_task
 from ldm.config import AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
-from ldm.training import shelf
-from ldm.training.launch import launched
+from ldm.distributed.launch import launched
+from ldm.runs.checkpoints import folder as shelf
 from ldm.training.loop import Loop
 
 KINDS = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun, "lora": DiffusionRun, "classifier": ClassifierRun}
@@ -105,8 +105,8 @@ def sabotage(out: Path, command: str, config: str) -> None:
     """Break one thing after the other; print what is said about it."""
     from accelerate import Accelerator
 
-    from ldm.data import streams
-    from ldm.data.stream import Split
+    from ldm.data import rng as streams
+    from ldm.data.dataset import Split
 
     rank = int(os.environ["RANK"])
     whole = {"prepare_model": Accelerator.prepare_model, "positions": Split.positions, "normal": streams.normal}

@@ -91,8 +91,8 @@ def stop(launcher: Sequence[str], number: signal.Signals, phase: str, folder: Pa
     """Start a training, send the launcher a signal in ``phase``, and watch."""
     import yaml
 
-    from ldm.evaluation.record import read_status
-    from ldm.training import shelf
+    from ldm.runs.checkpoints import folder as shelf
+    from ldm.runs.records import read_status
 
     run, config = folder / "run", folder / "ldm.yaml"
     config.write_text(yaml.safe_dump(tree(run)))
@@ -124,7 +124,7 @@ def stop(launcher: Sequence[str], number: signal.Signals, phase: str, folder: Pa
 def train(phase: str, arguments: list[str]) -> int:
     """`ldm train-ldm`, whose ``phase`` says in `RUN/.PHASE` that it has begun, and then lasts LINGER seconds."""
     from ldm.cli.main import main
-    from ldm.training import checkpoint
+    from ldm.runs.checkpoints import files as checkpoint
     from ldm.training.loop import Loop
 
     where, name = {

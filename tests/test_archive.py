@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm.interop.archive.archive import find_weights, open_archive, tensor_hash, write_tensors
-from ldm.interop.archive.safetensors import DTYPES
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
+from ldm.files.tensors.archive import find_weights, open_archive, tensor_hash, write_tensors
+from ldm.files.tensors.safetensors import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 Tensors = dict[str, Tensor]
@@ -160,7 +160,7 @@ def test_hash() -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from ldm.interop.archive.archive import open_archive, tensor_hash
+from ldm.files.tensors.archive import open_archive, tensor_hash
 def used(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 for file in sys.argv[1:]:

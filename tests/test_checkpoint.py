@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ScheduleConfig
-from ldm.training import checkpoint, shelf
-from ldm.training.checkpoint import load, save
-from ldm.training.shelf import CheckpointError, newest_valid
+from ldm.errors import CheckpointError
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.checkpoints.files import load, save
+from ldm.runs.checkpoints.folder import newest_valid
 
 CONFIG = ScheduleConfig()  # any dataclass will do
 
@@ -136,7 +138,7 @@ NURSERY = """
 import os, sys, torch
 from pathlib import Path
 from ldm.config import ScheduleConfig
-from ldm.training.checkpoint import save
+from ldm.runs.checkpoints.files import save
 torch.set_num_threads(1)
 for line in sys.stdin:  # one child for each line, which saves until it is killed; torch is imported once
     if not (child := os.fork()):

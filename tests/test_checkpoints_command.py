@@ -11,8 +11,8 @@ import yaml
 
 from ldm.cli.main import main
 from ldm.config import ScheduleConfig
-from ldm.training import resume
-from ldm.training.checkpoint import save
+from ldm.runs.checkpoints import resume
+from ldm.runs.checkpoints.files import save
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,21 +18,21 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import ClassifierConfig, ClassifierRun, ConfigError, DataConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.data.dataset import Stream, collate, scattered
 from ldm.data.digits import caption
 from ldm.data.sources import open_source
-from ldm.data.stream import Stream, collate, scattered
-from ldm.evaluation.digits import DigitJudge
-from ldm.evaluation.page import EDGE, HEADER
-from ldm.evaluation.record import read_metrics
-from ldm.evaluation.sweep import REAL, distance
-from ldm.evaluation.sweep_panels import BELOW
+from ldm.errors import FolderError
+from ldm.evaluation.figures.page import EDGE, HEADER
+from ldm.evaluation.figures.sweep import REAL, distance
+from ldm.evaluation.figures.sweep_panels import BELOW
+from ldm.evaluation.judges.digits import DigitJudge
 from ldm.interop.classifier import ClassifierInfo, load_classifier
-from ldm.interop.files import FolderError
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
-from ldm.training.classifier import ClassifierTask, find_classes
+from ldm.runs.records import read_metrics
+from ldm.training.stages.classifier import ClassifierTask, find_classes
 
 TRAIN = {
     "steps": 6, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 6, "validation_size": 20,

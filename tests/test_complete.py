@@ -13,8 +13,8 @@ from test_pipeline import PROMPTS, array, make
 
 from ldm.cli.main import main
 from ldm.config import ConfigError
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE
-from ldm.interop.files import FolderError
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_given_is_one_line(folder: Path, tmp_path: Path, option: 
         said = capsys.readouterr().err
         assert str(path) in said and said.count("\n") == 1
     with pytest.raises(ConfigError, match=f"{option} is for models with a U-Net"):
-        from ldm.interop.layouts import read_any
+        from ldm.interop.open import read_any
 
         read_any(folder / VAE, **{option: str(folder)})  # type: ignore[arg-type]
 

@@ -25,13 +25,13 @@ from autoencoder.layout import to_diffusers as vae_to_diffusers
 from autoencoder.model import AutoencoderKL
 from ldm.config import SCHEDULES, ConfigError, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.inferred import Hints
 from ldm.interop.compvis.layout import from_compvis, to_compvis
 from ldm.interop.compvis.schedule import buffers
-from ldm.interop.files import FolderError
-from ldm.interop.schedulers import scheduler_to_diffusers
-from ldm.interop.unet import unet_from_diffusers, unet_to_diffusers
+from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
+from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.text import train_tokenizer
 from ldm.models.unet import UNet
 

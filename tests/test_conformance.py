@@ -14,9 +14,9 @@ from ldm.config import SCHEDULES, TARGETS, SampleConfig, ScheduleConfig, UNetCon
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS, Sampler
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation.conformance import reach, sliced_wasserstein
-from ldm.evaluation.orders import CASES, GAUSSIAN, MIXTURE, Case, draws_noise, flow, gaussian_moments, order, uniform
-from ldm.evaluation.sampler_runs import LEVELS, cheapest, compare_samplers
+from ldm.evaluation.samplers.conformance import reach, sliced_wasserstein
+from ldm.evaluation.samplers.on_a_run import LEVELS, cheapest, compare_samplers
+from ldm.evaluation.samplers.orders import CASES, GAUSSIAN, MIXTURE, Case, draws_noise, flow, gaussian_moments, order, uniform
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 
@@ -165,7 +165,7 @@ def test_the_cheapest_is_counted_in_calls() -> None:
 
 
 def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm.evaluation.conformance.ORDER_STEPS", (5, 10))
+    monkeypatch.setattr("ldm.evaluation.samplers.conformance.ORDER_STEPS", (5, 10))
     assert main(["sampler-report", "--samplers", "euler", "euler_ancestral", "--steps", "3", "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out/samplers.json").read_text())
     assert set(report["samplers"]) == {"euler", "euler_ancestral"} and (tmp_path / "out/samplers.png").stat().st_size > 10_000

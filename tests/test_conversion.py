@@ -22,17 +22,17 @@ from torch import nn
 
 from ldm.cli.main import main
 from ldm.config import ConfigError
-from ldm.evaluation import conversion
-from ldm.interop.archive.archive import tensor_hash, write_tensors
+from ldm.errors import FolderError
+from ldm.files.tensors.archive import tensor_hash, write_tensors
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.convert import cast, write_model
-from ldm.interop.files import FolderError
-from ldm.interop.folder import FILES
-from ldm.interop.layouts import read_any, read_model
-from ldm.interop.reference import Reference
+from ldm.interop.diffusers.folder import FILES
+from ldm.interop.diffusers.lora_folder import Reference
+from ldm.interop.open import read_any, read_model
 from ldm.interop.text import read_text, text_of
 from ldm.pipeline import Pipeline
+from ldm.pipeline import verify_conversion as conversion
 from ldm.pipeline.codec import autoencoder_config, load_codec
 from ldm.pipeline.info import ModelInfo, load_unet
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.data import decode
 from ldm.data.decode import read_image
-from ldm.data.sources import BadSample
+from ldm.data.sample import BadSample
 
 
 def reread(tmp_path: Path, image: Image.Image, name: str, channels: int = 3, **options) -> np.ndarray:

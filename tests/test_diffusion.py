@@ -28,9 +28,9 @@ from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import SCHEDULES, Schedule, shifted, zero_terminal
+from ldm.errors import FolderError
 from ldm.interop.compvis.schedule import schedule_of
-from ldm.interop.files import FolderError
-from ldm.interop.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
+from ldm.interop.diffusers.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
 
 NAMES = sorted(SCHEDULES)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.checkpoint import CheckpointError
+from ldm.runs.checkpoints.files import CheckpointError
 from ldm.training.ema import EMA
 
 

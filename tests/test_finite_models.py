@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ldm.cli.main import main
 from ldm.config import ClassifierConfig
-from ldm.data.images import to_uint8
-from ldm.data.processes import ALONE
+from ldm.data.transforms import to_uint8
+from ldm.distributed.processes import ALONE
+from ldm.errors import FolderError, NonFiniteError
+from ldm.files.tensors.finite import counted, is_finite, nonfinite
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.interop.convert import write_model
-from ldm.interop.files import FolderError
-from ldm.interop.folder import FILES
-from ldm.interop.layouts import read_any
+from ldm.interop.diffusers.folder import FILES
+from ldm.interop.open import read_any
 from ldm.interop.text import read_text
-from ldm.models.finite import NonFiniteError, counted, is_finite, nonfinite
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
-from ldm.training.recorder import Recorder
-from ldm.training.run import RunDirectory
+from ldm.runs.directory import RunDirectory
+from ldm.training.logger import Recorder
 from ldm.training.skipped import SkipLog
 
 NAN, INF = float("nan"), float("inf")

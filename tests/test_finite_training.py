@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from test_training import at_position, make_loop
 
 from ldm.cli.main import main
-from ldm.evaluation.record import read_metrics, read_status
-from ldm.training import checkpoint, optimizers, shelf
-from ldm.training.autoencoder import AutoencoderTask
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.records import read_metrics, read_status
+from ldm.training import optimizers
 from ldm.training.finite import not_finite
 from ldm.training.loop import Loop, TrainingError
+from ldm.training.stages.autoencoder import AutoencoderTask
 
 __all__ = ["make_loop"]  # a fixture
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.folder import FolderSource
-from ldm.data.sources import DataError, Skipped, open_source
+from ldm.data.sample import Skipped
+from ldm.data.sources import open_source
+from ldm.errors import DataError
 
 
 def write(folder: Path, rows: list, images: bool = True) -> Path:

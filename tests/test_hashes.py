@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import PROMPTS, make
 
 from ldm.cli.main import main
+from ldm.errors import FolderError
 from ldm.files import known
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.convert import write_model
-from ldm.interop.files import FolderError
-from ldm.interop.folder import FILES
-from ldm.interop.layouts import read_any
+from ldm.interop.diffusers.folder import FILES
+from ldm.interop.open import read_any
 from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec

@@ -11,12 +11,13 @@ from test_pipeline import make
 
 from ldm.cli.main import main
 from ldm.config import ClassifierConfig, ConfigError
+from ldm.errors import FolderError
+from ldm.files.json import read_json
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import ClassifierInfo, read_classifier
-from ldm.interop.files import FolderError, read_json
-from ldm.interop.folder import FILES
-from ldm.interop.layouts import read_any
-from ldm.interop.reference import Reference
+from ldm.interop.diffusers.folder import FILES
+from ldm.interop.diffusers.lora_folder import Reference
+from ldm.interop.open import read_any
 from ldm.interop.sizes import check_sizes
 from ldm.models.text import padded_with
 from ldm.pipeline.info import ModelInfo
@@ -262,7 +263,7 @@ def test_a_classifiers_folder(tmp_path: Path, key: str, value: Any, words: str) 
 def test_the_header_of_a_single_file_is_read_as_strictly(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 
-    from ldm.interop.archive.archive import open_archive
+    from ldm.files.tensors.archive import open_archive
     from ldm.interop.convert import write_model
 
     write_model(read_any(written), tmp_path / "x.safetensors")

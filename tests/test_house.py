@@ -174,7 +174,7 @@ def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expecte
             "ldm/diffusion/x.py",
             "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\nfrom ldm.config import X\nfrom . import y",
         ),
-        ("ldm/interop/diffusers.py", "from ldm.interop import diffusers"),
+        ("ldm/interop/diffusers/index.py", "from ldm.interop import diffusers"),
         ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
         ("ldm/data/x.py", "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import prepare, to_uint8
+from ldm.data.transforms import prepare, to_uint8
 
 
 def test_levels_go_there_and_back() -> None:

@@ -14,15 +14,16 @@ from test_training import assert_same_end, at_position, lines, make_loop, power_
 from torch import Tensor, nn
 
 from ldm.cli.main import main
-from ldm.data.sources import DataError
-from ldm.data.stream import batches
-from ldm.training import incidents, replay
-from ldm.training.agreement import Agreement
-from ldm.training.autoencoder import AutoencoderTask
-from ldm.training.diffusion import DiffusionTask
+from ldm.data.dataset import batches
+from ldm.errors import DataError
+from ldm.training.diagnostics import nonfinite as incidents
+from ldm.training.diagnostics import replay
 from ldm.training.ema import EMA
 from ldm.training.loop import Loop
-from ldm.training.probe import ProcessesDifferError
+from ldm.training.rank_checks import ProcessesDifferError
+from ldm.training.stages.autoencoder import AutoencoderTask
+from ldm.training.stages.diffusion import DiffusionTask
+from ldm.training.step_flags import Agreement
 
 __all__ = ["make_loop"]  # a fixture
 

@@ -18,7 +18,7 @@ from ldm import config
 from ldm.cli import init, recipe
 from ldm.cli.main import main
 from ldm.config import AutoencoderRun, ClipRun, DataConfig, DiffusionRun
-from ldm.evaluation.record import read_status
+from ldm.runs.records import read_status
 
 CLASSES = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}
 Run = Callable[..., tuple[int, str, str]]

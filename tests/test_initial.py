@@ -21,7 +21,7 @@ from ldm.diffusion.condition import Condition
 from ldm.interop.intact import write_hashes
 from ldm.interop.lora import FILE
 from ldm.pipeline import Pipeline
-from ldm.training.diffusion import DiffusionTask
+from ldm.training.stages.diffusion import DiffusionTask
 
 STEPS = 6
 SCALE = 4.0 / 2  # α/r of the LoRA
@@ -276,7 +276,7 @@ def test_the_run_is_sampled_reported_and_bounded(runs: Path, tmp_path: Path, cap
 def test_every_field_of_the_u_net_is_compared() -> None:
     from dataclasses import fields
 
-    from ldm.training.initial import _spread
+    from ldm.training.stages.finetune import _spread
 
     config = UNetConfig(channels=(32, 64), attention_levels=(1, 0), heads=(2,))
     assert {f.name: _spread(config, f.name) for f in fields(config)}["heads"] == [2, 2]

@@ -18,11 +18,12 @@ from PIL import Image
 
 from ldm.cli.main import main
 from ldm.config import DiffusionRun, load
-from ldm.data.sources import DataError, Skipped
-from ldm.evaluation.record import RunError, read_metrics, read_skipped, read_status
-from ldm.training import journal
-from ldm.training.diffusion import DiffusionTask
-from ldm.training.run import RunDirectory
+from ldm.data.sample import Skipped
+from ldm.errors import DataError, RunError
+from ldm.runs import journal
+from ldm.runs.directory import RunDirectory
+from ldm.runs.records import read_metrics, read_skipped, read_status
+from ldm.training.stages.diffusion import DiffusionTask
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)  # 3 kB as a PNG
 

@@ -13,8 +13,8 @@ from scipy.stats import binomtest
 from ldm.config import DataConfig
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, caption, coverage, draw, margin, stripe
 from ldm.data.sources import open_source
-from ldm.evaluation.digits import DigitJudge
-from ldm.evaluation.judge import ShapesJudge, agreement, proportion, score
+from ldm.evaluation.judges.digits import DigitJudge
+from ldm.evaluation.judges.shapes import ShapesJudge, agreement, proportion, score
 
 N = 200
 
@@ -148,7 +148,7 @@ def test_batches_do_not_matter(monkeypatch):
     images, _, _ = drawings(1, 32)
     judge = ShapesJudge(32, 1)
     whole = judge.read(images[:20])
-    monkeypatch.setattr("ldm.evaluation.judge._CHUNK", 1)
+    monkeypatch.setattr("ldm.evaluation.judges.shapes._CHUNK", 1)
     assert judge.read(images[:20]) == whole
     assert judge.read(images[:0]) == []
     assert not torch.is_inference_mode_enabled()

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.mixture import GaussianMixture
 from ldm.diffusion.samplers.ancestral import ddim
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.langevin import annealed_langevin, langevin_step, predictor_corrector
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation.orders import MIXTURE, Case, gaussian_moments, uniform
+from ldm.evaluation.samplers.mixture import GaussianMixture
+from ldm.evaluation.samplers.orders import MIXTURE, Case, gaussian_moments, uniform
 
 pytestmark = pytest.mark.usefixtures("seed")
 

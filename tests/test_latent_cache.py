@@ -17,9 +17,10 @@ from test_streams import autoencoder, write
 from autoencoder.layout import to_diffusers
 from ldm.cli.main import main
 from ldm.config import DataConfig
-from ldm.data import cache
-from ldm.data.sources import DataError, open_source
-from ldm.interop.files import write_json
+from ldm.data import latent_cache as cache
+from ldm.data.sources import open_source
+from ldm.errors import DataError
+from ldm.files.json import write_json
 from ldm.interop.weights import write_module
 
 __all__ = ["launch"]  # a fixture

@@ -20,14 +20,14 @@ from torch import Tensor
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import ConfigError, DiffusionRun, ObjectiveConfig, ScheduleConfig
-from ldm.data.stream import Stream, collate
+from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.learned_schedule import RANGES, LearnedSchedule, Watched, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation.record import read_metrics
 from ldm.pipeline import Pipeline
-from ldm.training.diffusion import UNCLIPPED, DiffusionTask
+from ldm.runs.records import read_metrics
+from ldm.training.stages.diffusion import UNCLIPPED, DiffusionTask
 
 pytestmark = pytest.mark.usefixtures("seed")
 Function = Callable[[Tensor, Tensor, Condition], Tensor]

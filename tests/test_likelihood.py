@@ -23,8 +23,8 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import TARGETS, DataConfig, DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import BadSample, Sample, Skipped, open_source
+from ldm.data.sample import BadSample, Sample, Skipped
+from ldm.data.sources import open_source
 from ldm.diffusion import gaussian
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.likelihood import (
@@ -45,12 +45,14 @@ from ldm.diffusion.likelihood import (
 )
 from ldm.diffusion.process import from_x0
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation import decoder_noise, plots
+from ldm.distributed.processes import ALONE, Processes
+from ldm.evaluation import decoder_noise
+from ldm.evaluation.figures import plots
 from ldm.evaluation.likelihood import likelihood, measure
-from ldm.evaluation.record import figures
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
+from ldm.runs.records import figures
 
 pytestmark = pytest.mark.usefixtures("seed")
 

@@ -40,11 +40,11 @@ from torch import Tensor
 from ldm.cli.main import main
 from ldm.config import ConfigError, LoraConfig, SampleConfig
 from ldm.diffusion.condition import Condition
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.files import FolderError
+from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import FILE, METADATA, find_lora, read_lora, write_lora
 from ldm.interop.lora_settings import TOWER
-from ldm.interop.reference import Reference
 from ldm.models.lora import Lora, changeable, named_layers
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm.cli.main import main
 from ldm.config import UNetConfig
+from ldm.errors import FolderError
 from ldm.interop import lora_settings
 from ldm.interop.bundle import UNET
-from ldm.interop.files import FolderError
 from ldm.interop.lora import FILE, METADATA, PEFT_CONFIG, read_lora
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.cli.main import main
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.files import FolderError
+from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import FILE, METADATA, read_lora, write_lora
-from ldm.interop.reference import Reference
 from ldm.models.lora import Lora, changeable
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo

@@ -9,9 +9,9 @@ from torch import Tensor
 from ldm.config import TARGETS
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.guidance import Guidance
-from ldm.diffusion.mixture import GaussianMixture
 from ldm.diffusion.process import to_x0
 from ldm.diffusion.schedule import Schedule
+from ldm.evaluation.samplers.mixture import GaussianMixture
 
 pytestmark = pytest.mark.usefixtures("seed")
 

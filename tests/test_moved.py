@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_training import at_position, power_cut
 
 from ldm.cli.main import main
-from ldm.training import starts
+from ldm.runs import provenance as starts
 
 
 def photos(folder: Path, shade: int = 0) -> None:

@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 import ldm.config
 from ldm.cli.main import main
 from ldm.config import TARGETS, ConfigError, DiffusionRun, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.data.stream import Stream, collate
+from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import WEIGHTINGS, Objective, error_ratio, target
@@ -27,11 +27,11 @@ from ldm.diffusion.process import from_x0, learned_log_variance
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import HISTORY, LossHistory, Timesteps, uniform_timesteps
-from ldm.evaluation.record import read_metrics
-from ldm.interop.unet import unet_from_diffusers, unet_to_diffusers
+from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
-from ldm.training.diffusion import DiffusionTask
+from ldm.runs.records import read_metrics
+from ldm.training.stages.diffusion import DiffusionTask
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -409,8 +409,8 @@ def test_such_a_model_carries_our_names_and_opens_again(target: str, learned: bo
 def test_diffusers_names_what_it_cannot_open() -> None:
     """A complete latent model but for the variance or the target: the reason is named."""
     from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-    from ldm.interop.diffusers import ours_alone
-    from ldm.interop.schedulers import scheduler_to_diffusers
+    from ldm.interop.diffusers.index import ours_alone
+    from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 
     def bundle(learned: bool, target: str) -> Bundle:
         unet = unet_to_diffusers(UNetConfig(), 4, 8 if learned else 4, 768, 64)

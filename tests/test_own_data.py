@@ -15,7 +15,9 @@ from PIL import Image
 
 from ldm.config import ClipConfig, DataConfig
 from ldm.data.folder import FolderSource
-from ldm.data.sources import DataError, Sample, open_source
+from ldm.data.sample import Sample
+from ldm.data.sources import open_source
+from ldm.errors import DataError
 from ldm.models.text import CaptionTable, TextEncoder, build_clip, from_clip, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from autoencoder.posterior import DiagonalGaussian
 from ldm.cli.main import main
 from ldm.config import AutoencoderRun, DiffusionRun, ScheduleConfig, build
-from ldm.data.stream import batches, collate
+from ldm.data.dataset import batches, collate
 from ldm.pipeline import Pipeline
-from ldm.training import checkpoint, shelf
-from ldm.training.autoencoder import AutoencoderTask
-from ldm.training.diffusion import DiffusionTask
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import folder as shelf
 from ldm.training.loop import Loop
+from ldm.training.stages.autoencoder import AutoencoderTask
+from ldm.training.stages.diffusion import DiffusionTask
 
 
 class Silent:
@@ -143,8 +144,8 @@ def test_the_newest_checkpoint_is_neither_the_largest_nor_one_that_is_only_calle
 
 def test_grey_images_are_one_channel_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three channels built in somewhere between the images, both losses, the latents and the picture."""
-    monkeypatch.setattr("ldm.training.autoencoder.STATISTICS_SIZE", 16)
-    monkeypatch.setattr("ldm.training.autoencoder.FIRST_IMAGES", 16)
+    monkeypatch.setattr("ldm.training.stages.autoencoder.STATISTICS_SIZE", 16)
+    monkeypatch.setattr("ldm.training.stages.autoencoder.FIRST_IMAGES", 16)
     data = {"source": "digits", "image_size": 32, "image_channels": 1}
     train = {**TRAIN, "steps": 1, "batch_size": 2, "validation_size": 2, "warmup": 0}
     stage1 = {**AUTOENCODER, "data": data, "model": {**AUTOENCODER["model"], "image_channels": 1}, "train": train}

@@ -22,9 +22,9 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ClipConfig, ConfigError, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.data import streams
+from ldm.data import rng as streams
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
 from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline

@@ -20,12 +20,12 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import SCHEDULES, ClipConfig, DataConfig, DiffusionRun, SampleConfig, ScheduleConfig, to_dict
-from ldm.data.images import prepare
-from ldm.data.processes import ALONE, Processes
 from ldm.data.sources import open_source
+from ldm.data.transforms import prepare
 from ldm.diffusion.schedule import Schedule
-from ldm.evaluation import chains, page, schedules, sweep
+from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.evaluate import JUDGES
+from ldm.evaluation.figures import chains, page, schedules, sweep
 from ldm.models.text import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline

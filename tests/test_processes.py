@@ -29,11 +29,11 @@ from torch import Tensor
 from ldm.cli import main as cli
 from ldm.cli.main import main
 from ldm.config import ConfigError
-from ldm.data import cache
-from ldm.data.processes import ALONE, ElsewhereError, Processes
-from ldm.data.sources import DataError
-from ldm.evaluation.record import read_metrics, read_status
+from ldm.data import latent_cache as cache
+from ldm.distributed.processes import ALONE, ElsewhereError, Processes
+from ldm.errors import DataError
 from ldm.pipeline import Pipeline
+from ldm.runs.records import read_metrics, read_status
 from ldm.training.loop import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,8 +78,8 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             here.processes = processes
             return main(list(arguments))
 
-        monkeypatch.setattr("ldm.training.launch.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
-        monkeypatch.setattr("ldm.training.diffusion.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
+        monkeypatch.setattr("ldm.distributed.launch.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
+        monkeypatch.setattr("ldm.training.stages.diffusion.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
         return side_by_side(count, run)
 
     return call
@@ -209,8 +209,8 @@ def test_a_report_does_not_depend_on_how_many_make_it(
         return original(self, seed, name, numbers, shape)
 
     monkeypatch.setattr(Pipeline, "_noise", recorded)
-    monkeypatch.setattr("ldm.evaluation.plots.curves", lambda *arguments: written.append("curves"))
-    monkeypatch.setattr("ldm.evaluation.plots.captioned", lambda images, captions, *rest, **more: shown.append((images, captions)))
+    monkeypatch.setattr("ldm.evaluation.figures.plots.curves", lambda *arguments: written.append("curves"))
+    monkeypatch.setattr("ldm.evaluation.figures.plots.captioned", lambda images, captions, *rest, **more: shown.append((images, captions)))
     for count in (1, 3, 8):
         assert launch(count, "evaluate", str(run), *EVALUATION) == [0] * count
         reports.append(report(run))
@@ -312,7 +312,7 @@ def test_usage_and_help_are_said_once(monkeypatch: pytest.MonkeyPatch, capsys: p
 SEVERAL = """
 import json, os, sys
 from ldm.cli import main as cli
-from ldm.data import cache
+from ldm.data import latent_cache as cache
 
 cache.SHARD = 5
 leave, cli._leave_process_group = cli._leave_process_group, lambda together: None  # one meeting for all commands
@@ -349,8 +349,8 @@ def test_two_processes_sample_evaluate_and_cache_as_one_does(stages: Stages, tmp
 
 FAULT = """
 import os, sys
-from ldm.data import cache
-from ldm.data.sources import DataError
+from ldm.data import latent_cache as cache
+from ldm.errors import DataError
 
 def damaged(*arguments):
     raise DataError("images/7.png is damaged")

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import ClipRun, ConfigError
-from ldm.data.stream import split_batch
-from ldm.evaluation.record import read_metrics
+from ldm.data.dataset import split_batch
+from ldm.runs.records import read_metrics
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(HERE.parent)}

@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import AutoencoderRun, ConfigError, DiffusionRun, load_run
-from ldm.data.sources import BadSample, open_source
-from ldm.evaluation import panels, record
-from ldm.evaluation import report as reporting
-from ldm.evaluation.html import element
-from ldm.evaluation.panels import HINTS, quantity, thin
-from ldm.evaluation.report import GRIDS, evenly
+from ldm.data.sample import BadSample
+from ldm.data.sources import open_source
+from ldm.evaluation.report import panels
+from ldm.evaluation.report import report as reporting
+from ldm.evaluation.report.html import element
+from ldm.evaluation.report.panels import HINTS, quantity, thin
+from ldm.evaluation.report.report import GRIDS, evenly
 from ldm.pipeline.codec import load_codec
+from ldm.runs import records as record
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"

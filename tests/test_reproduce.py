@@ -30,7 +30,7 @@ from ldm.models.lora import Lora
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import autoencoder_hash
-from ldm.pipeline.origin import Origin, read_origin
+from ldm.pipeline.provenance import Origin, read_origin
 
 PROMPT = "a small red circle on a white background"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

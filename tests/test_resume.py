@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import Stages
 
-from ldm.evaluation.record import read_metrics
 from ldm.interop.intact import write_hashes
-from ldm.training import checkpoint
-from ldm.training.shelf import step_of, steps
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints.folder import step_of, steps
+from ldm.runs.records import read_metrics
 
 
 def updates(folder: Path) -> list[int]:

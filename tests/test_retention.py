@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm.config import ConfigError, ScheduleConfig, TrainConfig
-from ldm.data.processes import ElsewhereError, Processes
-from ldm.training import resume, shelf
-from ldm.training.checkpoint import require_fit, save
-from ldm.training.resume import agreed, choose, set_aside
-from ldm.training.shelf import CheckpointError, newest_valid, step_of, steps
+from ldm.distributed.processes import ElsewhereError, Processes
+from ldm.errors import CheckpointError
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.checkpoints import resume
+from ldm.runs.checkpoints.files import require_fit, save
+from ldm.runs.checkpoints.folder import newest_valid, step_of, steps
+from ldm.runs.checkpoints.resume import agreed, choose, set_aside
 
 CONFIG = ScheduleConfig()
 

@@ -15,8 +15,9 @@ from conftest import DIFFUSION
 
 from ldm.cli.main import main
 from ldm.config import AutoencoderRun, ClipRun, DataConfig, build, load
-from ldm.evaluation.record import RunError, read_metrics, read_status
-from ldm.training.run import RunDirectory, refused_changes
+from ldm.errors import RunError
+from ldm.runs.directory import RunDirectory, refused_changes
+from ldm.runs.records import read_metrics, read_status
 
 BASE = {"run": "runs/x", "data": {"source": "shapes", "image_size": 32}, "train": {"steps": 10}}
 
@@ -35,7 +36,7 @@ def config(**changes: object) -> AutoencoderRun:
 
 HOLDER = """
 import sys
-from ldm.training.run import RunDirectory
+from ldm.runs.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -154,7 +155,7 @@ def test_metrics_are_json_lines_and_cut_back(tmp_path: Path) -> None:
 
 def test_status_adds_up_the_seconds_of_all_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("ldm.training.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ldm.runs.directory.time.monotonic", lambda: now[0])
     assert read_status(tmp_path) is None
     for expected in (5.0, 10.0):
         with RunDirectory(tmp_path) as run:

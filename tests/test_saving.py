@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.training import checkpoint, shelf, stopping, writer
-from ldm.training.checkpoint import load, save
-from ldm.training.shelf import CheckpointError, newest_valid
-from ldm.training.writer import BackgroundWriter
+from ldm.errors import CheckpointError
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.checkpoints import writer
+from ldm.runs.checkpoints.files import load, save
+from ldm.runs.checkpoints.folder import newest_valid
+from ldm.runs.checkpoints.writer import BackgroundWriter
+from ldm.training import stopping
 
 CONFIG = ScheduleConfig()
 

@@ -23,8 +23,8 @@ from ldm.config import ConfigError, SampleConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.scheduler_keys import KEYS, PROCESSES, READS, settings, unread
-from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers
+from ldm.interop.diffusers.scheduler_keys import KEYS, PROCESSES, READS, settings, unread
+from ldm.interop.diffusers.schedulers import sampler_from_diffusers, scheduler_from_diffusers
 from ldm.pipeline.checks import grid_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of diffusers

@@ -16,7 +16,7 @@ from test_pipeline import LATENT, PROMPTS, array, make, noise, theirs
 from ldm.cli.main import main
 from ldm.config import GRIDS, SAMPLERS, ConfigError, SampleConfig, ScheduleConfig
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.schedulers import sampler_from_diffusers, scheduler_from_diffusers, scheduler_to_diffusers
+from ldm.interop.diffusers.schedulers import sampler_from_diffusers, scheduler_from_diffusers, scheduler_to_diffusers
 from ldm.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2

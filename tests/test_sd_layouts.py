@@ -22,9 +22,9 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as settings
 from ldm.config import ConfigError, ScheduleConfig, UNetConfig
 from ldm.diffusion.condition import Condition
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
+from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers, unet_to_diffusers
 from ldm.interop.text import read_text
-from ldm.interop.unet import sample_side, unet_from_diffusers, unet_to_diffusers
 from ldm.interop.weights import read_module
 from ldm.models.layers import Attention
 from ldm.models.text import save_tokenizer, train_tokenizer
@@ -175,7 +175,7 @@ def test_unet_goes_from_diffusers_to_us_and_back(name: str, tmp_path: Path) -> N
 
 def test_every_setting_of_diffusers_is_known_by_name() -> None:
     """Each argument of their classes is read or has the one value that we can express; at their defaults, all are."""
-    from ldm.interop import unet
+    from ldm.interop.diffusers import unet
 
     for cls, known in (
         (diffusers.UNet2DConditionModel, unet._READ | set(unet._FIXED)),

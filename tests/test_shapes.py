@@ -28,7 +28,8 @@ from ldm.data.shapes import (
     margin,
     parse,
 )
-from ldm.data.sources import DataError, open_source
+from ldm.data.sources import open_source
+from ldm.errors import DataError
 
 ALL = [(objects, held_out) for objects in (1, 2) for held_out in (False, True)]
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from autoencoder.config import AutoencoderConfig
 from ldm.cli.main import main
 from ldm.config import ConfigError, UNetConfig
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.compvis.spelling import spelled
-from ldm.interop.files import FolderError
-from ldm.interop.layouts import read_autoencoder, read_file
-from ldm.interop.unet import unet_to_diffusers
+from ldm.interop.diffusers.unet import unet_to_diffusers
+from ldm.interop.open import read_autoencoder, read_file
 
 Tensors = dict[str, Tensor]
 KL = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from ldm.config import DataConfig
-from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import DataError, Sample, Skipped
-from ldm.data.stream import Draws, Stream
-from ldm.training.run import RunDirectory
+from ldm.data.dataset import Draws, Stream
+from ldm.data.sample import Sample, Skipped
+from ldm.distributed.processes import ALONE, Processes
+from ldm.errors import DataError
+from ldm.runs.directory import RunDirectory
 from ldm.training.skipped import SkipLog
 
 

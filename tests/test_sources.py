@@ -9,8 +9,10 @@ import pytest
 
 from ldm.config import DataConfig
 from ldm.data.digits import NAMES
+from ldm.data.sample import Source
 from ldm.data.shapes import COLOURS
-from ldm.data.sources import DataError, Source, open_source
+from ldm.data.sources import open_source
+from ldm.errors import DataError
 
 
 def digits(split: str = "train", **settings) -> Source:

@@ -22,13 +22,13 @@ from conftest import Stages
 
 import ldm
 from ldm.cli.main import main
-from ldm.data.sources import DataError
-from ldm.evaluation.record import RunError, read_starts, read_status
-from ldm.evaluation.standing import held
-from ldm.training import starts
-from ldm.training.checkpoint import CheckpointError
+from ldm.errors import DataError, RunError
+from ldm.runs import provenance as starts
+from ldm.runs.checkpoints.files import CheckpointError
+from ldm.runs.directory import RunDirectory
+from ldm.runs.records import read_starts, read_status
+from ldm.runs.status import held
 from ldm.training.loop import Interrupted, Loop, TrainingError
-from ldm.training.run import RunDirectory
 from ldm.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,7 @@ def test_a_start_in_the_moment_of_a_look(tmp_path: Path, monkeypatch: pytest.Mon
     path = ended(tmp_path / "run", "interrupted")
     looking = os.open(path / ".lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    monkeypatch.setattr("ldm.training.run.time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    monkeypatch.setattr("ldm.runs.directory.time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
     with RunDirectory(path):
         assert held(path)
     os.close(looking)
@@ -250,7 +250,7 @@ def test_a_start_that_fails_before_training(stages: Stages, tmp_path: Path, monk
     def missing(*arguments: Any) -> None:
         raise DataError("the images are gone")
 
-    monkeypatch.setattr("ldm.training.clip.ClipTask.__init__", missing)
+    monkeypatch.setattr("ldm.training.stages.clip.ClipTask.__init__", missing)
     with RunDirectory(path):
         assert stages.train("clip", f"run={path}") == 3  # another process has the run: what it says there stands
     assert status(path)[0] == 75

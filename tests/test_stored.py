@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from ldm.config import DataConfig
 from ldm.data.decode import read_header, read_image
 from ldm.data.folder import FolderSource
-from ldm.data.sources import BadSample, readable
+from ldm.data.sample import BadSample, readable
 from ldm.data.survey import leave_out_small, survey
 
 BACKGROUND = np.array([10, 200, 30])

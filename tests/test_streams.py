@@ -18,10 +18,13 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ConfigError, DataConfig
-from ldm.data import cache, streams
-from ldm.data.images import prepare
-from ldm.data.sources import BadSample, DataError, Sample, Skipped, open_source, readable
-from ldm.data.stream import Draws, Split, Stream, batches, collate, scattered, split_batch, validation_batches
+from ldm.data import latent_cache as cache
+from ldm.data import rng as streams
+from ldm.data.dataset import Draws, Split, Stream, batches, collate, scattered, split_batch, validation_batches
+from ldm.data.sample import BadSample, Sample, Skipped, readable
+from ldm.data.sources import open_source
+from ldm.data.transforms import prepare
+from ldm.errors import DataError
 
 SHAPES = DataConfig(source="shapes", image_size=24, size=12)
 DRAWS = Draws({"eps": (2, 3, 3), "posterior": (1, 4, 4)}, ("t", "drop"))

@@ -29,15 +29,15 @@ from ldm import config as configuration
 from ldm.cli.console import Console
 from ldm.cli.main import main
 from ldm.config import DiffusionRun, ScheduleConfig, UNetConfig
-from ldm.data.processes import ElsewhereError, Processes
-from ldm.evaluation.plots import is_figure
-from ldm.evaluation.record import read_status
+from ldm.distributed.processes import ElsewhereError, Processes
+from ldm.evaluation.figures.plots import is_figure
 from ldm.files.disk import described, replace, whole
-from ldm.interop.files import write_json
+from ldm.files.json import write_json
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
-from ldm.training import shelf
-from ldm.training.run import exit_code
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.directory import exit_code
+from ldm.runs.records import read_status
 from ldm.training.stopping import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,9 +129,9 @@ def test_a_full_disk_is_one_line_with_path_and_reason_and_leaves_nothing_half_wr
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(
-        "ldm.evaluation.conformance.conformance", lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1}
+        "ldm.evaluation.samplers.conformance.conformance", lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1}
     )
-    monkeypatch.setattr("ldm.evaluation.sampler_plots.exact_table", lambda report: [])
+    monkeypatch.setattr("ldm.evaluation.samplers.plots.exact_table", lambda report: [])
     if name == "reproduce":
         assert call("sample", "run", "--steps", "1", "--device", "cpu")[0] == 0
         next(Path("images").glob("*.png")).rename("drawn.png")
@@ -370,7 +370,7 @@ READERS = (
 
 @pytest.mark.parametrize("odd", [*ODD, "a folder"])
 def test_odd_files_of_a_run_are_one_line_or_passed_over(call: Call, monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
-    monkeypatch.setattr("ldm.evaluation.schedules.schedules_page", lambda *arguments: type("P", (), {"save": lambda *a: None})())
+    monkeypatch.setattr("ldm.evaluation.figures.schedules.schedules_page", lambda *arguments: type("P", (), {"save": lambda *a: None})())
     shutil.copytree("run", "other")
     shutil.copytree("run", "intact")
     for file in FILES:
@@ -505,8 +505,8 @@ def test_lpips_weights_are_asked_for_before_anything_slow(call: Call, monkeypatc
         raise AssertionError("a network is made, or data read")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("ldm.training.autoencoder.seeded", slow)
-    monkeypatch.setattr("ldm.training.autoencoder.open_source", slow)
+    monkeypatch.setattr("ldm.training.stages.autoencoder.seeded", slow)
+    monkeypatch.setattr("ldm.training.stages.autoencoder.open_source", slow)
     place = tmp_path / "torch/hub/checkpoints/vgg16-397923af.pth"
     place.parent.mkdir(parents=True)
     if wrong == "noise":

@@ -10,8 +10,10 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.folder import FolderSource, in_validation, working_fraction
-from ldm.data.sources import DataError, Skipped, open_source
+from ldm.data.sample import Skipped
+from ldm.data.sources import open_source
 from ldm.data.survey import survey
+from ldm.errors import DataError
 
 NFC, NFD = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
 assert NFC != NFD

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.config import ClipConfig
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
 from ldm.interop.text import read_text
 from ldm.models import text
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation

@@ -29,23 +29,23 @@ from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
 from ldm.config import TrainConfig
-from ldm.data import streams
-from ldm.data.images import prepare
+from ldm.data import rng as streams
+from ldm.data.dataset import Stream, batches, collate, scattered
 from ldm.data.sources import open_source
-from ldm.data.stream import Stream, batches, collate, scattered
+from ldm.data.transforms import prepare
 from ldm.diffusion.condition import Condition
-from ldm.evaluation.record import read_metrics, read_status
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, VAE
-from ldm.interop.files import FolderError
-from ldm.interop.folder import FILES
+from ldm.interop.diffusers.folder import FILES
 from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec, load_codec
-from ldm.training import recorder
-from ldm.training.autoencoder import AutoencoderTask
-from ldm.training.diffusion import DiffusionTask
+from ldm.runs.records import read_metrics, read_status
+from ldm.training import logger as recorder
 from ldm.training.loop import MAX_NONFINITE, Loop
 from ldm.training.optimizers import Optimizers, learning_rate
+from ldm.training.stages.autoencoder import AutoencoderTask
+from ldm.training.stages.diffusion import DiffusionTask
 
 ROOT = Path(__file__).resolve().parent.parent
 

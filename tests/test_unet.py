@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.config import ConfigError, UNetConfig
 from ldm.diffusion.condition import Condition
-from ldm.interop.unet import unet_from_diffusers, unet_to_diffusers
+from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.layers import timestep_embedding
 from ldm.models.unet import UNet
 

@@ -27,10 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ldm.interop.archive.archive import Archive, open_archive
-from ldm.interop.archive.pickled import Placeholder
-from ldm.interop.archive.unpickle import LIMIT, Unpickler
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
+from ldm.files.tensors.archive import Archive, open_archive
+from ldm.files.tensors.pickled import Placeholder
+from ldm.files.tensors.unpickle import LIMIT, Unpickler
 
 ROOT = Path(__file__).resolve().parent.parent
 LEGACY = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}]
@@ -313,7 +313,7 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
     victim = b"cldm.interop.archive.archive\nArchive\n"
     assert pickle.loads(build(victim)) is Archive and Archive.planted == 1  # type: ignore[attr-defined]
     del Archive.planted  # type: ignore[attr-defined]
-    refused(build(victim), tmp_path, "ldm.interop.archive.archive.Archive")
+    refused(build(victim), tmp_path, "ldm.files.tensors.archive.Archive")
     for target in (b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"]", b"K\x01"):
         refused(build(target), tmp_path, "a state set in a")
     refused(b"\x80\x02cnumpy\ndtype\n" + text("f8") + b"\x85R(K\x03" + text(">") + b"tb.", tmp_path, "byte order")
@@ -419,4 +419,4 @@ def test_a_pickle_with_other_bytes(tmp_path_factory: pytest.TempPathFactory, edi
 def test_the_reader_imports_nothing() -> None:
     """Not even Python's own reader of pickles, but for what torch brings."""
     for name in ("unpickle", "pickled", "torchfile", "archive"):
-        assert "pickle\n" not in (ROOT / f"ldm/interop/archive/{name}.py").read_text().replace("from ldm.interop.archive.unpickle", "")
+        assert "pickle\n" not in (ROOT / f"ldm/interop/archive/{name}.py").read_text().replace("from ldm.files.tensors.unpickle", "")

@@ -17,10 +17,13 @@ from PIL import Image
 from ldm.cli.main import main
 from ldm.cli.verify_resume import _folder
 from ldm.config import ConfigError, load_any
-from ldm.data.stream import Split, Stream
-from ldm.training import checkpoint, loop, optimizers, state, writer
-from ldm.training.autoencoder import AutoencoderTask
-from ldm.training.deviation import (
+from ldm.data.dataset import Split, Stream
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import writer
+from ldm.runs.checkpoints.writer import write
+from ldm.runs.directory import RunDirectory
+from ldm.training import loop, optimizers, state
+from ldm.training.diagnostics.deviation import (
     Difference,
     Row,
     between_digests,
@@ -30,10 +33,9 @@ from ldm.training.deviation import (
     between_reads,
     verdict,
 )
+from ldm.training.diagnostics.verify_resume import Plan
 from ldm.training.ema import EMA
-from ldm.training.run import RunDirectory
-from ldm.training.verify import Plan
-from ldm.training.writer import write
+from ldm.training.stages.autoencoder import AutoencoderTask
 
 Damage = Callable[[pytest.MonkeyPatch], None]
 

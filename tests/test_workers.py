@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 
 from ldm.cli.main import main
 from ldm.config import DataConfig
+from ldm.data.dataset import Draws, Split, Stream, batches
 from ldm.data.folder import FolderSource
-from ldm.data.sources import DataError, Sample
-from ldm.data.stream import Draws, Split, Stream, batches
+from ldm.data.sample import Sample
 from ldm.data.workers import Workers
-from ldm.evaluation.record import read_metrics, read_status
+from ldm.errors import DataError
+from ldm.runs.records import read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 150  # seconds, after which a launch counts as hanging
@@ -171,7 +172,7 @@ FAULT = """
 import os, signal, sys, time
 from pathlib import Path
 from ldm.cli.main import main
-from ldm.data.stream import Stream
+from ldm.data.dataset import Stream
 
 read, once = Stream.read, Path(sys.argv[0]).with_name("once")
 

@@ -19,9 +19,9 @@ def run(arguments: argparse.Namespace) -> None:
     if settings.autoencoder == config.NONE or not settings.cache_latents:
         raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")
     from ldm.data.sources import open_source
+    from ldm.distributed.launch import launched
     from ldm.pipeline.codec import load_codec
-    from ldm.training.latents import ensure_cache
-    from ldm.training.launch import launched
+    from ldm.training.stages.latents import ensure_cache
 
     console = Console()
     autoencoder, source = load_codec(settings.autoencoder).autoencoder, open_source(settings.data, "train")

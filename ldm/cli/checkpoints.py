@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Look, print, and say by the exit code whether the newest is intact."""
-    from ldm.evaluation.record import RunError
-    from ldm.training import shelf
-    from ldm.training.resume import set_asides
+    from ldm.errors import RunError
+    from ldm.runs.checkpoints import folder as shelf
+    from ldm.runs.checkpoints.resume import set_asides
 
     folder = Path(arguments.run)
     if not folder.is_dir():
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 def listed(run: Path, fast: bool) -> list[dict[str, Any]]:
     """What is known of each checkpoint of a run, oldest first. Changes nothing on the disk."""
     from ldm.config import ConfigError, load_run
-    from ldm.training import shelf
+    from ldm.runs.checkpoints import folder as shelf
 
     folder = run / "checkpoints"
     problems = {path: shelf.check(path, fast=fast) for path in shelf.steps(folder)}
@@ -82,7 +82,7 @@ def listed(run: Path, fast: bool) -> list[dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    from ldm.training import shelf
+    from ldm.runs.checkpoints import folder as shelf
 
     manifest = path / shelf.MANIFEST
     written = (manifest if manifest.exists() else path).stat().st_mtime
@@ -97,7 +97,7 @@ def _row(path: Path) -> dict[str, Any]:
 
 def _lines(rows: list[dict[str, Any]], taken: str | None, left: list[dict[str, Any]], fast: bool) -> list[str]:
     """A line for each checkpoint, and for each temporary folder."""
-    from ldm.training.shelf import size_text
+    from ldm.runs.checkpoints.folder import size_text
 
     lines = []
     for row in rows:

@@ -28,11 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     plain, adversarial = Path(arguments.plain), Path(arguments.adversarial)
     for path in (plain, adversarial):
         config_file(path)
-    from ldm.evaluation.plots import SUFFIXES, is_figure
+    from ldm.evaluation.figures.plots import SUFFIXES, is_figure
 
     file = Path(arguments.out) if arguments.out is not None else adversarial.parent / "comparison.png"
     check_target(file, is_figure, SUFFIXES, (".json",))
-    from ldm.evaluation.compare import compare
+    from ldm.evaluation.compare_autoencoders import compare
 
     console = Console()
     for name, figures in compare(plain, adversarial, file).items():

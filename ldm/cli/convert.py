@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
         return _run_lora(arguments, target)
     if arguments.lora_base is not None:
         raise ConfigError("--lora-base is for a LoRA: give --lora-layout too")
-    from ldm.evaluation.conversion import verify
-    from ldm.interop.archive.archive import open_archive
+    from ldm.files.tensors.archive import open_archive
     from ldm.interop.bundle import TEXT
     from ldm.interop.complete import check_complete
     from ldm.interop.convert import cast, coverage, write_model
     from ldm.interop.intact import check_intact
-    from ldm.interop.layouts import read_any
+    from ldm.interop.open import read_any
+    from ldm.pipeline.verify_conversion import verify
 
     console = Console()
     if Path(arguments.source).is_dir() and resolved(target).is_relative_to(resolved(arguments.source)):

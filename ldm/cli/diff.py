@@ -18,7 +18,7 @@ from ldm.cli.console import Console
 from ldm.config import ConfigError
 
 if TYPE_CHECKING:
-    from ldm.evaluation.difference import Row
+    from ldm.runs.compare import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read both, and print what differs."""
-    from ldm.evaluation.difference import run_differences
+    from ldm.runs.compare import run_differences
 
     a, b = Path(arguments.a), Path(arguments.b)
     for path in (a, b):
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _models(a: Path, b: Path) -> dict[str, list[Row] | None]:
     """Of the parts of two models. Raises FolderError or ConfigError for what is none."""
-    from ldm.evaluation.difference import NOTHING, compare
     from ldm.interop.describe import describe
-    from ldm.interop.layouts import read_any
+    from ldm.interop.open import read_any
+    from ldm.runs.compare import NOTHING, compare
 
     first, second = (describe(read_any(str(path))) for path in (a, b))
     found: dict[str, list[Row] | None] = {}
@@ -68,6 +68,6 @@ def _models(a: Path, b: Path) -> dict[str, list[Row] | None]:
 
 def _entries(name: str, facts: Any) -> dict[str, Any]:
     """By dotted name; empty where there are none."""
-    from ldm.evaluation.record import flat
+    from ldm.runs.records import flat
 
     return flat(facts) if isinstance(facts, Mapping) else {} if facts is None else {name: facts}

@@ -21,7 +21,7 @@ from typing import Any
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.config import VARIANCES, ConfigError, config_file
-from ldm.evaluation.record import figures
+from ldm.runs.records import figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(arguments, name)}")
     folder = Path(arguments.run)
     config_file(folder)
+    from ldm.distributed.launch import launched
     from ldm.evaluation.evaluate import evaluate
-    from ldm.training.launch import launched
 
     console = Console()
     if arguments.likelihood:
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -> None:
+    from ldm.distributed.launch import launched
     from ldm.evaluation.likelihood import SEED, likelihood
-    from ldm.training.launch import launched
 
     found = likelihood(
         folder, arguments.images, arguments.timesteps, arguments.variance, arguments.batch_size, SEED, console.progress, console.say,

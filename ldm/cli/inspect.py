@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.interop.complete import OPTIONS, lacking
     from ldm.interop.describe import describe
     from ldm.interop.intact import check_finite, check_hashes
-    from ldm.interop.layouts import read_any
+    from ldm.interop.open import read_any
 
     bundle = read_any(arguments.model, **reading(arguments))
     console = Console()

@@ -23,7 +23,7 @@ from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleCon
 from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
-    from ldm.evaluation.page import Page
+    from ldm.evaluation.figures.page import Page
 
 SCHEDULES_HELP = """Noise schedules side by side: ᾱ over t, log SNR over t, and what one picture looks like along t.
 
@@ -123,8 +123,8 @@ def _schedules(arguments: argparse.Namespace, console: Console) -> None:
     ours = _schedule_of(Path(arguments.run)) if arguments.run else None
     file = _out(arguments)
     from ldm.data.decode import read_image
-    from ldm.data.images import prepare
-    from ldm.evaluation import schedules
+    from ldm.data.transforms import prepare
+    from ldm.evaluation.figures import schedules
 
     shown = [schedules.own(f"run {resolved(arguments.run).name}\n({ours.name})", ours)] if ours else []
     num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
@@ -151,7 +151,7 @@ def _forward(arguments: argparse.Namespace, console: Console) -> None:
     config = load(DiffusionRun, config_file(arguments.run))
     seed = SampleConfig(seed=arguments.seed or 0).seed
     file = _out(arguments)
-    from ldm.evaluation.chains import forward_page
+    from ldm.evaluation.figures.chains import forward_page
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(arguments.run, **parts(arguments))
@@ -178,7 +178,7 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
             else "this model is unconditional: leave --prompt out"
         )
     file = _out(arguments)
-    from ldm.evaluation.chains import reverse_page
+    from ldm.evaluation.figures.chains import reverse_page
 
     pipe, prompts = Pipeline.from_pretrained(arguments.run, **parts(arguments)), arguments.prompt or [""]
     about = {"prompts": prompts, **dataclasses.asdict(settings), "model": pipe.hash}
@@ -196,8 +196,8 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
         SampleConfig(guidance_scale=scale)
     config_file(arguments.run)
     file = _out(arguments)
-    from ldm.evaluation.guidance_sweep import guidance_sweep
-    from ldm.training.launch import launched
+    from ldm.distributed.launch import launched
+    from ldm.evaluation.figures.guidance_sweep import guidance_sweep
 
     processes, device = launched()
     folder = Path(arguments.run)
@@ -216,8 +216,8 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
     for scale in scales:
         SampleConfig(classifier_scale=scale)
     file = _out(arguments)
-    from ldm.evaluation.classifier_sweep import classifier_sweep
-    from ldm.training.launch import launched
+    from ldm.distributed.launch import launched
+    from ldm.evaluation.figures.classifier_sweep import classifier_sweep
 
     processes, device = launched()
     report, page = classifier_sweep(
@@ -234,7 +234,7 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _save(page: Page, report: dict[str, Any], file: Path) -> None:
-    from ldm.interop.files import write_json
+    from ldm.files.json import write_json
 
     page.save(file, {name: report[name] for name in ("sampling", "model", "images")})
     write_json(file.with_suffix(".json"), report)
@@ -266,7 +266,7 @@ def _out(arguments: argparse.Namespace) -> Path:
     """The file to write, its folder made: before anything slow."""
     folder = Path(arguments.run) / "plots" if arguments.run else Path()
     file = Path(arguments.out) if arguments.out is not None else folder / f"{arguments.plot}.png"
-    from ldm.evaluation.plots import SUFFIXES, is_figure
+    from ldm.evaluation.figures.plots import SUFFIXES, is_figure
 
     ours = is_figure if arguments.out is not None or not arguments.run else lambda content: True  # RUN/plots/ is ours
     check_target(file, ours, SUFFIXES, (".json",) if arguments.plot in ("guidance", "classifier") else ())

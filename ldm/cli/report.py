@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     load_run(arguments.run)  # a fault in it is told at once
     folder, console = Path(arguments.run), Console()
     file = Path(arguments.out) if arguments.out is not None else folder / "report.html"
-    from ldm.evaluation.html import is_page
-    from ldm.evaluation.report import report
+    from ldm.evaluation.report.html import is_page
+    from ldm.evaluation.report.report import report
 
     check_target(file, is_page)  # before the reconstructions, which may take minutes
     text = report(folder, arguments.images, console.progress)

@@ -25,7 +25,7 @@ from ldm.files.disk import resolved
 if TYPE_CHECKING:
     import torch
 
-    from ldm.pipeline.origin import Origin
+    from ldm.pipeline.provenance import Origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(out, lambda content: False)
     from PIL import Image
 
-    from ldm.evaluation.plots import write_png
-    from ldm.evaluation.reproduction import PROMISED, check_model, deviation, elsewhere, redraw, relocated
+    from ldm.evaluation.figures.plots import write_png
     from ldm.pipeline import Pipeline
     from ldm.pipeline.info import ModelInfo
-    from ldm.pipeline.origin import read_origin, surroundings
+    from ldm.pipeline.provenance import read_origin, surroundings
+    from ldm.pipeline.reproduce import PROMISED, check_model, deviation, elsewhere, redraw, relocated
 
     origin, pixels = read_origin(file)
     if moved := dict(_moved(pair) for pair in arguments.moved):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ldm.data.processes import Processes
-    from ldm.pipeline.origin import Origin
+    from ldm.distributed.processes import Processes
+    from ldm.pipeline.provenance import Origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.pipeline import Pipeline
     from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
-    from ldm.pipeline.origin import Origin, other_hashes, part_hashes, surroundings
+    from ldm.pipeline.provenance import Origin, other_hashes, part_hashes, surroundings
 
     try:
         info = ModelInfo.read(arguments.model, arguments.variant, **parts(arguments))
@@ -150,7 +150,7 @@ def devices(name: str | None) -> tuple[Processes, torch.device]:
     """Who draws, and where this process does."""
     import torch
 
-    from ldm.training.launch import launched
+    from ldm.distributed.launch import launched
 
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if name not in (None, "cpu") and count > 1:
@@ -175,8 +175,8 @@ def _first_number(out: Path) -> int:
 
 def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
     """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
-    from ldm.data.images import to_pil, to_uint8
-    from ldm.evaluation.plots import write_png
+    from ldm.data.transforms import to_pil, to_uint8
+    from ldm.evaluation.figures.plots import write_png
 
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
@@ -194,7 +194,8 @@ def _save_grid(images: list[np.ndarray], columns: int, origin: Origin, file: Pat
     import numpy as np
     from PIL import Image
 
-    from ldm.evaluation.plots import grid, write_png
+    from ldm.data.transforms import grid
+    from ldm.evaluation.figures.plots import write_png
 
     write_png(Image.fromarray(grid(np.stack(images), columns)), file, origin.png())
 

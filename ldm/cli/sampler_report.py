@@ -73,10 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Console) -> None:
-    from ldm.evaluation.conformance import conformance
-    from ldm.evaluation.orders import CASES
-    from ldm.evaluation.sampler_plots import error_curves, exact_panels, exact_table
-    from ldm.interop.files import write_json
+    from ldm.evaluation.samplers.conformance import conformance
+    from ldm.evaluation.samplers.orders import CASES
+    from ldm.evaluation.samplers.plots import error_curves, exact_panels, exact_table
+    from ldm.files.json import write_json
 
     report = conformance([name for name, case in CASES.items() if case.sampler in names], steps, console.progress)
     for line in exact_table(report):
@@ -88,9 +88,9 @@ def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Conso
 
 
 def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[str, Any], out: Path, console: Console) -> None:
-    from ldm.evaluation.sampler_plots import error_curves, run_panels, run_table
-    from ldm.evaluation.sampler_runs import captions, compare_samplers
-    from ldm.interop.files import write_json
+    from ldm.evaluation.samplers.on_a_run import captions, compare_samplers
+    from ldm.evaluation.samplers.plots import error_curves, run_panels, run_table
+    from ldm.files.json import write_json
     from ldm.pipeline import Pipeline
 
     device, prompts = given["device"], captions(run, given["images"])
@@ -121,7 +121,7 @@ def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[
 
 
 def _folder(out: Path) -> Path:
-    from ldm.evaluation.plots import is_figure
+    from ldm.evaluation.figures.plots import is_figure
 
     try:
         out.mkdir(parents=True, exist_ok=True)

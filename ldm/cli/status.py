@@ -16,7 +16,7 @@ import json
 import time
 
 from ldm.cli.console import Console
-from ldm.evaluation.standing import line, standing
+from ldm.runs.status import line, standing
 
 POLL = 0.2  # seconds between two looks
 

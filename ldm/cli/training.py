@@ -31,19 +31,19 @@ def make_task(settings: Any, console: Console) -> Any:
     """The task of a run's configuration, whichever command it is of."""
     match settings:  # each brings torch, and some transformers: seconds
         case config.AutoencoderRun():
-            from ldm.training.autoencoder import AutoencoderTask
+            from ldm.training.stages.autoencoder import AutoencoderTask
 
             return AutoencoderTask(settings)
         case config.ClipRun():
-            from ldm.training.clip import ClipTask
+            from ldm.training.stages.clip import ClipTask
 
             return ClipTask(settings)
         case config.ClassifierRun():
-            from ldm.training.classifier import ClassifierTask
+            from ldm.training.stages.classifier import ClassifierTask
 
             return ClassifierTask(settings, console.say)
         case _:
-            from ldm.training.diffusion import DiffusionTask
+            from ldm.training.stages.diffusion import DiffusionTask
 
             return DiffusionTask(settings, console.say)
 
@@ -56,10 +56,10 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
     start = getattr(arguments, "start", None)  # `train` has no such argument
     if start is None and _finished(settings, console):
         return
-    from ldm.training.run import require_same
+    from ldm.runs.directory import require_same
 
     require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
-    from ldm.training.launch import launched
+    from ldm.distributed.launch import launched
     from ldm.training.loop import Loop  # torch and accelerate: seconds
     from ldm.training.precision import accelerator_of
     from ldm.training.stopping import end_with_launcher
@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
 
 def _fail(settings: Any, error: Exception) -> None:
     """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
-    from ldm.evaluation.record import RunError
-    from ldm.training.run import RunDirectory
+    from ldm.errors import RunError
+    from ldm.runs.directory import RunDirectory
 
     if rank() == 0 and (Path(settings.run) / "config.yaml").is_file():
         with suppress(RunError), RunDirectory(settings.run) as run:  # another process may be at work on it
@@ -91,8 +91,8 @@ def _fail(settings: Any, error: Exception) -> None:
 
 def _finished(settings: Any, console: Console) -> bool:
     """Whether the run is trained to its end and exported; says so."""
-    from ldm.evaluation.record import read_status
-    from ldm.training.run import RunDirectory
+    from ldm.runs.directory import RunDirectory
+    from ldm.runs.records import read_status
 
     path, steps = Path(settings.run), settings.train.steps
     status = read_status(path)
@@ -110,8 +110,8 @@ def _finished(settings: Any, console: Console) -> bool:
 
 def _lacks_its_base(path: Path) -> bool:
     """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
-    from ldm.interop.files import FolderError
-    from ldm.interop.reference import Reference
+    from ldm.errors import FolderError
+    from ldm.interop.diffusers.lora_folder import Reference
 
     try:
         Reference.read(path / "model")

@@ -20,7 +20,7 @@ from typing import Any
 from ldm.cli import training
 from ldm.cli.console import Console
 from ldm.config import RUNS, ConfigError, load, load_any
-from ldm.evaluation.standing import held
+from ldm.runs.status import held
 
 LEAST = 4  # updates: two before the checkpoint, one lost, one after
 
@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         settings = load_any(arguments.config, arguments.overrides)
     console = Console()
-    from ldm.training.launch import launched  # torch: seconds
+    from ldm.distributed.launch import launched  # torch: seconds
+    from ldm.runs.directory import RunDirectory
     from ldm.training.precision import accelerator_of
-    from ldm.training.run import RunDirectory
 
     processes, device = launched()
     accelerator_of(settings.train.mixed_precision)
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _verify(settings: Any, folder: Path, updates: int, device: str, console: Console) -> None:
-    from ldm.training.deviation import HEADER, verdict
-    from ldm.training.verify import NotExactError, Plan, settings_of_check, verify
+    from ldm.training.diagnostics.deviation import HEADER, verdict
+    from ldm.training.diagnostics.verify_resume import NotExactError, Plan, settings_of_check, verify
 
     plan = Plan(updates)
     checked, changed = settings_of_check(settings, plan)

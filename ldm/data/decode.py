@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from ldm.data.sources import BadSample
+from ldm.data.sample import BadSample
 from ldm.data.stored import Stored, stored
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import json
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.data.sources import DataError, Sample, Skipped
+from ldm.data.sample import Sample, Skipped
+from ldm.errors import DataError
 
 VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

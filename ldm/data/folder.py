@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.config import DataConfig
+from ldm.data.captions import read_rows
 from ldm.data.decode import read_image, too_long
-from ldm.data.layouts import read_rows
-from ldm.data.sources import BadSample, DataError, Sample, check_share
+from ldm.data.sample import BadSample, Sample, check_share
+from ldm.errors import DataError
 
 
 class FolderSource:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ldm.data.decode import SUFFIXES
-from ldm.data.sources import DataError
+from ldm.errors import DataError
 
 
 def image_files(folder: Path) -> Iterator[str]:

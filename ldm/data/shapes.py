@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.data.sources import DataError, Sample, Skipped
-from ldm.data.streams import generator
+from ldm.data.rng import generator
+from ldm.data.sample import Sample, Skipped
+from ldm.errors import DataError
 
 VERSION = 2  # raise it whenever the same index would give another sample: caches are bound to it
 RGB = tuple[int, int, int]

@@ -10,12 +10,13 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 
 from ldm.config import CAPTIONS, DataConfig
+from ldm.data.captions import CAPTION_NAMES, Row, missing_metadata, near_misses, read_rows
 from ldm.data.decode import SUFFIXES, Header, read_header, read_image, too_long
 from ldm.data.folder import in_validation
-from ldm.data.layouts import CAPTION_NAMES, Row, missing_metadata, near_misses, read_rows
 from ldm.data.names import Listing, all_files, image_files
-from ldm.data.sources import BadSample, DataError, Skipped
+from ldm.data.sample import BadSample, Skipped
 from ldm.data.tables import METADATA, text_columns
+from ldm.errors import DataError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # folder names that are no classes
 UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.data.sources import DataError
+from ldm.errors import DataError
 from ldm.files.text import lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")

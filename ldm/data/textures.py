@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.config import DataConfig
+from ldm.data.rng import generator
+from ldm.data.sample import Sample, Skipped
 from ldm.data.shapes import COLOURS, EPOCH, OFFSETS
-from ldm.data.sources import DataError, Sample, Skipped
-from ldm.data.streams import generator
+from ldm.errors import DataError
 
 VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
 KINDS = ("stripes", "checks", "noise", "gradient")

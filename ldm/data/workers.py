@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from ldm.data.sources import DataError
+from ldm.errors import DataError
 
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
 # how torch says it; a fault in what a worker runs reads "Caught … in DataLoader worker process" instead

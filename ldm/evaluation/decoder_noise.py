@@ -13,14 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.config import DataConfig
-from ldm.data import streams
-from ldm.data.images import prepare
-from ldm.data.processes import Processes
-from ldm.data.sources import DataError, Source, open_source, readable
+from ldm.data import rng as streams
+from ldm.data.sample import Source, readable
+from ldm.data.sources import open_source
+from ldm.data.transforms import prepare
 from ldm.diffusion.gaussian import discretised_log_probability
-from ldm.interop.files import read_json, write_json
-from ldm.interop.folder import find_model
-from ldm.models.finite import finite
+from ldm.distributed.processes import Processes
+from ldm.errors import DataError
+from ldm.files.json import read_json, write_json
+from ldm.files.tensors.finite import finite
+from ldm.interop.diffusers.folder import find_model
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
 

@@ -13,15 +13,16 @@ import torch
 
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
-from ldm.data.images import to_uint8
-from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import Source, open_source
-from ldm.evaluation import judge as shapes
-from ldm.evaluation import plots
+from ldm.data.sample import Source
+from ldm.data.sources import open_source
+from ldm.data.transforms import to_uint8
+from ldm.distributed.processes import ALONE, Processes
+from ldm.evaluation.figures import plots
+from ldm.evaluation.judges import shapes
 from ldm.evaluation.reconstructions import reconstructed
-from ldm.evaluation.record import read_metrics, read_status, scalar_series
-from ldm.interop.files import read_json, write_json
+from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
+from ldm.runs.records import read_metrics, read_status, scalar_series
 
 EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
@@ -64,7 +65,7 @@ class _Digits:
     name, splits = "digits", (("seen", "validation"),)
 
     def __init__(self, side: int) -> None:
-        from ldm.evaluation.digits import DigitJudge
+        from ldm.evaluation.judges.digits import DigitJudge
 
         self._judge = DigitJudge(side)
         self.about = {"classifier_on_held_out_real_digits": self._judge.held_out_accuracy}

@@ -21,15 +21,17 @@ from torch import Tensor
 from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionRun
-from ldm.data import streams
-from ldm.data.images import prepare
-from ldm.data.processes import ALONE, Processes
-from ldm.data.sources import DataError, Source, open_source, readable
+from ldm.data import rng as streams
+from ldm.data.sample import Source, readable
+from ldm.data.sources import open_source
+from ldm.data.transforms import prepare
 from ldm.diffusion import gaussian
 from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
-from ldm.evaluation import decoder_noise, plots
-from ldm.interop.files import read_json, write_json
-from ldm.models.finite import NonFiniteError
+from ldm.distributed.processes import ALONE, Processes
+from ldm.errors import DataError, NonFiniteError
+from ldm.evaluation import decoder_noise
+from ldm.evaluation.figures import plots
+from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
 

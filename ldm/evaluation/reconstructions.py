@@ -12,9 +12,9 @@ from torch import Tensor
 
 from autoencoder.metrics import psnr
 from autoencoder.model import AutoencoderKL
-from ldm.data.images import prepare, to_uint8
-from ldm.data.sources import Source, readable
-from ldm.models.finite import finite
+from ldm.data.sample import Source, readable
+from ldm.data.transforms import prepare, to_uint8
+from ldm.files.tensors.finite import finite
 
 AT_ONCE = 16  # images computed together
 SHOWN = 6  # images of each group

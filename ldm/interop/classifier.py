@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import ClassifierConfig, ConfigError, ScheduleConfig, build, to_dict
-from ldm.interop.files import FolderError, read_json, write_json
+from ldm.errors import FolderError
+from ldm.files.json import read_json, write_json
 from ldm.interop.sizes import WIDEST
 from ldm.interop.weights import read_module, write_module
 from ldm.models.classifier import NoisyClassifier

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
-from ldm.interop.diffusers import OUR_PIPELINE
-from ldm.interop.files import FolderError
+from ldm.interop.diffusers.index import OUR_PIPELINE
+from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers
 from ldm.interop.intact import HASHES
-from ldm.interop.unet import sample_side, unet_from_diffusers
 
 PIXELS = (1, 3)  # channels of images
 OPTIONS = {VAE: "vae", TEXT: "text"}

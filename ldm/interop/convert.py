@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from ldm.config import ConfigError
-from ldm.interop.archive.archive import write_tensors
+from ldm.files.tensors.archive import write_tensors
 from ldm.interop.bundle import UNET, VAE, Bundle
 from ldm.interop.compvis.layout import to_compvis
-from ldm.interop.folder import write_folder, write_part
+from ldm.interop.diffusers.folder import write_folder, write_part
+from ldm.interop.diffusers.schedulers import blind_end
 from ldm.interop.intact import check_writable
-from ldm.interop.schedulers import blind_end
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 3  # names of a kind

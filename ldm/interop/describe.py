@@ -11,12 +11,12 @@ from torch import Tensor
 
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
-from ldm.interop.archive.archive import tensor_hash
+from ldm.files.tensors.archive import tensor_hash
+from ldm.files.tensors.finite import counted, nonfinite
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.scheduler_keys import unread
-from ldm.interop.schedulers import blind_end, sampler_from_diffusers, scheduler_from_diffusers
-from ldm.interop.unet import unet_from_diffusers
-from ldm.models.finite import counted, nonfinite
+from ldm.interop.diffusers.scheduler_keys import unread
+from ldm.interop.diffusers.schedulers import blind_end, sampler_from_diffusers, scheduler_from_diffusers
+from ldm.interop.diffusers.unet import unet_from_diffusers
 
 
 def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT
-from ldm.interop.files import FolderError
-from ldm.interop.folder import FILES, TOKENIZER_FILES
+from ldm.interop.diffusers.folder import FILES, TOKENIZER_FILES
 
 _MODEL_FILES = ("config.json", FILES[TEXT])
 _PATTERNS = [

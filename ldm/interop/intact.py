@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.values import shown
+from ldm.errors import FolderError, NonFiniteError
 from ldm.files.disk import file_hash
+from ldm.files.json import read_json, write_json
 from ldm.files.known import known_hash
+from ldm.files.tensors.finite import counted, nonfinite
 from ldm.interop.bundle import Bundle, Part
-from ldm.interop.files import FolderError, read_json, write_json
-from ldm.models.finite import NonFiniteError, counted, nonfinite
 
 EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
 HASHES = "sha256"  # its entry

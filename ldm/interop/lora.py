@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.interop.archive.archive import open_archive, write_tensors
+from ldm.errors import FolderError
+from ldm.files.json import read_json
+from ldm.files.tensors.archive import open_archive, write_tensors
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.files import FolderError, read_json
 from ldm.interop.lora_names import (
     ALPHA,
     DOWN,

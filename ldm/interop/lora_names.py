@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from ldm.config import UNetConfig
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.compvis.names import unet_name
-from ldm.interop.files import FolderError
 from ldm.interop.lora_settings import TOWER
 
 DOWN, UP, ALPHA = "lora_A", "lora_B", "alpha"

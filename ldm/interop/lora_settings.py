@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.files import FolderError
 
 TOWER = "text_model."  # before a layer of the text encoder
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # initial A and B beside a base that stays as it is

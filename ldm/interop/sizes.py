@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.config.values import shown
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
-from ldm.interop.files import FolderError
 
 WIDEST = 10**8  # no side of a tensor of a network is as long
 # Keys whose values are sides of tensors, of any part.

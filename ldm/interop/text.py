@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, Bundle, Part
-from ldm.interop.files import FolderError
 from ldm.interop.intact import check_intact
-from ldm.interop.layouts import read_text_part
+from ldm.interop.open import read_text_part
 from ldm.models.text import TextEncoder
 
 

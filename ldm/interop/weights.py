@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ldm.interop.archive.archive import open_archive, write_tensors
+from ldm.errors import FolderError
+from ldm.files.tensors.archive import open_archive, write_tensors
 from ldm.interop.bundle import Part
-from ldm.interop.files import FolderError
 from ldm.interop.intact import check_intact
 
 M = TypeVar("M", bound=nn.Module)

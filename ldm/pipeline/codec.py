@@ -16,7 +16,7 @@ from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.files.known import known_hash
 from ldm.interop.bundle import Part
-from ldm.interop.layouts import read_autoencoder
+from ldm.interop.open import read_autoencoder
 from ldm.interop.weights import fill
 
 

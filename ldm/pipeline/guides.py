@@ -12,8 +12,8 @@ from ldm.config import ConfigError, SampleConfig
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Gradient, classifier_gradient
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import FolderError
 from ldm.interop.classifier import ClassifierInfo, load_classifier
-from ldm.interop.files import FolderError
 from ldm.models.classifier import NoisyClassifier
 
 if TYPE_CHECKING:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig, build
-from ldm.interop import schedulers
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.complete import check_complete
-from ldm.interop.files import FolderError
-from ldm.interop.folder import find_model
-from ldm.interop.layouts import read_model
-from ldm.interop.reference import REFERENCE, Reference
-from ldm.interop.unet import sample_side, unet_from_diffusers
+from ldm.interop.diffusers import schedulers
+from ldm.interop.diffusers.folder import find_model
+from ldm.interop.diffusers.lora_folder import REFERENCE, Reference
+from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers
+from ldm.interop.open import read_model
 from ldm.interop.weights import fill
 from ldm.models.unet import UNet
 from ldm.pipeline.codec import joined_hash
@@ -51,7 +53,7 @@ class ModelInfo:
     ) -> ModelInfo:  # fmt: skip
         """Of a run, a model folder or a single file.
 
-        ``vae``, ``text``, ``reading``: as in ``ldm.interop.layouts.read_model``. ``whole``: nothing may be missing that the
+        ``vae``, ``text``, ``reading``: as in ``ldm.interop.open.read_model``. ``whole``: nothing may be missing that the
         model draws with. Raises FolderError, or ConfigError for what cannot be expressed here.
         """
         path = Path(path) if Path(path).is_file() else find_model(path)
@@ -115,3 +117,8 @@ class ModelInfo:
 def load_unet(info: ModelInfo) -> UNet:
     """The U-Net of a model, frozen, in the precision of the file, without a LoRA. Raises FolderError."""
     return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET], "U-Net")
+
+
+def schedule_hash(schedule: ScheduleConfig) -> str:
+    """sha256 of a schedule's settings."""
+    return sha256(json.dumps(dataclasses.asdict(schedule), sort_keys=True).encode()).hexdigest()

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ldm.config import ConfigError
+from ldm.errors import FolderError
 from ldm.interop.convert import DTYPES
-from ldm.interop.files import FolderError
+from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import find_lora, read_lora, write_lora
-from ldm.interop.reference import Reference
 from ldm.models.lora import Lora
 from ldm.pipeline.pipeline import Pipeline
 

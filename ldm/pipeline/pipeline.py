@@ -27,8 +27,8 @@ from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
 from ldm.config.sample import check_lora_scale
 from ldm.config.values import changed, typed
-from ldm.data import streams
-from ldm.data.images import to_pil, to_uint8
+from ldm.data import rng as streams
+from ldm.data.transforms import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
@@ -36,12 +36,12 @@ from ldm.diffusion.samplers.path import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.files.disk import file_hash
-from ldm.interop import diffusers as layout
-from ldm.interop import schedulers
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.folder import write_folder
+from ldm.interop.diffusers import index as layout
+from ldm.interop.diffusers import schedulers
+from ldm.interop.diffusers.folder import write_folder
+from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.interop.lora import find_lora, read_lora
-from ldm.interop.unet import unet_to_diffusers
 from ldm.models.lora import Lora, shared_copy
 from ldm.models.unet import UNet
 from ldm.pipeline.checks import (
@@ -408,7 +408,7 @@ class Pipeline:
             device: left out, a GPU where there is one.
             variant: of a folder's weights: fp16, non_ema.
             vae, text: another autoencoder or text encoder than the model's own, or those that it lacks: a run, folder or file.
-            reading: what a single file does not say (``ldm.interop.layouts.read_file``): ``prediction``, ``tokenizer`` …
+            reading: what a single file does not say (``ldm.interop.open.read_file``): ``prediction``, ``tokenizer`` …
         """
         place = check_opening(path, device, dtype, variant=variant, vae=vae, text=text)
         info = ModelInfo.read(path, variant, vae and str(vae), text and str(text), **reading)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.path import Callback
-from ldm.models.finite import NonFiniteError, is_finite
+from ldm.errors import NonFiniteError
+from ldm.files.tensors.finite import is_finite
 
 EVERY = 16  # steps on a GPU between two looks, each of which waits for it
 HALF = (torch.float16, torch.bfloat16)

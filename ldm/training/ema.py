@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.training.checkpoint import CheckpointError
+from ldm.runs.checkpoints.files import CheckpointError
 
 
 class EMA:

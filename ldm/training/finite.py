@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.models.finite import nonfinite
+from ldm.files.tensors.finite import nonfinite
 
 _PARTS = {"model": "the weights", "optimizer": "the optimizer's moments"}  # by the first word of a group's name
 

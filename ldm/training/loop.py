@@ -17,37 +17,41 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TrainConfig
-from ldm.data.stream import Batch, Split, batches, split_batch
-from ldm.pipeline.origin import surroundings
-from ldm.training import checkpoint, resume, shelf, starts
-from ldm.training.agreement import Agreement
+from ldm.data.dataset import Batch, Split, batches, split_batch
+from ldm.distributed.launch import launched
+from ldm.errors import UserError
+from ldm.pipeline.provenance import surroundings
+from ldm.runs import provenance as starts
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints import folder as shelf
+from ldm.runs.checkpoints import resume
+from ldm.runs.checkpoints.writer import BackgroundWriter
+from ldm.runs.directory import RunDirectory
+from ldm.training.diagnostics.nonfinite import Incidents
 from ldm.training.ema import EMA
 from ldm.training.finite import not_finite
-from ldm.training.incidents import Incidents
-from ldm.training.launch import launched
+from ldm.training.logger import Recorder
 from ldm.training.optimizers import Optimizers, learning_rate
 from ldm.training.precision import accelerator_of, set_backends
-from ldm.training.probe import Probe, ProcessesDifferError
-from ldm.training.recorder import Recorder
-from ldm.training.run import RunDirectory
+from ldm.training.rank_checks import Probe, ProcessesDifferError
 from ldm.training.skipped import SkipLog
 from ldm.training.state import TrainingState
+from ldm.training.step_flags import Agreement
 from ldm.training.stopping import Stop
 from ldm.training.task import Reporter, Task
-from ldm.training.writer import BackgroundWriter
 
 MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
 ADVICE = "lower train.lr, or check the data"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message says why and what was saved."""
 
     exit_code = 5
     everywhere = True
 
 
-class Interrupted(RuntimeError):
+class Interrupted(UserError):
     """The run was asked to stop; its state is saved and the same command goes on."""
 
     exit_code = 75

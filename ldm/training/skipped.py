@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ldm.data.processes import Processes
-from ldm.data.sources import DataError, Skipped, check_share
-from ldm.data.stream import Stream
-from ldm.training.run import RunDirectory
+from ldm.data.dataset import Stream
+from ldm.data.sample import Skipped, check_share
+from ldm.distributed.processes import Processes
+from ldm.errors import DataError
+from ldm.runs.directory import RunDirectory
 
 NAMED = 3  # files named on the terminal at a time; the list has all
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.record import RunError
-from ldm.training import checkpoint, starts
+from ldm.errors import CheckpointError, RunError
+from ldm.runs import provenance as starts
+from ldm.runs.checkpoints import files as checkpoint
+from ldm.runs.checkpoints.folder import STATE
 from ldm.training.ema import EMA
-from ldm.training.shelf import STATE, CheckpointError
 from ldm.training.task import Task
 
 

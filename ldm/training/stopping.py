@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,8 +16,6 @@ LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "elastic_launch")  #
 # Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a scheduler's likewise,
 # and the kernel tells of a launcher's end once for each of its threads.
 TOGETHER = 2.0
-GRACE = 30  # seconds that torchrun leaves a process between asking it to end and killing it
-SLOW = 20  # seconds of one thing from which it may not fit into that: others come before and after it
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -54,19 +50,6 @@ class Stop:
             return
         self.asked, self._since = True, now
         self._say(f"{signal.Signals(number).name}: stopping after this update (once more: at once)")
-
-
-def warn_if_slow(what: str, seconds: float) -> bool:
-    """Warn, and return True, where ``what`` took so long that a launcher would not let the save after it come to its end."""
-    if seconds <= SLOW:
-        return False
-    enough = 30 * math.ceil(seconds * 2 / 30)  # a save in flight comes before the last one
-    warnings.warn(
-        f"{what} took {seconds:.0f} s, and launchers kill a process {GRACE} s after asking it to end: give it longer by"
-        f" torchrun --shutdown-timeout={enough}, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} for accelerate launch",
-        stacklevel=1,
-    )
-    return True
 
 
 def end_with_launcher() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data.stream import Batch, Stream
-from ldm.training.run import RunDirectory
+from ldm.data.dataset import Batch, Stream
+from ldm.runs.directory import RunDirectory
 
 N = TypeVar("N", bound=nn.Module)
 

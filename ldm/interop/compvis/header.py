@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.config import ConfigError
+from ldm.errors import FolderError
+from ldm.files.json import parse_json
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.compvis.shapes import one_line
-from ldm.interop.files import FolderError, parse_json
 from ldm.interop.intact import check_extra
 
 KEY = "ldm"  # of the safetensors metadata, whose values are text

@@ -14,12 +14,12 @@ from autoencoder.config import AutoencoderConfig, at_least, shown
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import ConfigError, ScheduleConfig, UNetConfig
 from ldm.config.values import typed
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE
-from ldm.interop.compvis.besides import PUBLISHED_SCALE
+from ldm.interop.compvis.extras import PUBLISHED_SCALE
 from ldm.interop.compvis.shapes import Shapes, missing
-from ldm.interop.files import FolderError
-from ldm.interop.schedulers import scheduler_to_diffusers
-from ldm.interop.unet import unet_to_diffusers
+from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
+from ldm.interop.diffusers.unet import unet_to_diffusers
 
 PUBLISHED_FACTOR = 8  # image side over latent side of both
 PUBLISHED_GROUPS = 32  # of every GroupNorm in that code

@@ -14,8 +14,9 @@ from torch import Tensor
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.layout import latent_scale
 from ldm.config import ConfigError
+from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
-from ldm.interop.compvis.besides import (
+from ldm.interop.compvis.extras import (
     OPENCLIP_PREFIX,
     PUBLISHED_SCALE,
     SCALE,
@@ -32,7 +33,6 @@ from ldm.interop.compvis.inferred import Hints, infer_scheduler, infer_text, inf
 from ldm.interop.compvis.names import Slot, text_slots, unet_slots, vae_slots
 from ldm.interop.compvis.schedule import buffers, schedule_of
 from ldm.interop.compvis.shapes import Shapes, missing, one_line
-from ldm.interop.files import FolderError
 from ldm.interop.sizes import check_sizes
 from ldm.interop.weights import check_tensors
 

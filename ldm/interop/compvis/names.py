@@ -15,7 +15,7 @@ import torch
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.model import AutoencoderKL
 from ldm.interop.bundle import UNET, VAE
-from ldm.interop.unet import unet_from_diffusers
+from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.models.unet import UNet
 
 

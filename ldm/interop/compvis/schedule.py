@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.config import GIVEN, ScheduleConfig
 from ldm.diffusion.process import posterior_mean, posterior_variance
 from ldm.diffusion.schedule import Schedule
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
 
 SMALLEST_VARIANCE = 1e-20  # below it the posterior's variance is clipped before its logarithm is taken
 TRAINING_ONLY = {"logvar": "the log-variance that its training gave each timestep: no part of the process"}

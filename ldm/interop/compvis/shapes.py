@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ldm.interop.files import FolderError
+from ldm.errors import FolderError
 
 
 class Shapes:

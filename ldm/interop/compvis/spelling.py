@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ldm.errors import FolderError
 from ldm.interop.compvis.names import vae_name
-from ldm.interop.files import FolderError
-from ldm.interop.folder import current_name
+from ldm.interop.diffusers.folder import current_name
 
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARTS = re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders|model_ema)\.")

@@ -1,0 +1,228 @@
+"""The endless training stream: positions in, samples with all their random draws out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.config import ConfigError, DataConfig
+from ldm.data import rng as streams
+from ldm.data.folder import FolderSource
+from ldm.data.latent_cache import LatentCache
+from ldm.data.sample import BadSample, Skipped, Source
+from ldm.data.transforms import prepare
+from ldm.data.workers import Workers
+from ldm.errors import DataError
+
+SUBSTITUTES = 100  # samples tried in place of one that cannot be read, before the run stops
+
+DIRECTION = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+Batch = dict[str, Any]  # tensors by name, and `text`: the captions
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers that each sample brings along: standard normal arrays and numbers in [0, 1)."""
+
+    normals: Mapping[str, tuple[int, ...]]
+    uniforms: tuple[str, ...] = ()
+
+
+class Stream(Dataset[Batch]):
+    """Samples by position. Everything random about a sample is a function of (seed, name of the draw, position).
+
+    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``, ``position`` and the draws.
+    ``validation`` reads the source in order, in the middle crop and unmirrored, with streams of its own. What takes the
+    place of a sample that cannot be read is a function of the position too; ``skipped`` lists those met so far.
+    """
+
+    def __init__(
+        self, source: Source, data: DataConfig, seed: int, draws: Draws, cache: LatentCache | None = None, validation: bool = False
+    ) -> None:
+        self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
+        self.prefix = "validation/" if validation else ""
+        self.validation = validation
+        self.order = streams.Order(seed, source.length)
+        self.skipped: dict[Skipped, None] = dict.fromkeys(cache.skipped.values() if cache else ())  # in the order of meeting them
+
+    def __getitem__(self, position: int) -> Batch:
+        sample, skipped = self.read(position)
+        self.skipped |= dict.fromkeys(skipped)
+        return sample
+
+    def read(self, position: int) -> tuple[Batch, list[Skipped]]:
+        """The sample at ``position``, and those that could not be read in its place. Raises DataError."""
+        skipped: list[Skipped] = []
+        for index in self._candidates(position):
+            try:
+                found = self._cached(index, position) if self.cache is not None else self._prepared(index, position)
+                return found | self._drawn(position), skipped
+            except BadSample as bad:
+                skipped.append(bad.skipped)
+        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files")
+
+    def named(self, position: int) -> str:
+        """A position as a person looks it up: with its image, where that is a file."""
+        source = self.source
+        file = f" ({source.folder / source.rows[self.order[position]].file_name})" if isinstance(source, FolderSource) else ""
+        return f"position {position}{file}"
+
+    def _drawn(self, position: int) -> Batch:
+        """The random numbers of a position, and the position itself."""
+        drawn: Batch = {"position": torch.tensor(position)}
+        for name, shape in self.draws.normals.items():
+            drawn[name] = torch.from_numpy(streams.normal(self.seed, self.prefix + name, position, shape))
+        for name in self.draws.uniforms:
+            drawn[name] = torch.tensor(streams.uniform(self.seed, self.prefix + name, position), dtype=torch.float64)
+        return drawn
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        yield position if self.validation else self.order[position]
+        if self.source.length is not None:
+            drawn = streams.generator(self.seed, self.prefix + "substitute", position)
+            yield from (int(drawn.integers(self.source.length)) for _ in range(SUBSTITUTES))
+
+    def _cached(self, index: int, position: int) -> Batch:
+        assert self.cache is not None
+        text = self.cache.text(index)
+        return {"text": text, "moments": self.cache.moments(index, self._mirror(text, position))}
+
+    def _prepared(self, index: int, position: int) -> Batch:
+        drawn = self.source[index]
+        crop = self.data.crop == "random" and not self.validation
+        y, x = streams.generator(self.seed, self.prefix + "crop", position).random(2) if crop else (0.5, 0.5)
+        mirror = self._mirror(drawn.text, position)
+        return {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
+
+    def _mirror(self, text: str, position: int) -> bool:
+        """Whether to mirror the sample left–right: never where its caption says left or right."""
+        if not self.data.flip or self.validation or DIRECTION.search(text):
+            return False
+        return streams.uniform(self.seed, "flip", position) < 0.5
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Stack the tensors of equal names; captions stay a list."""
+    return {
+        name: torch.stack([s[name] for s in samples]) if isinstance(samples[0][name], Tensor) else [s[name] for s in samples]
+        for name in samples[0]
+    }
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one update's global batch is divided: processes × micro-batch × accumulation = batch_size."""
+
+    batch_size: int
+    micro_batch: int
+    processes: int
+    rank: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one process in one update."""
+        return self.batch_size // (self.micro_batch * self.processes)
+
+    def positions(self, update: int) -> Iterator[list[int]]:
+        """The positions of this process's micro-batches in ``update`` (counted from 0)."""
+        share = self.micro_batch * self.processes
+        for i in range(self.accumulation):
+            start = update * self.batch_size + i * share + self.rank * self.micro_batch
+            yield list(range(start, start + self.micro_batch))
+
+
+def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> Split:
+    """Divide the global batch. Raises ConfigError where it does not come out even."""
+    if micro_batch is None:
+        if batch_size % processes:
+            raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
+        micro_batch = batch_size // processes
+    if batch_size % (micro_batch * processes):
+        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
+    return Split(batch_size, micro_batch, processes, rank)
+
+
+def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
+    """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
+    crew = Workers(workers, stream.data.worker_timeout)
+    loader = DataLoader(
+        _Carried(stream, crew),
+        batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
+        collate_fn=_collate_carried,
+        num_workers=workers,
+        worker_init_fn=crew.enter,
+        pin_memory=torch.cuda.is_available(),
+    )
+    with crew.watched(loader) as feed:
+        try:
+            for positions in _Positions(split, first, last):
+                batch, skipped = crew.take(feed, positions, stream.named)
+                stream.skipped |= dict.fromkeys(skipped)
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            del feed  # ends them in peace where nothing is wrong
+
+
+class _Carried(Dataset[Any]):
+    """A stream's samples with what was skipped for them. A DataError is a value here, so that a worker's error arrives as it
+    is and not as the text of a traceback.
+    """
+
+    def __init__(self, stream: Stream, crew: Workers) -> None:
+        self.stream, self.crew = stream, crew
+
+    def __getitem__(self, position: int) -> tuple[Batch | DataError, list[Skipped]]:
+        self.crew.at(position)
+        try:
+            return self.stream.read(position)
+        except DataError as error:
+            return error, []
+
+
+def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skipped]]:
+    samples = [sample for sample, _ in carried]
+    error = next((s for s in samples if isinstance(s, DataError)), None)
+    return error or collate(samples), [skipped for _, several in carried for skipped in several]
+
+
+class _Positions:
+    """The batches of positions of a range of updates, made as they are asked for."""
+
+    def __init__(self, split: Split, first: int, last: int) -> None:
+        self.split, self.first, self.last = split, first, last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in range(self.first, self.last):
+            yield from self.split.positions(update)
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.split.accumulation
+
+
+def validation_batches(stream: Stream, size: int, batch_size: int, rank: int, processes: int) -> Iterator[tuple[list[int], Batch]]:
+    """This process's share of positions 0 … size−1 (fewer where the source has fewer), with the positions."""
+    total = size if stream.source.length is None else min(size, stream.source.length)
+    mine = list(range(rank, total, processes))
+    for i in range(0, len(mine), batch_size):
+        positions = mine[i : i + batch_size]
+        yield positions, collate([stream[p] for p in positions])
+
+
+def scattered(positions: list[int], total: int) -> Tensor:
+    """The middles of ``total`` equal parts of [0, 1), float64, in an order in which neighbours in the data are far apart."""
+    stride = max(1, round(total * 0.618))  # a step coprime to ``total``, near its golden section
+    while math.gcd(stride, total) != 1:
+        stride += 1
+    parts = np.asarray([p * stride % total for p in positions])
+    return torch.from_numpy((parts + 0.5) / total)

@@ -1,0 +1,62 @@
+"""From a decoded picture to what a network sees: resize, crop, flip, [−1, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from ldm.files.tensors.finite import finite
+
+
+def prepare(
+    image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False
+) -> Float[Tensor, "c s s"]:
+    """Resize the short side to ``size``, cut a square, mirror it left–right if asked, and scale 0…255 to [−1, 1].
+
+    ``place``: where the square lies along the (vertical, horizontal) surplus, 0 to 1; (½, ½) is the middle.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        height, width = max(size, round(height * scale)), max(size, round(width * scale))
+        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, image.shape[2])
+    top, left = (min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, (height - size, width - size), strict=True))
+    image = image[top : top + size, left : left + size]
+    if mirror:
+        image = image[:, ::-1]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
+    """[−1, 1] to 0…255, clipped and rounded, channels last. Raises NonFiniteError: of what is not a number there is no picture."""
+    levels = ((finite(images, "pixels of a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def to_pil(images: UInt8[np.ndarray, "b h w c"]) -> list[Image.Image]:
+    """One- and three-channel arrays as pictures. Raises ValueError for other channel counts."""
+    if images.shape[-1] not in (1, 3):
+        raise ValueError(f"a picture has 1 or 3 channels, this array has {images.shape[-1]}: take the array itself")
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+
+
+GAP = 2  # pixels between the images of a grid
+
+
+def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c2"]:
+    """Images side by side on white, row by row; channel counts other than 1 and 3 show their first three (or one)."""
+    n, h, w, c = images.shape
+    if c not in (1, 3):
+        images = images[..., :3] if c > 3 else images[..., :1]
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (h + GAP), i % columns * (w + GAP)
+        sheet[y : y + h, x : x + w] = image
+    return sheet

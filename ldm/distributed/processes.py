@@ -1,0 +1,80 @@
+"""Work shared out over processes. Below training nobody asks the launcher: who takes part is an argument."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ldm.errors import UserError
+from ldm.files.disk import OS_FAULT, described
+
+T = TypeVar("T")
+
+
+class ElsewhereError(UserError):
+    """Another process failed; the message is its. ``exit_code`` is that of its error, None where that was no known fault."""
+
+    everywhere = True
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number, how many there are, and how they exchange results.
+
+    ``gather``: the value of this process in, those of all out, by rank, on every process; all must call it.
+    """
+
+    rank: int
+    count: int
+    gather: Callable[[Any], list[Any]]
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes what there is one of."""
+        return self.rank == 0
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` returns on each process, by rank.
+
+        A failure is exchanged like a result and raised on every process, marked ``everywhere``: nobody waits for one that
+        has failed. ``work`` itself must not exchange anything.
+        """
+        if self.count == 1:
+            return [work()]
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        outcomes = self.gather((result, None if error is None else _described(self.rank, error)))
+        if error is not None:
+            error.everywhere = True  # type: ignore[attr-defined]
+            raise error
+        for _, failure in outcomes:
+            if failure is not None:
+                raise ElsewhereError(*failure)
+        return [result for result, _ in outcomes]
+
+    def over(self, n: int, work: Callable[[range], list[T]]) -> list[T]:
+        """Items 0 … n − 1 in order, of which ``work`` makes those of its argument: every count-th, from the rank on."""
+        mine = range(self.rank, n, self.count)
+        shares = self.each(lambda: work(mine) if mine else [])
+        return [shares[i % self.count][i // self.count] for i in range(n)]
+
+
+ALONE = Processes(0, 1, lambda value: [value])
+
+
+def _described(rank: int, error: Exception) -> tuple[str, int | None]:
+    """One line for a fault that a person can mend, else the whole traceback."""
+    code = getattr(error, "exit_code", None)
+    if code is None and isinstance(error, OSError):
+        return f"process {rank}: {described(error)}", OS_FAULT
+    text = str(error) if code is not None else "".join(traceback.format_exception(error))
+    return f"process {rank}: {text}", code

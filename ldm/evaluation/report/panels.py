@@ -1,0 +1,179 @@
+"""The figures of a run over its updates, one panel for each quantity, with a line on how to read it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.runs.records import Points
+
+MOST = 600  # points drawn of one series; a longer one is thinned
+BARS = 40  # points up to which a standard error is drawn as bars, beyond as a band
+SPREAD = 30.0  # highest over lowest value from which an axis is logarithmic
+BY_T = "_by_t"  # a list over tenths of 1…T
+ERROR = "_error"  # the standard error of the figure before it
+TRAINING, VALIDATION = ("C0", "C2", "C4", "C6"), ("C1", "C3", "C5", "C8")
+
+# How to read a quantity; the panels come in this order. Validation and training of one quantity share a panel.
+HINTS = {
+    "loss": "Lower is better, and validation is what counts: training falling while validation rises is overfitting. Validation is"
+    " measured with the averaged weights (EMA), which lag behind at first; a diffusion model's also without objective.weighting,"
+    " so with min_snr compare directions, not heights. Bars or band: ± one standard error.",
+    "loss_by_t": "Validation loss by tenth of 1…T. Little noise is about fine detail, much noise about layout: where the last curve still"
+    " lies below the middle one, longer training still helps. High at both ends for target v, at little noise for eps, at much for x0.",
+    "l1": "Mean absolute error of the reconstruction, images in [−1, 1]. Lower is better; training falling while validation rises is"
+    " overfitting.",
+    "mse": "Mean squared error of the reconstruction, images in [−1, 1]. Lower is better.",
+    "psnr": "Decibels of the reconstructions, higher is better: 6 dB more is half the root-mean-square error. An adversary"
+    " usually lowers it while texture sharpens.",
+    "psnr_noise": "PSNR with the latent moved by 0.1, 0.3 and 1 of its standard deviations: the higher, the more of a diffusion"
+    " model's errors the decoder forgives.",
+    "ssim": "Structural similarity of the reconstructions; 1 is identical.",
+    "lpips": "Perceptual distance of the reconstructions; lower is better.",
+    "high_frequency": "Fine detail of the reconstructions over the originals': 1 is right, below is blurred, above is invented.",
+    "kl": "Nats per latent element that the latent carries. Falling to 0: it carries nothing, so lower loss.kl. High values are normal"
+    " with a small loss.kl.",
+    "active_channels": "Latent channels that differ between images. Fewer than model.latent_channels: some are wasted.",
+    "generator": "Minus the mean logit of reconstructions. Lower: the discriminator takes them for more real. Judge it with the logits.",
+    "discriminator": "The discriminator's hinge loss: 1 is guessing, 0 is telling all apart. Near 0 for long: it has won.",
+    "logits": "What the discriminator says of originals (real) and reconstructions (fake). Close together: it cannot tell them apart;"
+    " real above 1 and fake below −1: it has won.",
+    "adaptive_weight": "Gradient of the reconstruction over that of the adversary, at the last layer; it multiplies loss.gan. Rising"
+    " without end: the discriminator's gradient vanishes.",
+    "temperature": "Of the contrastive softmax, learnt. It falls as pairs become easier to tell apart.",
+    "retrieval_top1": "Share of held-out images whose own caption ranks first; chance is 1 / retrieval_captions.",
+    "retrieval_captions": "Distinct captions that retrieval_top1 chooses among.",
+    "left_right": "Share of images that prefer their caption to the one with the relation turned round; chance is 0.5.",
+    "accuracy": "Share of noisy samples whose class the classifier names, over all noise levels: at much noise it can only guess, so"
+    " well below 1 is right. Validation falling while training rises is overfitting.",
+    "accuracy_by_t": "The same by tenth of 1…T: near 1 at little noise, 1 / classes where nothing can be seen any more.",
+    "lr": "Learning rate of the update: warm-up, then train.lr_schedule.",
+    "grad_norm": "Norm of the gradient before clipping at train.clip. Single spikes are normal; a steady rise announces divergence:"
+    " lower train.lr.",
+    "updates_per_second": "Mean since training was last started, validation and pictures included.",
+}
+_FAMILIES = ("grad_norm", "logits", "psnr_noise")  # quantities with a part of their own in each name
+
+
+@dataclass
+class Panel:
+    """One quantity: its series by name, and the standard errors of some."""
+
+    quantity: str
+    lines: dict[str, Points] = field(default_factory=dict)
+    errors: dict[str, Points] = field(default_factory=dict)
+
+
+def quantity(name: str) -> str:
+    """What a figure of metrics.jsonl measures, whichever split or network it is of."""
+    base = name.removeprefix("validation/")
+    return next((family for family in _FAMILIES if base.startswith(family + "_")), base)
+
+
+def panels(series: dict[str, Points]) -> list[Panel]:
+    """The series with at least one finite value by quantity."""
+    found: dict[str, Panel] = {}
+    for name, points in series.items():
+        of = name.removesuffix(ERROR)
+        is_error = of != name and of in series
+        panel = found.setdefault(quantity(of), Panel(quantity(of)))
+        if is_error:
+            panel.errors[of] = points
+        elif any(math.isfinite(v) for _, v in points):
+            panel.lines[name] = points
+    return [panel for panel in found.values() if panel.lines]
+
+
+def place(quantity: str) -> int:
+    """Where the panel of a quantity comes: in the order of HINTS, unknown ones last."""
+    return list(HINTS).index(quantity) if quantity in HINTS else len(HINTS)
+
+
+def missing(name: str, points: Points) -> str | None:
+    """A sentence on the values of a series that are null; None where there are none."""
+    steps = [step for step, value in points if not math.isfinite(value)]
+    if not steps:
+        return None
+    if len(steps) == len(points):
+        return f"{name}: null in all {len(points)} lines, so not measured in this run, or never finite."
+    named = ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")
+    return f"{name}: {len(steps)} of {len(points)} values not finite (update {named}), left as gaps."
+
+
+def thin(points: Points, most: int = MOST) -> Points:
+    """About ``most`` points that draw the same line: of each group of neighbours the lowest, the highest and one gap."""
+    if len(points) <= most:
+        return points
+    size, kept = -(-2 * len(points) // most), {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        group = range(start, min(start + size, len(points)))
+        finite = [i for i in group if math.isfinite(points[i][1])]
+        kept |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])} if finite else set()
+        kept |= set([i for i in group if not math.isfinite(points[i][1])][:1])
+    return [points[i] for i in sorted(kept)]
+
+
+def draw(panel: Panel) -> bytes:
+    """A panel as SVG."""
+    figure, axes = _axes("update")
+    colours = {True: iter(VALIDATION * len(panel.lines)), False: iter(TRAINING * len(panel.lines))}
+    for name, points in panel.lines.items():
+        _line(axes, thin(points), name, next(colours[name.startswith("validation/")]), dict(panel.errors.get(name, [])))
+    values = [v for points in panel.lines.values() for _, v in points if math.isfinite(v)]
+    if panel.quantity != "lr" and min(values) > 0 and max(values) / min(values) > SPREAD:
+        axes.set_yscale("log")
+    return _svg(figure, axes)
+
+
+def _line(axes: Any, points: Points, name: str, colour: str, errors: dict[int, float]) -> None:
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    axes.plot(x, y, label=name, color=colour, linewidth=1.2, marker=".", markersize=4, markevery=_alone(y) if len(y) > BARS else None)
+    if errors:
+        e = [errors.get(step, math.nan) for step in x]
+        if len(x) <= BARS:
+            axes.errorbar(x, y, yerr=e, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
+        else:
+            low, high = ([v + sign * d for v, d in zip(y, e, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def _alone(values: Sequence[float]) -> list[int]:
+    """Where a finite value has no finite neighbour: a line through it would not be seen."""
+    finite = [False, *map(math.isfinite, values), False]
+    return [i for i in range(len(values)) if finite[i + 1] and not finite[i] and not finite[i + 2]]
+
+
+def draw_by_t(points: list[tuple[int, list[float]]]) -> bytes:
+    """The first, the middle and the last list over tenths of 1…T, as SVG."""
+    figure, axes = _axes("tenth of 1…T, little noise to much")
+    chosen = sorted({0, len(points) // 2, len(points) - 1})
+    axes.set_xticks(range(1, 1 + max(len(values) for _, values in points)))
+    for i, colour in zip(chosen, ("0.65", "C0", "C1")[-len(chosen) :], strict=True):
+        step, values = points[i]
+        axes.plot(range(1, len(values) + 1), values, marker=".", label=f"update {step}", color=colour, linewidth=1.2)
+    return _svg(figure, axes)
+
+
+def _axes(label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any, axes: Any) -> bytes:
+    from matplotlib import rc_context
+
+    axes.legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.5)
+    stream = io.BytesIO()
+    with rc_context({"svg.hashsalt": "ldm"}):  # the same run gives the same bytes
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return stream.getvalue()

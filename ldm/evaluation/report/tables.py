@@ -1,0 +1,85 @@
+"""The tables of a report: newest figures, what `ldm evaluate` found, throughput, skipped files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.evaluation.report.html import Html, element, join, table
+from ldm.files.disk import read_bytes
+from ldm.runs import records as record
+
+ROWS = 200  # skipped files listed by name
+REASONS = 20  # reasons listed with their counts
+
+
+def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
+    """The last value of each figure of metrics.jsonl, and its update."""
+    last = {name: (value, line["step"]) for line in lines for name, value in line.items() if name != "step"}
+    if not last:
+        return element("p", "No figures yet.")
+    rows = [(name, figure(value), step) for name, (value, step) in last.items()]
+    return join([element("h3", "The newest of each figure"), table(("figure", "value", "update"), rows)])
+
+
+def evaluation(file: Path) -> Html:
+    """A report.json, shares with their intervals; a sentence for one that cannot be read."""
+    try:
+        rows = [_judged(name, value) for name, value in record.figures(record.parse(read_bytes(file).decode()))]
+    except (OSError, ValueError) as error:
+        return element("p", f"{file}: cannot be read: {error}", class_="bad")
+    return join([element("h3", "Evaluation (report.json)"), table(("figure", "value", "95 % interval", "n"), rows)])
+
+
+def _judged(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        low, high, n = (figure(value.get(key)) for key in ("low", "high", "n"))
+        return name, figure(value["accuracy"]), f"{low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high}", n
+    return name, figure(value), "", ""
+
+
+def figure(value: Any) -> str:
+    """A figure for a person: six digits, `null` for what is not there."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ("; " if any(isinstance(v, Mapping) for v in value) else ", ").join(map(figure, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figure(v)}" for key, v in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def throughput(lines: Sequence[Mapping[str, Any]], batch: int, seconds: Any) -> Html | None:
+    """The median speed in updates and in images of the global batch; None where none was logged."""
+    rates = [v for _, v in record.scalar_series(lines).get("updates_per_second", []) if math.isfinite(v)]
+    if not rates:
+        return None
+    median = statistics.median(rates)
+    rows = [("updates per second, median", f"{median:.4g}"), ("images per second, median", f"{median * batch:.4g}")]
+    return table((), [*rows, ("seconds in status.json", figure(seconds))])
+
+
+def skipped(rows: Sequence[tuple[str, str]], unreadable: int) -> Html:
+    """How many files were skipped, why, and which; ``unreadable`` lines said neither."""
+    content = [element("p", f"{len(rows)} files were skipped." if rows else "Nothing was skipped.")]
+    if unreadable:
+        content.append(element("p", f"Lines of skipped.jsonl that cannot be read: {unreadable}.", class_="bad"))
+    if rows:
+        reasons = Counter(re.sub(r"'[^']*'", "'…'", reason) for _, reason in rows).most_common()  # names differ, reasons do not
+        content += [table(("files", "reason"), [(count, reason) for reason, count in reasons[:REASONS]])]
+        content += [
+            _left_out(len(reasons) - REASONS, "reasons"),
+            table(("file", "reason"), rows[:ROWS]),
+            _left_out(len(rows) - ROWS, "files"),
+        ]
+    return join(content)
+
+
+def _left_out(count: int, what: str) -> Html:
+    return element("p", f"{count} more {what} are left out here.", class_="faint") if count > 0 else Html()

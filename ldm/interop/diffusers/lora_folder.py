@@ -1,0 +1,66 @@
+"""A model folder that holds only a LoRA, and names the model that it changes: `lora.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import FolderError
+from ldm.files.disk import resolved
+from ldm.files.json import read_json, write_json
+from ldm.interop.intact import check_extra
+
+REFERENCE = "lora.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a LoRA's folder says of its base.
+
+    Attributes:
+        folder: with the LoRA file.
+        base: the model folder that it changes.
+        sha256: of the base's weights (``Pipeline.hash``).
+        extra: what replaces entries of the base's `ldm.json`.
+    """
+
+    folder: Path
+    base: Path
+    sha256: str
+    extra: Mapping[str, Any]
+
+    def write(self) -> None:
+        """Write `lora.json`: the base's place as seen from the folder, so that both may move together, and in full."""
+        places = [os.path.relpath(self.base, self.folder), str(resolved(self.base))]
+        write_json(self.folder / REFERENCE, {"format": 1, "base": places, "base_sha256": self.sha256, **self.extra})
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference | None:
+        """The reference in a folder; None where there is none. Raises FolderError where the base is not where it was."""
+        if not (folder / REFERENCE).is_file():
+            return None
+        about = read_json(folder / REFERENCE)
+        places, sha256 = about.pop("base", None), about.pop("base_sha256", None)
+        if not isinstance(places, list) or not places or not all(isinstance(one, str) for one in (*places, sha256)):
+            raise FolderError(f"{folder / REFERENCE}: base and base_sha256 are missing or damaged")
+        check_extra(about, str(folder / REFERENCE))
+        base = next((place for p in places if _is_there(place := folder / p)), None)
+        if base is None:
+            raise FolderError(f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}")
+        return cls(folder, base, sha256, {key: value for key, value in about.items() if key != "format"})
+
+    def check(self, sha256: str) -> None:
+        """Raise FolderError unless the base has the weights that the LoRA was trained on."""
+        if sha256 != self.sha256:
+            raise FolderError(f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back")
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is anything at a path that a file names, whatever letters it is made of."""
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False

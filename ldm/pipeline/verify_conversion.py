@@ -1,0 +1,128 @@
+"""Whether a converted model is the one that it was made from: hashes there and back, and a forward pass of each network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.condition import Condition
+from ldm.errors import FolderError
+from ldm.files.tensors.archive import tensor_hash
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.compvis.extras import EMA_PREFIX, OPENCLIP_PREFIX
+from ldm.interop.compvis.layout import PREFIXES, from_compvis, to_compvis
+from ldm.interop.compvis.spelling import spelled
+from ldm.interop.diffusers.unet import unet_from_diffusers
+from ldm.interop.open import read_any
+from ldm.interop.weights import fill
+from ldm.models.unet import UNet
+from ldm.pipeline.codec import codec_of
+
+SIDE = 16  # of the latents of the forward pass
+
+
+def verify(source: Bundle, target: Path, file: Mapping[str, Tensor] | None = None) -> list[str]:
+    """Compare what was written at ``target`` with ``source``; returns what was found equal.
+
+    ``file``: the tensors of the single file that ``source`` was read from, to which what was written is turned back.
+    Raises FolderError naming the first tensor, configuration or output that differs.
+    """
+    written = read_any(target)
+    lines = [f"verified: {_same_tensors(source, written)} tensors have the same hash"]
+    if file is not None:
+        file = spelled(file)
+        lines.append(f"verified: turned back, {_same_names(written, file, source.besides)} tensors of the file have the same hash")
+    if target.is_file():
+        lines.append(f"verified: {_same_tensors(written, from_compvis(*to_compvis(written)))} tensors, back and forth once more")
+    compared = [name for name, forward in FORWARD.items() if name in source.parts and _same_output(name, forward, source, written)]
+    lines.append(f"verified: the same output of {', '.join(compared)} for random input, bit for bit")
+    return lines
+
+
+def _same_tensors(source: Bundle, target: Bundle) -> int:
+    """The number of tensors, all equal in name, type, shape and value."""
+    if source.parts.keys() != target.parts.keys():
+        raise FolderError(f"verify: {', '.join(source.parts)} became {', '.join(target.parts)}")
+    count = 0
+    for part in source.parts:
+        before, after = source.parts[part].tensors, target.parts[part].tensors
+        if missing := sorted(before.keys() ^ after.keys()):
+            raise FolderError(f"verify: {part} {missing[0]} is on one side alone ({len(missing)} such tensors)")
+        for name, tensor in before.items():
+            if tensor_hash(tensor) != tensor_hash(after[name]):
+                raise FolderError(f"verify: {part} {name} has changed")
+        count += len(before)
+    return count
+
+
+def _same_names(written: Bundle, file: Mapping[str, Tensor], besides: Mapping[str, str]) -> int:
+    """The number of tensors of a single file, all equal under their own names once ``written`` is turned back into its layout."""
+    back, _ = to_compvis(written, openclip=any(name.startswith(OPENCLIP_PREFIX) for name in file))
+    alone = "" if any(name.startswith("encoder.") for name in file) else PREFIXES[VAE]
+    back = {alone + name if written.parts.keys() == {VAE} else name: tensor for name, tensor in back.items()}
+    copies = {EMA_PREFIX + name.removeprefix("model.").replace(".", ""): tensor for name, tensor in back.items()}
+    if any(name in file and name not in besides for name in copies):  # those were taken
+        back = {**copies, **{name: tensor for name, tensor in back.items() if name not in besides}}
+    names = [name for name in file if name not in besides]
+    for name in names:
+        if name not in back or tensor_hash(back[name]) != tensor_hash(file[name]):
+            raise FolderError(f"verify: {name} of the file {'has changed' if name in back else 'is lost'}")
+    return len(names)
+
+
+@torch.no_grad()
+def _same_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle, target: Bundle) -> bool:
+    """True. Raises FolderError where the outputs differ."""
+    outputs = [forward(replace(bundle, parts={**bundle.parts, name: _copied(bundle.parts[name])})) for bundle in (source, target)]
+    if tensor_hash(outputs[0]) != tensor_hash(outputs[1]):  # NaN is equal to itself
+        raise FolderError(f"verify: {name} computes something else from what was written: its configuration has changed")
+    return True
+
+
+def _copied(part: Part) -> Part:
+    """With its tensors in memory of their own: where they begin in a file decides in what order a sum is taken."""
+    return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()}, files=(), sha256={})
+
+
+def _unet(bundle: Bundle) -> Tensor:
+    arguments = unet_from_diffusers(bundle.parts[UNET].config)
+    config, channels, _, context = arguments
+    unet = fill(lambda: UNet(*arguments), bundle.parts[UNET]).float()
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    condition = Condition(
+        context=None if context is None else normal(1, 8, context),
+        vector=None if config.vector_dim is None else normal(1, config.vector_dim),
+        labels=torch.zeros(1, dtype=torch.int64) if config.num_labels or config.sinusoidal_labels else None,
+        concat=normal(1, config.concat_channels, SIDE, SIDE) if config.concat_channels else None,
+    )
+    return unet(normal(1, channels, SIDE, SIDE), torch.tensor([500]), condition)
+
+
+def _autoencoder(bundle: Bundle) -> Tensor:
+    codec = codec_of(bundle.parts[VAE])
+    config = codec.autoencoder.config
+    image = torch.rand(1, config.image_channels, 8 * config.factor, 8 * config.factor, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = codec.autoencoder.encode(image).mean
+    return torch.cat([mean.flatten(), codec.decode(mean * codec.scale).flatten()])
+
+
+def _text(bundle: Bundle) -> Tensor:
+    from ldm.models.text import TextEncoder  # transformers takes seconds to import
+
+    part = bundle.parts[TEXT]
+    try:
+        encoder = TextEncoder.from_tensors(part.config, part.tensors, bundle.tokenizer)
+    except ValueError as error:
+        raise FolderError(f"verify: {TEXT}: {error}") from None
+    return encoder.encode(["a small red circle", ""])
+
+
+FORWARD: Mapping[str, Callable[[Bundle], Tensor]] = {UNET: _unet, VAE: _autoencoder, TEXT: _text}

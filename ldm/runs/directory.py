@@ -1,0 +1,254 @@
+"""The run directory: who may write into it, what it was started with, what it measured and where it stands.
+
+`config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/`, `model/`; only the first process opens it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from ldm import config as configuration
+from ldm.data.sample import Skipped
+from ldm.errors import RunError
+from ldm.files.disk import OS_FAULT, read_bytes
+from ldm.files.text import lines
+from ldm.runs.journal import Journal
+from ldm.runs.moved import PLACES, moved_problem
+from ldm.runs.records import flat, parse_line, read_skipped, read_status
+
+STATES = ("running", "done", "interrupted", "failed")
+
+# What a resumed run may change: it alters what is written and seen, or how the work is split, never what is learned.
+CHANGEABLE = {
+    "run",  # the folder may have been moved
+    "prompts",
+    "data.workers",
+    "data.worker_timeout",
+    "data.max_skipped",
+    "data.accept_changes",
+    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every")),
+    *(f"train.{name}" for name in ("save_errors", "trackers", "micro_batch", "rank_timeout")),
+}
+
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    """In a forked child (a data worker): close its copy of the lock, or the lock would outlive a killed trainer."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class RunDirectory:
+    """A run's folder, created where needed and locked for as long as this object is open.
+
+    The lock is the kernel's and ends with the process, however it ends. Raises RunError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._started = False
+        self._lock = _lock(self.path)
+        self._journal = Journal(self.path)
+        try:
+            self._seconds = float((read_status(self.path) or {}).get("seconds", 0.0))
+        except BaseException:
+            self.close()
+            raise
+        self._opened = time.monotonic()
+        self._skipped: list[Skipped] = []
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the image grids drawn while training."""
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the exported model, EMA weights."""
+        return self.path / "model"
+
+    def start(self, config: Any) -> None:
+        """Write ``config.yaml``; where there is one already, refuse a config that would train something else.
+
+        Raises RunError listing each key that differs, old → new.
+        """
+        require_same(self.path, config)
+        file = self.path / "config.yaml"
+        try:
+            configuration.save(config, file)
+        except OSError as error:
+            raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
+        self._started = True
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line of JSON to ``metrics.jsonl``; a number that is not finite becomes null."""
+        line = json.dumps({"step": step, **{key: _finite(value) for key, value in values.items()}}, allow_nan=False)
+        self._journal.step = step
+        self._journal.append(line)
+
+    def clear_export(self) -> None:
+        """Delete the temporary files that an export has left which was killed; a new one gives its own other names."""
+        for file in self.model.rglob(".*.tmp"):
+            file.unlink()
+
+    def skip(self, skipped: Sequence[Skipped]) -> None:
+        """Add to ``skipped.jsonl`` those that it does not list yet."""
+        self._skipped += skipped  # all since the start: the file may lack those before
+        rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
+        listed = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
+        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in listed).encode(errors="replace"))
+
+    def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
+        """Write ``samples/NAME-STEP.png``."""
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, "png")
+        self._journal.put(f"samples/{name}-{step:08d}.png", content.getvalue(), newest_of=name)
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
+        file = self.path / "metrics.jsonl"
+        try:
+            if file.exists():
+                logged = lines(read_bytes(file).decode(errors="replace"))
+                self._journal.rewrite([line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
+        except OSError as error:
+            raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
+
+    def status(self, state: str, step: int, steps: int, error: BaseException | None = None) -> None:
+        """Write ``status.json``; its seconds are wall time summed over all resumes of the run.
+
+        ``error``: what ended the run; kept as ``code``, the exit code of its command, and ``reason``, one line.
+        """
+        if state not in STATES:
+            raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
+        seconds = self._seconds + time.monotonic() - self._opened
+        about: dict[str, Any] = {"state": state, "step": step, "steps": steps, "seconds": round(seconds, 3)}
+        if error is not None:
+            about |= {"code": exit_code(error), "reason": " ".join(str(error).split())[:1000] or type(error).__name__}
+        self._journal.step = step
+        self._journal.put("status.json", (json.dumps(about) + "\n").encode())
+
+    def fail(self, error: BaseException) -> None:
+        """Say in ``status.json`` that a start ended before its first update; not where ``start`` refused it, for the run is as it was."""
+        if self._started:
+            before = read_status(self.path) or {}
+            self.status("failed", before.get("step", 0), before.get("steps", 0), error)
+
+    def close(self) -> None:
+        """Release the lock. A second call does nothing."""
+        if self._lock in _held:
+            self._journal.close()
+            _held.discard(self._lock)
+            os.close(self._lock)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command that ends with ``error`` returns (ldm.cli.main)."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "exit_code", None) or (OS_FAULT if isinstance(error, OSError) else 1)
+
+
+def _lock(path: Path) -> int:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"{path} cannot be a run directory: {error.strerror}") from None
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _mark(descriptor)
+        time.sleep(0.05)  # `ldm status` may have looked at it in this very moment
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise RunError(f"{path} is in use by another process ({holder}): wait for it, or use another run: directory") from None
+    return _mark(descriptor)
+
+
+def _mark(descriptor: int) -> int:
+    with suppress(OSError):  # for the message alone: a full disk is no reason here
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    _held.add(descriptor)
+    return descriptor
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)  # floats, numpy and torch scalars
+    return number if math.isfinite(number) else None
+
+
+def require_same(path: Path, config: Any) -> None:
+    """Raise RunError where the run at ``path`` was started with a configuration that would train something else.
+
+    Data and models may lie elsewhere, as long as they are the same (``ldm.runs.moved``).
+    """
+    file = path / "config.yaml"
+    if not file.exists():
+        return
+    try:
+        old = configuration.load(type(config), file)
+    except configuration.ConfigError as error:
+        raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
+    changes = _changes(old, config)
+    if changes and changes.keys() <= PLACES.keys():
+        problems = {key: moved_problem(key, path, old, config) for key in changes}
+        changes = {key: f"{text} ({problems[key]})" for key, text in changes.items() if problems[key] is not None}
+    if changes:
+        raise RunError(f"{file}: {'; '.join(changes.values())}: use another run: directory or restore the setting")
+
+
+def refused_changes(old: Any, new: Any) -> list[str]:
+    """The settings, as ``key old → new``, that differ and that a resumed run may not change."""
+    return list(_changes(old, new).values())
+
+
+def _changes(old: Any, new: Any) -> dict[str, str]:
+    before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
+    allowed = set(CHANGEABLE)
+    if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":
+        allowed.add("train.steps")  # any other schedule is stretched by it
+    return {
+        key: f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in allowed and before.get(key) != after.get(key)
+    }

@@ -1,0 +1,91 @@
+"""Where a run stands, seen from outside: its `status.json`, its newest checkpoint, and whether a process is at work on it.
+
+Nothing is written, so a folder that may only be read works. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+from ldm.config import runs_below
+from ldm.errors import RunError
+from ldm.runs.records import newest_checkpoint, read_status
+
+SAVED = 75  # exit code of a run that was interrupted and saved
+KILLED = 1
+_AGAIN = "the same command goes on from"
+
+
+def standing(path: str | Path) -> dict[str, Any]:
+    """What a run is doing, JSON-ready. Raises RunError for what is no run.
+
+    ``state``: running, done, interrupted, failed, or killed: its status says running, and nobody holds its lock.
+    ``locked``: whether a process works on it; None where the file system cannot tell.
+    ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else the code that the command ended with.
+    """
+    path = Path(path)
+    if not any((path / name).is_file() for name in ("config.yaml", "status.json")):
+        nothing = f"{path} is no run: it has neither config.yaml nor status.json{runs_below(path)}"
+        raise RunError(nothing if path.exists() else f"no run {path}")
+    status, locked = read_status(path) or {}, held(path)
+    state = status.get("state")
+    if locked:
+        state = "running"  # whatever is written of the last time: it is being started
+    elif state == "running" or state is None:
+        state = "running" if locked is None and state else "killed"
+    code = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}.get(state, status.get("code", 1))
+    newest = newest_checkpoint(path)
+    over = state in ("interrupted", "failed")
+    return {
+        "run": str(path),
+        "state": state,
+        **{name: status.get(name) for name in ("step", "steps", "seconds")},
+        "checkpoint": None if newest is None else newest[0],
+        "locked": locked,
+        "exit_code": code,
+        "reason": status.get("reason") if over else None,
+    }
+
+
+def held(path: Path) -> bool | None:
+    """Whether a process holds the run's lock; None where that cannot be seen. Makes and changes no file."""
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)  # and the lock with it; a trainer that starts in this moment tries again
+    return False
+
+
+def line(now: dict[str, Any]) -> str:
+    """``standing`` for a person."""
+    state, step, steps, checkpoint = now["state"], now["step"], now["steps"], now["checkpoint"]
+    percent = f" ({100 * step / steps:.0f} %)" if isinstance(step, int) and steps else ""
+    update = f"update {step} of {steps}{percent}" if step is not None else "before its first update"
+    at = f"at {update}" if step is not None else update
+    seconds = f", {now['seconds']:.0f} s" if now["seconds"] is not None else ""
+    saved = f"last checkpoint at update {checkpoint}" if checkpoint is not None else "no checkpoint"
+    again = f"update {checkpoint}" if checkpoint is not None else "the beginning"
+    what = {
+        "running": f"running, {update}{seconds}, {saved}",
+        "done": f"done, {update}{seconds}, {saved}",
+        "killed": f"killed {at}{seconds}: its status says running, but no process holds its lock; {_AGAIN} {again}",
+        "interrupted": f"interrupted and saved {at}{seconds}, {saved}; {_AGAIN} there",
+        "failed": f"failed {at}{seconds}, {saved}; exit code {now['exit_code']}: {now['reason'] or 'no reason was recorded'}",
+    }
+    if state == "interrupted" and now["exit_code"] != SAVED:
+        what[state] = f"stopped at once {at}{seconds}; {_AGAIN} {again}"
+    unseen = " (whether a process is at work cannot be seen on this file system)" if state == "running" and now["locked"] is None else ""
+    return f"{now['run']}: {what.get(str(state), f'{state}?')}{unseen}"

@@ -1,0 +1,78 @@
+"""What a training says of itself while it goes on: figures, pictures, where it stands."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ldm.errors import NonFiniteError
+from ldm.runs.checkpoints.writer import warn_if_slow
+from ldm.runs.directory import RunDirectory
+from ldm.training.skipped import SkipLog
+from ldm.training.task import Reporter
+from ldm.training.trackers import Trackers, open_trackers
+
+
+class Recorder:
+    """Tells the run directory, the trackers and the person at the terminal; ``run`` None: a process that writes nothing.
+
+    ``steps``: the last update. What was ``skipped`` is gathered here, so every process calls ``figures``.
+    """
+
+    def __init__(self, run: RunDirectory | None, steps: int, skipped: SkipLog, reporter: Reporter) -> None:
+        self.run, self.steps, self.skipped, self.reporter = run, steps, skipped, reporter
+        self._trackers = Trackers({})
+        self._undrawn = False  # whether it was said that pictures fail
+        self._slow: set[str] = set()  # what was said to be slow
+
+    @contextmanager
+    def open(self, trackers: Sequence[str], step: int) -> Iterator[None]:
+        """Within it the trackers of these names are told, too, from update ``step`` on."""
+        self.skipped.update()  # what was left out before training
+        if self.run:
+            self._trackers = open_trackers(trackers, self.run.path, step)
+        try:
+            yield
+        finally:
+            self._trackers.close()
+
+    def figures(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics after update ``step``."""
+        self.skipped.update()
+        if self.run:
+            self.run.log(step, values)
+            self._trackers.scalars(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+            self.reporter.progress(step, self.steps, values)
+            self.run.status("running", step, self.steps)
+
+    def pictures(self, step: int, draw: Callable[[], Mapping[str, UInt8[np.ndarray, "h w c"]]]) -> None:
+        """What ``draw`` returns, by name. Its failure is a warning, but for the errors that the user can fix (``exit_code``)."""
+        if self.run is None:
+            return
+        try:
+            pictures = draw()
+        except Exception as error:
+            if hasattr(error, "exit_code") and not isinstance(error, NonFiniteError):
+                raise
+            if not self._undrawn:
+                warnings.warn(f"no pictures from update {step} on, training continues: {type(error).__name__}: {error}", stacklevel=1)
+            self._undrawn = True
+            return
+        self._undrawn = False
+        for name, picture in pictures.items():
+            self.run.picture(name, step, picture)
+            self._trackers.image(step, name, picture)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Warn once where ``what``, for which a request to stop waits, is slow."""
+        started = time.monotonic()
+        yield
+        if self.run and what not in self._slow and warn_if_slow(what, time.monotonic() - started):
+            self._slow.add(what)

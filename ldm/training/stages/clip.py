@@ -1,0 +1,153 @@
+"""The text stage: a small CLIP trained by contrast on the run's own images and captions (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.config import ClipRun, ConfigError
+from ldm.data.dataset import Batch, Draws, Stream, validation_batches
+from ldm.data.sources import open_source
+from ldm.data.transforms import grid, to_uint8
+from ldm.interop.bundle import TEXT
+from ldm.interop.diffusers.folder import FILES
+from ldm.interop.intact import write_hashes
+from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
+from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer, vocabulary_hash
+from ldm.runs.directory import RunDirectory
+from ldm.training.task import seeded
+
+TOKENIZER_CAPTIONS = 20_000  # captions at most from which the merges are learned
+PICTURES = 8
+
+
+class ClipTask:
+    """Trains ``clip``: a text tower and a vision tower."""
+
+    averaged = "clip"
+
+    def __init__(self, config: ClipRun) -> None:
+        self.config, data, seed = config, config.data, config.train.seed
+        source = open_source(data, "train")
+        captions = _captions(source)
+        self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.max_length)
+        self._cut = tokenize(self.tokenizer, captions, config.model.max_length)[1], len(captions)
+        self.clip = seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
+        self.networks: dict[str, nn.Module] = {"clip": self.clip}
+        self.wrapped = self.networks
+        self.stream = Stream(source, data, seed, Draws({}))
+        # held-out combinations where the source has them: captions never seen
+        split = "held_out" if data.source.startswith("shapes") else "validation"
+        self.validation = Stream(open_source(data, split), data, seed, Draws({}), validation=True)
+        self.device = torch.device("cpu")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know once, before training."""
+        parameters = sum(p.numel() for p in self.clip.parameters())
+        cut, counted = self._cut
+        said = [f"{cut} of {counted} captions are longer than {self.config.model.max_length} tokens and are cut"] if cut else []
+        return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens", *said]
+
+    def lr_scale(self, network: str) -> float:
+        return 1.0
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+    def _ids(self, captions: list[str]) -> Tensor:
+        return tokenize(self.tokenizer, captions, self.config.model.max_length)[0].to(self.device)
+
+    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        output = self.wrapped["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
+        scale = self.clip.logit_scale
+        image, text, captions = _global_batch(output.image_embeds, output.text_embeds, batch["text"])
+        loss = contrastive_loss(image, text, scale, same_captions(captions).to(self.device))
+        backward(loss)
+        return {"loss": loss.detach(), "temperature": (-scale).exp().detach()}
+
+    def begin(self) -> None:
+        """The initial weights take nothing from the data."""
+
+    def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
+        """Nothing depends on more than the batch."""
+
+    def state(self) -> dict[str, Any]:
+        return {"vocabulary": vocabulary_hash(self.tokenizer)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the vocabulary is not that of the run: its tokens would mean something else."""
+        if state != self.state():
+            raise ConfigError("the captions have changed, and with them the vocabulary that this run learned: use another run: directory")
+
+    def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
+        """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
+        network, train = self.clip, self.config.train
+        images, texts = [], []
+        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):  # small: each process does all
+            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)  # type: ignore[union-attr]
+            texts += batch["text"]
+        image = torch.cat(images)
+        distinct = sorted(set(texts))
+        embedded = self._embed(distinct)
+        figures: dict[str, Any] = {
+            "retrieval_top1": retrieval_top1(image, embedded, torch.tensor([distinct.index(t) for t in texts], device=self.device)),
+            "retrieval_captions": len(distinct),
+        }
+        related = [i for i, t in enumerate(texts) if swap_relation(t) is not None]
+        if related:
+            own, swapped = [texts[i] for i in related], [str(swap_relation(texts[i])) for i in related]
+            figures["left_right"] = left_right_accuracy(image[related], self._embed(own), self._embed(swapped))
+        else:
+            figures["left_right"] = None
+        return figures
+
+    def _embed(self, captions: list[str]) -> Tensor:
+        chunks = [self._ids(captions[i : i + 256]) for i in range(0, len(captions), 256)]
+        return torch.cat([cast(Tensor, self.clip.get_text_features(ids).pooler_output) for ids in chunks])  # type: ignore[union-attr]
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The first validation images."""
+        count = min(PICTURES, self.validation.source.length or PICTURES)
+        return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}
+
+    def export(self, run: RunDirectory) -> None:
+        """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
+        from_clip(self.clip, self.tokenizer).save(run.model)
+        write_hashes(run.model, [run.model / TEXT / FILES[TEXT]])
+        save_clip(self.clip, run.model / "clip")
+
+
+def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:
+    """Embeddings and captions of all processes: the loss compares the whole global batch, and every process computes it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return image, text, captions
+    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, captions)
+    return _gathered(image), _gathered(text), [c for part in everyone for c in part]
+
+
+def _gathered(own: Tensor) -> Tensor:
+    """The rows of all processes, of which this one's alone carry a gradient.
+
+    DistributedDataParallel averages over processes what must be summed over their shares, so it is taken times their number.
+    """
+    processes = torch.distributed.get_world_size()
+    parts = [torch.empty_like(own) for _ in range(processes)]
+    torch.distributed.all_gather(parts, own.detach().contiguous())
+    mine = own.view_as(own)
+    mine.register_hook(lambda gradient: gradient * processes)
+    parts[torch.distributed.get_rank()] = mine
+    return torch.cat(parts)
+
+
+def _captions(source: Any) -> list[str]:
+    """Captions to learn the tokenizer's merges from: all distinct ones, or the first samples' of a large set."""
+    distinct = source.captions(TOKENIZER_CAPTIONS)
+    if distinct is not None:
+        return distinct
+    return [source.text(i) for i in range(min(source.length or TOKENIZER_CAPTIONS, TOKENIZER_CAPTIONS))]
