@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 PYTHONPATH=.:tests python benchmarks/elastic.py
 
-The tiny stages of tests/test_ranks.py, on the CPU: 4 updates by one process, then 50 more. By one process as one batch of 8, with
+The tiny stages of tests/training/test_ranks.py, on the CPU: 4 updates by one process, then 50 more. By one process as one batch of 8, with
 which the rest is compared; by one with accumulation; by two; and with the number of processes changed after 25. Gradients: the largest
 deviation over the largest gradient of the same network, in the first update (equal weights) and in that after the first 25 (weights
 that far apart). Losses: the largest deviation of a logged loss or validation figure, and the same over the largest value of that

@@ -1,6 +1,6 @@
 """The errors of `make mutants`: what is wrong, the text, what is put in its place, and the tests that must fail.
 
-A test is `objective::test_name` for `tests/test_objective.py::test_name`; name the fewest that should notice. The text stands in its
+A test is `objective::test_name` for `tests/diffusion/test_objective.py::test_name`; name the fewest that should notice. The text stands in its
 file exactly once (`tests/test_mutants.py` looks).
 """
 # ruff: noqa: E501

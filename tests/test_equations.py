@@ -34,7 +34,7 @@ def test_what_a_row_names_exists(row: tuple[str, ...]) -> None:
         assert found.__doc__, f"{name} has no docstring"
         room = "autoencoder" if identifier in ("L8", "L12") else "ldm.diffusion"
         assert name.startswith(room + "."), f"{identifier}: {name} is not in {room}"
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
     assert named, f"{identifier} names no test"
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))

@@ -32,8 +32,8 @@ def test_a_row_is_complete_and_its_tests_exist(row: list[str]) -> None:
     assert "TODO" not in " ".join(row), row
     number, _, _, code, tests = row
     assert re.match(r"\d", code), f"{number}: no exit code"
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
-    assert named and re.fullmatch(r"(`tests/\w+\.py::\w+` ?)+", tests), f"{number} names no test"
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+    assert named and re.fullmatch(r"(`tests/[\w/]+\.py::\w+` ?)+", tests), f"{number} names no test"
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{number}: no {test} in {file}"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import AUTOENCODER, DIFFUSION, TRAIN
 from PIL import Image
+from support.stages import AUTOENCODER, DIFFUSION, TRAIN
 from torch import Tensor, nn
 
 from autoencoder.posterior import DiagonalGaussian
