@@ -97,7 +97,7 @@ PERCEPTUAL_NETS = ("alex", "vgg")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the stage-1 loss (math.md L8). Every term is a MEAN per element.
+    """Weights of the stage-1 loss (docs/equations.md L8). Every term is a MEAN per element.
 
     A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the ratio of
     latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is 2.1e-8 here.

@@ -1,4 +1,4 @@
-"""The stage-1 loss (math.md L8; Esser et al. 2021, eq. 4 to 7) as plain functions.
+"""The stage-1 loss (docs/equations.md L8; Esser et al. 2021, eq. 4 to 7) as plain functions.
 
 Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over latent elements, hinge over
 patches. Published weights go with the reconstruction and the KL summed per image; dividing both sums by the C·H·W image
@@ -49,7 +49,7 @@ def reconstruction_terms(
 
 
 def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
-    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (math.md L12).
+    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (docs/equations.md L12).
 
     ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is summed over the latent.
     """

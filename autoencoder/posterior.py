@@ -47,5 +47,5 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def kl(self) -> Float[Tensor, "b c h w"]:
-        """KL(q(z|x) ‖ N(0, I)) of each element, in nats: ½(μ² + σ² − 1 − log σ²) (math.md L12)."""
+        """KL(q(z|x) ‖ N(0, I)) of each element, in nats: ½(μ² + σ² − 1 − log σ²) (docs/equations.md L12)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from ldm.config import DiffusionRun, load
+from ldm.config import DiffusionTrainingConfig, load
 from ldm.data import rng as streams
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     arguments = parser.parse_args()
     steps = arguments.steps
-    source = open_source(load(DiffusionRun, arguments.run / "config.yaml").data, "held_out")
+    source = open_source(load(DiffusionTrainingConfig, arguments.run / "config.yaml").data, "held_out")
     prompts = [source[i].text for i in range(COUNT)]
     ours = Pipeline.from_pretrained(arguments.run, "cpu")
     settings = dataclasses.replace(ours.defaults, sampler="ddim", steps=steps, guidance_scale=arguments.guidance_scale, eta=0.0, seed=SEED)

@@ -15,8 +15,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ldm.config import DiffusionRun, ScheduleConfig, load_run
-from ldm.data.dataset import Draws, Stream, validation_batches
+from ldm.config import DiffusionTrainingConfig, ScheduleConfig, load_run
+from ldm.data.dataset import RandomFields, Stream, validation_batches
 from ldm.data.sources import open_source
 from ldm.diffusion.learned_schedule import LearnedSchedule, decoder, prior
 from ldm.diffusion.schedule import Schedule
@@ -26,7 +26,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 @torch.no_grad()
-def draws(pipe: Pipeline, run: DiffusionRun, table: Schedule, repeats: int) -> tuple[Tensor, Tensor]:
+def draws(pipe: Pipeline, run: DiffusionTrainingConfig, table: Schedule, repeats: int) -> tuple[Tensor, Tensor]:
     """D and the other two terms of the bound for each validation image and repeat, float64."""
     factor, channels = pipe.factor, pipe.unet.in_channels
     side = run.data.image_size // factor
@@ -37,7 +37,7 @@ def draws(pipe: Pipeline, run: DiffusionRun, table: Schedule, repeats: int) -> t
     rest: list[Tensor] = []
     for repeat in range(repeats):
         names = {f"eps {repeat}": (channels, side, side), "posterior": (channels, side, side)}
-        stream = Stream(source, run.data, 0, Draws(names), validation=True)
+        stream = Stream(source, run.data, 0, RandomFields(names), validation=True)
         for positions, batch in validation_batches(stream, total, 64, 0, 1):
             x0, eps = batch["image"].to(pipe.device), batch[f"eps {repeat}"].to(pipe.device)
             if pipe.codec is not None:
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in arguments.runs:
         run, pipe = load_run(path), Pipeline.from_pretrained(path)
-        if not isinstance(run, DiffusionRun):
+        if not isinstance(run, DiffusionTrainingConfig):
             raise SystemExit(f"{path} is no run of train-ldm")
         first, last = (-2 * pipe.schedule.half_log_snr_table[[0, -1]]).tolist()
         ends = (max(first, -19.0), min(last, 19.0))

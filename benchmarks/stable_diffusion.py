@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import to_diffusers
-from ldm.config import DiffusionRun, ScheduleConfig, load
+from ldm.config import DiffusionTrainingConfig, ScheduleConfig, load
 from ldm.data import rng as streams
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.names import shapes_of
@@ -67,7 +67,7 @@ def main() -> None:
 
 def random_bundle(model: str) -> Bundle:
     """The configurations of configs/sd1 or sd2 with random weights, scaled so that signals neither die nor explode."""
-    config = load(DiffusionRun, ROOT / f"configs/{model}/ldm.yaml")
+    config = load(DiffusionTrainingConfig, ROOT / f"configs/{model}/ldm.yaml")
     text = CLIPTextConfig(**TEXT_SIZES[model], vocab_size=VOCABULARY, projection_dim=512).to_dict()
     configs = {
         UNET: unet_to_diffusers(config.unet, 4, 4, text["hidden_size"], 64),

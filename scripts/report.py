@@ -2,6 +2,6 @@
 
 import sys
 
-from ldm.cli.main import leave, main
+from ldm.cli.main import exit_process, main
 
-leave(main(["report", *sys.argv[1:]]))
+exit_process(main(["report", *sys.argv[1:]]))

@@ -2,6 +2,6 @@
 
 import sys
 
-from ldm.cli.main import leave, main
+from ldm.cli.main import exit_process, main
 
-leave(main(["train-clip", *sys.argv[1:]]))
+exit_process(main(["train-clip", *sys.argv[1:]]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoencoder.posterior import DiagonalGaussian
 from ldm.cli.main import main
-from ldm.config import AutoencoderRun, DiffusionRun, ScheduleConfig, build
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainingConfig, ScheduleConfig, build
 from ldm.data.dataset import batches, collate
 from ldm.pipeline import Pipeline
 from ldm.runs.checkpoints import files as checkpoint
@@ -36,7 +36,7 @@ class Silent:
 
 
 def autoencoder(run: Path, **loss: Any) -> AutoencoderTask:
-    return AutoencoderTask(build(AutoencoderRun, {"run": str(run), **AUTOENCODER, "loss": {**AUTOENCODER["loss"], **loss}}))
+    return AutoencoderTask(build(AutoencoderTrainingConfig, {"run": str(run), **AUTOENCODER, "loss": {**AUTOENCODER["loss"], **loss}}))
 
 
 def test_the_perceptual_term_alone_trains_the_whole_autoencoder(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ class Wrapper(nn.Module):
 
 def pixels(run: Path) -> DiffusionTask:
     tree = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0}
-    return DiffusionTask(build(DiffusionRun, {"run": str(run), **tree}), lambda text: None)
+    return DiffusionTask(build(DiffusionTrainingConfig, {"run": str(run), **tree}), lambda text: None)
 
 
 @pytest.mark.parametrize("make", [lambda run: autoencoder(run, l1=1.0), pixels])
@@ -90,9 +90,9 @@ def test_validation_and_pictures_see_the_average_and_training_gets_its_weights_b
     """EMA not restored after validation, or not used where images are drawn."""
     task = pixels(tmp_path)
     seen: list[dict[str, Tensor]] = []
-    validate, pictures = task.validate, task.pictures
+    validate, pictures = task.validate, task.previews
     task.validate = lambda *a: seen.append(weights(task.unet)) or validate(*a)  # type: ignore[method-assign]
-    task.pictures = lambda: seen.append(weights(task.unet)) or pictures()  # type: ignore[method-assign]
+    task.previews = lambda: seen.append(weights(task.unet)) or pictures()  # type: ignore[method-assign]
     task.export = lambda run: seen.append(weights(task.unet))  # type: ignore[method-assign]
     loop = Loop(task, task.config.train, task.config, str(tmp_path), 0, Silent())
     assert loop.run is not None

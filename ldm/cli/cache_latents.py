@@ -14,7 +14,7 @@ add_arguments = training.add_settings
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the cache, or check the one that is there."""
-    settings = config.load(config.DiffusionRun, arguments.config, arguments.overrides)
+    settings = config.load(config.DiffusionTrainingConfig, arguments.config, arguments.overrides)
     check_place(settings)
     if settings.autoencoder == config.NONE or not settings.cache_latents:
         raise config.ConfigError("nothing to cache: autoencoder is none, or cache_latents is false")

@@ -202,7 +202,7 @@ def _leave_process_group(together: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process; one of several without tearing down the interpreter.
 
     A thread of gloo may still hold a tensor of the last exchange, for which it would need the interpreter, and abort: then the launcher
@@ -216,4 +216,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

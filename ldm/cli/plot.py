@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.console import Console, rank
 from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
-from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionRun, SampleConfig, ScheduleConfig, config_file, load, load_run
+from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, config_file, load, load_run
 from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _schedule_of(run: Path) -> ScheduleConfig:
     """The schedule of a run, trained or not, or of a model folder."""
     if (run / "config.yaml").is_file():
         config = load_run(run)
-        if not isinstance(config, DiffusionRun):
+        if not isinstance(config, DiffusionTrainingConfig):
             raise ConfigError(f"{run} diffuses nothing and has no schedule: name a run of `ldm train-ldm`")
         return config.schedule
     from ldm.pipeline.info import ModelInfo
@@ -148,7 +148,7 @@ def _schedule_of(run: Path) -> ScheduleConfig:
 
 def _forward(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "images")
-    config = load(DiffusionRun, config_file(arguments.run))
+    config = load(DiffusionTrainingConfig, config_file(arguments.run))
     seed = SampleConfig(seed=arguments.seed or 0).seed
     file = _out(arguments)
     from ldm.evaluation.figures.chains import forward_page

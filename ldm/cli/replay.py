@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli.console import Console
-from ldm.config import ClipRun, load_run
+from ldm.config import ClipTrainingConfig, load_run
 from ldm.files.disk import resolved
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     task = make_task(settings, console)
     positions = incident.positions
     console.say(f"update {incident.update}: positions {positions.start} to {positions.stop - 1} of the training stream")
-    lines = replay(task, incident, weights, settings.train.mixed_precision, isinstance(settings, ClipRun)).lines()
+    lines = replay(task, incident, weights, settings.train.mixed_precision, isinstance(settings, ClipTrainingConfig)).lines()
     if not lines:
         split = f"{incident.processes} × {incident.micro_batch}"
         raise NotReproducedError(

@@ -25,7 +25,7 @@ from ldm.files.disk import resolved
 if TYPE_CHECKING:
     import torch
 
-    from ldm.pipeline.provenance import Origin
+    from ldm.pipeline.provenance import Provenance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ldm.evaluation.figures.plots import write_png
     from ldm.pipeline import Pipeline
     from ldm.pipeline.info import ModelInfo
-    from ldm.pipeline.provenance import read_origin, surroundings
+    from ldm.pipeline.provenance import read_provenance, surroundings
     from ldm.pipeline.reproduce import PROMISED, check_model, deviation, elsewhere, redraw, relocated
 
-    origin, pixels = read_origin(file)
+    origin, pixels = read_provenance(file)
     if moved := dict(_moved(pair) for pair in arguments.moved):
         origin = relocated(origin, moved)
     path = arguments.model or origin.path
@@ -91,7 +91,7 @@ def _moved(pair: str) -> tuple[str, str]:
     return old, new
 
 
-def _device(name: str | None, origin: Origin) -> torch.device:
+def _device(name: str | None, origin: Provenance) -> torch.device:
     """The one that was asked for, or of the kind that the picture was drawn on."""
     from ldm.cli.sample import devices
 

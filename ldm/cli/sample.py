@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.distributed.processes import Processes
-    from ldm.pipeline.provenance import Origin
+    from ldm.pipeline.provenance import Provenance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.pipeline import Pipeline
     from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
     from ldm.pipeline.info import ModelInfo
-    from ldm.pipeline.provenance import Origin, other_hashes, part_hashes, surroundings
+    from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes, surroundings
 
     try:
         info = ModelInfo.read(arguments.model, arguments.variant, **parts(arguments))
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     pipe.check(settings, size)
     pipe.warn_cut(prompts, settings, stacklevel=1)
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
-    origin = Origin(
+    origin = Provenance(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant, part_hashes(info), other_hashes(settings),
         {**surroundings(device), **work}, **parts(arguments),
     )  # fmt: skip
@@ -173,7 +173,7 @@ def _first_number(out: Path) -> int:
     return 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
 
 
-def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
+def _draw(pipe: Any, whole: Provenance, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
     """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
     from ldm.data.transforms import to_pil, to_uint8
     from ldm.evaluation.figures.plots import write_png
@@ -190,7 +190,7 @@ def _draw(pipe: Any, whole: Origin, mine: range, first: int, out: Path, console:
     return drawn
 
 
-def _save_grid(images: list[np.ndarray], columns: int, origin: Origin, file: Path) -> None:
+def _save_grid(images: list[np.ndarray], columns: int, origin: Provenance, file: Path) -> None:
     import numpy as np
     from PIL import Image
 

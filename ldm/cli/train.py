@@ -16,7 +16,7 @@ from ldm.cli import train_autoencoder, train_clip, train_ldm
 from ldm.cli.place import check_place
 
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "ldm": train_ldm}
-CLASSES = {"autoencoder": config.AutoencoderRun, "clip": config.ClipRun, "ldm": config.DiffusionRun}
+CLASSES = {"autoencoder": config.AutoencoderTrainingConfig, "clip": config.ClipTrainingConfig, "ldm": config.DiffusionTrainingConfig}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

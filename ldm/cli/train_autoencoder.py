@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import training
-from ldm.config import AutoencoderRun
+from ldm.config import AutoencoderTrainingConfig
 
 add_arguments = training.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
-    training.run(arguments, AutoencoderRun)
+    training.run(arguments, AutoencoderTrainingConfig)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import training
-from ldm.config import ClassifierRun
+from ldm.config import ClassifierTrainingConfig
 
 add_arguments = training.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
-    training.run(arguments, ClassifierRun)
+    training.run(arguments, ClassifierTrainingConfig)

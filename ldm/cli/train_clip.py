@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import training
-from ldm.config import ClipRun
+from ldm.config import ClipTrainingConfig
 
 add_arguments = training.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
-    training.run(arguments, ClipRun)
+    training.run(arguments, ClipTrainingConfig)

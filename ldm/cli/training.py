@@ -30,15 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_task(settings: Any, console: Console) -> Any:
     """The task of a run's configuration, whichever command it is of."""
     match settings:  # each brings torch, and some transformers: seconds
-        case config.AutoencoderRun():
+        case config.AutoencoderTrainingConfig():
             from ldm.training.stages.autoencoder import AutoencoderTask
 
             return AutoencoderTask(settings)
-        case config.ClipRun():
+        case config.ClipTrainingConfig():
             from ldm.training.stages.clip import ClipTask
 
             return ClipTask(settings)
-        case config.ClassifierRun():
+        case config.ClassifierTrainingConfig():
             from ldm.training.stages.classifier import ClassifierTask
 
             return ClassifierTask(settings, console.say)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, kind: type) -> None:
     except Exception as error:
         _fail(settings, error)
         raise
-    for note in task.notes:
+    for note in task.summary:
         console.say(note)
     Loop(task, settings.train, settings, settings.run, settings.data.workers, console, start).train()
     console.say(f"done: {settings.run}")

@@ -7,21 +7,29 @@ from ldm.config.data import CAPTIONS, SOURCES, DataConfig
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import GIVEN, LEARNED, SCHEDULES, TARGETS, TIMESTEPS, WEIGHTINGS, ObjectiveConfig, ScheduleConfig
 from ldm.config.reading import build, config_file, load, load_any, load_run, runs_below, save, to_dict
-from ldm.config.runs import NONE, NULL_CAPTION, RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.config.runs import (
+    NONE,
+    NULL_CAPTION,
+    RUNS,
+    AutoencoderTrainingConfig,
+    ClassifierTrainingConfig,
+    ClipTrainingConfig,
+    DiffusionTrainingConfig,
+)
 from ldm.config.sample import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, SampleConfig
 from ldm.config.train import LR_SCHEDULES, PRECISIONS, TRACKERS, LoraConfig, TrainConfig
 
 __all__ = [
-    "AutoencoderRun",
+    "AutoencoderTrainingConfig",
     "CAPTIONS",
     "CLASSIFIER_FORMS",
     "ClassifierConfig",
-    "ClassifierRun",
+    "ClassifierTrainingConfig",
     "ClipConfig",
-    "ClipRun",
+    "ClipTrainingConfig",
     "ConfigError",
     "DataConfig",
-    "DiffusionRun",
+    "DiffusionTrainingConfig",
     "GIVEN",
     "GRIDS",
     "LEARNED",

@@ -93,7 +93,7 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The classifier of noisy samples (math.md L11): the down half of a U-Net, pooled."""
+    """The classifier of noisy samples (docs/equations.md L11): the down half of a U-Net, pooled."""
 
     channels: tuple[int, ...] = (64, 128, 256)
     layers_per_level: int = 1

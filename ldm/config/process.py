@@ -17,7 +17,7 @@ TIMESTEPS = ("uniform", "stratified", "importance")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule (math.md F4, F5). ``beta_start`` and ``beta_end``: null takes the published values."""
+    """The noise schedule (docs/equations.md F4, F5). ``beta_start`` and ``beta_end``: null takes the published values."""
 
     name: str = "scaled_linear"
     num_steps: int = 1000
@@ -76,7 +76,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the network predicts, how timesteps are weighted, and how they are drawn (math.md L1, L2, L4, L7, L10)."""
+    """What the network predicts, how timesteps are weighted, and how they are drawn (docs/equations.md L1, L2, L4, L7, L10)."""
 
     target: str = "eps"
     weighting: str = "simple"

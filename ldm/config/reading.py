@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError, shown
-from ldm.config.runs import RUNS, AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.config.runs import RUNS, AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 from ldm.config.values import check_names, typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
@@ -73,7 +73,7 @@ def runs_below(folder: str | Path) -> str:
     return f"; there is one in {' and in '.join(below)}" if below else ""
 
 
-def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
+def load_run(run: str | Path) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
     """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
     file = config_file(run)
     values = _read(file, ())
@@ -85,7 +85,9 @@ def load_run(run: str | Path) -> AutoencoderRun | ClipRun | DiffusionRun | Class
         raise ConfigError(f"{file}: {error}") from None
 
 
-def load_any(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun:
+def load_any(
+    file: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
     """A configuration of whichever command of ``RUNS`` its keys fit best. Raises ConfigError where they fit two alike."""
     values = _read(Path(file), overrides)
     fits = {command: _fit(cls, values) for command, cls in RUNS.items()}

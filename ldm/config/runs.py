@@ -17,7 +17,7 @@ NONE = "none"  # `autoencoder: none` is pixel space, `text: none` is uncondition
 
 
 @dataclass(frozen=True)
-class AutoencoderRun:
+class AutoencoderTrainingConfig:
     """`ldm train-autoencoder`: stage 1."""
 
     run: str
@@ -36,7 +36,7 @@ class AutoencoderRun:
 
 
 @dataclass(frozen=True)
-class ClipRun:
+class ClipTrainingConfig:
     """`ldm train-clip`: a text encoder where no pretrained one is at hand."""
 
     run: str
@@ -57,7 +57,7 @@ class ClipRun:
 
 
 @dataclass(frozen=True)
-class DiffusionRun:
+class DiffusionTrainingConfig:
     """`ldm train-ldm`: stage 2."""
 
     run: str
@@ -116,7 +116,7 @@ class DiffusionRun:
 
 
 @dataclass(frozen=True)
-class ClassifierRun:
+class ClassifierTrainingConfig:
     """`ldm train-classifier`: what classifier guidance asks."""
 
     run: str
@@ -134,11 +134,11 @@ class ClassifierRun:
             raise ConfigError("train.gradient_checkpointing: the classifier offers none, leave it out")
 
 
-RUNS: dict[str, type[AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun]] = {
-    "train-autoencoder": AutoencoderRun,
-    "train-clip": ClipRun,
-    "train-ldm": DiffusionRun,
-    "train-classifier": ClassifierRun,
+RUNS: dict[str, type[AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig]] = {
+    "train-autoencoder": AutoencoderTrainingConfig,
+    "train-clip": ClipTrainingConfig,
+    "train-ldm": DiffusionTrainingConfig,
+    "train-classifier": ClassifierTrainingConfig,
 }
 
 

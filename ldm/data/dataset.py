@@ -30,7 +30,7 @@ Batch = dict[str, Any]  # tensors by name, and `text`: the captions
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomFields:
     """The random numbers that each sample brings along: standard normal arrays and numbers in [0, 1)."""
 
     normals: Mapping[str, tuple[int, ...]]
@@ -46,7 +46,7 @@ class Stream(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, seed: int, draws: Draws, cache: LatentCache | None = None, validation: bool = False
+        self, source: Source, data: DataConfig, seed: int, draws: RandomFields, cache: LatentCache | None = None, validation: bool = False
     ) -> None:
         self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
         self.prefix = "validation/" if validation else ""
@@ -119,7 +119,7 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 @dataclass(frozen=True)
-class Split:
+class BatchPlan:
     """How one update's global batch is divided: processes × micro-batch × accumulation = batch_size."""
 
     batch_size: int
@@ -140,7 +140,7 @@ class Split:
             yield list(range(start, start + self.micro_batch))
 
 
-def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> Split:
+def plan_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> BatchPlan:
     """Divide the global batch. Raises ConfigError where it does not come out even."""
     if micro_batch is None:
         if batch_size % processes:
@@ -148,10 +148,10 @@ def split_batch(batch_size: int, micro_batch: int | None, processes: int, rank: 
         micro_batch = batch_size // processes
     if batch_size % (micro_batch * processes):
         raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
-    return Split(batch_size, micro_batch, processes, rank)
+    return BatchPlan(batch_size, micro_batch, processes, rank)
 
 
-def batches(stream: Stream, split: Split, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
+def batches(stream: Stream, split: BatchPlan, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
     """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
     crew = Workers(workers, stream.data.worker_timeout)
     loader = DataLoader(
@@ -199,7 +199,7 @@ def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skippe
 class _Positions:
     """The batches of positions of a range of updates, made as they are asked for."""
 
-    def __init__(self, split: Split, first: int, last: int) -> None:
+    def __init__(self, split: BatchPlan, first: int, last: int) -> None:
         self.split, self.first, self.last = split, first, last
 
     def __iter__(self) -> Iterator[list[int]]:

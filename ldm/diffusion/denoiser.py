@@ -17,7 +17,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # denoise(x_t [b, …], t [b]) -> 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One network call at (x_t, t), in any of the equivalent words (math.md P4).
+    """One network call at (x_t, t), in any of the equivalent words (docs/equations.md P4).
 
     Attributes:
         raw: what the network said, in the words of the target.

@@ -1,4 +1,4 @@
-"""Gaussians (math.md B1): log density, entropy and KL, and the discretised Gaussian of 8-bit pixels (L5). All in nats.
+"""Gaussians (docs/equations.md B1): log density, entropy and KL, and the discretised Gaussian of 8-bit pixels (L5). All in nats.
 
 The diagonal forms are element by element, so that a caller sums over what it calls one sample. They are given
 log variances: what networks learn, and what stays exact where a variance is 1e-9.

@@ -1,4 +1,4 @@
-"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out (math.md G1–G3).
+"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out (docs/equations.md G1–G3).
 
 The order, each step on what the one before it gives; what is not asked for costs nothing:
 
@@ -70,33 +70,33 @@ class Guidance:
         """The guided prediction; 2c channels where the model has learned the reverse variance."""
         inside = guides(self.schedule, self.interval, t)
         if inside and self.scale not in (0.0, 1.0):
-            without, with_ = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self._both).chunk(2)
+            uncond, cond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self._both).chunk(2)
         else:
-            without = with_ = self.model(x_t, t, self.cond if self.scale else self.null_cond)
+            uncond = cond = self.model(x_t, t, self.cond if self.scale else self.null_cond)
         if self.learned_variance:
-            without, (with_, variance) = without.chunk(2, dim=1)[0], with_.chunk(2, dim=1)
-            return torch.cat([self._guided(without, with_, x_t, t, inside), variance], dim=1)
-        return self._guided(without, with_, x_t, t, inside)
+            uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)
+            return torch.cat([self._guided(uncond, cond, x_t, t, inside), variance], dim=1)
+        return self._guided(uncond, cond, x_t, t, inside)
 
     @cached_property
     def _both(self) -> Condition:
         return concatenate(self.null_cond, self.cond)
 
-    def _guided(self, without: Tensor, with_: Tensor, x_t: Tensor, t: Tensor, inside: bool) -> Tensor:
-        said = with_
+    def _guided(self, uncond: Tensor, cond: Tensor, x_t: Tensor, t: Tensor, inside: bool) -> Tensor:
+        pred = cond
         if inside:
-            if without is not with_:
-                said = without + self.scale * (with_ - without)
+            if uncond is not cond:
+                pred = uncond + self.scale * (cond - uncond)
             if self.weak is not None and self.weak_scale != 1.0:
-                said = said + (self.weak_scale - 1) * (with_ - self.weak(x_t, t))
-            if self.rescale and said is not with_:
-                said = rescaled(said, with_, self.rescale)
+                pred = pred + (self.weak_scale - 1) * (cond - self.weak(x_t, t))
+            if self.rescale and pred is not cond:
+                pred = rescaled(pred, cond, self.rescale)
             if self.gradient is not None:
-                said = moved_score(self.schedule, self.target, said, self.gradient(x_t, t), t)
+                pred = moved_score(self.schedule, self.target, pred, self.gradient(x_t, t), t)
         if self.threshold is not None:
-            x0 = thresholded(to_x0(self.schedule, self.target, said, x_t, t), self.threshold)
-            said = from_x0(self.schedule, self.target, x0, x_t, t)
-        return said
+            x0 = thresholded(to_x0(self.schedule, self.target, pred, x_t, t), self.threshold)
+            pred = from_x0(self.schedule, self.target, x0, x_t, t)
+        return pred
 
 
 def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:

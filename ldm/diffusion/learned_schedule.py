@@ -1,4 +1,4 @@
-"""A learned monotone schedule (math.md F5; Kingma et al. 2021, "Variational Diffusion Models", section 4 and appendix I).
+"""A learned monotone schedule (docs/equations.md F5; Kingma et al. 2021, "Variational Diffusion Models", section 4 and appendix I).
 
 γ(t) = −2λ(t) = log((1 − ᾱ)/ᾱ). Its two ends minimise the variational bound. What lies between them minimises the
 variance of the bound's estimator at one uniformly drawn t, because in the limit of many steps the bound does not
@@ -81,7 +81,7 @@ def _cosine_rise(ends: Float[Tensor, "2"], parts: int) -> Float[Tensor, " parts"
     return gamma.diff() / (gamma[-1] - gamma[0])
 
 
-class Watched:
+class InputTap:
     """A model that keeps its last input and output, so that the output can be differentiated by the input."""
 
     def __init__(self, model: Model) -> None:
@@ -94,7 +94,7 @@ class Watched:
 
 
 def error_and_slope(
-    schedule: Schedule, target: str, watched: Watched, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
+    schedule: Schedule, target: str, watched: InputTap, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """m = mean ‖ε − ε̂(x_t)‖² over elements, and dm/dγ_t with x_0, ε and the weights held, per sample, float64.
 

@@ -1,4 +1,4 @@
-"""The variational bound on log p(x_0) in nats, step by step (math.md F4, L3), the joints behind it (F7) and its gap (L9).
+"""The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3), the joints behind it (F7) and its gap (L9).
 
     −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I)) + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
 
@@ -35,29 +35,29 @@ def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b 
     return gaussian.kl(schedule.alpha(last) * x0, 2 * torch.log(schedule.sigma(last)), zero, zero)
 
 
-def reverse_log_variance(said: Prediction, variance: Variance) -> Float[Tensor, "b *d"]:
+def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, "b *d"]:
     """The log variance of p(x_{t−1} | x_t) (P5). At t = 0, where β̃ is 0, ``posterior`` is that of t = 1."""
-    s = said.t - 1
+    s = pred.t - 1
     if callable(variance):
-        return variance(said, s, said.t)
+        return variance(pred, s, pred.t)
     if variance == "learned":
-        return said.log_variance(s).double()
+        return pred.log_variance(s).double()
     if variance not in ENDS:
         raise ValueError(f"variance must be one of {', '.join(ENDS)}, learned, or a function, got {variance!r}")
-    return learned_log_variance(said.denoiser.schedule, torch.full_like(said.x_t, ENDS[variance], dtype=torch.float64), s, said.t)
+    return learned_log_variance(pred.denoiser.schedule, torch.full_like(pred.x_t, ENDS[variance], dtype=torch.float64), s, pred.t)
 
 
-def denoising_kl(said: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
+def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
     """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, for a prediction at t ≥ 1."""
-    schedule, t, x_t = said.denoiser.schedule, said.t, said.x_t.double()
-    mean, guess = (posterior_mean(schedule, x.double(), x_t, t - 1, t) for x in (x0, said.x0))
-    return gaussian.kl(mean, reverse_log_variance(said, "posterior"), guess, reverse_log_variance(said, variance))
+    schedule, t, x_t = pred.denoiser.schedule, pred.t, pred.x_t.double()
+    mean, guess = (posterior_mean(schedule, x.double(), x_t, t - 1, t) for x in (x0, pred.x0))
+    return gaussian.kl(mean, reverse_log_variance(pred, "posterior"), guess, reverse_log_variance(pred, variance))
 
 
-def decoder_log_likelihood(said: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool) -> Float[Tensor, "b *d"]:
+def decoder_log_likelihood(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool) -> Float[Tensor, "b *d"]:
     """log p(x_0 | x_t) of each dimension, for a prediction at t = 0: a density, or the mass of an 8-bit pixel's bin (L5)."""
     score = gaussian.discretised_log_probability if pixels else gaussian.log_density
-    return score(x0.double(), said.x0.double(), reverse_log_variance(said, variance))
+    return score(x0.double(), pred.x0.double(), reverse_log_variance(pred, variance))
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ def bounds(
     if denoiser.target in ("eps", "score") and bool(schedule.alphas_cumprod[-1] == 0):
         raise ValueError(f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0")
 
-    def said(t: Shaped[Tensor, " b"], number: int) -> Prediction:
+    def pred(t: Shaped[Tensor, " b"], number: int) -> Prediction:
         return denoiser(schedule.add_noise(x0, noise(number), t), t)
 
-    first = said(torch.zeros(len(x0), dtype=torch.long, device=x0.device), 0)
+    first = pred(torch.zeros(len(x0), dtype=torch.long, device=x0.device), 0)
     reconstruction = [-_summed(decoder_log_likelihood(first, x0, variance, pixels)) for variance in variances]
     denoising: list[list[Tensor]] = [[] for _ in variances]
     for i, (t, weight) in enumerate(zip(steps.t.unbind(1), steps.weight.unbind(1), strict=True)):
-        prediction = said(t, i + 1)
+        prediction = pred(t, i + 1)
         for terms, variance in zip(denoising, variances, strict=True):
             terms.append(weight * _summed(denoising_kl(prediction, x0, variance)))
     prior = _summed(prior_kl(schedule, x0))
@@ -177,11 +177,11 @@ def log_reverse(denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance
     zero = torch.zeros((), dtype=torch.float64, device=chain.device)
     total = _summed(gaussian.log_density(chain[-1].double(), zero, zero))
     for t in range(denoiser.schedule.num_steps - 1, 0, -1):
-        said = denoiser(chain[t + 1], torch.tensor(t, device=chain.device))
-        mean = posterior_mean(denoiser.schedule, said.x0.double(), said.x_t.double(), said.t - 1, said.t)
-        total = total + _summed(gaussian.log_density(chain[t].double(), mean, reverse_log_variance(said, variance)))
-    said = denoiser(chain[1], torch.tensor(0, device=chain.device))
-    return total + _summed(decoder_log_likelihood(said, chain[0], variance, pixels))
+        pred = denoiser(chain[t + 1], torch.tensor(t, device=chain.device))
+        mean = posterior_mean(denoiser.schedule, pred.x0.double(), pred.x_t.double(), pred.t - 1, pred.t)
+        total = total + _summed(gaussian.log_density(chain[t].double(), mean, reverse_log_variance(pred, variance)))
+    pred = denoiser(chain[1], torch.tensor(0, device=chain.device))
+    return total + _summed(decoder_log_likelihood(pred, chain[0], variance, pixels))
 
 
 def gap(

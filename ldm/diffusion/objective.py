@@ -1,4 +1,4 @@
-"""What is learned: targets, weights, the learned variance and the training loss (math.md T1, L1, L2, L4, L10).
+"""What is learned: targets, weights, the learned variance and the training loss (docs/equations.md T1, L1, L2, L4, L10).
 
 A weighting is stated once, as a weight on the squared error of x_0, and converted to the target by the SNR.
 """
@@ -144,22 +144,22 @@ class Objective:
     def terms(self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition) -> Terms:
         """w_t · mean‖target − model(x_t, t, c)‖², and with a learned variance ``vlb_weight`` times the bound (L4)."""
         denoiser = Denoiser(self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance)
-        said = denoiser(self.schedule.add_noise(x0, eps, t), t)
-        error = (said.raw - target(self.schedule, self.config.target, x0, eps, t)).square().flatten(1).mean(1)
+        pred = denoiser(self.schedule.add_noise(x0, eps, t), t)
+        error = (pred.raw - target(self.schedule, self.config.target, x0, eps, t)).square().flatten(1).mean(1)
         weighted = like(self.weights[t], error) * error
         if not self.config.learned_variance:
             return Terms(weighted, error, None)
         # The term of one t is T · L_t, whose mean over uniform t is L_vlb = Σ_t L_t. So the 0.001 L_vlb of Nichol & Dhariwal
         # (2021, eq. 16) is (T/1000) · L_t, with factor 1 at T = 1000; 0.001 · L_t would be a thousand times too weak.
-        vlb = self.schedule.num_steps * self._step_bits(said, x0)
+        vlb = self.schedule.num_steps * self._step_bits(pred, x0)
         return Terms(weighted + self.config.vlb_weight * vlb, error, vlb)
 
-    def _step_bits(self, said: Prediction, x0: Tensor) -> Tensor:
+    def _step_bits(self, pred: Prediction, x0: Tensor) -> Tensor:
         """L_t in bits, mean over dimensions: a KL, or at t = 0 the decoder's term. It teaches the variance and never the mean."""
-        said = replace(said, raw=said.raw.detach())
-        first = (said.t == 0).view(-1, *[1] * (x0.ndim - 1))
-        decoder = -decoder_log_likelihood(said, x0, "learned", self.pixels)
-        nats = torch.where(first, decoder, denoising_kl(said, x0, "learned"))
+        pred = replace(pred, raw=pred.raw.detach())
+        first = (pred.t == 0).view(-1, *[1] * (x0.ndim - 1))
+        decoder = -decoder_log_likelihood(pred, x0, "learned", self.pixels)
+        nats = torch.where(first, decoder, denoising_kl(pred, x0, "learned"))
         return nats.flatten(1).mean(1).to(x0.dtype) / math.log(2)
 
 

@@ -1,4 +1,7 @@
-"""Transitions between any two steps, posterior, reverse mean and variance, and the equivalent predictions (math.md F1, F3, P1–P5)."""
+"""Transitions between any two steps, the posterior, the reverse mean and variance, and the equivalent predictions.
+
+Formulas F1, F3 and P1 to P5 of docs/equations.md.
+"""
 
 from __future__ import annotations
 

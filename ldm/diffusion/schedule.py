@@ -1,4 +1,4 @@
-"""Noise schedules (math.md F4, F5) and the one description of the process in (α, σ, λ).
+"""Noise schedules (docs/equations.md F4, F5) and the one description of the process in (α, σ, λ).
 
 Time is the code's: t = 0 … T−1, and t = −1 is clean data (ᾱ = 1). Between two steps t may be any number, by
 interpolation in λ = log(α/σ). Tables are float64; what leaves them is float32, or float64 where the other operand is.
@@ -173,7 +173,7 @@ class Schedule:
         return self.num_steps - 1 - (upper - 1 + part)
 
     def add_noise(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b *d"]:
-        """x_t = a_t x_0 + s_t ε, a draw from q(x_t | x_0) (math.md F2)."""
+        """x_t = a_t x_0 + s_t ε, a draw from q(x_t | x_0) (docs/equations.md F2)."""
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * eps
 
 

@@ -12,7 +12,7 @@ import torch
 from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.metrics import high_frequency_energy, psnr
 from ldm import config as configuration
-from ldm.config import AutoencoderRun, ConfigError
+from ldm.config import AutoencoderTrainingConfig, ConfigError
 from ldm.data.sample import readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare, to_uint8
@@ -35,7 +35,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     ``adversarial`` was trained with a discriminator, which judges both. Raises ConfigError where it was not, or where
     the runs saw different data; DataError where no image can be read. ``high_frequency`` is None where no original has such detail.
     """
-    configs = [configuration.load(AutoencoderRun, run / "config.yaml") for run in (plain, adversarial)]
+    configs = [configuration.load(AutoencoderTrainingConfig, run / "config.yaml") for run in (plain, adversarial)]
     if configs[0].data != configs[1].data:
         raise ConfigError(f"{plain} and {adversarial} were trained on different data: nothing to compare")
     loss, data = configs[1].loss, configs[1].data

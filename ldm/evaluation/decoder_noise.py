@@ -1,4 +1,4 @@
-"""How far the decoder's output lies from an image: the σ of p(x|z), one for each channel, fitted on training data (math.md L6)."""
+"""How far the decoder's output lies from an image: the σ of p(x|z), one for each channel, fitted on training data (equations.md L6)."""
 
 from __future__ import annotations
 

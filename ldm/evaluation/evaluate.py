@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ldm import config as configuration
-from ldm.config import ConfigError, DataConfig, DiffusionRun, SampleConfig
+from ldm.config import ConfigError, DataConfig, DiffusionTrainingConfig, SampleConfig
 from ldm.data.sample import Source
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
@@ -95,7 +95,7 @@ def evaluate(
     Raises ConfigError for data that no judge reads, FolderError for a run without a model.
     """
     started = time.monotonic()
-    config = configuration.load(DiffusionRun, run / "config.yaml")
+    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
     data = config.data
     if data.source not in JUDGES:
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
@@ -199,7 +199,7 @@ def _kept(file: Path, model: str) -> dict[str, Any]:
     return {"likelihood": known} if isinstance(known, dict) and known.get("model") == model else {}
 
 
-def _seconds(run: Path, config: DiffusionRun) -> dict[str, float]:
+def _seconds(run: Path, config: DiffusionTrainingConfig) -> dict[str, float]:
     """Wall time of each stage, over all of its resumes, as the runs themselves recorded it."""
     stages = {"autoencoder": Path(config.autoencoder), "text": Path(config.text), "diffusion": run}
     told = {name: (read_status(path) or {}).get("seconds") for name, path in stages.items()}

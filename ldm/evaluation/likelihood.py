@@ -1,4 +1,4 @@
-"""Bits per dimension of a run's validation images: the bound of the diffusion model, of the whole two-stage model (math.md L3, L6).
+"""Bits per dimension of a run's validation images: the bound of the diffusion model, of the whole two-stage model (equations.md L3, L6).
 
 Every draw is a function of (seed, index of the image, number of the draw), so neither the batch size nor the number of
 processes changes a figure by more than rounding.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
-from ldm.config import ConfigError, DataConfig, DiffusionRun
+from ldm.config import ConfigError, DataConfig, DiffusionTrainingConfig
 from ldm.data import rng as streams
 from ldm.data.sample import Source, readable
 from ldm.data.sources import open_source
@@ -101,7 +101,7 @@ def likelihood(
     Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
     """
     started = time.monotonic()
-    config = configuration.load(DiffusionRun, run / "config.yaml")
+    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

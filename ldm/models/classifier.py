@@ -1,4 +1,4 @@
-"""A classifier of noisy samples (math.md L11): `classifier(x_t, t) -> logits`, one network for all t."""
+"""A classifier of noisy samples (docs/equations.md L11): `classifier(x_t, t) -> logits`, one network for all t."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Shaped[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
-    """[cos, sin](t · 10000^(−i/half)), i < half (math.md N3; Vaswani et al. 2017), float32."""
+    """[cos, sin](t · 10000^(−i/half)), i < half (docs/equations.md N3; Vaswani et al. 2017), float32."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
     angles = t.float()[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""The conditional U-Net (math.md N1): `model(x_t, t, cond) -> prediction`.
+"""The conditional U-Net (docs/equations.md N1): `model(x_t, t, cond) -> prediction`.
 
 Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves both.
 """

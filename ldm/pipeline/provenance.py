@@ -40,7 +40,7 @@ _NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """How a picture, or a grid of several, came about.
 
     Attributes:
@@ -110,7 +110,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
+def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h w *c"]]:
     """What a PNG says of itself, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
     try:
         check_regular(Path(file))
@@ -132,7 +132,7 @@ def read_origin(file: str | Path) -> tuple[Origin, UInt8[np.ndarray, "h w *c"]]:
         raise ConfigError(f"{file}: its settings are damaged, of another command or of a newer ldm: {what}") from None
 
 
-def _parsed(about: Any) -> Origin:
+def _parsed(about: Any) -> Provenance:
     """Settings that an older ldm did not know have their defaults, which draw as it drew."""
     if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
         raise ValueError("they are no settings of `ldm sample`")
@@ -154,7 +154,7 @@ def _parsed(about: Any) -> Origin:
         raise ValueError("size and the counts must be whole numbers, with a prompt at least")
     if index is not None and not (isinstance(index, int) and 0 <= index < rest.get("drawn", {}).get("images", index + 1)):
         raise ValueError(f"there is no image {index} among them")
-    return Origin(prompts, index, settings, size, model, **rest)
+    return Provenance(prompts, index, settings, size, model, **rest)
 
 
 def part_hashes(info: ModelInfo) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ldm.data.transforms import GAP, grid, to_pil, to_uint8
 from ldm.errors import FolderError
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
-from ldm.pipeline.provenance import Origin, other_hashes, part_hashes
+from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes
 
 PROMISED = 1  # of 255: what another batch size, device or version may change: their sums have another order
 _NAMES = {
@@ -26,7 +26,7 @@ _NAMES = {
 }
 
 
-def relocated(origin: Origin, moved: Mapping[str, str]) -> Origin:
+def relocated(origin: Provenance, moved: Mapping[str, str]) -> Provenance:
     """``origin`` with the LoRAs and guides at the places where they are now. Raises ConfigError for a name that it does not have."""
     settings = origin.settings
     named = {path for path, _ in settings.loras()} | {settings.classifier, settings.autoguidance}
@@ -38,7 +38,7 @@ def relocated(origin: Origin, moved: Mapping[str, str]) -> Origin:
     return dataclasses.replace(origin, settings=dataclasses.replace(settings, lora=lora, **guides), others=others)
 
 
-def check_model(origin: Origin, pipe: Pipeline, info: ModelInfo, file: Path) -> None:
+def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path) -> None:
     """Raise FolderError unless the model, the LoRAs and the guides are those that drew ``file``."""
     if pipe.hash != origin.model:
         raise FolderError(
@@ -60,7 +60,7 @@ def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)] if then else []
 
 
-def redraw(pipe: Pipeline, origin: Origin, width: int, together: bool) -> UInt8[np.ndarray, "h w *c"]:
+def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UInt8[np.ndarray, "h w *c"]:
     """The pixels of the picture, or of the grid ``width`` pixels wide.
 
     ``together``: in batches of the shape that it was drawn in, where that is recorded, with its own caption in the places of
@@ -88,7 +88,7 @@ def deviation(a: UInt8[np.ndarray, "h w *c"], b: UInt8[np.ndarray, "h2 w2 *c2"])
     return int((difference > 0).sum()), int(difference.max())
 
 
-def elsewhere(origin: Origin, here: Mapping[str, Any]) -> list[str]:
+def elsewhere(origin: Provenance, here: Mapping[str, Any]) -> list[str]:
     """What of the versions and the device is not as it was when the picture was drawn, a line for each."""
     if not origin.drawn:
         return ["drawn by an ldm that recorded neither versions nor device"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TrainConfig
-from ldm.data.dataset import Batch, Split, batches, split_batch
+from ldm.data.dataset import Batch, BatchPlan, batches, plan_batch
 from ldm.distributed.launch import launched
 from ldm.errors import UserError
 from ldm.pipeline.provenance import surroundings
@@ -27,7 +27,7 @@ from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.checkpoints import resume
 from ldm.runs.checkpoints.writer import BackgroundWriter
 from ldm.runs.directory import RunDirectory
-from ldm.training.diagnostics.nonfinite import Incidents
+from ldm.training.diagnostics.nonfinite import NonFiniteRecorder
 from ldm.training.ema import EMA
 from ldm.training.finite import not_finite
 from ldm.training.logger import Recorder
@@ -36,7 +36,7 @@ from ldm.training.precision import accelerator_of, set_backends
 from ldm.training.rank_checks import Probe, ProcessesDifferError
 from ldm.training.skipped import SkipLog
 from ldm.training.state import TrainingState
-from ldm.training.step_flags import Agreement
+from ldm.training.step_flags import StepFlags
 from ldm.training.stopping import Stop
 from ldm.training.task import Reporter, Task
 
@@ -68,7 +68,7 @@ class Loop:
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
         self.processes, _ = launched()
         self.accelerator = accelerator_of(config.mixed_precision)
-        self.split: Split = split_batch(config.batch_size, config.micro_batch, self.processes.count, self.processes.rank)
+        self.split: BatchPlan = plan_batch(config.batch_size, config.micro_batch, self.processes.count, self.processes.rank)
         set_backends(config)
         self.step = 0
         self.run = RunDirectory(path) if self.accelerator.is_main_process else None
@@ -76,7 +76,7 @@ class Loop:
         skipped = SkipLog((task.stream, task.validation), self.run, reporter.say, self.processes)
         self.recorder = Recorder(self.run, config.steps, skipped, reporter)
         self.stop = Stop(reporter.say, self.accelerator.is_main_process)
-        self.agreement = Agreement(self._sum, self.accelerator.device)
+        self.flags = StepFlags(self._sum, self.accelerator.device)
         self._whole = True  # between updates: networks, average and task are all after update `step`
         self._broken = 0  # updates in a row that were not finite
         self._finite: int | None = None  # the last update after which the whole state was found finite
@@ -106,7 +106,7 @@ class Loop:
                 network.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
         task.to(device)
         if found is None:
-            task.begin()
+            task.initialize()
         self.optimizers = Optimizers(task.networks, config, self.accelerator.scaler)
         if config.compile:
             for network in task.networks.values():
@@ -125,7 +125,7 @@ class Loop:
             self.writer = BackgroundWriter(
                 self.run.checkpoints, config.keep_checkpoints, config.keep_every, config.save_errors, self.step, self.reporter.say
             )  # fmt: skip
-        self.incidents = Incidents(self.run, task, self.split, self.reporter.say)
+        self.incidents = NonFiniteRecorder(self.run, task, self.split, self.reporter.say)
         self.probe.weights(task.networks)
         self._require_finite()
 
@@ -222,7 +222,7 @@ class Loop:
             metrics = self._update(feed)
             self.step += 1
             self._whole = True
-            if self.agreement.at_hand:
+            if self.flags.at_hand:
                 self._look_back()
             last = self.step == config.steps
             saving = self.step % config.checkpoint_every == 0 and not last
@@ -253,11 +253,11 @@ class Loop:
 
     def _stopping(self) -> bool:
         """Whether to end before the next update: on all processes alike, so a little later where there are several."""
-        return self.agreement.stop or (self.accelerator.num_processes == 1 and self.stop.asked)
+        return self.flags.stop or (self.accelerator.num_processes == 1 and self.stop.asked)
 
     def _look_back(self) -> None:
         """Take note where the update before was not finite, while the weights are still those that it had. Raises TrainingError."""
-        finite = self.agreement.read()
+        finite = self.flags.receive()
         if finite is not False:
             self._broken = self._broken if finite is None else 0
             return
@@ -291,7 +291,7 @@ class Loop:
         self.probe.gradients(task.networks)
         self._look_back()
         sums |= {f"grad_norm_{name}": self.optimizers.norm(name) for name in task.networks}
-        finite = self.agreement.post(self.stop.asked, torch.stack([torch.isfinite(v).all() for v in sums.values()]).all())
+        finite = self.flags.send(self.stop.asked, torch.stack([torch.isfinite(v).all() for v in sums.values()]).all())
         self._whole = False
         self.optimizers.step(finite)
         self.ema.update(self.step, finite)
@@ -310,7 +310,7 @@ class Loop:
 
     def _drawn(self) -> dict[str, Any]:
         with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
-            return self.task.pictures()
+            return self.task.previews()
 
     def _finish(self) -> None:
         if self.run:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Agreement:
+class StepFlags:
     """One small reduction an update, whose result is used on the device at once and read by the host an update later.
 
     So the host never waits for the device because of it. ``reduce`` adds a tensor up over processes.
@@ -20,7 +20,7 @@ class Agreement:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self.stop = False  # whether any process had been asked to stop, as last read
 
-    def post(self, asked: bool, finite: Tensor) -> Tensor:
+    def send(self, asked: bool, finite: Tensor) -> Tensor:
         """Tell the others; returns on the device, as a bool, whether the update was finite on every process."""
         mine = torch.stack([torch.full((), float(asked), device=self._device), (~finite).float()])
         everyone = self._reduce(mine)
@@ -34,7 +34,7 @@ class Agreement:
         """Whether reading what was just posted costs no waiting: everywhere but on a GPU."""
         return self._arrived is None
 
-    def read(self) -> bool | None:
+    def receive(self) -> bool | None:
         """Whether the update last posted was finite; None where that has been read. Sets ``stop``."""
         if self._pending is None:
             return None

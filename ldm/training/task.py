@@ -42,7 +42,7 @@ class Task(Protocol):
         """Move frozen networks and tables."""
         ...
 
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """Settle what initial weights take from the data; called on the device, and only where no checkpoint replaces them."""
         ...
 
@@ -69,7 +69,7 @@ class Task(Protocol):
         """Figures on the validation set, with the EMA weights in place; every process takes part."""
         ...
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def previews(self) -> dict[str, np.ndarray]:
         """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
         ...
 

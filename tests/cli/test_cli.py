@@ -21,7 +21,7 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import COMMANDS, main
-from ldm.config import ClipConfig, DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import ClipConfig, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.evaluation.evaluate import GUIDANCE_SCALES
 from ldm.models.text import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
@@ -46,7 +46,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["a red circle"], clip.merges, clip.max_length)
     text = from_clip(build_clip(clip, tokenizer, 32, 3), tokenizer)
     codec = LatentCodec(AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval())
-    settings = configuration.build(DiffusionRun, {"run": f"{folder}/run", "autoencoder": f"{folder}/run", "text": f"{folder}/run", **RUN})
+    settings = configuration.build(
+        DiffusionTrainingConfig, {"run": f"{folder}/run", "autoencoder": f"{folder}/run", "text": f"{folder}/run", **RUN}
+    )
     Pipeline(UNet(settings.unet, 4, 4, 16), ScheduleConfig(), "v", codec, text, 32, settings.sample, caption_dropout=0.1).save_pretrained(
         folder / "run/model"
     )
@@ -375,7 +377,7 @@ def test_a_warning_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_of_several_processes_ends_without_tearing_down_the_interpreter() -> None:
     """A thread that waits for ever stands for one of gloo's that holds a tensor."""
     code = (
-        "import atexit, threading; from ldm.cli.main import leave; atexit.register(print, 'workers ended');"
+        "import atexit, threading; from ldm.cli.main import exit_process; atexit.register(print, 'workers ended');"
         "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); leave(75)"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60)

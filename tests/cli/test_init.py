@@ -17,10 +17,10 @@ from PIL import Image
 from ldm import config
 from ldm.cli import init, recipe
 from ldm.cli.main import main
-from ldm.config import AutoencoderRun, ClipRun, DataConfig, DiffusionRun
+from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DataConfig, DiffusionTrainingConfig
 from ldm.runs.records import read_status
 
-CLASSES = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}
+CLASSES = {"autoencoder": AutoencoderTrainingConfig, "clip": ClipTrainingConfig, "ldm": DiffusionTrainingConfig}
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -99,7 +99,9 @@ def test_every_recipe_is_complete_and_its_networks_fit_together(tmp_path: Path, 
     from ldm.models.unet import UNet
 
     stage1, stage2 = settings["autoencoder"], settings["ldm"]
-    assert isinstance(stage1, AutoencoderRun) and isinstance(stage2, DiffusionRun) and stage2.autoencoder == stage1.run
+    assert (
+        isinstance(stage1, AutoencoderTrainingConfig) and isinstance(stage2, DiffusionTrainingConfig) and stage2.autoencoder == stage1.run
+    )
     with torch.device("meta"):
         image = torch.zeros(1, data.image_channels, size, size)
         assert AutoencoderKL(stage1.model)(image)[0].shape == image.shape
@@ -199,7 +201,7 @@ def test_grey_images_make_grey_models_and_a_gpu_larger_ones(run: Run, tmp_path: 
     monkeypatch.setattr(init, "_gpu", lambda: True)
     assert run("init", "grey")[0] == 0
     stage1 = written(tmp_path / "configs/grey")["autoencoder"]
-    assert isinstance(stage1, AutoencoderRun) and stage1.train.mixed_precision == "bf16"
+    assert isinstance(stage1, AutoencoderTrainingConfig) and stage1.train.mixed_precision == "bf16"
     assert (stage1.data.image_size, stage1.data.image_channels, stage1.model.image_channels) == (192, 1, 1)
 
 

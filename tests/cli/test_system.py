@@ -28,7 +28,7 @@ from support.stages import DIFFUSION, TRAIN
 from ldm import config as configuration
 from ldm.cli.console import Console
 from ldm.cli.main import main
-from ldm.config import DiffusionRun, ScheduleConfig, UNetConfig
+from ldm.config import DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.distributed.processes import ElsewhereError, Processes
 from ldm.evaluation.figures.plots import is_figure
 from ldm.files.disk import described, replace, whole
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tree = {"run": str(folder / "run"), **PIXELS}
     (folder / "ldm.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    settings = configuration.load(DiffusionRun, folder / "ldm.yaml")
+    settings = configuration.load(DiffusionTrainingConfig, folder / "ldm.yaml")
     unet = UNet(UNetConfig((8,), 1, (), (1,), groups=4), 3, 3, None)
     Pipeline(unet, ScheduleConfig(num_steps=20), "eps", None, None, 8, settings.sample).save_pretrained(folder / "run/model")
     configuration.save(settings, folder / "run/config.yaml")

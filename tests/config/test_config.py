@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ldm import config
-from ldm.config import AutoencoderRun, ClassifierRun, ClipRun, ConfigError, DiffusionRun
+from ldm.config import AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, ConfigError, DiffusionTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name != "accelerate")  # those: tests/training/test_processes.py
@@ -24,7 +24,12 @@ AUTOENCODER = {"run": "r", "data": {"source": "textures", "image_size": 32}, "mo
 CLIP = {"run": "r", "data": {"source": "shapes", "image_size": 32}}
 DIFFUSION = {"run": "r", "data": {"source": "shapes", "image_size": 32, "size": 64}, "autoencoder": "a", "text": "t"}
 CLASSIFIER = {"run": "r", "data": {"source": "digits", "image_size": 32}, "diffusion": "d"}
-TREES: dict[type, dict[str, Any]] = {AutoencoderRun: AUTOENCODER, ClipRun: CLIP, DiffusionRun: DIFFUSION, ClassifierRun: CLASSIFIER}
+TREES: dict[type, dict[str, Any]] = {
+    AutoencoderTrainingConfig: AUTOENCODER,
+    ClipTrainingConfig: CLIP,
+    DiffusionTrainingConfig: DIFFUSION,
+    ClassifierTrainingConfig: CLASSIFIER,
+}
 
 
 def read(folder: Path, cls: type, *overrides: str, text: str | None = None) -> Any:
@@ -64,7 +69,7 @@ def fault(folder: Path, cls: type, *overrides: str, text: str | None = None) -> 
     ],
 )
 def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, override: str, message: str) -> None:
-    assert message in fault(tmp_path, DiffusionRun, override)
+    assert message in fault(tmp_path, DiffusionTrainingConfig, override)
 
 
 @pytest.mark.parametrize(
@@ -112,41 +117,45 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, override: str, m
     ],
 )
 def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str) -> None:
-    assert fault(tmp_path, DiffusionRun, override).startswith(name)
+    assert fault(tmp_path, DiffusionTrainingConfig, override).startswith(name)
 
 
 @pytest.mark.parametrize(
     ("cls", "overrides", "message"),
     [
-        (DiffusionRun, ["data.source=folder"], "data.folder goes with source: folder"),
-        (DiffusionRun, ["data.folder=x"], "data.folder goes with source: folder"),
-        (DiffusionRun, ["data.source=digits"], "data.size is for procedural sources"),
-        (DiffusionRun, ["data.source=shapes-two", "data.flip=true"], "data.flip must be false for shapes-two"),
-        (DiffusionRun, ["data.crop=random"], "cache_latents cannot keep random crops"),
-        (DiffusionRun, ["schedule.zero_terminal_snr=true", "objective.target=eps"], "objective.target eps says nothing of the image"),
-        (DiffusionRun, ["data.size=null"], "cache_latents needs a finite set"),
-        (DiffusionRun, ["train.batch_size=6", "train.micro_batch=4"], "train.batch_size 6 is not a multiple of micro_batch 4"),
-        (DiffusionRun, ["unet.channels=[30,60,60,60]"], "unet.channels 30 is not a positive multiple of groups 32"),
-        (DiffusionRun, ["unet.attention_levels=[4]"], "unet.attention_levels: 4 is no level of 4"),
-        (DiffusionRun, ["unet.heads=[2,2]"], "unet.heads must be one number or one per level (4)"),
-        (DiffusionRun, ["unet.heads=[3]"], "unet.heads: 3 does not divide channels 320"),
-        (DiffusionRun, ["schedule.name=cosine", "schedule.beta_end=0.01"], "schedule.beta_start and beta_end have no meaning"),
-        (AutoencoderRun, ["data.image_size=33"], "data.image_size 33 is not a multiple of 2"),
-        (AutoencoderRun, ["data.image_channels=1"], "data.image_channels is 1 but model.image_channels is 3"),
-        (AutoencoderRun, ["train.mixed_precision=fp16"], "use bf16"),
-        (AutoencoderRun, ["loss.l1=0"], "loss.l1, mse and lpips are all 0"),
-        (AutoencoderRun, ["loss.lpips_net=resnet"], "loss.lpips_net must be one of alex, vgg"),
-        (AutoencoderRun, ["loss.gan=-1"], "loss.gan must be at least 0"),
-        (AutoencoderRun, ["model.channels=[32]"], "levels"),
-        (DiffusionRun, ["unet.vector_dim=4"], "unet.vector_dim: captioned images give no such condition"),
-        (DiffusionRun, ["unet.num_labels=9"], "unet.num_labels: captioned images give no such condition"),
-        (DiffusionRun, ["unet.sinusoidal_labels=true"], "unet.sinusoidal_labels: captioned images give no such condition"),
-        (DiffusionRun, ["unet.vector_map=linear"], "unet.vector_map is for vector_dim"),
-        (DiffusionRun, ["unet.concat_channels=1"], "unet.concat_channels: captioned images give no such condition"),
-        (ClipRun, ["model.patch_size=5"], "data.image_size 32 is not a multiple of 5"),
-        (ClipRun, ["train.micro_batch=8"], "train.micro_batch must be null"),
-        (ClipRun, ["model.heads=3"], "model.width 128 is not a multiple of heads 3"),
-        (ClipRun, ["model.max_length=78"], "model.max_length must lie between 4 and 77"),
+        (DiffusionTrainingConfig, ["data.source=folder"], "data.folder goes with source: folder"),
+        (DiffusionTrainingConfig, ["data.folder=x"], "data.folder goes with source: folder"),
+        (DiffusionTrainingConfig, ["data.source=digits"], "data.size is for procedural sources"),
+        (DiffusionTrainingConfig, ["data.source=shapes-two", "data.flip=true"], "data.flip must be false for shapes-two"),
+        (DiffusionTrainingConfig, ["data.crop=random"], "cache_latents cannot keep random crops"),
+        (
+            DiffusionTrainingConfig,
+            ["schedule.zero_terminal_snr=true", "objective.target=eps"],
+            "objective.target eps says nothing of the image",
+        ),
+        (DiffusionTrainingConfig, ["data.size=null"], "cache_latents needs a finite set"),
+        (DiffusionTrainingConfig, ["train.batch_size=6", "train.micro_batch=4"], "train.batch_size 6 is not a multiple of micro_batch 4"),
+        (DiffusionTrainingConfig, ["unet.channels=[30,60,60,60]"], "unet.channels 30 is not a positive multiple of groups 32"),
+        (DiffusionTrainingConfig, ["unet.attention_levels=[4]"], "unet.attention_levels: 4 is no level of 4"),
+        (DiffusionTrainingConfig, ["unet.heads=[2,2]"], "unet.heads must be one number or one per level (4)"),
+        (DiffusionTrainingConfig, ["unet.heads=[3]"], "unet.heads: 3 does not divide channels 320"),
+        (DiffusionTrainingConfig, ["schedule.name=cosine", "schedule.beta_end=0.01"], "schedule.beta_start and beta_end have no meaning"),
+        (AutoencoderTrainingConfig, ["data.image_size=33"], "data.image_size 33 is not a multiple of 2"),
+        (AutoencoderTrainingConfig, ["data.image_channels=1"], "data.image_channels is 1 but model.image_channels is 3"),
+        (AutoencoderTrainingConfig, ["train.mixed_precision=fp16"], "use bf16"),
+        (AutoencoderTrainingConfig, ["loss.l1=0"], "loss.l1, mse and lpips are all 0"),
+        (AutoencoderTrainingConfig, ["loss.lpips_net=resnet"], "loss.lpips_net must be one of alex, vgg"),
+        (AutoencoderTrainingConfig, ["loss.gan=-1"], "loss.gan must be at least 0"),
+        (AutoencoderTrainingConfig, ["model.channels=[32]"], "levels"),
+        (DiffusionTrainingConfig, ["unet.vector_dim=4"], "unet.vector_dim: captioned images give no such condition"),
+        (DiffusionTrainingConfig, ["unet.num_labels=9"], "unet.num_labels: captioned images give no such condition"),
+        (DiffusionTrainingConfig, ["unet.sinusoidal_labels=true"], "unet.sinusoidal_labels: captioned images give no such condition"),
+        (DiffusionTrainingConfig, ["unet.vector_map=linear"], "unet.vector_map is for vector_dim"),
+        (DiffusionTrainingConfig, ["unet.concat_channels=1"], "unet.concat_channels: captioned images give no such condition"),
+        (ClipTrainingConfig, ["model.patch_size=5"], "data.image_size 32 is not a multiple of 5"),
+        (ClipTrainingConfig, ["train.micro_batch=8"], "train.micro_batch must be null"),
+        (ClipTrainingConfig, ["model.heads=3"], "model.width 128 is not a multiple of heads 3"),
+        (ClipTrainingConfig, ["model.max_length=78"], "model.max_length must lie between 4 and 77"),
     ],
 )
 def test_settings_at_odds_with_each_other_are_named(tmp_path: Path, cls: type, overrides: list[str], message: str) -> None:
@@ -154,18 +163,18 @@ def test_settings_at_odds_with_each_other_are_named(tmp_path: Path, cls: type, o
 
 
 def test_what_stands_beside_the_refused_is_accepted(tmp_path: Path) -> None:
-    assert read(tmp_path, DiffusionRun, "data.crop=random", "cache_latents=false").data.crop == "random"
-    assert read(tmp_path, DiffusionRun, "data.crop=random", "autoencoder=none").data.crop == "random"
-    assert read(tmp_path, DiffusionRun, "data.size=null", "cache_latents=false").data.size is None
-    assert read(tmp_path, DiffusionRun, "train.mixed_precision=fp16").train.mixed_precision == "fp16"
-    assert read(tmp_path, AutoencoderRun, "train.mixed_precision=bf16").train.mixed_precision == "bf16"
-    assert read(tmp_path, ClipRun, "train.batch_size=8", "train.micro_batch=8").train.micro_batch == 8
+    assert read(tmp_path, DiffusionTrainingConfig, "data.crop=random", "cache_latents=false").data.crop == "random"
+    assert read(tmp_path, DiffusionTrainingConfig, "data.crop=random", "autoencoder=none").data.crop == "random"
+    assert read(tmp_path, DiffusionTrainingConfig, "data.size=null", "cache_latents=false").data.size is None
+    assert read(tmp_path, DiffusionTrainingConfig, "train.mixed_precision=fp16").train.mixed_precision == "fp16"
+    assert read(tmp_path, AutoencoderTrainingConfig, "train.mixed_precision=bf16").train.mixed_precision == "bf16"
+    assert read(tmp_path, ClipTrainingConfig, "train.batch_size=8", "train.micro_batch=8").train.micro_batch == 8
 
 
 def test_overrides_and_numbers(tmp_path: Path) -> None:
     settings = read(
         tmp_path,
-        DiffusionRun,
+        DiffusionTrainingConfig,
         "train.lr=1e-4",
         "train.clip=null",
         "prompts=[a b,'1e5']",
@@ -176,14 +185,14 @@ def test_overrides_and_numbers(tmp_path: Path) -> None:
     assert settings.train.lr == 1e-4 and settings.train.clip is None and settings.data.flip is True
     assert settings.prompts == ("a b", "1e5") and settings.unet.heads == (4,)
     assert settings.train.weight_decay == 1.0 and isinstance(settings.train.weight_decay, float)
-    assert read(tmp_path, ClipRun, text=yaml.safe_dump(CLIP) + "train: {lr: 1e-4}\n").train.lr == 1e-4  # in the file as well
-    assert read(tmp_path, ClipRun, "train.steps=3", "train.steps=5").train.steps == 5  # the last one counts
+    assert read(tmp_path, ClipTrainingConfig, text=yaml.safe_dump(CLIP) + "train: {lr: 1e-4}\n").train.lr == 1e-4  # in the file as well
+    assert read(tmp_path, ClipTrainingConfig, "train.steps=3", "train.steps=5").train.steps == 5  # the last one counts
 
 
 @pytest.mark.parametrize("cls", list(TREES))
 def test_save_and_load_give_the_same_object(tmp_path: Path, cls: type) -> None:
     awkward = {"run": "true", "train": {"lr": 1e-10, "adam_eps": 1e-20, "clip": None, "betas": [0.5, 1e-7], "trackers": []}}
-    if cls is DiffusionRun:
+    if cls is DiffusionTrainingConfig:
         awkward["prompts"] = ["1e-4", "null", "é ≤ 'q' \"d\": #", "", "-1", "a\nb"]
     settings = config.build(cls, {**TREES[cls], **awkward})
     config.save(settings, tmp_path / "saved.yaml")
@@ -196,11 +205,11 @@ def test_save_and_load_give_the_same_object(tmp_path: Path, cls: type) -> None:
 )
 def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.setenv("HOME", "/secret")
-    message = fault(tmp_path, DiffusionRun, override)
+    message = fault(tmp_path, DiffusionTrainingConfig, override)
     assert "secret" not in message and "$" in message
     key, _, value = override.partition("=")
     if not key.startswith(("train", "prompts")):
-        assert "interpolation" in fault(tmp_path, DiffusionRun, text=yaml.safe_dump({**DIFFUSION, key: value}))
+        assert "interpolation" in fault(tmp_path, DiffusionTrainingConfig, text=yaml.safe_dump({**DIFFUSION, key: value}))
 
 
 @pytest.mark.parametrize(
@@ -234,27 +243,27 @@ def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
-    said = fault(tmp_path, ClipRun, text=text)
+    said = fault(tmp_path, ClipTrainingConfig, text=text)
     assert message in said and len(said) < 700
 
 
 def test_a_mark_of_the_byte_order_aliases_merge_keys_and_numbers_with_an_exponent_are_read(tmp_path: Path) -> None:
     text = "\ufeffrun: &r a\ndata: &d {source: shapes, size: 9}\ntrain: {lr: 1e-4}\n"
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    settings = config.load(ClipRun, tmp_path / "a.yaml")
+    settings = config.load(ClipTrainingConfig, tmp_path / "a.yaml")
     assert (settings.run, settings.data.size, settings.train.lr) == ("a", 9, 1e-4)
     (tmp_path / "a.yaml").write_text("run: &r a\ndata:\n  <<: {source: shapes, size: 9}\n  size: 8\nmodel: {}\n")
-    assert config.load(ClipRun, tmp_path / "a.yaml").data.size == 8
+    assert config.load(ClipTrainingConfig, tmp_path / "a.yaml").data.size == 8
     with pytest.raises(ConfigError, match="is not UTF-8"):
         (tmp_path / "a.yaml").write_bytes(b"run: caf\xe9\n")
-        config.load(ClipRun, tmp_path / "a.yaml")
+        config.load(ClipTrainingConfig, tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
     "override", ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"]
 )
 def test_odd_overrides_are_one_line(tmp_path: Path, override: str) -> None:
-    assert len(fault(tmp_path, DiffusionRun, override)) < 700
+    assert len(fault(tmp_path, DiffusionTrainingConfig, override)) < 700
 
 
 @pytest.mark.parametrize("value", [10**30, 10**4000, -(10**30), 10**10])
@@ -296,12 +305,12 @@ def test_missing_binary_and_odd_files(tmp_path: Path) -> None:
         (binary, "is UTF-16: save it as UTF-8"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
-            config.load(ClipRun, file)
+            config.load(ClipTrainingConfig, file)
         assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_frozen_and_every_field_has_a_type_that_is_checked() -> None:
-    settings = config.build(DiffusionRun, DIFFUSION)
+    settings = config.build(DiffusionTrainingConfig, DIFFUSION)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.run = "other"  # type: ignore[misc]
 
@@ -328,8 +337,8 @@ def test_no_torch_is_imported() -> None:
 def kind(file: Path) -> type:
     keys = yaml.safe_load(file.read_text()).keys()
     if "diffusion" in keys:
-        return ClassifierRun
-    return DiffusionRun if "unet" in keys else AutoencoderRun if "loss" in keys else ClipRun
+        return ClassifierTrainingConfig
+    return DiffusionTrainingConfig if "unet" in keys else AutoencoderTrainingConfig if "loss" in keys else ClipTrainingConfig
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: str(f.relative_to(ROOT / "configs")))
@@ -341,12 +350,12 @@ def test_shipped_file_is_sound(file: Path) -> None:
 
     settings = config.load(kind(file), file)
     with torch.device("meta"):
-        if isinstance(settings, AutoencoderRun):
+        if isinstance(settings, AutoencoderTrainingConfig):
             image = torch.zeros(1, settings.data.image_channels, settings.data.image_size, settings.data.image_size)
             assert AutoencoderKL(settings.model)(image)[0].shape == image.shape
             if settings.loss.gan > 0:
                 PatchDiscriminator(settings.model.image_channels, settings.loss.disc_channels, settings.loss.disc_layers)(image)
-        elif isinstance(settings, DiffusionRun):
+        elif isinstance(settings, DiffusionTrainingConfig):
             from ldm.diffusion.condition import Condition
 
             context = None if settings.text == config.NONE else torch.zeros(1, 7, 48)
@@ -355,7 +364,7 @@ def test_shipped_file_is_sound(file: Path) -> None:
             x = torch.zeros(1, channels, side, side)
             unet = UNet(settings.unet, channels, channels, 48 if context is not None else None)
             assert unet(x, torch.zeros(1, dtype=torch.long), Condition(context=context)).shape == x.shape
-        elif isinstance(settings, ClassifierRun):
+        elif isinstance(settings, ClassifierTrainingConfig):
             from ldm.models.classifier import NoisyClassifier
 
             assert NoisyClassifier(settings.model, 4, 10)(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)).shape == (1, 10)

@@ -19,14 +19,14 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ConfigError, DataConfig
 from ldm.data import latent_cache as cache
 from ldm.data import rng as streams
-from ldm.data.dataset import Draws, Split, Stream, batches, collate, scattered, split_batch, validation_batches
+from ldm.data.dataset import BatchPlan, RandomFields, Stream, batches, collate, plan_batch, scattered, validation_batches
 from ldm.data.sample import BadSample, Sample, Skipped, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
 from ldm.errors import DataError
 
 SHAPES = DataConfig(source="shapes", image_size=24, size=12)
-DRAWS = Draws({"eps": (2, 3, 3), "posterior": (1, 4, 4)}, ("t", "drop"))
+DRAWS = RandomFields({"eps": (2, 3, 3), "posterior": (1, 4, 4)}, ("t", "drop"))
 
 
 class Ramp:
@@ -130,7 +130,7 @@ SPLITS = [(8, None, 1), (8, 4, 2), (8, 2, 1), (8, 2, 4), (8, 1, 2), (8, 2, 2)]
 @pytest.mark.parametrize(("batch", "micro", "processes"), SPLITS)
 def test_every_split_covers_the_same_positions_once(batch: int, micro: int | None, processes: int) -> None:
     for update in (0, 5):
-        parts = [split_batch(batch, micro, processes, rank) for rank in range(processes)]
+        parts = [plan_batch(batch, micro, processes, rank) for rank in range(processes)]
         covered = [p for part in parts for micro_batch in part.positions(update) for p in micro_batch]
         assert sorted(covered) == list(range(update * batch, (update + 1) * batch))
         assert all(len(list(part.positions(update))) == part.accumulation for part in parts)
@@ -140,7 +140,7 @@ def test_every_split_covers_the_same_positions_once(batch: int, micro: int | Non
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(8, None, 3), (8, 3, 1), (8, 4, 4)])
 def test_an_uneven_split_is_one_line(batch: int, micro: int | None, processes: int) -> None:
     with pytest.raises(ConfigError, match=r"train\.batch_size 8 is not a multiple of"):
-        split_batch(batch, micro, processes, 0)
+        plan_batch(batch, micro, processes, 0)
 
 
 def stream(**changes: Any) -> Stream:
@@ -149,12 +149,12 @@ def stream(**changes: Any) -> Stream:
 
 
 def test_batches_do_not_depend_on_workers_split_or_start() -> None:
-    whole = list(batches(stream(), Split(8, 8, 1, 0), 0, 3, workers=0))
+    whole = list(batches(stream(), BatchPlan(8, 8, 1, 0), 0, 3, workers=0))
     assert len(whole) == 3 and whole[0]["eps"].shape == (8, 2, 3, 3) and whole[0]["t"].dtype == torch.float64 and len(whole[0]["text"]) == 8
-    for other, wanted in zip(batches(stream(), Split(8, 8, 1, 0), 0, 3, workers=2), whole, strict=True):
+    for other, wanted in zip(batches(stream(), BatchPlan(8, 8, 1, 0), 0, 3, workers=2), whole, strict=True):
         assert same(other, wanted)
-    assert same(next(iter(batches(stream(), Split(8, 8, 1, 0), 2, 3, workers=0))), whole[2])  # resumed at update 2
-    parts = [list(batches(stream(), Split(8, 2, 2, rank), 1, 2, workers=0)) for rank in (0, 1)]
+    assert same(next(iter(batches(stream(), BatchPlan(8, 8, 1, 0), 2, 3, workers=0))), whole[2])  # resumed at update 2
+    parts = [list(batches(stream(), BatchPlan(8, 2, 2, rank), 1, 2, workers=0)) for rank in (0, 1)]
     pieces = [parts[rank][i] for i in (0, 1) for rank in (0, 1)]  # position runs over ranks, then over accumulation
     joined = {
         k: torch.cat([p[k] for p in pieces]) if isinstance(v, torch.Tensor) else [x for p in pieces for x in p[k]]
@@ -174,14 +174,14 @@ def test_each_name_position_and_seed_has_numbers_of_its_own() -> None:
 
 def test_one_epoch_shows_every_sample_once() -> None:
     data = DataConfig(source="shapes", image_size=8, size=5)
-    reading = Stream(Ramp(), data, 0, Draws({}))
+    reading = Stream(Ramp(), data, 0, RandomFields({}))
     for epoch in range(3):
         assert sorted(reading[epoch * 5 + i]["text"] for i in range(5)) == [f"number {i}" for i in range(5)]
 
 
 def test_flips_are_half_and_crops_even() -> None:
     data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
-    reading = Stream(Ramp(None, (8, 11)), data, 0, Draws({}))
+    reading = Stream(Ramp(None, (8, 11)), data, 0, RandomFields({}))
     pictures = [values(reading[p]["image"])[0] for p in range(4000)]
     flipped = np.array([row[0, 0] > row[0, 1] for row in pictures])
     left = np.array([row[0].min() for row in pictures])
@@ -196,7 +196,7 @@ def test_flips_are_half_and_crops_even() -> None:
 def test_each_choice_has_draws_of_its_own() -> None:
     """Mirror and place of the crop are those of the streams `flip` and `crop`, vertical first, and tell nothing of `t` and `drop`."""
     data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
-    reading, positions = Stream(Ramp(None, (8, 11)), data, 6, Draws({}, ("t", "drop"))), range(2000)
+    reading, positions = Stream(Ramp(None, (8, 11)), data, 6, RandomFields({}, ("t", "drop"))), range(2000)
     samples = [reading[p] for p in positions]
     rows = [values(sample["image"])[0, 0] for sample in samples]
     flipped, left = np.array([row[0] > row[1] for row in rows]), np.array([row.min() for row in rows])
@@ -208,7 +208,7 @@ def test_each_choice_has_draws_of_its_own() -> None:
 
 def test_an_image_comes_mirrored_and_not_and_in_another_crop_each_epoch() -> None:
     data = DataConfig(source="shapes", image_size=8, crop="random", flip=True)
-    reading = Stream(Ramp(3, side=(8, 40)), data, 0, Draws({}))
+    reading = Stream(Ramp(3, side=(8, 40)), data, 0, RandomFields({}))
     seen: dict[str, list[tuple[bool, int]]] = {}
     for position in range(60):  # twenty epochs
         sample = reading[position]
@@ -225,7 +225,7 @@ def test_a_caption_that_says_left_or_right_is_never_mirrored() -> None:
             sample = super().__getitem__(index)
             return Sample(sample.image, ("a cat Left of a dog", "the leftover", "on the right", "bright")[index % 4])
 
-    reading = Stream(Sided(None, (8, 8)), DataConfig(source="shapes", image_size=8, flip=True), 0, Draws({}))
+    reading = Stream(Sided(None, (8, 8)), DataConfig(source="shapes", image_size=8, flip=True), 0, RandomFields({}))
     mirrored: dict[str, list[bool]] = {}
     for p in range(200):
         row = values(reading[p]["image"])[0, 0]
@@ -235,20 +235,20 @@ def test_a_caption_that_says_left_or_right_is_never_mirrored() -> None:
 
 
 def test_tall_images_are_cropped_along_their_height() -> None:
-    reading = Stream(Ramp(None, (11, 8)), DataConfig(source="shapes", image_size=8, crop="random"), 0, Draws({}))
+    reading = Stream(Ramp(None, (11, 8)), DataConfig(source="shapes", image_size=8, crop="random"), 0, RandomFields({}))
     assert {int(values(reading[p]["image"])[1].min()) for p in range(100)} == {0, 1, 2, 3}
 
 
 def test_validation_is_in_order_in_the_middle_and_unmirrored() -> None:
     data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
-    reading = Stream(Ramp(5, (8, 10)), data, 0, Draws({"noise": (2,)}), validation=True)
+    reading = Stream(Ramp(5, (8, 10)), data, 0, RandomFields({"noise": (2,)}), validation=True)
     samples = [reading[p] for p in range(5)]
     assert [s["text"] for s in samples] == [f"number {i}" for i in range(5)]
     assert all(np.array_equal(values(s["image"])[0, 0], np.arange(1, 9)) for s in samples)
 
 
 def test_validation_is_shared_out_once_and_stops_at_the_source() -> None:
-    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}), validation=True)
+    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}), validation=True)
     shares = [[p for positions, _ in validation_batches(reading, 100, 2, rank, 2) for p in positions] for rank in (0, 1)]
     assert shares == [[0, 2, 4], [1, 3]]
     assert [positions for positions, _ in validation_batches(reading, 3, 2, 0, 1)] == [[0, 1], [2]]
@@ -264,16 +264,16 @@ def test_validation_draws_every_part_once_and_not_in_order(total: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_error_arrives_as_one_line(workers: int) -> None:
-    reading = Stream(Ramp(5, broken=3), DataConfig(source="shapes", image_size=8), 0, Draws({}))
+    reading = Stream(Ramp(5, broken=3), DataConfig(source="shapes", image_size=8), 0, RandomFields({}))
     with pytest.raises(DataError) as caught:
-        list(batches(reading, Split(5, 5, 1, 0), 0, 1, workers))
+        list(batches(reading, BatchPlan(5, 5, 1, 0), 0, 1, workers))
     assert str(caught.value) == "picture-7.png: cannot be decoded"
 
 
 def test_workers_leave_signals_to_the_trainer() -> None:
     """Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group, but the trainer still needs its batches."""
-    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}))
-    feed = batches(reading, Split(5, 5, 1, 0), 0, 30, workers=2)
+    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}))
+    feed = batches(reading, BatchPlan(5, 5, 1, 0), 0, 30, workers=2)
     for _ in range(2):  # one from each, so that both are at work
         next(feed)
     workers = multiprocessing.active_children()
@@ -288,8 +288,8 @@ def test_workers_leave_signals_to_the_trainer() -> None:
 
 
 def test_closing_the_feed_ends_its_workers_in_spite_of_a_signal() -> None:
-    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, Draws({}))
-    feed = batches(reading, Split(5, 5, 1, 0), 0, 1000, workers=1)
+    reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}))
+    feed = batches(reading, BatchPlan(5, 5, 1, 0), 0, 1000, workers=1)
     next(feed)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGTERM)
@@ -314,7 +314,7 @@ HOLES = DataConfig(source="shapes", image_size=8)
 
 def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
     order = streams.Order(7, 10)
-    whole, holes = (Stream(source(10), HOLES, 7, Draws({"eps": (2,)}, ("t",))) for source in (Ramp, Holes))
+    whole, holes = (Stream(source(10), HOLES, 7, RandomFields({"eps": (2,)}, ("t",))) for source in (Ramp, Holes))
     taken = {}
     for position in range(40):
         a, b = holes[position], whole[position]
@@ -326,9 +326,9 @@ def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
     substitutes = [taken[p] for p in range(40) if order[p] in Holes.damaged]
     assert len(substitutes) == 12 and len(set(substitutes)) > 3  # not the same neighbour each time
     for workers, split in ((0, (0, 1)), (2, (0, 1)), (0, (1, 2)), (0, (0, 2))):
-        fresh = Stream(Holes(10), HOLES, 7, Draws({}))
+        fresh = Stream(Holes(10), HOLES, 7, RandomFields({}))
         rank, processes = split
-        rows = Split(20, 20 // processes, processes, rank)
+        rows = BatchPlan(20, 20 // processes, processes, rank)
         read = [
             (p, text)
             for batch in batches(fresh, rows, 1, 2, workers)
@@ -339,14 +339,14 @@ def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
 
 
 def test_validation_has_substitutes_too_and_a_set_of_ruins_stops_the_run() -> None:
-    stream = Stream(Holes(10), HOLES, 7, Draws({}), validation=True)
+    stream = Stream(Holes(10), HOLES, 7, RandomFields({}), validation=True)
     texts = [stream[i]["text"] for i in range(10)]
     assert [t for i, t in enumerate(texts) if i not in Holes.damaged] == [f"number {i}" for i in range(10) if i not in Holes.damaged]
     assert len(texts) == 10 and [stream[i]["text"] for i in range(10)] == texts and len(stream.skipped) == 3
     ruins = Holes(2)
     ruins.damaged = frozenset({0, 1})  # type: ignore[misc]
     with pytest.raises(DataError, match=r"100 samples in a row cannot be read, the last: [01]\.png"):
-        list(batches(Stream(ruins, HOLES, 0, Draws({})), Split(5, 5, 1, 0), 0, 1, 1))
+        list(batches(Stream(ruins, HOLES, 0, RandomFields({})), BatchPlan(5, 5, 1, 0), 0, 1, 1))
     assert [(i, s.text) for i, s in readable(Holes(7))] == [(i, f"number {i}") for i in (0, 2, 3, 6)]
     assert [i for i, _ in readable(Holes(7), [5, 3, 0])] == [3, 0]
 
@@ -372,7 +372,7 @@ def test_cached_moments_are_those_of_a_direct_encoding(tmp_path: Path, monkeypat
 
 def test_a_cached_stream_gives_what_the_image_stream_gives_and_never_the_same_noise(tmp_path: Path) -> None:
     network, source, bound = write(tmp_path / "latents")
-    draws = Draws({"posterior": (2, 12, 12)})
+    draws = RandomFields({"posterior": (2, 12, 12)})
     cached = Stream(source, FLIPPING, 3, draws, cache.LatentCache(tmp_path / "latents", bound))
     direct = Stream(source, FLIPPING, 3, draws)
     latents: dict[str, list[torch.Tensor]] = {}
@@ -412,7 +412,7 @@ def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(tmp_pat
     assert held.skipped == {i: Skipped(f"{i}.png", "cannot be decoded") for i in Holes.damaged}
     with pytest.raises(BadSample, match=r"4\.png: cannot be decoded"):
         held.moments(4)
-    cached, direct = Stream(holes, data, 3, Draws({}), held), Stream(holes, data, 3, Draws({}))
+    cached, direct = Stream(holes, data, 3, RandomFields({}), held), Stream(holes, data, 3, RandomFields({}))
     assert set(cached.skipped) == set(held.skipped.values())  # known before the first sample
     for position in range(20):
         a, b = cached[position], direct[position]

@@ -21,7 +21,7 @@ from support.stages import DIFFUSION
 
 from ldm.cli.main import main
 from ldm.config import DataConfig
-from ldm.data.dataset import Draws, Split, Stream, batches
+from ldm.data.dataset import BatchPlan, RandomFields, Stream, batches
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Sample
 from ldm.data.workers import Workers
@@ -74,10 +74,10 @@ class Fatal(FolderSource):
 def test_a_worker_that_dies_or_hangs_is_one_line_with_its_place(photos: Path, how: str, said: str) -> None:
     data = DataConfig(folder=str(photos), captions="none", image_size=8, min_side=8, worker_timeout=1)
     source = Fatal(data, 0, how)
-    stream = Stream(source, data, 0, Draws({}))
+    stream = Stream(source, data, 0, RandomFields({}))
     position = next(p for p in range(100) if stream.order[p] == 0)
     before = signal.getsignal(signal.SIGCHLD), signal.getsignal(signal.SIGALRM)
-    feed, got = batches(stream, Split(1, 1, 1, 0), max(0, position - 3), position + 9, workers=2), 0
+    feed, got = batches(stream, BatchPlan(1, 1, 1, 0), max(0, position - 3), position + 9, workers=2), 0
     with pytest.raises(DataError) as caught:
         for _ in feed:
             got += 1
@@ -112,10 +112,10 @@ def test_workers_that_have_not_begun_are_ended_too(photos: Path, monkeypatch: py
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", slowly)
     data = DataConfig(folder=str(photos), captions="none", image_size=8, min_side=8)
     source = Fatal(data, 0, "ended")
-    stream, began = Stream(source, data, 0, Draws({})), time.monotonic()
+    stream, began = Stream(source, data, 0, RandomFields({})), time.monotonic()
     first = next(p for p in range(100) if stream.order[p] == 0)
     with pytest.raises(DataError, match=r"data worker( \d+)? ended"):
-        next(batches(stream, Split(1, 1, 1, 0), first, first + 9, workers=2))
+        next(batches(stream, BatchPlan(1, 1, 1, 0), first, first + 9, workers=2))
     assert multiprocessing.active_children() == [] and time.monotonic() - began < PATIENCE / 2
 
 
@@ -124,7 +124,7 @@ def test_an_error_of_a_worker_is_not_its_end(photos: Path) -> None:
     source = Fatal(data, 0, "killed")
     source.how = "unknown"  # a KeyError
     with pytest.raises(KeyError, match="Caught KeyError in DataLoader worker process 0"):
-        list(batches(Stream(source, data, 0, Draws({})), Split(1, 1, 1, 0), 0, 20, workers=1))
+        list(batches(Stream(source, data, 0, RandomFields({})), BatchPlan(1, 1, 1, 0), 0, 20, workers=1))
 
 
 @pytest.fixture

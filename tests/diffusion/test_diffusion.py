@@ -113,7 +113,7 @@ def test_fractional_steps_lie_between_in_lambda(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_terminal_snr_as_printed(name: str) -> None:
-    """√ᾱ'_t = (√ᾱ_t − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T): first value kept, last exactly 0, β_T = 1 (math.md F4)."""
+    """√ᾱ'_t = (√ᾱ_t − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T): first value kept, last exactly 0, β_T = 1 (docs/equations.md F4)."""
     plain, zero = (Schedule.from_config(ScheduleConfig(name, zero_terminal_snr=flag)) for flag in (False, True))
     signal, last = plain.alphas_cumprod.sqrt(), torch.tensor(999)
     expected = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])

@@ -1,4 +1,4 @@
-"""Langevin samplers: the step against the closed form on a Gaussian, the rest against DDIM and on a mixture (math.md S4)."""
+"""Langevin samplers: the step against the closed form on a Gaussian, the rest against DDIM and on a mixture (docs/equations.md S4)."""
 
 import math
 

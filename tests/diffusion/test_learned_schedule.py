@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import ConfigError, DiffusionRun, ObjectiveConfig, ScheduleConfig
+from ldm.config import ConfigError, DiffusionTrainingConfig, ObjectiveConfig, ScheduleConfig
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.learned_schedule import RANGES, LearnedSchedule, Watched, error_and_slope, schedule_loss
+from ldm.diffusion.learned_schedule import RANGES, InputTap, LearnedSchedule, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.pipeline import Pipeline
@@ -99,7 +99,7 @@ def network(channels: int, outputs: int) -> Function:
 
 
 def watched(schedule: Schedule, model: Function, x0: Tensor, eps: Tensor, t: Tensor, target: str = "eps") -> tuple[Tensor, Tensor]:
-    seen = Watched(model)
+    seen = InputTap(model)
     seen(schedule.add_noise(x0, eps, t), t, Condition())
     return error_and_slope(schedule, target, seen, x0, eps, t)
 
@@ -320,8 +320,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def settings(run: Path, *overrides: str) -> DiffusionRun:
-    return configuration.load(DiffusionRun, run.parent / "ldm.yaml", list(overrides))
+def settings(run: Path, *overrides: str) -> DiffusionTrainingConfig:
+    return configuration.load(DiffusionTrainingConfig, run.parent / "ldm.yaml", list(overrides))
 
 
 def saved(run: Path) -> LearnedSchedule:
@@ -376,7 +376,9 @@ def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: 
     chosen = settings(run, f"objective.target={target}")
     task = DiffusionTask(chosen, lambda _: None)
     table = configuration.to_dict(saved(run).given())
-    fixed = DiffusionTask(configuration.build(DiffusionRun, {**configuration.to_dict(chosen), "schedule": table}), lambda _: None)
+    fixed = DiffusionTask(
+        configuration.build(DiffusionTrainingConfig, {**configuration.to_dict(chosen), "schedule": table}), lambda _: None
+    )
     assert task.learned is not None and fixed.learned is None and list(fixed.networks) == ["unet"]
     task.learned.load_state_dict(saved(run).state_dict())
     mine, theirs = gradients_of_the_network(task), gradients_of_the_network(fixed)

@@ -22,7 +22,7 @@ from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import TARGETS, DataConfig, DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import TARGETS, DataConfig, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data.sample import BadSample, Sample, Skipped
 from ldm.data.sources import open_source
 from ldm.diffusion import gaussian
@@ -627,7 +627,7 @@ def test_neither_batches_nor_processes_matter(untrained: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_figures_are_nats_over_the_images_dimensions(untrained: Path) -> None:
     """The mean over images, each divided by 3·16·16·ln 2, and its error, from the rows themselves; all T here."""
-    config = configuration.load(DiffusionRun, untrained / "config.yaml")
+    config = configuration.load(DiffusionTrainingConfig, untrained / "config.yaml")
     pipe, found = Pipeline.from_pretrained(untrained, "cpu"), measured(untrained, timesteps=0, variance="beta")
     assert found["timesteps"] == STEPS - 1
     rows = measure(pipe, open_source(config.data, "validation"), config.data, range(5), 0, ["beta"], found.get("decoder_std"), 1)

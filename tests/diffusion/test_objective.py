@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 import ldm.config
 from ldm.cli.main import main
-from ldm.config import TARGETS, ConfigError, DiffusionRun, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import TARGETS, ConfigError, DiffusionTrainingConfig, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
@@ -65,7 +65,7 @@ def test_the_score_target_is_the_gradient_of_the_kernel(schedule: Schedule) -> N
 
 
 def test_losses_of_the_targets_differ_by_the_snr(schedule: Schedule) -> None:
-    """‖Δε‖² = SNR ‖Δx_0‖², ‖Δv‖² = (SNR + 1) ‖Δx_0‖², ‖Δscore‖² = ‖Δε‖²/s² (math.md L2)."""
+    """‖Δε‖² = SNR ‖Δx_0‖², ‖Δv‖² = (SNR + 1) ‖Δx_0‖², ‖Δscore‖² = ‖Δε‖²/s² (docs/equations.md L2)."""
     t = torch.arange(1000)
     x0, eps, wrong = randn(1000, 4), randn(1000, 4), randn(1000, 4)
     plain = errors(schedule, ObjectiveConfig("x0"), x0, eps, t, wrong)
@@ -483,7 +483,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(folder: Path, *overrides: str) -> DiffusionTask:
-    return DiffusionTask(ldm.config.load(DiffusionRun, folder / "ldm.yaml", list(overrides)), lambda _: None)
+    return DiffusionTask(ldm.config.load(DiffusionTrainingConfig, folder / "ldm.yaml", list(overrides)), lambda _: None)
 
 
 def history(run: Path, step: int) -> dict[str, Any]:
@@ -587,4 +587,4 @@ def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(train
 )
 def test_what_does_not_fit_is_refused(trained: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ldm.config.load(DiffusionRun, trained / "ldm.yaml", overrides)
+        ldm.config.load(DiffusionTrainingConfig, trained / "ldm.yaml", overrides)

@@ -25,7 +25,7 @@ from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
 from ldm.diffusion.samplers.edm import adams_weights, dpm2, euler, euler_ancestral, heun, lms
 from ldm.diffusion.samplers.grids import GRIDS
-from ldm.diffusion.samplers.path import Path
+from ldm.diffusion.samplers.path import Nodes
 from ldm.diffusion.samplers.pndm import plms
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.samplers.unipc import unipc
@@ -74,9 +74,9 @@ VARIANCE_EXPLODING = (  # they hold x/α
 )  # fmt: skip
 
 
-def in_float64(theirs: Any, path: Path) -> Tensor:
+def in_float64(theirs: Any, nodes: Nodes) -> Tensor:
     """Put float64 in place of a scheduler's float32 levels, which must be equal to rounding. Returns the level of each call."""
-    levels = expanded = path.level
+    levels = expanded = nodes.level
     if isinstance(theirs, diffusers.HeunDiscreteScheduler):
         expanded = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
     if isinstance(theirs, diffusers.KDPM2DiscreteScheduler):
@@ -104,20 +104,20 @@ class InFloat64:
 
 def followed(theirs: Any, schedule: Schedule, target: str, grid: Tensor, x: Tensor, **step: Any) -> Tensor:
     """Where their loop ends from x; the network is asked at the t of their level, unrounded."""
-    denoise, path = network(schedule, target), Path.of(schedule, grid, x)
+    denoise, nodes = network(schedule, target), Nodes.of(schedule, grid, x)
     if hasattr(theirs, "sigmas"):
-        asked = [schedule.time(-torch.log(level)) for level in in_float64(theirs, path)]
+        asked = [schedule.time(-torch.log(level)) for level in in_float64(theirs, nodes)]
     else:
         asked = list(theirs.timesteps)
     if hasattr(theirs, "set_begin_index"):
         theirs.set_begin_index(0)  # or they look for the first of rounded t, which may be there twice
     explodes = isinstance(theirs, VARIANCE_EXPLODING)
-    sample = x / path.alpha[0].to(x.dtype) if explodes else x
+    sample = x / nodes.alpha[0].to(x.dtype) if explodes else x
     for i, t in enumerate(theirs.timesteps):
         model_input = theirs.scale_model_input(sample, t)
         more = {name: value(i) for name, value in step.items()}
         sample = theirs.step(denoise(model_input, asked[i].expand(len(x))), t, sample, **more).prev_sample
-    return sample * path.alpha[-1].to(x.dtype) if explodes else sample
+    return sample * nodes.alpha[-1].to(x.dtype) if explodes else sample
 
 
 ALL = ("eps", "x0", "v")
@@ -418,7 +418,7 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
     """The network is asked about it next; and where it always sees the same image, what follows depends on it alone."""
     schedule, grid = process("linear"), GRIDS["trailing"](process("linear"), 5)
     grid[-1] = 0
-    path, x = Path.of(schedule, grid, torch.zeros(1)), torch.randn(2, 3, dtype=torch.float64)
+    nodes, x = Nodes.of(schedule, grid, torch.zeros(1)), torch.randn(2, 3, dtype=torch.float64)
     image, noise, given = torch.full_like(x, 0.3), drawn(30, x), torch.randn_like(x)
     told: list[tuple[int, Tensor, Tensor]] = []
     asked: list[Tensor] = []
@@ -443,7 +443,7 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
         expected = given
         if not SAMPLERS[name].stochastic and name not in ("lms", "plms"):  # these two remember the slopes of what was replaced
             for i in range(replaced + 1, 5):
-                expected = path.alpha[i + 1] * image + path.sigma[i + 1] * (expected - path.alpha[i] * image) / path.sigma[i]
+                expected = nodes.alpha[i + 1] * image + nodes.sigma[i + 1] * (expected - nodes.alpha[i] * image) / nodes.sigma[i]
                 torch.testing.assert_close(told[i][1], expected)
 
 
@@ -461,8 +461,8 @@ def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]
     solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=start)
     assert len(asked) == 5 and all(torch.equal(a, b) for a, b in zip(asked[:3], [x, *start], strict=True))
     if solver is not lms:  # it remembers the slopes at the first two
-        path = Path.of(schedule, grid, x)
-        expected = path.alpha[3] * image + path.sigma[3] * (start[1] - path.alpha[2] * image) / path.sigma[2]
+        nodes = Nodes.of(schedule, grid, x)
+        expected = nodes.alpha[3] * image + nodes.sigma[3] * (start[1] - nodes.alpha[2] * image) / nodes.sigma[2]
         torch.testing.assert_close(asked[3], expected)
     with pytest.raises(ValueError, match="start must hold at most 5 samples, one for each node after the first, got 6"):
         solver(Denoiser(schedule, "x0", denoise), x, grid, drawn(5, x), start=[x] * 6)
@@ -521,8 +521,8 @@ def test_ddim_makes_as_many_calls_as_steps() -> None:
 @pytest.mark.slow
 def test_ddim_makes_as_many_calls_as_steps_for_every_number() -> None:
     """Half a million steps, in a process without the type checks, which make them ten times slower."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.nodes.dirname(os.nodes.abspath(__file__))
     code = "import test_solvers as t; t.check_ddim_calls(range(1, 1001), t.process('scaled_linear')); print('all')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(here)), os.path.dirname(here), here])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.nodes.dirname(os.nodes.dirname(here)), os.nodes.dirname(here), here])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "all\n", done.stderr

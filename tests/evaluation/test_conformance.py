@@ -1,4 +1,4 @@
-"""Every sampler converges as it says and reaches its target; the kit's own measures against closed forms (math.md S5)."""
+"""Every sampler converges as it says and reaches its target; the kit's own measures against closed forms (docs/equations.md S5)."""
 
 import json
 import math

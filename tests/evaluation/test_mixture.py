@@ -1,4 +1,4 @@
-"""The oracle of all samplers and objectives, against numerical integration, Monte Carlo and autograd (math.md F6)."""
+"""The oracle of all samplers and objectives, against numerical integration, Monte Carlo and autograd (docs/equations.md F6)."""
 
 import math
 

@@ -19,7 +19,7 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import SCHEDULES, ClipConfig, DataConfig, DiffusionRun, SampleConfig, ScheduleConfig, to_dict
+from ldm.config import SCHEDULES, ClipConfig, DataConfig, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, to_dict
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
 from ldm.diffusion.schedule import Schedule
@@ -65,7 +65,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(PROMPTS, clip.merges, clip.max_length)
     text = from_clip(build_clip(clip, tokenizer, 32, 3), tokenizer)
     codec = LatentCodec(AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval())
-    settings = configuration.build(DiffusionRun, {"run": "run", "autoencoder": "run", "text": "run", **RUN})
+    settings = configuration.build(DiffusionTrainingConfig, {"run": "run", "autoencoder": "run", "text": "run", **RUN})
     unet = UNet(settings.unet, 4, 4, 16)
     for parameter in unet.parameters():  # its last layer begins at 0
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -77,7 +77,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in (("pixels", "textures"), ("silent", "shapes")):
         pixels.save_pretrained(folder / name / "model")
         tree = {"run": name, "autoencoder": "none", "text": "none", **RUN, "data": {**RUN["data"], "source": source}}
-        configuration.save(configuration.build(DiffusionRun, tree), folder / name / "config.yaml")
+        configuration.save(configuration.build(DiffusionTrainingConfig, tree), folder / name / "config.yaml")
     return folder
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import AutoencoderRun, ConfigError, DiffusionRun, load_run
+from ldm.config import AutoencoderTrainingConfig, ConfigError, DiffusionTrainingConfig, load_run
 from ldm.data.sample import BadSample
 from ldm.data.sources import open_source
 from ldm.evaluation.report import panels
@@ -146,7 +146,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         run = tmp_path / "run"
         (run / "samples").mkdir(parents=True)
         tree = {"run": "x", "data": {"source": "shapes", "image_size": 32, "size": 8}, "autoencoder": "none", "text": "none", **settings}
-        configuration.save(configuration.build(DiffusionRun, tree), run / "config.yaml")
+        configuration.save(configuration.build(DiffusionTrainingConfig, tree), run / "config.yaml")
         if logged is not None:
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
         if status is not None:
@@ -322,7 +322,7 @@ def test_a_picture_that_is_being_written_is_named(make_run: Callable[..., Path])
 
 def measured(trained: Path) -> tuple[list[float], list[np.ndarray], list[str]]:
     """PSNR of every validation image by another route, the images and their captions."""
-    settings = configuration.load(AutoencoderRun, trained / "autoencoder/config.yaml")
+    settings = configuration.load(AutoencoderTrainingConfig, trained / "autoencoder/config.yaml")
     source, codec = open_source(settings.data, "validation"), load_codec(trained / "autoencoder")
     samples = [source[i] for i in range(source.length or 0)]
     decibels = []
@@ -392,10 +392,10 @@ def test_reconstructions_that_are_not_there_are_one_sentence(trained: Path, make
     run = make_run()
     assert "diffuses the pixels themselves" in write(run).text["reconstructions"]
     tree = configuration.to_dict(load_run(trained / "ldm"))
-    configuration.save(configuration.build(DiffusionRun, {**tree, "autoencoder": "gone"}), run / "config.yaml")
+    configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, "autoencoder": "gone"}), run / "config.yaml")
     assert "None: no autoencoder gone" in write(run).text["reconstructions"]
     data = {**tree["data"], "folder": str(tmp_path / "moved")}
-    configuration.save(configuration.build(DiffusionRun, {**tree, "data": data}), run / "config.yaml")
+    configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, "data": data}), run / "config.yaml")
     assert "None: no folder" in write(run).text["reconstructions"]
     (run / "config.yaml").write_text((trained / "autoencoder/config.yaml").read_text())
     page = write(run)

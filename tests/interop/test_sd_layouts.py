@@ -594,11 +594,11 @@ def test_shipped_configurations_have_the_published_sizes(file: str, name: str, c
     path = ROOT / "configs" / file
     with torch.device("meta"):
         if context_dim is None:
-            run = settings.load(settings.AutoencoderRun, path)
+            run = settings.load(settings.AutoencoderTrainingConfig, path)
             ours, theirs = AutoencoderKL(run.model), both(name)[0]
             assert run.model == from_diffusers(PUBLISHED[name][0])
         else:
-            run = settings.load(settings.DiffusionRun, path)
+            run = settings.load(settings.DiffusionTrainingConfig, path)
             ours, theirs = UNet(run.unet, 4, 4, context_dim), both(name)[0]
             assert run.unet == unet_from_diffusers(published_unet(name))[0]
     assert count(ours) == PUBLISHED[name][1]

@@ -17,7 +17,7 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import ClassifierConfig, ClassifierRun, ConfigError, DataConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import ClassifierConfig, ClassifierTrainingConfig, ConfigError, DataConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data.dataset import Stream, collate, scattered
 from ldm.data.digits import caption
 from ldm.data.sources import open_source
@@ -139,7 +139,7 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(here: Path, tmp_path: Pat
 
 def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: x_t = a x_0 + s ε at the t of the draw, −log softmax at the digit that is written."""
-    task = ClassifierTask(configuration.load(ClassifierRun, here / "pixels.yaml"), print)
+    task = ClassifierTask(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml"), print)
     batch = collate([task.stream[i] for i in range(8)])
     seen: list[torch.Tensor] = []
     logged = task.micro_step(batch, 0, seen.append)
@@ -157,7 +157,7 @@ def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: py
 
 def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
     """Image by image: t from its part of 1…T, −log softmax at the digit, and whether it is the likeliest."""
-    task = ClassifierTask(configuration.load(ClassifierRun, here / "pixels.yaml", ["train.validation_size=43"]), print)
+    task = ClassifierTask(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml", ["train.validation_size=43"]), print)
     schedule, parts, found = task.schedule, scattered(list(range(43)), 43), []
     with torch.no_grad():
         task.classifier.linear.weight *= 20

@@ -31,7 +31,7 @@ from ldm.models.lora import Lora
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import autoencoder_hash
-from ldm.pipeline.provenance import Origin, read_origin
+from ldm.pipeline.provenance import Provenance, read_provenance
 
 PROMPT = "a small red circle on a white background"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -335,7 +335,7 @@ def test_batches_are_those_of_drawing(images: int, batch_size: int, processes: i
     shares = [list(range(images))[rank::processes] for rank in range(processes)]
     cut = [share[i : i + batch_size] for share in shares for i in range(0, len(share), batch_size)]
     work = {"images": images, "batch_size": batch_size, "processes": processes}
-    grid = Origin(("",) * images, None, SampleConfig(), 32, "", drawn=work)
+    grid = Provenance(("",) * images, None, SampleConfig(), 32, "", drawn=work)
     assert sorted(list(batch) for batch in grid.batches()) == sorted(cut)
     for index in range(images):
         (batch,) = dataclasses.replace(grid, prompts=("",), index=index).batches()
@@ -383,8 +383,8 @@ def test_what_is_no_picture_of_ours_is_one_line(call: Call, plain: dict[str, Pat
 def test_the_picture_is_kept(call: Call, plain: dict[str, Path], tmp_path: Path) -> None:
     file = plain["run"]
     assert call("reproduce", file, "--out", tmp_path / "again.png")[0] == 0
-    again, array = read_origin(tmp_path / "again.png")
-    assert again == read_origin(file)[0] and np.array_equal(array, pixels(file))
+    again, array = read_provenance(tmp_path / "again.png")
+    assert again == read_provenance(file)[0] and np.array_equal(array, pixels(file))
     for out in (file, tmp_path, tmp_path / "no/where.png"):
         code, error = call("reproduce", file, "--out", out)
         assert code == 2 and f"--out {out} must be a file" in error

@@ -14,7 +14,7 @@ import torch
 
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import DiffusionRun, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import DiffusionTrainingConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 
@@ -31,7 +31,7 @@ def make(path: Path, **given: Any) -> Path:
     """A run as its files tell it."""
     tree = {"run": str(path), "data": {"source": "shapes", "size": 24}, "autoencoder": "a", "text": "t", "sample": {"steps": 4}}
     path.mkdir()
-    configuration.save(configuration.build(DiffusionRun, {**tree, **given.get("config", {})}), path / "config.yaml")
+    configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, **given.get("config", {})}), path / "config.yaml")
     data = {"images": 24, "train": "1f", "validation": "2f", **given.get("data", {})}
     for step in (1, 2):
         folder = path / f"checkpoints/step-{step:08d}"

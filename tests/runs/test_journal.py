@@ -17,7 +17,7 @@ from PIL import Image
 from support.stages import DIFFUSION
 
 from ldm.cli.main import main
-from ldm.config import DiffusionRun, load
+from ldm.config import DiffusionTrainingConfig, load
 from ldm.data.sample import Skipped
 from ldm.errors import DataError, RunError
 from ldm.runs import journal
@@ -128,7 +128,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_start_that_cannot_be_written_is_an_error(file: Path, tmp_path: Path) -> None:
-    settings = load(DiffusionRun, file)
+    settings = load(DiffusionTrainingConfig, file)
     with RunDirectory(tmp_path) as run:
         run.start(settings)
         record(run, range(1, 3))

@@ -14,7 +14,7 @@ import yaml
 from support.stages import DIFFUSION
 
 from ldm.cli.main import main
-from ldm.config import AutoencoderRun, ClipRun, DataConfig, build, load
+from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DataConfig, build, load
 from ldm.errors import RunError
 from ldm.runs.directory import RunDirectory, refused_changes
 from ldm.runs.records import read_metrics, read_status
@@ -22,7 +22,7 @@ from ldm.runs.records import read_metrics, read_status
 BASE = {"run": "runs/x", "data": {"source": "shapes", "image_size": 32}, "train": {"steps": 10}}
 
 
-def config(**changes: object) -> AutoencoderRun:
+def config(**changes: object) -> AutoencoderTrainingConfig:
     """BASE with `a__b=c` for a.b=c."""
     tree = json.loads(json.dumps(BASE))
     for key, value in changes.items():
@@ -31,7 +31,7 @@ def config(**changes: object) -> AutoencoderRun:
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
-    return build(AutoencoderRun, tree)
+    return build(AutoencoderTrainingConfig, tree)
 
 
 HOLDER = """
@@ -99,10 +99,10 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
 def test_config_is_saved_and_may_change_where_learning_does_not(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.start(config())
-        assert load(AutoencoderRun, tmp_path / "config.yaml") == config()
+        assert load(AutoencoderTrainingConfig, tmp_path / "config.yaml") == config()
         harmless = config(train__log_every=3, train__trackers=[], data__workers=4, train__micro_batch=8, train__steps=20, run="elsewhere")
         run.start(harmless)
-        assert load(AutoencoderRun, tmp_path / "config.yaml") == harmless
+        assert load(AutoencoderTrainingConfig, tmp_path / "config.yaml") == harmless
 
 
 @pytest.mark.parametrize("key", ["train__lr", "loss__kl", "data__image_size", "train__seed", "train__batch_size"])
@@ -128,7 +128,7 @@ def test_another_commands_run_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.start(config())
         with pytest.raises(RunError, match="no configuration of this command"):
-            run.start(ClipRun("x", DataConfig(source="shapes", image_size=32)))
+            run.start(ClipTrainingConfig("x", DataConfig(source="shapes", image_size=32)))
 
 
 def test_metrics_are_json_lines_and_cut_back(tmp_path: Path) -> None:

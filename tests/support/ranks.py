@@ -20,14 +20,19 @@ from torch import nn
 
 from ldm import config as configuration
 from ldm.cli.console import Console
-from ldm.cli.main import leave
 from ldm.cli.training import make_task
-from ldm.config import AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
+from ldm.config import AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 from ldm.distributed.launch import launched
 from ldm.runs.checkpoints import folder as shelf
 from ldm.training.loop import Loop
 
-KINDS = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun, "lora": DiffusionRun, "classifier": ClassifierRun}
+KINDS = {
+    "autoencoder": AutoencoderTrainingConfig,
+    "clip": ClipTrainingConfig,
+    "ldm": DiffusionTrainingConfig,
+    "lora": DiffusionTrainingConfig,
+    "classifier": ClassifierTrainingConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,16 @@ def sabotage(out: Path, command: str, config: str) -> None:
     from accelerate import Accelerator
 
     from ldm.data import rng as streams
-    from ldm.data.dataset import Split
+    from ldm.data.dataset import BatchPlan
 
     rank = int(os.environ["RANK"])
-    whole = {"prepare_model": Accelerator.prepare_model, "positions": Split.positions, "normal": streams.normal}
+    whole = {"prepare_model": Accelerator.prepare_model, "positions": BatchPlan.positions, "normal": streams.normal}
 
     def unwrapped(self: Any, network: nn.Module) -> nn.Module:
         return network
 
-    def all_as_first(self: Split, update: int) -> Any:
-        return whole["positions"](Split(self.batch_size, self.micro_batch, self.processes, 0), update)
+    def all_as_first(self: BatchPlan, update: int) -> Any:
+        return whole["positions"](BatchPlan(self.batch_size, self.micro_batch, self.processes, 0), update)
 
     def same_noise(seed: int, stream: str, position: int, shape: Any) -> Any:
         return whole["normal"](seed, stream, position - position % 4, shape)
@@ -129,7 +134,7 @@ def sabotage(out: Path, command: str, config: str) -> None:
     plans = {
         "gradients": (Accelerator, "prepare_model", unwrapped),
         "weights": (Accelerator, "prepare_model", own_weights),
-        "positions": (Split, "positions", all_as_first),
+        "positions": (BatchPlan, "positions", all_as_first),
         "noise": (streams, "normal", same_noise),
     }
     for name, (where, attribute, broken) in plans.items():

@@ -7,7 +7,7 @@ import yaml
 
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import AutoencoderRun, ClipRun, DiffusionRun
+from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 
 TRAIN = {
     "steps": 6, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "ema_decay": 0.9, "log_every": 1, "validate_every": 6,
@@ -50,5 +50,5 @@ class Stages:
         return main([f"train-{name}", str(self.folder / f"{name}.yaml"), *overrides])
 
     def settings(self, name: str, *overrides: str) -> Any:
-        cls = {"autoencoder": AutoencoderRun, "clip": ClipRun, "ldm": DiffusionRun}[name]
+        cls = {"autoencoder": AutoencoderTrainingConfig, "clip": ClipTrainingConfig, "ldm": DiffusionTrainingConfig}[name]
         return configuration.load(cls, self.folder / f"{name}.yaml", list(overrides))

@@ -24,7 +24,7 @@ from ldm.training.loop import Loop
 from ldm.training.rank_checks import ProcessesDifferError
 from ldm.training.stages.autoencoder import AutoencoderTask
 from ldm.training.stages.diffusion import DiffusionTask
-from ldm.training.step_flags import Agreement
+from ldm.training.step_flags import StepFlags
 
 __all__ = ["make_loop"]  # a fixture
 
@@ -38,18 +38,18 @@ def break_image(sample: dict[str, Any]) -> None:
 
 def test_one_process_that_is_not_finite_or_is_asked_to_stop_is_enough() -> None:
     cpu, others = torch.device("cpu"), torch.zeros(2)
-    agreement = Agreement(lambda mine: mine + others, cpu)
-    assert agreement.read() is None and not agreement.stop  # before the first update there is nothing to read
-    assert bool(agreement.post(False, torch.tensor(True)))
-    assert agreement.read() and not agreement.stop
+    agreement = StepFlags(lambda mine: mine + others, cpu)
+    assert flags.receive() is None and not agreement.stop  # before the first update there is nothing to read
+    assert bool(flags.send(False, torch.tensor(True)))
+    assert flags.receive() and not agreement.stop
     others[1] = 1.0  # another process was not finite
-    assert not bool(agreement.post(False, torch.tensor(True)))
-    assert agreement.read() is False and not agreement.stop
+    assert not bool(flags.send(False, torch.tensor(True)))
+    assert flags.receive() is False and not agreement.stop
     others.zero_()
-    assert not bool(agreement.post(True, torch.tensor(False)))
-    assert agreement.read() is False and agreement.stop
-    assert bool(agreement.post(False, torch.tensor(True))) and agreement.read()
-    assert agreement.stop and agreement.read() is None  # a request stays; an update is read once
+    assert not bool(flags.send(True, torch.tensor(False)))
+    assert flags.receive() is False and agreement.stop
+    assert bool(flags.send(False, torch.tensor(True))) and flags.receive()
+    assert agreement.stop and flags.receive() is None  # a request stays; an update is read once
 
 
 def test_a_loss_that_is_not_finite_skips_the_update_though_its_gradients_are(

@@ -67,7 +67,7 @@ def test_training_starts_at_the_given_weights(stages: Stages, runs: Path, tmp_pa
         task = DiffusionTask(_with(settings, run=str(tmp_path / name)), Silent())
         if name == "whole":
             assert float((out(task.unet) - out(given)).abs().max()) > 1e-3  # random until no checkpoint is found
-        task.begin()
+        task.initialize()
         assert torch.equal(out(task.networks["unet"]), out(given))
         assert all(p.requires_grad for p in task.networks["unet"].parameters())
 

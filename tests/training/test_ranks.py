@@ -18,8 +18,8 @@ from support.ranks import Job, write
 
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import ClipRun, ConfigError
-from ldm.data.dataset import split_batch
+from ldm.config import ClipTrainingConfig, ConfigError
+from ldm.data.dataset import plan_batch
 from ldm.runs.records import read_metrics
 
 BASE, UPDATES = 4, 50  # updates before the checkpoint that all variants go on from, and after it
@@ -172,11 +172,11 @@ def test_four_processes_train_as_one_does(folder: Path, said: list[str]) -> None
 
 def test_what_cannot_be_split_over_processes_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"^train\.batch_size 8 is not a multiple of 3 processes$"):
-        split_batch(8, None, 3, 0)
+        plan_batch(8, None, 3, 0)
     with pytest.raises(ConfigError, match=r"^train\.batch_size 8 is not a multiple of 2 processes × train\.micro_batch 8$"):
-        split_batch(8, 8, 2, 0)
+        plan_batch(8, 8, 2, 0)
     with pytest.raises(ConfigError, match=r"train\.micro_batch must be null: the contrastive loss compares the whole global batch"):
-        configuration.build(ClipRun, {"run": "r", **TREES["clip"], "train": {"batch_size": 8, "micro_batch": 4}})
+        configuration.build(ClipTrainingConfig, {"run": "r", **TREES["clip"], "train": {"batch_size": 8, "micro_batch": 4}})
 
 
 def test_a_wrong_set_up_stops_at_the_start(folder: Path, tmp_path: Path) -> None:

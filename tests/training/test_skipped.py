@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.config import DataConfig
-from ldm.data.dataset import Draws, Stream
+from ldm.data.dataset import RandomFields, Stream
 from ldm.data.sample import Sample, Skipped
 from ldm.distributed.processes import ALONE, Processes
 from ldm.errors import DataError
@@ -38,7 +38,7 @@ class Folder:
 
 def streams(max_skipped: float = 1.0, *skipped: str) -> tuple[Stream, Stream]:
     data = DataConfig(folder="photos", image_size=8, max_skipped=max_skipped)
-    return Stream(Folder(*skipped), data, 0, Draws({})), Stream(Folder(*skipped), data, 0, Draws({}), validation=True)
+    return Stream(Folder(*skipped), data, 0, RandomFields({})), Stream(Folder(*skipped), data, 0, RandomFields({}), validation=True)
 
 
 def listed(run: RunDirectory) -> list[str]:

@@ -583,7 +583,7 @@ def test_more_processes_than_validation_images(stages: Stages) -> None:
 
 def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Stages) -> None:
     task = AutoencoderTask(stages.settings("autoencoder", "train.validation_size=24"))
-    task.begin()
+    task.initialize()
     scale = torch.tensor([1.0, 0.5, 0.3, 0.02])
     network, convolution = task.autoencoder, task.autoencoder.quant_conv
     assert convolution.bias is not None
@@ -603,7 +603,7 @@ def test_the_averaged_weights_are_validated_and_drawn_from(stages: Stages) -> No
     for name in ("ema", "model_unet"):
         task.unet.load_state_dict(load_file(run / f"checkpoints/step-00000006/{name}.safetensors"))
         with torch.no_grad():
-            found.append((task.validate(6, lambda t: t, 0, 1)["loss"], task.pictures()["samples"].tolist()))
+            found.append((task.validate(6, lambda t: t, 0, 1)["loss"], task.previews()["samples"].tolist()))
     (picture,) = (run / "samples").glob("*6*.png")
     assert found[0] == (pytest.approx(lines(run)[-1]["validation/loss"], rel=1e-6), np.asarray(Image.open(picture)).tolist())
     assert found[1][0] != pytest.approx(found[0][0], rel=1e-6) and found[1][1] != found[0][1]

@@ -17,7 +17,7 @@ from support.stages import DIFFUSION, TRAIN, Stages
 from ldm.cli.main import main
 from ldm.cli.verify_resume import _folder
 from ldm.config import ConfigError, load_any
-from ldm.data.dataset import Split, Stream
+from ldm.data.dataset import BatchPlan, Stream
 from ldm.runs.checkpoints import files as checkpoint
 from ldm.runs.checkpoints import writer
 from ldm.runs.checkpoints.writer import write
@@ -109,14 +109,14 @@ def _half_a_save(patch: pytest.MonkeyPatch) -> None:
 def _shifted(patch: pytest.MonkeyPatch, shift: Callable[[int], int]) -> None:
     """What a run reads, moved by a number of positions that depends on the update that it goes on from."""
     by: list[int] = []
-    positions, batches = Split.positions, loop.batches
+    positions, batches = BatchPlan.positions, loop.batches
 
     def noted(stream: Any, split: Any, first: int, *rest: Any) -> Any:
         by.append(shift(first))
         return batches(stream, split, first, *rest)
 
     patch.setattr(loop, "batches", noted)
-    patch.setattr(Split, "positions", lambda self, update: ([p + by[-1] for p in several] for several in positions(self, update)))
+    patch.setattr(BatchPlan, "positions", lambda self, update: ([p + by[-1] for p in several] for several in positions(self, update)))
 
 
 def _positions_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -266,9 +266,20 @@ def test_deviations_of_figures() -> None:
 
 def test_the_kind_of_a_configuration(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = [type(load_any(file)).__name__ for file in configs.values()]
-    assert kinds == ["AutoencoderRun", "ClipRun", "DiffusionRun", "ClassifierRun", "DiffusionRun"]
+    assert kinds == [
+        "AutoencoderTrainingConfig",
+        "ClipTrainingConfig",
+        "DiffusionTrainingConfig",
+        "ClassifierTrainingConfig",
+        "DiffusionTrainingConfig",
+    ]
     shipped = Path(__file__).resolve().parents[2] / "configs"
-    names = {"autoencoder": "AutoencoderRun", "clip": "ClipRun", "ldm": "DiffusionRun", "classifier": "ClassifierRun"}
+    names = {
+        "autoencoder": "AutoencoderTrainingConfig",
+        "clip": "ClipTrainingConfig",
+        "ldm": "DiffusionTrainingConfig",
+        "classifier": "ClassifierTrainingConfig",
+    }
     for file in shipped.glob("*/*.yaml"):
         if file.stem in names:
             assert type(load_any(file)).__name__ == names[file.stem], file

@@ -1,4 +1,4 @@
-"""DDPM and DDIM, on the whole chain or any sub-sequence of it (math.md S1, S2)."""
+"""DDPM and DDIM, on the whole chain or any sub-sequence of it (docs/equations.md S1, S2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Gradient
 from ldm.diffusion.process import posterior_mean, posterior_variance, transition
-from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
 from ldm.diffusion.schedule import Schedule, like
 
 VARIANCES = ("posterior", "beta", "learned")
@@ -29,23 +29,23 @@ def ddpm(
     schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
-    for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
-        said = denoiser(x, t)
-        x0 = said.x0
+    for i, (t, s) in enumerate(pairwise(Nodes.of(schedule, grid, x).t)):
+        pred = denoiser(x, t)
+        x0 = pred.x0
         x = posterior_mean(schedule, x0, x, s, t)
         if mean_shift is not None:
-            x = x + _deviation(schedule, variance, said, s, t).square() * mean_shift(said.x_t, t.expand(len(x)))
+            x = x + _deviation(schedule, variance, pred, s, t).square() * mean_shift(pred.x_t, t.expand(len(x)))
         if s >= 0:
-            x = x + _deviation(schedule, variance, said, s, t) * noise(i)
-        x = told(callback, i, x, x0)
+            x = x + _deviation(schedule, variance, pred, s, t) * noise(i)
+        x = after_step(callback, i, x, x0)
     return x
 
 
-def _deviation(schedule: Schedule, variance: str, said: Prediction, s: Tensor, t: Tensor) -> Tensor:
+def _deviation(schedule: Schedule, variance: str, pred: Prediction, s: Tensor, t: Tensor) -> Tensor:
     if variance == "learned":
-        return (said.log_variance(s) / 2).exp()
+        return (pred.log_variance(s) / 2).exp()
     value = posterior_variance(schedule, s, t) if variance == "posterior" else transition(schedule, s, t)[1]
-    return like(value.sqrt(), said.x_t)
+    return like(value.sqrt(), pred.x_t)
 
 
 def ddim(
@@ -60,14 +60,14 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
     schedule = denoiser.schedule
-    for i, (t, s) in enumerate(pairwise(Path.of(schedule, grid, x).t)):
-        said = denoiser(x, t)
-        x0 = said.x0
+    for i, (t, s) in enumerate(pairwise(Nodes.of(schedule, grid, x).t)):
+        pred = denoiser(x, t)
+        x0 = pred.x0
         variance = eta**2 * posterior_variance(schedule, s, t)
-        x = like(schedule.alpha(s), x) * x0 + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * said.eps
+        x = like(schedule.alpha(s), x) * x0 + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * pred.eps
         if eta > 0 and s >= 0:
             x = x + like(variance.sqrt(), x) * noise(i)
-        x = told(callback, i, x, x0)
+        x = after_step(callback, i, x, x0)
     return x
 
 
@@ -80,12 +80,12 @@ def ddim_inversion(
     sample that it holds; at clean data, which no network has seen, at t = 0. The round trip is of first order.
     """
     schedule = denoiser.schedule
-    for i, (s, t) in enumerate(pairwise(Path.of(schedule, grid, x).t.flip(0))):
+    for i, (s, t) in enumerate(pairwise(Nodes.of(schedule, grid, x).t.flip(0))):
         if s < 0:  # the network's first level stands for clean data
-            said = denoiser(x, s + 1)
-            eps, x0 = said.eps, x
+            pred = denoiser(x, s + 1)
+            eps, x0 = pred.eps, x
         else:
-            said = denoiser(x, s)
-            eps, x0 = said.eps, said.x0
-        x = told(callback, i, like(schedule.alpha(t), x) * x0 + like(schedule.sigma(t), x) * eps, x0)
+            pred = denoiser(x, s)
+            eps, x0 = pred.eps, pred.x0
+        x = after_step(callback, i, like(schedule.alpha(t), x) * x0 + like(schedule.sigma(t), x) * eps, x0)
     return x

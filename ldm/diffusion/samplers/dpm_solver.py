@@ -1,4 +1,4 @@
-"""DPM-Solver++: exponential integrators in λ for x̂_0 (math.md S3).
+"""DPM-Solver++: exponential integrators in λ for x̂_0 (docs/equations.md S3).
 
 Each step solves x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0(λ) dλ with a polynomial in place of x̂_0. The deterministic ones follow
 the probability flow, those named ``sde`` the reverse diffusion with the same marginals.
@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
 from ldm.diffusion.schedule import like
 
 FEW_STEPS = 15  # below it the last orders are lowered, as in diffusers
 
 # data(path, step, [x̂_0 now, of the call before, …]): the constant x̂_0 that would make the same step
-Data = Callable[[Path, int, list[Tensor]], Tensor]
+Data = Callable[[Nodes, int, list[Tensor]], Tensor]
 
 
 def dpmpp_2m(
@@ -41,7 +41,7 @@ def dpmpp_3m(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++(3M) with the second derivative of x̂_0 in full: third order (Lu et al. 2022, appendix; math.md S5)."""
+    """DPM-Solver++(3M) with the second derivative of x̂_0 in full: third order (Lu et al. 2022, appendix; docs/equations.md S5)."""
     return _multistep(denoiser, x, grid, 3, _three, start, lower_final, callback)
 
 
@@ -63,18 +63,18 @@ def dpmpp_2s(
     an odd number of steps the last is of first order; with an even one too where ``lower_final`` or where it ends at clean
     data. A middle that the callback replaced begins a new pair. One call a step. Deterministic.
     """
-    path = Path.of(denoiser.schedule, grid, x)
+    nodes = Nodes.of(denoiser.schedule, grid, x)
     middle, first, x0_first = False, x, x  # whether x is the middle of a pair, and where that began
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        if middle and not (i == path.steps - 1 and (lower_final or path.sigma[i + 1] == 0)):
-            r = (path.lam[i] - path.lam[i - 1]) / (path.lam[i + 1] - path.lam[i - 1])
-            after = _solved(path, i - 1, i + 1, first, x0_first + like(1 / (2 * r), x) * (x0 - x0_first))
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        if middle and not (i == nodes.steps - 1 and (lower_final or nodes.sigma[i + 1] == 0)):
+            r = (nodes.lam[i] - nodes.lam[i - 1]) / (nodes.lam[i + 1] - nodes.lam[i - 1])
+            after = _solved(nodes, i - 1, i + 1, first, x0_first + like(1 / (2 * r), x) * (x0 - x0_first))
             begun = False
         else:
             first, x0_first, begun = x, x0, True
-            after = _solved(path, i, i + 1, x, x0)
-        x = told(callback, i, after, x0)
+            after = _solved(nodes, i, i + 1, x, x0)
+        x = after_step(callback, i, after, x0)
         middle = begun and x is after
     return x
 
@@ -104,14 +104,14 @@ def _multistep(
     lower_final: bool,
     callback: Callback | None,
 ) -> Tensor:
-    path = Path.of(denoiser.schedule, grid, x)
-    check_start(path, start)
-    said: list[Tensor] = []  # x̂_0, the newest first
-    for i in range(path.steps):
-        said = [denoiser(x, path.t[i]).x0, *said[: order - 1]]
-        known = said[: path.order(i, order, lower_final and path.steps < FEW_STEPS)]
-        after = start[i] if i < len(start) else _solved(path, i, i + 1, x, (data if len(known) == order else _two)(path, i, known))
-        x = told(callback, i, after, said[0])
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    check_start(nodes, start)
+    history: list[Tensor] = []  # x̂_0, the newest first
+    for i in range(nodes.steps):
+        history = [denoiser(x, nodes.t[i]).x0, *history[: order - 1]]
+        known = history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)]
+        after = start[i] if i < len(start) else _solved(nodes, i, i + 1, x, (data if len(known) == order else _two)(nodes, i, known))
+        x = after_step(callback, i, after, history[0])
     return x
 
 
@@ -119,48 +119,48 @@ def _multistep_sde(
     denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, order: int, lower_final: bool, callback: Callback | None
 ) -> Tensor:
     """x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) x̂_0 + σ_s √(1 − e^{−2h}) z. No noise where the step ends at clean data."""
-    path = Path.of(denoiser.schedule, grid, x)
-    said: list[Tensor] = []
-    for i in range(path.steps):
-        said = [denoiser(x, path.t[i]).x0, *said[: order - 1]]
-        data = _two(path, i, said[: path.order(i, order, lower_final and path.steps < FEW_STEPS)])
-        h = path.lam[i + 1] - path.lam[i]
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    history: list[Tensor] = []
+    for i in range(nodes.steps):
+        history = [denoiser(x, nodes.t[i]).x0, *history[: order - 1]]
+        data = _two(nodes, i, history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)])
+        h = nodes.lam[i + 1] - nodes.lam[i]
         replaced = -torch.expm1(-2 * h)  # share of the variance that is drawn anew
-        x = like(path.sigma[i + 1] / path.sigma[i] * torch.exp(-h), x) * x + like(path.alpha[i + 1] * replaced, x) * data
-        if path.sigma[i + 1] > 0:
-            x = x + like(path.sigma[i + 1] * replaced.sqrt(), x) * noise(i)
-        x = told(callback, i, x, said[0])
+        x = like(nodes.sigma[i + 1] / nodes.sigma[i] * torch.exp(-h), x) * x + like(nodes.alpha[i + 1] * replaced, x) * data
+        if nodes.sigma[i + 1] > 0:
+            x = x + like(nodes.sigma[i + 1] * replaced.sqrt(), x) * noise(i)
+        x = after_step(callback, i, x, history[0])
     return x
 
 
-def _solved(path: Path, i: int, j: int, x: Tensor, data: Tensor) -> Tensor:
+def _solved(nodes: Nodes, i: int, j: int, x: Tensor, data: Tensor) -> Tensor:
     """The flow from node i to node j with x̂_0 constant: (σ_j/σ_i) x + α_j (1 − e^{−h}) x̂_0."""
-    h = path.lam[j] - path.lam[i]
-    return like(path.sigma[j] / path.sigma[i], x) * x - like(path.alpha[j] * torch.expm1(-h), x) * data
+    h = nodes.lam[j] - nodes.lam[i]
+    return like(nodes.sigma[j] / nodes.sigma[i], x) * x - like(nodes.alpha[j] * torch.expm1(-h), x) * data
 
 
-def _two(path: Path, i: int, said: list[Tensor]) -> Tensor:
+def _two(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
     """x̂_0 at the middle of the step, by the line through the last two; the last alone where it is the only one."""
-    if len(said) == 1:
-        return said[0]
-    r = (path.lam[i] - path.lam[i - 1]) / (path.lam[i + 1] - path.lam[i])
-    return said[0] + like(1 / (2 * r), said[0]) * (said[0] - said[1])
+    if len(history) == 1:
+        return history[0]
+    r = (nodes.lam[i] - nodes.lam[i - 1]) / (nodes.lam[i + 1] - nodes.lam[i])
+    return history[0] + like(1 / (2 * r), history[0]) * (history[0] - history[1])
 
 
-def _three(path: Path, i: int, said: list[Tensor], curvature: float = 2.0) -> Tensor:
+def _three(nodes: Nodes, i: int, history: list[Tensor], curvature: float = 2.0) -> Tensor:
     """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', the derivatives by divided differences of the last three.
 
     φ_k of −h: φ_1 = (1 − e^{−h})/h, φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: of a second divided difference.
     """
-    h, before, earlier = (path.lam[i + 1 - k] - path.lam[i - k] for k in range(3))
-    slope = (said[0] - said[1]) / like(before, said[0])
-    bend = (slope - (said[1] - said[2]) / like(earlier, said[0])) / like(before + earlier, said[0])
+    h, before, earlier = (nodes.lam[i + 1 - k] - nodes.lam[i - k] for k in range(3))
+    slope = (history[0] - history[1]) / like(before, history[0])
+    bend = (slope - (history[1] - history[2]) / like(earlier, history[0])) / like(before + earlier, history[0])
     phi_1 = -torch.expm1(-h) / h
     phi_2 = (1 - phi_1) / h
     phi_3 = (0.5 - phi_2) / h
     slope = slope + like(before, bend) * bend  # at the node itself
-    return said[0] + like(phi_2 / phi_1 * h, slope) * slope + like(curvature * phi_3 / phi_1 * h**2, bend) * bend
+    return history[0] + like(phi_2 / phi_1 * h, slope) * slope + like(curvature * phi_3 / phi_1 * h**2, bend) * bend
 
 
-def _three_published(path: Path, i: int, said: list[Tensor]) -> Tensor:
-    return _three(path, i, said, curvature=1.0)
+def _three_published(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
+    return _three(nodes, i, history, curvature=1.0)

@@ -1,4 +1,4 @@
-"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow (math.md S3).
+"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow (docs/equations.md S3).
 
 y = x/α obeys dy/d(σ/α) = (y − x̂_0)/(σ/α) = ε̂. A step from level σ̃ to σ̃_n with any slope d' is
 y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), d the slope at its beginning: written so, nothing cancels where σ̃ is large.
@@ -13,33 +13,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
 from ldm.diffusion.schedule import like
 
 LMS_ORDER = 4
 
 
-def slope(path: Path, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+def slope(nodes: Nodes, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
     """dy/d(σ/α) at node i, which is ε̂; by α and σ of the path, which are never 0 where there is noise."""
-    return (x - like(path.alpha[i], x) * x0) / like(path.sigma[i], x)
+    return (x - like(nodes.alpha[i], x) * x0) / like(nodes.sigma[i], x)
 
 
 def stepped(
-    path: Path, i: int, x0: Float[Tensor, "b *d"], d: Float[Tensor, "b *d"], further: Float[Tensor, "b *d"] | None = None
+    nodes: Nodes, i: int, x0: Float[Tensor, "b *d"], d: Float[Tensor, "b *d"], correction: Float[Tensor, "b *d"] | None = None
 ) -> Float[Tensor, "b *d"]:
     """x at node i + 1 along the slope d; ``further`` is added to y."""
-    x = like(path.alpha[i + 1], d) * x0 + like(path.sigma[i + 1], d) * d
-    return x if further is None else x + like(path.alpha[i + 1], d) * further
+    x = like(nodes.alpha[i + 1], d) * x0 + like(nodes.sigma[i + 1], d) * d
+    return x if correction is None else x + like(nodes.alpha[i + 1], d) * correction
 
 
 def euler(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
 ) -> Float[Tensor, "b *d"]:
     """Euler's method: first order, one call a step (Karras et al. 2022). Equals DDIM with η = 0."""
-    path = Path.of(denoiser.schedule, grid, x)
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        x = told(callback, i, stepped(path, i, x0, slope(path, i, x, x0)), x0)
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        x = after_step(callback, i, stepped(nodes, i, x0, slope(nodes, i, x, x0)), x0)
     return x
 
 
@@ -50,16 +50,16 @@ def euler_ancestral(
 
     First order in the weak sense, one call a step. No noise where the step ends at clean data.
     """
-    path = Path.of(denoiser.schedule, grid, x)
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        level, after = path.level[i], path.level[i + 1]
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        level, after = nodes.level[i], nodes.level[i + 1]
         up = after * (1 - (after / level).square()).sqrt()
         down = after * after / level
-        y = x0 + like(down, x) * slope(path, i, x, x0)
+        y = x0 + like(down, x) * slope(nodes, i, x, x0)
         if after > 0:
             y = y + like(up, x) * noise(i)
-        x = told(callback, i, like(path.alpha[i + 1], x) * y, x0)
+        x = after_step(callback, i, like(nodes.alpha[i + 1], x) * y, x0)
     return x
 
 
@@ -70,15 +70,15 @@ def heun(
 
     A last step that ends at clean data is Euler's, one call. Deterministic.
     """
-    path = Path.of(denoiser.schedule, grid, x)
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        d = slope(path, i, x, x0)
-        x = stepped(path, i, x0, d)
-        if path.sigma[i + 1] > 0:
-            end = slope(path, i + 1, x, denoiser(x, path.t[i + 1]).x0)
-            x = stepped(path, i, x0, d, like((path.level[i + 1] - path.level[i]) / 2, x) * (end - d))
-        x = told(callback, i, x, x0)
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        d = slope(nodes, i, x, x0)
+        x = stepped(nodes, i, x0, d)
+        if nodes.sigma[i + 1] > 0:
+            end = slope(nodes, i + 1, x, denoiser(x, nodes.t[i + 1]).x0)
+            x = stepped(nodes, i, x0, d, like((nodes.level[i + 1] - nodes.level[i]) / 2, x) * (end - d))
+        x = after_step(callback, i, x, x0)
     return x
 
 
@@ -91,17 +91,17 @@ def dpm2(
     Deterministic.
     """
     schedule = denoiser.schedule
-    path = Path.of(schedule, grid, x)
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        d = slope(path, i, x, x0)
-        after = stepped(path, i, x0, d)
-        if path.sigma[i + 1] > 0:
-            half = Path.of(schedule, torch.stack([path.t[i], schedule.time((path.lam[i] + path.lam[i + 1]) / 2)]), x)
+    nodes = Nodes.of(schedule, grid, x)
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        d = slope(nodes, i, x, x0)
+        after = stepped(nodes, i, x0, d)
+        if nodes.sigma[i + 1] > 0:
+            half = Nodes.of(schedule, torch.stack([nodes.t[i], schedule.time((nodes.lam[i] + nodes.lam[i + 1]) / 2)]), x)
             middle = stepped(half, 0, x0, d)
             change = slope(half, 1, middle, denoiser(middle, half.t[1]).x0) - d
-            after = stepped(path, i, x0, d, like(path.level[i + 1] - path.level[i], x) * change)
-        x = told(callback, i, after, x0)
+            after = stepped(nodes, i, x0, d, like(nodes.level[i + 1] - nodes.level[i], x) * change)
+        x = after_step(callback, i, after, x0)
     return x
 
 
@@ -114,15 +114,15 @@ def lms(
     Of fourth order with exact samples at the nodes 1, 2, 3 (``start``); its own first steps have one slope, two, three.
     Deterministic.
     """
-    path = Path.of(denoiser.schedule, grid, x)
-    check_start(path, start)
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    check_start(nodes, start)
     slopes: list[Tensor] = []  # the newest first
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        slopes = [slope(path, i, x, x0), *slopes[: LMS_ORDER - 1]]
-        weights = adams_weights(path.level[: i + 2].flip(0)[: len(slopes) + 1])
-        further = sum((like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x))
-        x = told(callback, i, start[i] if i < len(start) else stepped(path, i, x0, slopes[0], further), x0)
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        slopes = [slope(nodes, i, x, x0), *slopes[: LMS_ORDER - 1]]
+        weights = adams_weights(nodes.level[: i + 2].flip(0)[: len(slopes) + 1])
+        correction = sum((like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x))
+        x = after_step(callback, i, start[i] if i < len(start) else stepped(nodes, i, x0, slopes[0], correction), x0)
     return x
 
 

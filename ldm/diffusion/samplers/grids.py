@@ -1,4 +1,4 @@
-"""Step grids: the t of each step of a sampler, falling, and where it ends (math.md S5, Grids)."""
+"""Step grids: the t of each step of a sampler, falling, and where it ends (docs/equations.md S5, Grids)."""
 
 from __future__ import annotations
 

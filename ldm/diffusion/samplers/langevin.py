@@ -1,4 +1,4 @@
-"""Langevin samplers: annealed, and as the corrector behind a predictor (math.md S4).
+"""Langevin samplers: annealed, and as the corrector behind a predictor (docs/equations.md S4).
 
 A Langevin step at one noise level is x ← x + (δ/2) ∇log q(x_t) + √δ z, with δ = 4 r² s_t², in proportion to the variance
 as in Song & Ermon 2019. The signal-to-noise ratio r is that of Song et al. 2021 (Algorithm 4; their ε is δ/2), whose step is
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.samplers.ancestral import ddim
-from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
 from ldm.diffusion.schedule import like
 
 PER_LEVEL = 5  # Langevin steps at each level of annealed dynamics
@@ -33,10 +33,10 @@ def annealed_langevin(
     sample is multiplied by a_s/a_t. Where the grid ends at clean data, the last step is x̂_0, one call (Song & Ermon 2020).
     """
 
-    def follow(i: int, path: Path, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if path.sigma[i + 1] == 0:
-            return (x0 := denoiser(x, path.t[i]).x0), x0
-        return like(path.alpha[i + 1] / path.alpha[i], x) * x, None
+    def follow(i: int, nodes: Nodes, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if nodes.sigma[i + 1] == 0:
+            return (x0 := denoiser(x, nodes.t[i]).x0), x0
+        return like(nodes.alpha[i + 1] / nodes.alpha[i], x) * x, None
 
     return _corrected(denoiser, x, grid, noise, follow, corrections, snr, callback)
 
@@ -50,10 +50,10 @@ def predictor_corrector(
     No correction at clean data. Of their Algorithm 5 the factor 1 − β in δ is left out: a sub-sequence has no β.
     """
 
-    def predict(i: int, path: Path, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(i: int, nodes: Nodes, x: Tensor) -> tuple[Tensor, Tensor | None]:
         used: list[Tensor] = []
         draw = i * (corrections + 1)
-        x = ddim(denoiser, x, path.t[i : i + 2], lambda _: noise(draw), eta=eta, callback=lambda _, __, x0: used.append(x0))
+        x = ddim(denoiser, x, nodes.t[i : i + 2], lambda _: noise(draw), eta=eta, callback=lambda _, __, x0: used.append(x0))
         return x, used[0]
 
     return _corrected(denoiser, x, grid, noise, predict, corrections, snr, callback)
@@ -69,19 +69,19 @@ def langevin_step(said: Prediction, z: Float[Tensor, "b *d"], snr: float) -> Flo
 
 
 def _corrected(
-    denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, predict: Callable[[int, Path, Tensor], tuple[Tensor, Tensor | None]],
+    denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, predict: Callable[[int, Nodes, Tensor], tuple[Tensor, Tensor | None]],
     corrections: int, snr: float, callback: Callback | None,
 ) -> Tensor:  # fmt: skip
     """Each step: ``predict``, which draws noise i·(corrections + 1) if any, then the corrections, which draw those after it."""
     if corrections < 1 or snr <= 0:
         raise ValueError(f"corrections must be at least 1 and snr above 0, got {corrections} and {snr}")
-    path = Path.of(denoiser.schedule, grid, x)
-    for i in range(path.steps):
-        x, x0 = predict(i, path, x)
-        if path.sigma[i + 1] > 0:
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    for i in range(nodes.steps):
+        x, x0 = predict(i, nodes, x)
+        if nodes.sigma[i + 1] > 0:
             for j in range(corrections):
-                said = denoiser(x, path.t[i + 1])
+                said = denoiser(x, nodes.t[i + 1])
                 x, x0 = langevin_step(said, noise(i * (corrections + 1) + 1 + j), snr), said.x0
         assert x0 is not None
-        x = told(callback, i, x, x0)
+        x = after_step(callback, i, x, x0)
     return x

@@ -24,7 +24,7 @@ Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Path:
+class Nodes:
     """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
 
     λ is infinite at clean data only: where no signal is left, ``Schedule.least_signal`` stands for ᾱ.
@@ -36,7 +36,7 @@ class Path:
     lam: Float[Tensor, " nodes"]
 
     @classmethod
-    def of(cls, schedule: Schedule, grid: Float[Tensor, " nodes"], x: Tensor) -> Path:
+    def of(cls, schedule: Schedule, grid: Float[Tensor, " nodes"], x: Tensor) -> Nodes:
         """The nodes of ``grid``, beside ``x``. Raises ValueError unless t falls from at most T−1 to at least −1."""
         grid = grid.to(x.device, torch.float64)
         if len(grid) < 2 or not bool((grid.diff() < 0).all()) or grid[0] > schedule.num_steps - 1 or grid[-1] < -1:
@@ -67,13 +67,13 @@ class Path:
         return min(highest, step + 1, self.steps - step if lowered else highest)
 
 
-def check_start(path: Path, start: Sequence[Tensor]) -> None:
+def check_start(nodes: Nodes, start: Sequence[Tensor]) -> None:
     """Raise ValueError where there are more exact samples than nodes after the first."""
-    if len(start) > path.steps:
-        raise ValueError(f"start must hold at most {path.steps} samples, one for each node after the first, got {len(start)}")
+    if len(start) > nodes.steps:
+        raise ValueError(f"start must hold at most {nodes.steps} samples, one for each node after the first, got {len(start)}")
 
 
-def told(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
+def after_step(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
     """The sample that goes on after a step: the callback's, where it gives one."""
     given = callback(step, x, x0) if callback else None
     return x if given is None else given

@@ -1,4 +1,4 @@
-"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler (math.md S3)."""
+"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler (docs/equations.md S3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.edm import slope, stepped
-from ldm.diffusion.samplers.path import Callback, Noise, Path, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
 from ldm.diffusion.schedule import like
 
 FEWEST = 2  # steps: the first has two calls, the second of them at the second node
@@ -26,18 +26,18 @@ def plms(
     Raises:
         ValueError: fewer than 2 steps.
     """
-    path = Path.of(denoiser.schedule, grid, x)
-    if path.steps < FEWEST:
-        raise ValueError(f"plms needs at least {FEWEST} steps, got {path.steps}")
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    if nodes.steps < FEWEST:
+        raise ValueError(f"plms needs at least {FEWEST} steps, got {nodes.steps}")
     slopes: list[Tensor] = []  # ε̂, the newest first
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
-        slopes = [slope(path, i, x, x0), *slopes[:3]]
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
+        slopes = [slope(nodes, i, x, x0), *slopes[:3]]
         if i == 0:
-            ahead = stepped(path, 0, x0, slopes[0])
-            combined = (slopes[0] + slope(path, 1, ahead, denoiser(ahead, path.t[1]).x0)) / 2
+            ahead = stepped(nodes, 0, x0, slopes[0])
+            combined = (slopes[0] + slope(nodes, 1, ahead, denoiser(ahead, nodes.t[1]).x0)) / 2
         else:
             combined = torch.stack([w * d for w, d in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)]).sum(0)
-        x = stepped(path, i, x0, slopes[0], like(path.level[i + 1] - path.level[i], x) * (combined - slopes[0]))
-        x = told(callback, i, x, x0)
+        x = stepped(nodes, i, x0, slopes[0], like(nodes.level[i + 1] - nodes.level[i], x) * (combined - slopes[0]))
+        x = after_step(callback, i, x, x0)
     return x

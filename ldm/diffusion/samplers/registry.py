@@ -21,7 +21,7 @@ class Sampler:
 
     Attributes:
         function: sampler(denoiser, x, grid, noise, *, callback, and the ``options``).
-        order: of convergence as steps double (math.md S5), with exact starting values from 3 on; weak for stochastic ones.
+        order: of convergence as steps double (docs/equations.md S5), with exact starting values from 3 on; weak for stochastic ones.
         stochastic: draws noise at its steps with the settings' defaults (ddim does so where eta is above 0).
         options: settings of SampleConfig that it reads, by name.
         calls: network calls for a number of steps, on a grid that ends at clean data.

@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector of any order in λ for x̂_0 (Zhao et al. 2023; math.md S3)."""
+"""UniPC: a predictor and a corrector of any order in λ for x̂_0 (Zhao et al. 2023; docs/equations.md S3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Noise, Path, check_start, told
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
 from ldm.diffusion.schedule import like
 
 ORDERS = (1, 2, 3)
@@ -37,33 +37,33 @@ def unipc(
     """
     if order not in ORDERS or solver not in SOLVERS:
         raise ValueError(f"order must be one of 1, 2, 3 and solver one of {', '.join(SOLVERS)}, got {order!r} and {solver!r}")
-    path = Path.of(denoiser.schedule, grid, x)
-    check_start(path, start)
-    said: list[Tensor] = []  # x̂_0, the newest first
+    nodes = Nodes.of(denoiser.schedule, grid, x)
+    check_start(nodes, start)
+    history: list[Tensor] = []  # x̂_0, the newest first
     before: Tensor | None = None  # where the step to be corrected began
-    for i in range(path.steps):
-        x0 = denoiser(x, path.t[i]).x0
+    for i in range(nodes.steps):
+        x0 = denoiser(x, nodes.t[i]).x0
         if before is not None:
-            x = _updated(path, i - 1, before, said[: path.order(i - 1, order, lower_final)], solver, x0)
-        said = [x0, *said[: order - 1]]
-        after = start[i] if i < len(start) else _updated(path, i, x, said[: path.order(i, order, lower_final)], solver)
-        given = told(callback, i, after, x0)
+            x = _updated(nodes, i - 1, before, history[: nodes.order(i - 1, order, lower_final)], solver, x0)
+        history = [x0, *history[: order - 1]]
+        after = start[i] if i < len(start) else _updated(nodes, i, x, history[: nodes.order(i, order, lower_final)], solver)
+        given = after_step(callback, i, after, x0)
         before = x if corrector and i >= len(start) and given is after else None
         x = given
     return x
 
 
-def _updated(path: Path, i: int, x: Tensor, said: list[Tensor], solver: str, ahead: Tensor | None = None) -> Tensor:
+def _updated(nodes: Nodes, i: int, x: Tensor, history: list[Tensor], solver: str, ahead: Tensor | None = None) -> Tensor:
     """The sample at node i + 1 from that at node i and x̂_0 at the nodes i, i − 1, …; ``ahead`` is x̂_0 at node i + 1 (corrector)."""
-    h = path.lam[i + 1] - path.lam[i]
-    x_next = like(path.sigma[i + 1] / path.sigma[i], x) * x - like(path.alpha[i + 1] * torch.expm1(-h), x) * said[0]
-    ratios = [(path.lam[i - k] - path.lam[i]) / h for k in range(1, len(said))] + ([] if ahead is None else [torch.ones_like(h)])
+    h = nodes.lam[i + 1] - nodes.lam[i]
+    x_next = like(nodes.sigma[i + 1] / nodes.sigma[i], x) * x - like(nodes.alpha[i + 1] * torch.expm1(-h), x) * history[0]
+    ratios = [(nodes.lam[i - k] - nodes.lam[i]) / h for k in range(1, len(history))] + ([] if ahead is None else [torch.ones_like(h)])
     if not ratios:
         return x_next
-    others = [*said[1:], *([] if ahead is None else [ahead])]
+    others = [*history[1:], *([] if ahead is None else [ahead])]
     scale = -h if solver == "bh1" else torch.expm1(-h)  # B(h)
     for weight, r, data in zip(_weights(h, torch.stack(ratios), scale), ratios, others, strict=True):
-        x_next = x_next - like(path.alpha[i + 1] * scale * weight / r, x) * (data - said[0])
+        x_next = x_next - like(nodes.alpha[i + 1] * scale * weight / r, x) * (data - history[0])
     return x_next
 
 

@@ -1,4 +1,4 @@
-"""The forward and the reverse chain of a trained model, in the space that it diffuses and as pictures (math.md F3, S1 to S3)."""
+"""The forward and the reverse chain of a trained model, in the space that it diffuses and as pictures (docs/equations.md F3, S1 to S3)."""
 
 from __future__ import annotations
 

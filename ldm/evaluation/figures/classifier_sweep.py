@@ -1,4 +1,4 @@
-"""Classifier guidance of the unconditional model, swept (math.md G4), and its page."""
+"""Classifier guidance of the unconditional model, swept (docs/equations.md G4), and its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ldm import config as configuration
-from ldm.config import ClassifierRun, ConfigError, SampleConfig
+from ldm.config import ClassifierTrainingConfig, ConfigError, SampleConfig
 from ldm.data.sources import open_source
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.evaluate import JUDGES, Progress
@@ -51,7 +51,7 @@ def classifier_sweep(
     Raises ConfigError for data that no judge reads and for fewer than two images of a caption, FolderError for a run without a model.
     """
     captions = len(read_classifier(classifier)[0].captions)
-    data = configuration.load(ClassifierRun, configuration.config_file(classifier)).data
+    data = configuration.load(ClassifierTrainingConfig, configuration.config_file(classifier)).data
     if data.source not in JUDGES:
         raise ConfigError(f"{classifier}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     if images < 2 * captions:

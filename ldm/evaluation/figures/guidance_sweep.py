@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a run, swept (math.md G4), and its page."""
+"""Classifier-free guidance of a run, swept (docs/equations.md G4), and its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ldm import config as configuration
-from ldm.config import ConfigError, DiffusionRun
+from ldm.config import ConfigError, DiffusionTrainingConfig
 from ldm.data.sources import open_source
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.evaluate import JUDGES, Progress
@@ -38,7 +38,7 @@ def guidance_sweep(
     ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
     Raises ConfigError for data that no judge reads and for an unconditional model, FolderError for a run without a model.
     """
-    data = configuration.load(DiffusionRun, run / "config.yaml").data
+    data = configuration.load(DiffusionTrainingConfig, run / "config.yaml").data
     if data.source not in JUDGES:
         raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))

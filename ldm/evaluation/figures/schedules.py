@@ -1,4 +1,4 @@
-"""Noise schedules side by side: ᾱ and log SNR over t, and what a picture looks like along t (math.md F2, F4, F5)."""
+"""Noise schedules side by side: ᾱ and log SNR over t, and what a picture looks like along t (docs/equations.md F2, F4, F5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of the same captions and noise at several strengths of guidance: how many are read right, how varied they are (math.md G4)."""
+"""Samples of the same captions and noise at several strengths of guidance: how many are read right, how varied they are (G4)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,15 @@ from safetensors import SafetensorError, safe_open
 
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
-from ldm.config import NONE, RUNS, AutoencoderRun, ClassifierRun, ClipRun, ConfigError, DiffusionRun
+from ldm.config import (
+    NONE,
+    RUNS,
+    AutoencoderTrainingConfig,
+    ClassifierTrainingConfig,
+    ClipTrainingConfig,
+    ConfigError,
+    DiffusionTrainingConfig,
+)
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid
 from ldm.errors import DataError, FolderError, NonFiniteError
@@ -54,7 +62,7 @@ class Run:
     """A run directory as far as it has come."""
 
     path: Path
-    config: AutoencoderRun | ClipRun | DiffusionRun | ClassifierRun
+    config: AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig
     status: dict[str, Any]  # empty before the first log
     lines: list[dict[str, Any]]
     images: int  # validation images that are reconstructed
@@ -147,7 +155,7 @@ def _pictures(run: Run) -> Section:
         shown = evenly(files, GRIDS)
         count = f"{len(shown)} of {len(files)}, evenly chosen" if len(shown) < len(files) else f"{len(files)}"
         content += [element("h3", f"{name} ({count})"), element("div", *(_grid(step, file) for step, file in shown), class_="rows")]
-    if isinstance(run.config, DiffusionRun) and run.config.prompts:
+    if isinstance(run.config, DiffusionTrainingConfig) and run.config.prompts:
         content += [element("h3", "Prompts, row by row"), element("ol", *(element("li", text) for text in run.config.prompts))]
     return "Pictures over time", join(content)
 
@@ -175,9 +183,9 @@ def _file(file: Path, side: int, wanted: int) -> Html:
 
 def _reconstructions(run: Run) -> Section | None:
     title, config = "Reconstructions", run.config
-    if isinstance(config, (ClipRun, ClassifierRun)) or run.images == 0:
+    if isinstance(config, (ClipTrainingConfig, ClassifierTrainingConfig)) or run.images == 0:
         return None
-    if isinstance(config, DiffusionRun) and config.autoencoder == NONE:
+    if isinstance(config, DiffusionTrainingConfig) and config.autoencoder == NONE:
         return title, element("p", "None: this run diffuses the pixels themselves, without an autoencoder.")
     try:
         autoencoder = _autoencoder(run)
@@ -195,13 +203,13 @@ def _reconstructions(run: Run) -> Section | None:
     text = f"Originals above, reconstructions below, of {n} validation image{'s' * (n > 1)} ranked by PSNR: {told}."
     stale = "" if run.done else " Training has not ended: the autoencoder is the one that was exported before."
     rows = [join([element("h3", name), element("div", *map(_pair, pairs), class_="rows pairs")]) for name, pairs in groups.items()]
-    return title, join([element("p", text + (stale if isinstance(config, AutoencoderRun) else "")), *rows])
+    return title, join([element("p", text + (stale if isinstance(config, AutoencoderTrainingConfig) else "")), *rows])
 
 
 def _autoencoder(run: Run) -> AutoencoderKL:
     """The run's own, or the one that a diffusion run names. Raises FolderError or ConfigError."""
     where = run.path
-    if isinstance(run.config, DiffusionRun) and not (run.path / "model/vae").is_dir():
+    if isinstance(run.config, DiffusionTrainingConfig) and not (run.path / "model/vae").is_dir():
         where = Path(run.config.autoencoder)
     return load_codec(where).autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -224,7 +232,7 @@ def _figures(run: Run) -> Section:
     content = [tables.newest(run.lines)]
     if (run.path / "report.json").is_file():
         content.append(tables.evaluation(run.path / "report.json"))
-    elif isinstance(run.config, DiffusionRun) and run.config.data.source in JUDGES:
+    elif isinstance(run.config, DiffusionTrainingConfig) and run.config.data.source in JUDGES:
         content.append(element("p", "Not evaluated yet: `ldm evaluate` judges the samples."))
     if (run.path / "samples.png").is_file():
         content.append(_file(run.path / "samples.png", 1400, 0))

@@ -1,4 +1,4 @@
-"""Every figure of every sampler on exact targets: its order, and how close it comes to the data (math.md S5).
+"""Every figure of every sampler on exact targets: its order, and how close it comes to the data (docs/equations.md S5).
 
 Reaching the data is measured as a user samples: from N(0, I), on the trailing grid, to clean data; by moments and by the
 sliced Wasserstein distance to exact draws.

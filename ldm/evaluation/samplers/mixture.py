@@ -1,4 +1,4 @@
-"""Data of which everything is known: a Gaussian mixture, its marginals q(x_t), scores and E[x_0 | x_t] (math.md F6).
+"""Data of which everything is known: a Gaussian mixture, its marginals q(x_t), scores and E[x_0 | x_t] (docs/equations.md F6).
 
 Noise keeps a mixture a mixture: x_t = α x_0 + σ ε has the means α μ_k and the covariances α² Σ_k + σ² I. A finite set
 of points is a mixture with zero variance, one Gaussian a mixture of one. All in float64.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm import config as configuration
-from ldm.config import ConfigError, DiffusionRun, SampleConfig
+from ldm.config import ConfigError, DiffusionTrainingConfig, SampleConfig
 from ldm.data.sources import open_source
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.evaluation.samplers.conformance import Progress, sliced_wasserstein
@@ -29,7 +29,7 @@ def captions(run: Path, count: int) -> list[str]:
     Raises ConfigError for what is no run of train-ldm.
     """
     config = configuration.load_run(run)
-    if not isinstance(config, DiffusionRun):
+    if not isinstance(config, DiffusionTrainingConfig):
         raise ConfigError(f"{run} is no run of train-ldm: it has no sampler")
     texts = list(config.prompts)
     if not texts:

@@ -1,4 +1,4 @@
-"""Orders of convergence of the samplers, on targets of which everything is known (math.md S5).
+"""Orders of convergence of the samplers, on targets of which everything is known (docs/equations.md S5).
 
 Orders are measured between two finite ends, uniform in λ, with no lowered last step and, where a solver takes them,
 exact starting values. A sampler that draws no noise is compared with the exact flow of the probability-flow equation

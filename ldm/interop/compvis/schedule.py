@@ -20,7 +20,7 @@ _ROUNDINGS = 4  # a table is several roundings away from ours
 
 
 def buffers(schedule: Schedule) -> dict[str, Float[Tensor, " T"]]:
-    """The tables by their names there, float64 (math.md F1 to F3, P2; `register_schedule` in latent-diffusion)."""
+    """The tables by their names there, float64 (docs/equations.md F1 to F3, P2; `register_schedule` in latent-diffusion)."""
     t = torch.arange(schedule.num_steps)
     alpha, sigma, variance = schedule.alpha(t), schedule.sigma(t), posterior_variance(schedule, t - 1, t)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)

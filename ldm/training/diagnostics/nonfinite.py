@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.data.dataset import Split
+from ldm.data.dataset import BatchPlan
 from ldm.errors import FolderError, RunError
 from ldm.files.json import read_json, write_json
 from ldm.files.tensors.archive import open_archive, write_tensors
@@ -40,10 +40,10 @@ class Incident:
         return range(self.update * self.batch_size, (self.update + 1) * self.batch_size)
 
 
-class Incidents:
+class NonFiniteRecorder:
     """Writes incidents; ``run`` is None but on the main process. Training goes on where they cannot be written."""
 
-    def __init__(self, run: RunDirectory | None, task: Task, split: Split, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDirectory | None, task: Task, split: BatchPlan, say: Callable[[str], None]) -> None:
         self.folder = None if run is None else run.path / "incidents"
         self.task, self.split, self.say = task, split, say
         self.newest: Path | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.data.dataset import Batch, Split, collate
+from ldm.data.dataset import Batch, BatchPlan, collate
 from ldm.errors import RunError, UserError
 from ldm.training.diagnostics.nonfinite import Incident
 from ldm.training.precision import accelerator_of
@@ -67,7 +67,7 @@ def replay(task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]]
     task.wrapped = {name: accelerator.prepare_model(network) for name, network in task.networks.items()}
     size = incident.batch_size if whole else incident.micro_batch
     findings = Findings()
-    for positions in Split(incident.batch_size, size, 1, 0).positions(incident.update):
+    for positions in BatchPlan(incident.batch_size, size, 1, 0).positions(incident.update):
         batch = collate([task.stream[p] for p in positions])
         findings.samples += _broken_samples(batch, positions)
         on_device = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

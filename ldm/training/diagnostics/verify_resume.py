@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import AutoencoderRun, DiffusionRun
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainingConfig
 from ldm.data import latent_cache as cache
 from ldm.data.dataset import Batch
 from ldm.distributed.launch import launched
@@ -97,9 +97,9 @@ def settings_of_check(settings: Any, plan: Plan) -> tuple[Any, list[str]]:
             "save_errors": "stop", "trackers": (),
         }
     }  # fmt: skip
-    if isinstance(settings, AutoencoderRun) and settings.loss.gan > 0:  # the adversary joins before the checkpoint
+    if isinstance(settings, AutoencoderTrainingConfig) and settings.loss.gan > 0:  # the adversary joins before the checkpoint
         changes["loss"] = {"gan_start": min(settings.loss.gan_start, plan.saved - 1)}
-    if isinstance(settings, DiffusionRun) and not (Path(settings.run) / LATENTS / cache.MANIFEST).is_file():
+    if isinstance(settings, DiffusionTrainingConfig) and not (Path(settings.run) / LATENTS / cache.MANIFEST).is_file():
         changes[""] = {"cache_latents": False}  # encoding the whole set would take longer than the check
     said = []
     for part, values in changes.items():
@@ -174,7 +174,7 @@ class _Check:
         _fresh()
         settings = dataclasses.replace(self.settings, run=str(run))
         task = self.make_task(settings)
-        task.pictures, task.export = dict, lambda run: None
+        task.previews, task.export = dict, lambda run: None
         loop = Loop(task, settings.train, settings, settings.run, settings.data.workers, Quiet())
         life = watch(loop, self.plan, cut)
         try:

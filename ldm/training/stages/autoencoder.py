@@ -1,4 +1,4 @@
-"""Stage 1: the step, validation and export of the autoencoder (math.md L8, N2)."""
+"""Stage 1: the step, validation and export of the autoencoder (docs/equations.md L8, N2)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, g
 from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_dimension, psnr, ssim
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import AutoencoderRun, ConfigError
-from ldm.data.dataset import Batch, Draws, Stream, validation_batches
+from ldm.config import AutoencoderTrainingConfig, ConfigError
+from ldm.data.dataset import Batch, RandomFields, Stream, validation_batches
 from ldm.data.sample import readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid, prepare, to_uint8
@@ -45,7 +45,7 @@ class AutoencoderTask:
 
     averaged = "autoencoder"
 
-    def __init__(self, config: AutoencoderRun) -> None:
+    def __init__(self, config: AutoencoderTrainingConfig) -> None:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
         self.perceptual: PerceptualLoss | None = None
         if loss.lpips > 0:  # before all else, for its weights may be missing
@@ -61,9 +61,9 @@ class AutoencoderTask:
             self.networks["discriminator"] = seeded(seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers))
         self.wrapped = self.networks
         self.source = open_source(config.data, "train")
-        draws = Draws({"posterior": self.latent_shape})
+        draws = RandomFields({"posterior": self.latent_shape})
         self.stream = Stream(self.source, config.data, seed, draws)
-        draws = Draws({"noise": self.latent_shape})
+        draws = RandomFields({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
         self._check_sizes()
         self._adaptive = torch.zeros(())  # of the update before; 0 until measured
@@ -83,7 +83,7 @@ class AutoencoderTask:
             raise ConfigError(f"data.image_size: {error}") from None
 
     @property
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a person should know once, before training."""
         if self.perceptual is None:
             return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
@@ -100,7 +100,7 @@ class AutoencoderTask:
             self.perceptual.to(device)
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """Give the first latents decorrelated channels of unit variance."""
         self.autoencoder.whiten(torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)]))
 
@@ -216,7 +216,7 @@ class AutoencoderTask:
             names.append("ssim")
         return [*names, "lpips"] if self.perceptual is not None and self.perceptual.meaningful else names
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def previews(self) -> dict[str, np.ndarray]:
         """Originals above their reconstructions."""
         samples = [self.validation[i]["image"] for i in range(min(PICTURES, self.validation.source.length or PICTURES))]
         image = torch.stack(samples).to(self._adaptive.device)

@@ -1,4 +1,4 @@
-"""The classifier of noisy samples: cross-entropy on x_t, t uniform and an input (math.md L11)."""
+"""The classifier of noisy samples: cross-entropy on x_t, t uniform and an input (docs/equations.md L11)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import NONE, ClassifierRun, ConfigError, DataConfig, DiffusionRun
-from ldm.data.dataset import Batch, Draws, Stream, scattered, validation_batches
+from ldm.config import NONE, ClassifierTrainingConfig, ConfigError, DataConfig, DiffusionTrainingConfig
+from ldm.data.dataset import Batch, RandomFields, Stream, scattered, validation_batches
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Source
 from ldm.data.sources import open_source
@@ -36,7 +36,7 @@ class ClassifierTask:
 
     averaged = "classifier"
 
-    def __init__(self, config: ClassifierRun, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ClassifierTrainingConfig, say: Callable[[str], None]) -> None:
         self.config, data, seed = config, config.data, config.train.seed
         diffusion = ModelInfo.read(config.diffusion)
         self.codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
@@ -58,10 +58,10 @@ class ClassifierTask:
         normals = {"eps": (in_channels, side, side)} | ({"posterior": (in_channels, side, side)} if self.codec else {})
         cache = None
         if self.codec is not None and data.crop == "center":
-            stage2 = DiffusionRun(config.run, data, str(diffusion.path), NONE)  # whose latents these are
+            stage2 = DiffusionTrainingConfig(config.run, data, str(diffusion.path), NONE)  # whose latents these are
             cache = ensure_cache(stage2, self.codec.autoencoder, source, say, *launched())
-        self.stream = Stream(source, data, seed, Draws(normals, ("t",)), cache)
-        self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
+        self.stream = Stream(source, data, seed, RandomFields(normals, ("t",)), cache)
+        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
         self.device = torch.device("cpu")
 
     def _check_data(self, diffusion: ModelInfo, in_channels: int) -> None:
@@ -75,7 +75,7 @@ class ClassifierTask:
                 raise ConfigError(f"data.{name} is {value} but the diffusion model's is {wanted}: the classifier sees what it draws")
 
     @property
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a person should know once, before training."""
         parameters = sum(p.numel() for p in self.classifier.parameters())
         what = "pixels" if self.codec is None else "latents"
@@ -102,7 +102,7 @@ class ClassifierTask:
         loss, logits = classifier_loss(self.schedule, classifier, diffused(self.codec, batch), batch["eps"], t, label)
         return loss, logits.argmax(1) == label
 
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
@@ -131,7 +131,7 @@ class ClassifierTask:
         whole = {"loss": float(loss.sum() / count.sum()), "accuracy": float(right.sum() / count.sum())}
         return {**whole, "accuracy_by_t": (right / count).tolist()}
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def previews(self) -> dict[str, np.ndarray]:
         """The first validation images."""
         count = min(PICTURES, self.validation.source.length or PICTURES)
         return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}

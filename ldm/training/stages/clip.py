@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.config import ClipRun, ConfigError
-from ldm.data.dataset import Batch, Draws, Stream, validation_batches
+from ldm.config import ClipTrainingConfig, ConfigError
+from ldm.data.dataset import Batch, RandomFields, Stream, validation_batches
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid, to_uint8
 from ldm.interop.bundle import TEXT
@@ -30,7 +30,7 @@ class ClipTask:
 
     averaged = "clip"
 
-    def __init__(self, config: ClipRun) -> None:
+    def __init__(self, config: ClipTrainingConfig) -> None:
         self.config, data, seed = config, config.data, config.train.seed
         source = open_source(data, "train")
         captions = _captions(source)
@@ -39,14 +39,14 @@ class ClipTask:
         self.clip = seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
         self.networks: dict[str, nn.Module] = {"clip": self.clip}
         self.wrapped = self.networks
-        self.stream = Stream(source, data, seed, Draws({}))
+        self.stream = Stream(source, data, seed, RandomFields({}))
         # held-out combinations where the source has them: captions never seen
         split = "held_out" if data.source.startswith("shapes") else "validation"
-        self.validation = Stream(open_source(data, split), data, seed, Draws({}), validation=True)
+        self.validation = Stream(open_source(data, split), data, seed, RandomFields({}), validation=True)
         self.device = torch.device("cpu")
 
     @property
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a person should know once, before training."""
         parameters = sum(p.numel() for p in self.clip.parameters())
         cut, counted = self._cut
@@ -70,7 +70,7 @@ class ClipTask:
         backward(loss)
         return {"loss": loss.detach(), "temperature": (-scale).exp().detach()}
 
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """The initial weights take nothing from the data."""
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
@@ -110,7 +110,7 @@ class ClipTask:
         chunks = [self._ids(captions[i : i + 256]) for i in range(0, len(captions), 256)]
         return torch.cat([cast(Tensor, self.clip.get_text_features(ids).pooler_output) for ids in chunks])  # type: ignore[union-attr]
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def previews(self) -> dict[str, np.ndarray]:
         """The first validation images."""
         count = min(PICTURES, self.validation.source.length or PICTURES)
         return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}

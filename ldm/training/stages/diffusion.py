@@ -1,4 +1,4 @@
-"""Stage 2: the step, validation and export of the latent diffusion model (math.md T1, L1, L2, L4, L7)."""
+"""Stage 2: the step, validation and export of the latent diffusion model (docs/equations.md T1, L1, L2, L4, L7)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
-from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionRun, to_dict
+from ldm.config import LEARNED, NONE, NULL_CAPTION, ConfigError, DiffusionTrainingConfig, to_dict
 from ldm.data import latent_cache as cache
-from ldm.data.dataset import Batch, Draws, Stream, scattered, validation_batches
+from ldm.data.dataset import Batch, RandomFields, Stream, scattered, validation_batches
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid, to_uint8
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.learned_schedule import LearnedSchedule, Watched, error_and_slope, schedule_loss
+from ldm.diffusion.learned_schedule import InputTap, LearnedSchedule, error_and_slope, schedule_loss
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
@@ -51,7 +51,7 @@ class DiffusionTask:
 
     averaged = "unet"
 
-    def __init__(self, config: DiffusionRun, say: Callable[[str], None]) -> None:
+    def __init__(self, config: DiffusionTrainingConfig, say: Callable[[str], None]) -> None:
         self.config, data, seed = config, config.data, config.train.seed
         self.codec = None
         if config.autoencoder != NONE:
@@ -72,8 +72,8 @@ class DiffusionTask:
         self.wrapped = self.networks
         self._set_process(self.learned.schedule() if self.learned else Schedule.from_config(config.schedule), torch.device("cpu"))
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
-        self.stream = Stream(self.source, data, seed, Draws(normals, ("t", "drop")), self._cache(say))
-        self.validation = Stream(validation, data, seed, Draws(normals), validation=True)
+        self.stream = Stream(self.source, data, seed, RandomFields(normals, ("t", "drop")), self._cache(say))
+        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
         self._table: Any = None  # made in `to`, on the device
         self._say = say
         self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
@@ -143,7 +143,7 @@ class DiffusionTask:
             self._say(f"{cut} of {of} captions are longer than {self.text.max_length} tokens and are cut")
 
     @property
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a person should know once, before training."""
         parameters = sum(p.numel() for p in self.unet.parameters())
         what = "pixels" if self.codec is None else "latents"
@@ -191,7 +191,7 @@ class DiffusionTask:
         t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
         cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
-        watched = Watched(self.wrapped["unet"]) if self.learned is not None else None
+        watched = InputTap(self.wrapped["unet"]) if self.learned is not None else None
         terms = self.objective.terms(watched or self.wrapped["unet"], x0, eps, t, cond)
         loss = (weight * terms.total).mean()
         figures = {} if watched is None else self._train_schedule(watched, x0, eps, t, backward)
@@ -201,7 +201,7 @@ class DiffusionTask:
         return {"loss": loss.detach(), **vlb, **figures}
 
     def _train_schedule(
-        self, watched: Watched, x0: Tensor, eps: Tensor, t: Tensor, backward: Callable[[Tensor], None]
+        self, watched: InputTap, x0: Tensor, eps: Tensor, t: Tensor, backward: Callable[[Tensor], None]
     ) -> dict[str, Tensor]:
         """Gradients for the learned schedule, from the network's call that its own loss is made of; the network gets none."""
         error, slope = error_and_slope(self.schedule, self.config.objective.target, watched, x0, eps, t)
@@ -214,7 +214,7 @@ class DiffusionTask:
             return Condition()
         return Condition(context=self._table[captions] if self._table is not None else self.text.encode(captions))
 
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """The initial weights are those of ``init``; they take nothing from the data."""
         if self.config.init is not None and self.lora is None:
             info = self.base or check_initial(self.config, self._arguments, self.text)
@@ -269,7 +269,7 @@ class DiffusionTask:
             caption_dropout=config.caption_dropout if self.text else None,
         ).to(self.device)  # fmt: skip
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def previews(self) -> dict[str, np.ndarray]:
         """Samples of fixed prompts from fixed noise."""
         images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample)))
         return {"samples": grid(to_uint8(images), PICTURES)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.config import NONE, ConfigError, DiffusionRun, ScheduleConfig, UNetConfig
+from ldm.config import NONE, ConfigError, DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.bundle import VAE
 from ldm.models.unet import UNet
@@ -15,7 +15,7 @@ from ldm.pipeline.codec import autoencoder_hash, files_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 
 
-def check_initial(config: DiffusionRun, unet: tuple[UNetConfig, int, int, int | None], text: Any) -> ModelInfo:
+def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any) -> ModelInfo:
     """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is no model.
 
     ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
@@ -82,7 +82,7 @@ def _spread(config: UNetConfig, name: str) -> Any:
     return sorted(value) if name == "attention_levels" else list(value) if isinstance(value, tuple) else value
 
 
-def _check_latents(config: DiffusionRun, info: ModelInfo) -> None:
+def _check_latents(config: DiffusionTrainingConfig, info: ModelInfo) -> None:
     pixels = config.autoencoder == NONE
     if pixels != (info.autoencoder is None):
         _differ(config.init, "autoencoder", *("none" if without else "an autoencoder" for without in (info.autoencoder is None, pixels)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.posterior import DiagonalGaussian
-from ldm.config import DiffusionRun
+from ldm.config import DiffusionTrainingConfig
 from ldm.data import latent_cache as cache
 from ldm.data.dataset import Batch
 from ldm.data.sample import Source
@@ -31,7 +31,12 @@ def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
 
 
 def ensure_cache(
-    config: DiffusionRun, autoencoder: Any, source: Source, say: Callable[[str], None], processes: Processes, device: torch.device
+    config: DiffusionTrainingConfig,
+    autoencoder: Any,
+    source: Source,
+    say: Callable[[str], None],
+    processes: Processes,
+    device: torch.device,
 ) -> cache.LatentCache:
     """Open the run's latent cache, which is compared with its hashes, and write it before where it is missing or damaged.
 
