@@ -18,7 +18,7 @@ class UNetConfig:
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_level: int = 2  # residual blocks per level going down; one more going up
-    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with self- and cross-attention; the middle always has it
+    attention_levels: tuple[int, ...] | None = None  # levels with attention (the middle always has it); None: all but the last
     heads: tuple[int, ...] = (8,)  # one number, or one per level
     transformer_layers: int = 1
     groups: int = 32
@@ -38,14 +38,22 @@ class UNetConfig:
         between(self, 0, MOST_CHANNELS, "concat_channels")
         divisible(self.channels, self.groups)
         self._check_class_embedding()
-        for level in self.attention_levels:
+        if self.attention_levels is None:  # resolved here, so that what is saved says it
+            object.__setattr__(self, "attention_levels", tuple(range(max(1, len(self.channels) - 1))))
+        for level in self.attending:
             if not 0 <= level < len(self.channels):
                 raise ConfigError(f"attention_levels: {shown(level)} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
         if len(self.heads) not in (1, len(self.channels)):
             raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}")
-        for level in sorted({*self.attention_levels, len(self.channels) - 1}):  # the middle has the heads of the last
+        for level in sorted({*self.attending, len(self.channels) - 1}):  # the middle has the heads of the last
             if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or self.channels[level] % h:
                 raise ConfigError(f"heads: {shown(h)} does not divide channels {self.channels[level]} of level {level}")
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """``attention_levels``, resolved."""
+        assert self.attention_levels is not None
+        return self.attention_levels
 
     @property
     def time_dim(self) -> int:

@@ -40,6 +40,9 @@ class Condition:
         return Condition(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
 
+NO_CONDITION = Condition()
+
+
 def concatenate(a: Condition, b: Condition) -> Condition:
     """Both conditions as one batch, ``a`` first. They must hold the same kinds."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ldm.config import ObjectiveConfig
-from ldm.diffusion.condition import Condition
+from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.likelihood import decoder_log_likelihood, denoising_kl
@@ -125,10 +125,12 @@ class Objective:
     Raises ValueError for an ε or score target where the last step holds no signal: there it says nothing of x_0.
 
     Args:
+        config: the objective's settings, or its target alone: ``Objective("v", schedule)``.
         pixels: x_0 is an image of 256 levels in [−1, 1], which a learned variance counts by discretised Gaussians at t = 1.
     """
 
-    def __init__(self, config: ObjectiveConfig, schedule: Schedule, pixels: bool = False) -> None:
+    def __init__(self, config: ObjectiveConfig | str, schedule: Schedule, pixels: bool = False) -> None:
+        config = ObjectiveConfig(target=config) if isinstance(config, str) else config
         self.config, self.schedule, self.pixels = config, schedule, pixels
         snr = _snr(schedule)
         if config.target in ("eps", "score") and bool((snr == 0).any()):
@@ -136,12 +138,14 @@ class Objective:
         self.weights = WEIGHTINGS[config.weighting](schedule, config) / error_ratio(config.target, snr)
 
     def loss(
-        self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition
+        self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition = NO_CONDITION
     ) -> Float[Tensor, " b"]:
         """What is minimised, for each sample of the batch (means over its elements)."""
         return self.terms(model, x0, eps, t, cond).total
 
-    def terms(self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition) -> Terms:
+    def terms(
+        self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition = NO_CONDITION
+    ) -> Terms:
         """w_t · mean‖target − model(x_t, t, c)‖², and with a learned variance ``vlb_weight`` times the bound (L4)."""
         denoiser = Denoiser(self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance)
         pred = denoiser(self.schedule.add_noise(x0, eps, t), t)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -126,6 +127,11 @@ class Schedule:
         if config.shift != 1.0:
             betas = shifted(betas, config.shift)
         return cls(zero_terminal(betas) if config.zero_terminal_snr else betas)
+
+    @classmethod
+    def named(cls, name: str, num_steps: int = 1000, **settings: Any) -> Schedule:
+        """The schedule of that name, such as cosine; ``settings`` as in ScheduleConfig. Raises ConfigError for one unknown."""
+        return cls.from_config(ScheduleConfig(name, num_steps, **settings))
 
     @property
     def num_steps(self) -> int:

@@ -69,7 +69,7 @@ def _unet(part: Part) -> dict[str, Any]:
     return {
         "channels": list(config.channels),
         "layers_per_level": config.layers_per_level,
-        "attention_levels": list(config.attention_levels),
+        "attention_levels": list(config.attending),
         "heads": list(config.heads),
         "transformer_layers": config.transformer_layers,
         "linear_projection": config.linear_projection,

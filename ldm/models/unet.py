@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config import UNetConfig
-from ldm.diffusion.condition import Condition
+from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.models.layers import Downsample, ResidualBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
 
 
@@ -36,12 +36,13 @@ class UNet(nn.Module):
     Args:
         config: widths, depths and attention.
         in_channels: c of x_t; ``config.concat_channels`` come on top.
-        out_channels: c of the prediction.
+        out_channels: c of the prediction; None: as many as come in.
         context_dim: width of the cross-attended context; None: no cross-attention.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None) -> None:
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int | None = None, context_dim: int | None = None) -> None:
         super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
         self.config, self.in_channels, self.out_channels, self.context_dim = config, in_channels, out_channels, context_dim
         self.gradient_checkpointing = False
         channels, time_dim, levels = config.channels, config.time_dim, len(config.channels)
@@ -63,7 +64,7 @@ class UNet(nn.Module):
         skips = [channels[0]]  # channels of each skip connection
         for level, c in enumerate(channels):
             resnets = [resnet(skips[-1] if i == 0 else c, c) for i in range(config.layers_per_level)]
-            attends = level in config.attention_levels
+            attends = level in config.attending
             stage = Stage(resnets, [transformer(level) for _ in resnets] if attends else [])
             skips += [c] * config.layers_per_level
             if level < levels - 1:
@@ -80,7 +81,7 @@ class UNet(nn.Module):
             for _ in range(config.layers_per_level + 1):
                 resnets.append(resnet(width + skips.pop(), channels[level]))
                 width = channels[level]
-            stage = Stage(resnets, [transformer(level) for _ in resnets] if level in config.attention_levels else [])
+            stage = Stage(resnets, [transformer(level) for _ in resnets] if level in config.attending else [])
             if level > 0:
                 stage.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(stage)
@@ -88,7 +89,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition) -> Float[Tensor, "b o h w"]:
+    def forward(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition = NO_CONDITION) -> Float[Tensor, "b o h w"]:
         """The prediction for each sample; ``t`` counts from 0. Raises ValueError where a condition is missing or not expected."""
         self._check(cond)
         time = self._embed(t, cond).to(x_t.dtype)

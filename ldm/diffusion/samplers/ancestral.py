@@ -10,14 +10,14 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Gradient
 from ldm.diffusion.process import posterior_mean, posterior_variance, transition
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, no_noise
 from ldm.diffusion.schedule import Schedule, like
 
 VARIANCES = ("posterior", "beta", "learned")
 
 
 def ddpm(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     variance: str | None = None, mean_shift: Gradient | None = None, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1). No noise where the step ends at clean data.
@@ -49,7 +49,7 @@ def _deviation(schedule: Schedule, variance: str, pred: Prediction, s: Tensor, t
 
 
 def ddim(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     eta: float = 0.0, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2).

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start, no_noise
 from ldm.diffusion.schedule import like
 
 FEW_STEPS = 15  # below it the last orders are lowered, as in diffusers
@@ -27,7 +27,7 @@ Data = Callable[[Nodes, int, list[Tensor]], Tensor]
 
 
 def dpmpp_2m(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++(2M): second order, multistep, one call a step (Lu et al. 2022, Algorithm 2).
@@ -38,7 +38,7 @@ def dpmpp_2m(
 
 
 def dpmpp_3m(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++(3M) with the second derivative of x̂_0 in full: third order (Lu et al. 2022, appendix; docs/equations.md S5)."""
@@ -46,7 +46,7 @@ def dpmpp_3m(
 
 
 def dpmpp_3m_published(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++(3M) as published and in diffusers: its second derivative is half of what it should be, so it is of second order."""
@@ -54,7 +54,7 @@ def dpmpp_3m_published(
 
 
 def dpmpp_2s(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++(2S) on pairs of steps, the node between them its middle: second order (Lu et al. 2022, Algorithm 1).
@@ -80,14 +80,19 @@ def dpmpp_2s(
 
 
 def dpmpp_sde(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5). Equals DDIM with η = 1."""
     return _multistep_sde(denoiser, x, grid, noise, 1, True, callback)
 
 
 def dpmpp_2m_sde(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense, one call a step (Lu et al. 2022, section 5)."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start, no_noise
 from ldm.diffusion.schedule import like
 
 LMS_ORDER = 4
@@ -33,7 +33,12 @@ def stepped(
 
 
 def euler(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """Euler's method: first order, one call a step (Karras et al. 2022). Equals DDIM with η = 0."""
     nodes = Nodes.of(denoiser.schedule, grid, x)
@@ -44,7 +49,12 @@ def euler(
 
 
 def euler_ancestral(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """Euler's method to a level below the next, and noise up to it: σ̃_n² = σ̃_down² + σ̃_up². Equals DDIM with η = 1.
 
@@ -64,7 +74,12 @@ def euler_ancestral(
 
 
 def heun(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """Heun's method, the mean of the slopes at both ends: second order, two calls a step (Karras et al. 2022, Algorithm 1).
 
@@ -83,7 +98,12 @@ def heun(
 
 
 def dpm2(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """The slope at the geometric mean of both levels: second order, two calls a step (Lu et al. 2022a; k-diffusion's DPM2).
 
@@ -106,7 +126,7 @@ def dpm2(
 
 
 def lms(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Linear multistep, the exact integral of the polynomial through the last four slopes: one call a step (k-diffusion's LMS).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.samplers.ancestral import ddim
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, no_noise
 from ldm.diffusion.schedule import like
 
 PER_LEVEL = 5  # Langevin steps at each level of annealed dynamics
@@ -24,7 +24,7 @@ SNR = 0.16  # r of the corrector, as published for images
 
 
 def annealed_langevin(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     corrections: int = PER_LEVEL, snr: float = 0.3, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1; S4): ``corrections`` Langevin steps at each level after the first.
@@ -42,7 +42,7 @@ def annealed_langevin(
 
 
 def predictor_corrector(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     eta: float = 0.0, corrections: int = 1, snr: float = SNR, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
     """A DDIM step to each level (η = 1: ancestral), then ``corrections`` Langevin steps at it (Song et al. 2021, Algorithm 1; S4).

@@ -1,6 +1,6 @@
 """What samplers share: their signature, and the noise levels along a grid.
 
-A sampler is a function ``sampler(denoiser, x, grid, noise, *, callback=None, …)``. The grid is the t of each step,
+A sampler is a function ``sampler(denoiser, x, grid, noise=no_noise, *, callback=None, …)``. The grid is the t of each step,
 falling, and then where the sample ends (−1: clean data); ``grids`` makes them, and any falling t in float64 will do.
 ``noise(i)`` is the i-th fresh standard normal array: a function, so that an image's draws do not depend on the batch
 around it. A sampler works in the type of ``x``, its coefficients in float64.
@@ -21,6 +21,11 @@ from ldm.diffusion.schedule import Schedule
 Noise = Callable[[int], Tensor]
 # callback(step, sample after the step, x̂_0 that the step used): returns None, or what the sampler goes on with instead
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def no_noise(step: int) -> Tensor:
+    """The ``noise`` of a deterministic sampler. Raises ValueError where a sampler draws some after all."""
+    raise ValueError("this sampler draws noise at its steps: pass noise=…, a function of the step, or call ldm.sample, which does")
 
 
 @dataclass(frozen=True)

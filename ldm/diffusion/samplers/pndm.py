@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.edm import slope, stepped
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, no_noise
 from ldm.diffusion.schedule import like
 
 FEWEST = 2  # steps: the first has two calls, the second of them at the second node
@@ -16,7 +16,12 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def plms(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Float[Tensor, "b *d"],
+    grid: Float[Tensor, " nodes"],
+    noise: Noise = no_noise,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
     """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step (Liu et al. 2022, eq. 9, 12; Heun's first step).
 

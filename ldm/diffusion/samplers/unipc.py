@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start
+from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start, no_noise
 from ldm.diffusion.schedule import like
 
 ORDERS = (1, 2, 3)
@@ -18,7 +18,7 @@ SOLVERS = ("bh1", "bh2")  # B(h) = h, or e^h − 1; of −h, since x̂_0 is pred
 
 
 def unipc(
-    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise, *,
+    denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     order: int = 2, solver: str = "bh2", corrector: bool = True, start: Sequence[Tensor] = (), lower_final: bool = True,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip

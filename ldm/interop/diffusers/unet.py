@@ -71,7 +71,7 @@ def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, c
     """
     learned = out_channels == 2 * in_channels
     levels, heads = len(config.channels), list(config.heads)
-    attends = [level in config.attention_levels for level in range(levels)]
+    attends = [level in config.attending for level in range(levels)]
     return {
         "_class_name": OUR_UNET if learned or (context_dim is None and any(attends)) else THEIR_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
