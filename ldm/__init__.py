@@ -46,7 +46,25 @@ _HOMES = {
     "sample": ("ldm.pipeline.draw", "sample"),
     "train": ("ldm.training.start", "train"),
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "AutoencoderConfig",
+    "AutoencoderKL",
+    "Condition",
+    "ConfigError",
+    "Denoiser",
+    "Guidance",
+    "Objective",
+    "ObjectiveConfig",
+    "Pipeline",
+    "Schedule",
+    "UNet",
+    "UNetConfig",
+    "__version__",
+    "load_autoencoder",
+    "load_config",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

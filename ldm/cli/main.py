@@ -19,30 +19,41 @@ from typing import IO, Any, NoReturn
 from ldm.cli.console import complain, end_output, one_line, rank, silence, write_anything
 from ldm.files.disk import OS_FAULT, described
 
-# command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
-COMMANDS = {
-    "init": ("ldm.cli.init", "look at a folder of images, and write configurations for it"),
-    "train": ("ldm.cli.train", "train all stages of a folder of configurations, one after the other"),
-    "train-autoencoder": ("ldm.cli.train_autoencoder", "stage 1: train the autoencoder"),
-    "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
-    "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it by itself)"),
-    "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
-    "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
-    "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
-    "reproduce": ("ldm.cli.reproduce", "draw a picture of `ldm sample` again, from what its PNG says, and compare"),
-    "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
-    "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
-    "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
-    "checkpoints": ("ldm.cli.checkpoints", "list a run's checkpoints, whether they are intact, and which one the next start takes"),
-    "replay": ("ldm.cli.replay", "compute a non-finite update again, and name the first module that broke"),
-    "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off goes on exactly"),
-    "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
-    "convert": ("ldm.cli.convert", "write a model in another layout: a diffusers folder, a single file"),
-    "inspect": ("ldm.cli.inspect", "say what a model, a folder or a file is: sizes, process, types, hashes"),
-    "status": ("ldm.cli.status", "say in one line what a run is doing; the exit code says it to scripts"),
-    "diff": ("ldm.cli.diff", "say what differs between two runs, or two models"),
-    "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
+# heading → command → (module with add_arguments(parser) and run(arguments), what it does); modules import no torch at their top
+GROUPS = {
+    "train": {
+        "init": ("ldm.cli.init", "look at a folder of images, and write configurations for it"),
+        "train": ("ldm.cli.train", "train all stages of a folder of configurations, one after the other"),
+        "train-autoencoder": ("ldm.cli.train_autoencoder", "stage 1: train the autoencoder"),
+        "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
+        "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it by itself)"),
+        "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
+        "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
+    },
+    "draw": {
+        "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
+        "reproduce": ("ldm.cli.reproduce", "draw a picture of `ldm sample` again, from what its PNG says, and compare"),
+    },
+    "look at a run": {
+        "status": ("ldm.cli.status", "say in one line what a run is doing; the exit code says it to scripts"),
+        "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
+        "checkpoints": ("ldm.cli.checkpoints", "list a run's checkpoints, whether they are intact, and which one the next start takes"),
+        "diff": ("ldm.cli.diff", "say what differs between two runs, or two models"),
+        "replay": ("ldm.cli.replay", "compute a non-finite update again, and name the first module that broke"),
+        "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off goes on exactly"),
+        "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
+    },
+    "models and files": {
+        "inspect": ("ldm.cli.inspect", "say what a model, a folder or a file is: sizes, process, types, hashes"),
+        "convert": ("ldm.cli.convert", "write a model in another layout: a diffusers folder, a single file"),
+    },
+    "measure": {
+        "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
+        "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
+        "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
+    },
 }
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 CODES = """exit codes: 0 done, 2 usage, configuration, or a file or disk that the system refuses, 3 data, 4 checkpoint or model folder,
 5 training went non-finite, 75 interrupted and saved (the same command goes on), 130 interrupted where there was nothing to save"""
@@ -72,15 +83,27 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = Parser(
-        prog="ldm", description="Train and use latent diffusion models.", epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ldm",
+        description="Train and use latent diffusion models.",
+        epilog=f"{_listed()}\n\n{CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (module, text) in COMMANDS.items():
+    commands = top.add_subparsers(
+        dest="command", metavar="command", required=True, help="one of those below; `ldm command --help` has its options"
+    )
+    for name, (module, _) in COMMANDS.items():
         implementation = importlib.import_module(module)
-        sub = commands.add_parser(name, help=text, description=implementation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, description=implementation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         implementation.add_arguments(sub)
         sub.set_defaults(function=implementation.run)
     return top
+
+
+def _listed() -> str:
+    """All commands under the headings of GROUPS."""
+    width = max(map(len, COMMANDS)) + 2
+    groups = ("\n".join([f"{head}:", *(f"  {name:{width}}{text}" for name, (_, text) in group.items())]) for head, group in GROUPS.items())
+    return "\n\n".join(groups)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
