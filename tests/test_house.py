@@ -14,23 +14,23 @@ from ldm.training.trackers import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ORDER = (  # top to bottom: a room imports from itself and from rooms below
-    "scripts",
-    "ldm.cli",
-    "ldm.training",
-    "ldm.evaluation",
-    "ldm.pipeline",
-    "ldm.interop",
-    "ldm.data",
-    "ldm.models",
-    "ldm.diffusion",
-    "ldm.config",
-    "ldm.files",
-    "autoencoder",
+ORDER = (  # top to bottom: a room imports from itself and from rows below; rooms of one row do not know each other
+    ("scripts",),
+    ("ldm.cli",),
+    ("ldm.training", "ldm.evaluation"),
+    ("ldm.runs",),
+    ("ldm.pipeline",),
+    ("ldm.interop",),
+    ("ldm.models", "ldm.data"),
+    ("ldm.diffusion",),
+    ("ldm.distributed", "ldm.config"),
+    ("ldm.files", "autoencoder"),
+    ("ldm.errors",),
 )
+ROW = {room: i for i, row in enumerate(ORDER) for room in row}
 PACKAGES = ("autoencoder", "ldm", "scripts")
 ONLY_IN = {  # a foreign package, and the paths that may import it
-    "accelerate": ("ldm/training/", "ldm/cli/"),
+    "accelerate": ("ldm/training/", "ldm/distributed/", "ldm/cli/"),
     "transformers": ("ldm/models/text.py",),
     "tokenizers": ("ldm/models/text.py",),
     "lpips": ("autoencoder/perceptual.py",),
@@ -43,8 +43,8 @@ SHAPELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
 def room(module: str) -> str | None:
-    """The entry of ORDER that a module belongs to; None for what is not ours, and for `ldm` itself."""
-    return next((r for r in ORDER if module == r or module.startswith(r + ".")), None)
+    """The room of ORDER that a module belongs to; None for what is not ours, and for `ldm` itself."""
+    return next((r for r in ROW if module == r or module.startswith(r + ".")), None)
 
 
 def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
@@ -110,10 +110,14 @@ def faults(path: str, module: str, name: str) -> Iterator[str]:
     """What is wrong with ``module`` importing ``name``."""
     if name == "ldm.Pipeline":
         name = "ldm.pipeline.Pipeline"
-    here = "ldm.pipeline" if module == "ldm" else room(module)  # the lazy `from ldm import Pipeline`
+    here = "ldm.cli" if module == "ldm.__main__" else room(module)  # `ldm` itself offers names of all rooms but the command line
     there = room(name)
-    if here and there and ORDER.index(there) < ORDER.index(here):
+    if module == "ldm" and there == "ldm.cli":
         yield f"{module} may not import upward from {there}"
+    if here and there and ROW[there] < ROW[here]:
+        yield f"{module} may not import upward from {there}"
+    if here and there and here != there and ROW[there] == ROW[here]:
+        yield f"{module} may not know {there}, its neighbour"
     top = name.split(".")[0]
     if top in ONLY_IN and not path.startswith(ONLY_IN[top] or "-"):
         yield f"{top} may be imported only in {', '.join(ONLY_IN[top]) or 'tests'}"
@@ -125,9 +129,51 @@ def test_the_house_is_in_order() -> None:
     assert violations(ROOT) == []
 
 
+def circles(root: Path) -> list[set[str]]:
+    """Modules under ``root`` that import each other in a circle, imports inside functions included, those for types alone not."""
+    trees = {}
+    for file in (f for package in PACKAGES for f in (root / package).rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(file.read_text(encoding="utf-8"))
+    found = {
+        module: {_module(name, trees) for _, name in imported(_without_types(tree), module)} - {module, None}
+        for module, tree in trees.items()
+    }
+    reach: dict[str, set[str]] = {}
+    for module in found:
+        seen, todo = set(), list(found[module])
+        while todo:
+            if (other := todo.pop()) not in seen:
+                seen.add(other)
+                todo += found[other]
+        reach[module] = seen
+    return [{m, *(o for o in reach[m] if m in reach[o])} for m in reach if m in reach[m]]
+
+
+def _module(name: str, modules: dict[str, ast.Module]) -> str | None:
+    """The module of ours that an imported name is, or is in."""
+    return name if name in modules else name.rpartition(".")[0] if name.rpartition(".")[0] in modules else None
+
+
+def _without_types(tree: ast.Module) -> ast.Module:
+    """The tree without `if TYPE_CHECKING:`."""
+    return ast.Module([n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")], [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+    for name, code in {"a": "from ldm.data.b import x", "b": "def f():\n    from ldm.data import c", "c": "import ldm.data.a"}.items():
+        (tmp_path / "ldm/data").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"ldm/data/{name}.py").write_text(code, encoding="utf-8")
+    assert circles(tmp_path)[0] == {"ldm.data.a", "ldm.data.b", "ldm.data.c"}
+
+
 def test_every_module_has_a_room() -> None:
     files = [f.relative_to(ROOT).with_suffix("") for f in (ROOT / "ldm").rglob("*.py")]
-    modules = {".".join(f.parts[:-1] if f.name == "__init__" else f.parts) for f in files} - {"ldm"}
+    modules = {".".join(f.parts[:-1] if f.name == "__init__" else f.parts) for f in files} - {"ldm", "ldm.__main__"}
     assert len(modules) > 10 and [m for m in sorted(modules) if room(m) is None] == []
 
 
@@ -139,6 +185,9 @@ def test_every_module_has_a_room() -> None:
         ("ldm/data/x.py", "from .. import training", "upward from ldm.training"),
         ("ldm/data/x.py", "from importlib import import_module\nimport_module('ldm.cli.main')", "x.py:2: ldm.data.x may not import upward"),
         ("ldm/models/__init__.py", "from ldm import Pipeline", "upward from ldm.pipeline"),
+        ("ldm/evaluation/x.py", "from ldm.training.loop import Loop", "may not know ldm.training, its neighbour"),
+        ("ldm/training/x.py", "import ldm.evaluation.evaluate", "may not know ldm.evaluation, its neighbour"),
+        ("ldm/runs/x.py", "from ldm.training import loop", "upward from ldm.training"),
         ("ldm/config.py", "import ldm.diffusion.schedule as s", "upward from ldm.diffusion"),
         ("ldm/__init__.py", "import ldm.cli", "upward from ldm.cli"),
         ("ldm/cli/x.py", "import scripts.train", "upward from scripts"),
