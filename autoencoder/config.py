@@ -84,7 +84,9 @@ class AutoencoderConfig:
             )
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
-                raise ConfigError(f"attention_levels: {shown(level)} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+                raise ConfigError(
+                    f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {len(self.channels) - 1})"
+                )
 
     @property
     def factor(self) -> int:

@@ -22,7 +22,7 @@ def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 
     ``scaling_factor`` is 1 because the latents' statistics are folded into the weights; it is written
     out since the reader's default is 0.18215. ``sample_size`` (pixels) only sets the tile of tiled decoding;
-    ``force_upcast`` keeps readers from half precision, which nobody has tried on these weights.
+    ``force_upcast`` keeps readers from half precision, which is untested on these weights.
     """
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     return {
@@ -98,7 +98,7 @@ def _check_types(layout: Mapping[str, Any]) -> None:
 
 
 def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels: int) -> list[bool]:
-    """Whether each block has attention; takes ``key`` out of ``given``. Raises ConfigError for other blocks or another number of them."""
+    """Flags of the blocks with attention; takes ``key`` out of ``given``. Raises ConfigError for other blocks or another number of them."""
     blocks = list(given.pop(key, (plain,)))
     if not set(blocks) <= {plain, attention} or len(blocks) != levels:
         raise ConfigError(f"{key} is {blocks}: expected {plain} or {attention}, one for each of the {levels} block_out_channels")

@@ -1,4 +1,4 @@
-"""How well images survive the autoencoder and what the latents carry. Images lie in [−1, 1]."""
+"""Quality of reconstructions and use of latent channels. Images lie in [−1, 1]."""
 
 from __future__ import annotations
 

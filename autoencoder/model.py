@@ -119,7 +119,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, image: Float[Tensor, "b C H W"]) -> DiagonalGaussian:
         """Return the posterior over latents [b, c, H/f, W/f] of images in [−1, 1].
 
-        Raises ValueError if a side is no multiple of the factor f or the channels differ from the config's.
+        Raises ValueError if a side is not a multiple of the factor f or the channels differ from the config's.
         """
         factor = self.config.factor
         if image.shape[1] != self.config.image_channels:

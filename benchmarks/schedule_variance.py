@@ -73,7 +73,7 @@ def main() -> None:
     for path in arguments.runs:
         run, pipe = load_run(path), Pipeline.from_pretrained(path)
         if not isinstance(run, DiffusionTrainingConfig):
-            raise SystemExit(f"{path} is no run of train-ldm")
+            raise SystemExit(f"{path} is not a run of train-ldm")
         first, last = (-2 * pipe.schedule.half_log_snr_table[[0, -1]]).tolist()
         ends = (max(first, -19.0), min(last, 19.0))
         cut = LearnedSchedule(ScheduleConfig("learned", pipe.schedule.num_steps, ends=ends)).schedule()

@@ -99,7 +99,7 @@ def damaged(draw: random.Random, content: bytes, text: bool = False) -> tuple[st
 
 
 def misplaced(draw: random.Random, file: Path) -> str:
-    """Something that is no file where one should be."""
+    """Something that is not a file where one should be."""
     name = draw.choice(("gone", "a folder", "a loop", "a dangling link", "a pipe", "not to be read", "a file in a folder's place"))
     if name == "a file in a folder's place" and file.parent != Path():
         shutil.rmtree(file.parent)

@@ -1,4 +1,4 @@
-"""Kill training at random moments, go on by the same command, and compare the end with that of a run that nobody killed.
+"""Kill training at random moments, continue by the same command, and compare the end with that of a run that nobody killed.
 
   python tests/torture.py --trials 25        (`make torture`)
 
@@ -195,7 +195,7 @@ def differing(run: Path, other: Path) -> list[str]:
 
 
 def trial(stage: Stage, run: Path, draw: random.Random) -> tuple[bool, str]:
-    """Kill, go on, compare. Whether all is equal, and what happened."""
+    """Kill, continue, compare. Whether all is equal, and what happened."""
     kills, deaths, code = 1 + (draw.random() < MORE_KILLS[0]), [], None
     kills += kills == 2 and draw.random() < MORE_KILLS[1]
     starts = 0

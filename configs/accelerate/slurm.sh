@@ -25,7 +25,7 @@ srun --kill-on-bad-exit=0 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$PYTHON" "$@"' task "$@"
 code=$?
 
-if [ $code = 75 ]; then # interrupted and saved: the same command goes on
+if [ $code = 75 ]; then # interrupted and saved: the same command continues
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -1,1 +1,1 @@
-"""The commands; the only code that reads sys.argv or prints for a person."""
+"""The commands; the only code that reads sys.argv or prints."""

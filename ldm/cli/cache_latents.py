@@ -1,4 +1,4 @@
-"""Encode the images of a diffusion run once, into RUN/latents. train-ldm does it by itself where it is missing."""
+"""Encode the images of a diffusion run once, into RUN/latents. train-ldm does it automatically where it is missing."""
 
 from __future__ import annotations
 

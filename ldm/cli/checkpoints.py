@@ -21,7 +21,7 @@ from ldm.config import runs_below
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, and how closely to look."""
+    """The run, and whether to check hashes."""
     parser.add_argument("run", metavar="RUN", help="a run of a training command")
     parser.add_argument("--fast", action="store_true", help="compare sizes, not hashes")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def listed(run: Path, fast: bool) -> list[dict[str, Any]]:
-    """What is known of each checkpoint of a run, oldest first. Changes nothing on the disk."""
+    """Facts about each checkpoint of a run, oldest first. Changes nothing on the disk."""
     from ldm.config import ConfigError, load_run
     from ldm.runs.checkpoints import folder as shelf
 
@@ -76,7 +76,7 @@ def listed(run: Path, fast: bool) -> list[dict[str, Any]]:
         stay = dict.fromkeys(problems, "")
     rows = []
     for path, found in problems.items():
-        with suppress(FileNotFoundError):  # deleted meanwhile by the training that goes on
+        with suppress(FileNotFoundError):  # deleted meanwhile by the training that continues
             rows.append(_row(path) | {"problems": found, "held": stay.get(path, "goes at the next save")})
     return rows
 

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a progress bar in a terminal, plain lines elsewhere."""
+"""Output of a running command: a progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def end_output() -> None:
 class Console:
     """Messages and progress of the main process; other processes are silent.
 
-    ``lasting``: work that goes on where its lines cannot be written, such as a training whose terminal was closed or whose log
+    ``lasting``: work that continues where its lines cannot be written, such as a training whose terminal was closed or whose log
     fills its disk.
     """
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which two."""
+    """The two to compare."""
     parser.add_argument("a", metavar="RUN_A", help="a run, or a model folder or file")
     parser.add_argument("b", metavar="RUN_B", help="another of the kind")
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _models(a: Path, b: Path) -> dict[str, list[Row] | None]:
-    """Of the parts of two models. Raises FolderError or ConfigError for what is none."""
+    """Compare the parts of two models. Raises FolderError or ConfigError where one is not a model."""
     from ldm.interop.describe import describe
     from ldm.interop.open import read_any
     from ldm.runs.compare import NOTHING, compare

@@ -25,7 +25,7 @@ from ldm.runs.records import figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, and how many images."""
+    """The run and the number of images."""
     parser.add_argument("run", metavar="RUN", help="a finished run of train-ldm; on shapes, shapes-two or digits without --likelihood")
     parser.add_argument("--images", type=int, help="images per set (default 1000; 256 with --likelihood)")
     parser.add_argument(

@@ -93,7 +93,7 @@ def _write_all(files: dict[Path, str]) -> None:
 
 
 def _prompt(text: str) -> bool:
-    """Whether a caption will do as an example: short, one line, and nothing that a configuration refuses."""
+    """True if a caption can serve as an example: short, one line, and nothing that a configuration refuses."""
     return 0 < len(text) <= LONGEST_PROMPT and text.isprintable() and "${" not in text
 
 
@@ -103,7 +103,7 @@ def _plain(folder: Path) -> str:
 
 
 def _check_places(folder: Path, out: Path) -> None:
-    """What is written must lie outside the images, or it would be taken for more of them."""
+    """Refuse an output folder inside the images: its files would be read as further images."""
     for place in (out, Path("runs")):
         if folder.is_dir() and resolved(place).is_relative_to(resolved(folder)):
             raise ConfigError(
@@ -148,7 +148,7 @@ def _tokens(looked: Survey) -> tuple[int, int]:
 
 
 def _lines(looked: Survey, longest: int) -> list[str]:
-    """What was found, for a person."""
+    """Print the findings."""
     data, headers = looked.data, looked.headers
     where = {
         "metadata": f"captions in metadata ({data.text_column})",
@@ -204,7 +204,7 @@ def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
         console.say(f"            {one.file}: {one.reason}")
     share, allowed = len(skipped) / looked.total, looked.data.max_skipped
     if share > allowed:
-        console.say(f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: mend or remove them,")
+        console.say(f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: fix or remove them,")
         console.say(f"            or set max_skipped to {share + 0.005:.2f} in the configurations")
 
 

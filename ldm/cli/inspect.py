@@ -25,7 +25,7 @@ TITLES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to look at."""
+    """The model or file."""
     parser.add_argument("model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file")
     add_reading(parser)
     parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")

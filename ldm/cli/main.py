@@ -26,7 +26,7 @@ GROUPS = {
         "train": ("ldm.cli.train", "train all stages of a folder of configurations, one after the other"),
         "train-autoencoder": ("ldm.cli.train_autoencoder", "stage 1: train the autoencoder"),
         "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
-        "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it by itself)"),
+        "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it automatically)"),
         "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
         "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
     },
@@ -40,7 +40,7 @@ GROUPS = {
         "checkpoints": ("ldm.cli.checkpoints", "list a run's checkpoints, whether they are intact, and which one the next start takes"),
         "diff": ("ldm.cli.diff", "say what differs between two runs, or two models"),
         "replay": ("ldm.cli.replay", "compute a non-finite update again, and name the first module that broke"),
-        "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off goes on exactly"),
+        "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off continues exactly"),
         "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
     },
     "models and files": {
@@ -56,7 +56,7 @@ GROUPS = {
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 CODES = """exit codes: 0 done, 2 usage, configuration, or a file or disk that the system refuses, 3 data, 4 checkpoint or model folder,
-5 training went non-finite, 75 interrupted and saved (the same command goes on), 130 interrupted where there was nothing to save"""
+5 training went non-finite, 75 interrupted and saved (the same command continues), 130 interrupted where there was nothing to save"""
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
@@ -183,7 +183,7 @@ def _known(error: Exception) -> tuple[int | None, str]:
 
 
 def _of_another(error: Exception, command: str) -> str | None:
-    """What an error in an exchange tells of another process; None for any other error."""
+    """A line about another process from an error in an exchange; None for any other error."""
     if any(sign in str(error) for sign in LOST):
         return "another process has ended: its own line, if it could write one, says why"
     if any(sign in str(error) for sign in LATE):

@@ -1,4 +1,4 @@
-"""Where a training may write: into a run of its own, never among other people's files."""
+"""The place of a run: a folder of its own, never among other files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGS = (".log", ".out", ".err", ".txt")  # what a shell or a scheduler writes ma
 
 
 def check_place(settings: Any) -> None:
-    """Raise ConfigError where ``run`` is no place for a run: among the images, the current folder, a folder of other things."""
+    """Raise ConfigError where ``run`` cannot hold a run: among the images, the current folder, a folder of other things."""
     folder, run = settings.data.folder, Path(settings.run)
     if folder is not None and resolved(run).is_relative_to(resolved(folder)):
         raise ConfigError(f"run {settings.run} lies inside data.folder {folder}, among the images: choose another place")
@@ -34,7 +34,7 @@ def check_place(settings: Any) -> None:
 
 
 def _is_foreign(entry: Path) -> bool:
-    """Whether something lies there that neither this run, nor one below it, nor a shell has written."""
+    """True for an entry that neither this run, nor one below it, nor a shell has written."""
     if entry.name in PARTS or entry.name.startswith(".") or entry.suffix in LOGS:
         return False
     return not (entry.is_dir() and any((entry / name).exists() for name in RECORDS))

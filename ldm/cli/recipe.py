@@ -30,7 +30,7 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What the recipe depends on."""
+    """Facts that the recipe depends on."""
 
     name: str  # of the runs: runs/NAME
     out: str  # folder of the configurations

@@ -15,7 +15,7 @@ from ldm.files.disk import resolved
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which incident."""
+    """The incident."""
     parser.add_argument("incident", metavar="INCIDENT", help="a folder RUN/incidents/update-…")
 
 

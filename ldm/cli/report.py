@@ -17,7 +17,7 @@ from ldm.files.disk import replace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, and where to."""
+    """The run and the output file."""
     parser.add_argument("run", metavar="RUN", help="a run of train-autoencoder, train-clip or train-ldm, finished or not")
     parser.add_argument("--out", metavar="FILE", help="the HTML file (default: RUN/report.html)")
     parser.add_argument("--images", type=int, default=256, help="validation images reconstructed (default 256; 0: none)")
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check, collect and write."""
     if arguments.images < 0:
         raise ConfigError(f"images must be at least 0, got {arguments.images}")
-    load_run(arguments.run)  # a fault in it is told at once
+    load_run(arguments.run)  # report a fault in it at once
     folder, console = Path(arguments.run), Console()
     file = Path(arguments.out) if arguments.out is not None else folder / "report.html"
     from ldm.evaluation.report.html import is_page

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which picture, and with what."""
+    """The picture, and the model if it has moved."""
     parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
     parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
     parser.add_argument(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to draw, and how."""
+    """Model, prompts and sampling settings."""
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
     parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
     add_parts(parser)

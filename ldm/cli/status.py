@@ -22,7 +22,7 @@ POLL = 0.2  # seconds between two looks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run."""
+    """The run."""
     parser.add_argument("run", metavar="RUN", help="a run of any training command")
     parser.add_argument("--wait", action="store_true", help="first wait until no process is at work on it")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")

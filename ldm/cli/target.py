@@ -1,4 +1,4 @@
-"""Where a command writes what `--out` names: nothing that it did not write itself is overwritten."""
+"""Targets of `--out`: a command overwrites only files that it wrote itself."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
   ldm train configs/demo ldm.train.steps=3000
 
-Interrupted, the same command goes on; a stage that is done is passed over. Settings are replaced as STAGE.key=value.
+Interrupted, the same command continues; a stage that is done is passed over. Settings are replaced as STAGE.key=value.
 """
 
 from __future__ import annotations

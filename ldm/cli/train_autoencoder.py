@@ -1,4 +1,4 @@
-"""Train the autoencoder (stage 1). Interrupted, the same command goes on. Writes RUN/model/vae."""
+"""Train the autoencoder (stage 1). Interrupted, the same command continues. Writes RUN/model/vae."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a classifier of noisy latents, for classifier guidance. Interrupted, the same command goes on.
+"""Train a classifier of noisy latents, for classifier guidance. Interrupted, the same command continues.
 
 Its latents and schedule are those of a finished diffusion run; its classes are the captions of the training images.
 Writes RUN/model/classifier.

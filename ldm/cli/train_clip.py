@@ -1,4 +1,4 @@
-"""Train a small CLIP on the captions and images of the data. Interrupted, the same command goes on.
+"""Train a small CLIP on the captions and images of the data. Interrupted, the same command continues.
 
 Writes RUN/model/text_encoder and RUN/model/tokenizer, in transformers' format.
 """

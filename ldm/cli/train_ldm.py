@@ -1,4 +1,4 @@
-"""Train the diffusion model (stage 2). Interrupted, the same command goes on. Writes the whole pipeline to RUN/model."""
+"""Train the diffusion model (stage 2). Interrupted, the same command continues. Writes the whole pipeline to RUN/model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training commands share: a configuration file, overrides, and the loop."""
+"""Common parts of the training commands: a configuration file, overrides, and the loop."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, its overrides, and where to go on from."""
+    """CONFIG, its overrides, and where to continue from."""
     add_settings(parser)
     parser.add_argument(
         "--from", dest="start", metavar="UPDATE_OR_FOLDER",
-        help="go on from this checkpoint of the run, not from the newest (later ones are set aside)",
+        help="continue from this checkpoint of the run, not from the newest (later ones are set aside)",
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _fail(settings: Any, error: Exception) -> None:
 
 
 def _finished(settings: Any, console: Console) -> bool:
-    """Whether the run is trained to its end and exported; says so."""
+    """True if the run is trained to its end and exported; prints so."""
     from ldm.runs.directory import RunDirectory
     from ldm.runs.records import read_status
 
@@ -109,7 +109,7 @@ def _finished(settings: Any, console: Console) -> bool:
 
 
 def _lacks_its_base(path: Path) -> bool:
-    """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
+    """True if the run has exported a LoRA whose base is no longer where the export says."""
     from ldm.errors import FolderError
     from ldm.interop.diffusers.lora_folder import Reference
 

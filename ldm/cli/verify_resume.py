@@ -74,7 +74,7 @@ def _verify(settings: Any, folder: Path, updates: int, device: str, console: Con
 
 
 def _folder(run: str, keep: str | None) -> Path:
-    """Where the runs of the check go: beside the run, so on the same file system."""
+    """Folder for the runs of the check: beside the run, so on the same file system."""
     try:
         if keep is None:
             parent = Path(run).absolute().parent
@@ -94,6 +94,6 @@ def _folder(run: str, keep: str | None) -> Path:
 
 
 class Silence(Console):
-    """What a task says of itself is said by its own command."""
+    """A task's own messages belong to its own command."""
 
     def say(self, text: str) -> None: ...

@@ -1,4 +1,4 @@
-"""Where images and captions come from. Imports no torch."""
+"""Sources of images and captions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CAPTIONS = ("metadata", "sidecar", "class", "none")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and captions come from, and how an image becomes [c, size, size] in [−1, 1]."""
+    """The source of images and captions, and the transform of an image to [c, size, size] in [−1, 1]."""
 
     source: str = "folder"
     folder: str | None = None  # for source: folder
@@ -28,7 +28,7 @@ class DataConfig:
     background: tuple[int, int, int] = (255, 255, 255)  # folder: the colour under transparent pixels, 0 to 255
     min_side: int | None = None  # folder: images with a shorter side are left out; null: a quarter of image_size
     max_skipped: float = 0.01  # folder: share of images and rows that may be unusable before the run stops
-    accept_changes: bool = False  # folder: go on with a run although its images or captions have changed
+    accept_changes: bool = False  # folder: continue with a run although its images or captions have changed
     validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
     workers: int = 0  # data worker processes per training process
     worker_timeout: int = 300  # seconds for which a data worker may give nothing before the run ends
@@ -57,7 +57,7 @@ class DataConfig:
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:
-        """Settings that the chosen source does not read must be left as they are, or somebody waits for an effect."""
+        """Reject settings that the chosen source ignores."""
         unread: dict[str, str] = {}
         if self.source != "folder":
             unread = dict.fromkeys(("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder")

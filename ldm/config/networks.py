@@ -42,7 +42,9 @@ class UNetConfig:
             object.__setattr__(self, "attention_levels", tuple(range(max(1, len(self.channels) - 1))))
         for level in self.attending:
             if not 0 <= level < len(self.channels):
-                raise ConfigError(f"attention_levels: {shown(level)} is no level of {len(self.channels)} (0 to {len(self.channels) - 1})")
+                raise ConfigError(
+                    f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {len(self.channels) - 1})"
+                )
         if len(self.heads) not in (1, len(self.channels)):
             raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}")
         for level in sorted({*self.attending, len(self.channels) - 1}):  # the middle has the heads of the last
@@ -62,7 +64,7 @@ class UNetConfig:
 
     @property
     def class_embedded(self) -> bool:
-        """Whether a vector or label condition is added to the timestep embedding."""
+        """True if a vector or label condition is added to the timestep embedding."""
         return self.vector_dim is not None or self.num_labels is not None or self.sinusoidal_labels
 
     def _check_class_embedding(self) -> None:

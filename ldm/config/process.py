@@ -66,17 +66,17 @@ class ScheduleConfig:
 
     @property
     def ends_without_signal(self) -> bool:
-        """Whether the SNR of the last step is 0."""
+        """True if the SNR of the last step is 0."""
         return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
 
     def blind_at_the_end(self, target: str) -> bool:
-        """Whether a network that predicts ``target`` says nothing of the image at the last step: x̂_0 would be a division by 0."""
+        """True if a prediction of ``target`` does not determine the image at the last step: x̂_0 would be a division by 0."""
         return self.ends_without_signal and target in ("eps", "score")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the network predicts, how timesteps are weighted, and how they are drawn (docs/equations.md L1, L2, L4, L7, L10)."""
+    """Prediction target, weighting and distribution of timesteps (docs/equations.md L1, L2, L4, L7, L10)."""
 
     target: str = "eps"
     weighting: str = "simple"

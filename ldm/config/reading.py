@@ -63,12 +63,12 @@ def config_file(run: str | Path) -> Path:
     """The saved configuration of a run directory. Raises ConfigError where there is none."""
     file = Path(run) / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{run} is no run: it has no config.yaml{runs_below(run)}")
+        raise ConfigError(f"{run} is not a run: it has no config.yaml{runs_below(run)}")
     return file
 
 
 def runs_below(folder: str | Path) -> str:
-    """The end of a message on a folder that is no run: which of its sub-folders are, such as those of the first stages."""
+    """The end of a message on a folder that is not a run: which of its sub-folders are, such as those of the first stages."""
     below = sorted(str(other.parent) for other in Path(folder).glob("*/config.yaml"))
     return f"; there is one in {' and in '.join(below)}" if below else ""
 

@@ -1,4 +1,4 @@
-"""What a training command reads: one dataclass for each. Imports no torch."""
+"""One dataclass for each training command. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images are drawn. Imports no torch."""
+"""Sampling settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LORA_SCALE = 100  # the largest, of either sign
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn from a trained model."""
+    """Settings for sampling images from a trained model."""
 
     sampler: str = "ddim"
     steps: int = 50

@@ -1,4 +1,4 @@
-"""How anything is trained. Imports no torch."""
+"""Settings of the training loop. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAVE_ERRORS = ("stop", "continue")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers of a frozen U-Net get a low-rank change, and its size (Hu et al. 2021)."""
+    """The layers of a frozen U-Net that get a low-rank change, and its rank (Hu et al. 2021)."""
 
     rank: int = 8
     alpha: float | None = None  # the change is α / rank · B A; null: rank
@@ -29,7 +29,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the one training loop needs. Schedules and intervals count optimizer updates."""
+    """Settings of the training loop. Schedules and intervals count optimizer updates."""
 
     steps: int = 100_000
     batch_size: int = 64  # the GLOBAL batch of one update

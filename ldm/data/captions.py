@@ -1,4 +1,4 @@
-"""Which images of a folder belong to a data set, and what their captions are: one function for each layout.
+"""The images of a folder that form a data set, and their captions: one function for each layout.
 
 A layout yields a Row, or a Skipped where a row or image cannot be used. The folder is only ever read.
 """
@@ -56,7 +56,7 @@ def read_rows(data: DataConfig) -> tuple[list[Row], list[Skipped]]:
 
 
 def _is_text(text: str) -> bool:
-    """Whether it is free of half surrogate pairs, which JSON can spell and undecodable file names hold."""
+    """True if it is free of half surrogate pairs, which JSON can spell and undecodable file names hold."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -94,9 +94,9 @@ def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | st
         if not isinstance(values[key], str):
             return f"{key} must be text, got {repr(values[key])[:80]}"
         if not _is_text(values[key]):
-            return f"{key} holds half of a surrogate pair, which is no text"
+            return f"{key} holds half of a surrogate pair, which is not text"
     if "\0" in values[text_column]:
-        return f"{text_column} holds a NUL character, which is no text"
+        return f"{text_column} holds a NUL character, which is not text"
     found = _find(listing, values["file_name"])
     if isinstance(found, str):
         return found
@@ -104,7 +104,7 @@ def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | st
     return Row(found[0], values[text_column], columns, found[1])
 
 
-ABSENT = "is no file"
+ABSENT = "is not a file"
 
 
 def _find(listing: Listing, said: str) -> tuple[str, int] | str:
@@ -134,7 +134,7 @@ def _size(path: Path) -> int | str:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return ABSENT
-    return status.st_size if stat.S_ISREG(status.st_mode) else "is no regular file"
+    return status.st_size if stat.S_ISREG(status.st_mode) else "is not a regular file"
 
 
 def _image(folder: Path, name: str, text: str, columns: dict[str, Any]) -> Row | Skipped:

@@ -71,7 +71,7 @@ class Stream(Dataset[Batch]):
         raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files")
 
     def named(self, position: int) -> str:
-        """A position as a person looks it up: with its image, where that is a file."""
+        """A position as text: with its image file, if it has one."""
         source = self.source
         file = f" ({source.folder / source.rows[self.order[position]].file_name})" if isinstance(source, FolderSource) else ""
         return f"position {position}{file}"
@@ -104,7 +104,7 @@ class Stream(Dataset[Batch]):
         return {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
 
     def _mirror(self, text: str, position: int) -> bool:
-        """Whether to mirror the sample left–right: never where its caption says left or right."""
+        """True if the sample is mirrored left–right: never where its caption says left or right."""
         if not self.data.flip or self.validation or DIRECTION.search(text):
             return False
         return streams.uniform(self.seed, "flip", position) < 0.5
@@ -120,7 +120,7 @@ def collate(samples: list[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one update's global batch is divided: processes × micro-batch × accumulation = batch_size."""
+    """Division of one update's global batch: processes × micro-batch × accumulation = batch_size."""
 
     batch_size: int
     micro_batch: int

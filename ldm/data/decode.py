@@ -63,7 +63,7 @@ def too_long(width: int, height: int, size: int) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image: size as stored (before EXIF orientation), Pillow's mode, the format, bits of a sample.
+    """Facts from an image's header: size as stored (before EXIF orientation), Pillow's mode, the format, bits of a sample.
 
     ``turned``: EXIF says so; ``animated``: several frames or pages; ``profile``: its colours are of another space than sRGB;
     ``odd_exif``: EXIF that cannot be read.
@@ -137,7 +137,7 @@ def _unidentified(path: Path) -> str:
 
 
 def _has_profile(opened: ImageFile) -> bool:
-    """Whether the file says that its colours are not those of sRGB; they are taken for it."""
+    """True if the file declares colours other than sRGB; they are read as sRGB."""
     profile = opened.info.get("icc_profile")
     if isinstance(profile, bytes) and profile:
         return b"sRGB" not in profile and "sRGB".encode("utf-16-be") not in profile

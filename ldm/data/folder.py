@@ -1,4 +1,4 @@
-"""A folder of somebody's images as a source; what their captions are, layouts.py finds out."""
+"""A folder of images as a source; captions.py finds their captions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FolderSource:
 
 
 def in_validation(file_name: str, fraction: float) -> bool:
-    """Whether a file belongs to the validation split."""
+    """True if a file belongs to the validation split."""
     return _place(file_name) < fraction * 2**64
 
 
@@ -79,5 +79,5 @@ def working_fraction(file_names: Iterable[str]) -> float | None:
 
 
 def _place(file_name: str) -> int:
-    """Where a file stands between 0 and 2⁶⁴, by its name alone."""
+    """A number from 0 to 2⁶⁴ for a file, by its name alone."""
     return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big")

@@ -52,7 +52,7 @@ class NonFiniteLatentsError(DataError):
 
 
 def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
-    """What determines every number in a cache."""
+    """Key of a cache: everything that determines its numbers."""
     return {
         "format": 3,
         "autoencoder": autoencoder_hash,
@@ -108,7 +108,7 @@ def _shard_name(number: int) -> str:
 
 
 def _read_manifest(folder: Path, bound: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What cache.json holds, and what is wrong with it, if anything. Raises DataError for a cache of another ``bound``."""
+    """The contents of cache.json, and its fault, if any. Raises DataError for a cache of another ``bound``."""
     if problem := _unreadable(folder / MANIFEST):
         return {}, problem
     try:
@@ -217,7 +217,7 @@ def write(
 
 
 def _temporary(folder: Path) -> Path:
-    """Where the cache is written until it is whole; named for the process that answers for it."""
+    """Folder in which the cache is written until it is complete; named after the process that writes it."""
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     _remove(temporary)  # of an earlier life in a container, where numbers come again
     temporary.mkdir(parents=True)

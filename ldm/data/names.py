@@ -49,7 +49,7 @@ def folded(name: str) -> str:
 
 
 def caption_file(name: str) -> str:
-    """What the captions' file of an image has in common with that of `A.TXT` beside `A.PNG`, in any Unicode form."""
+    """Key that is equal for `a.txt`, `A.TXT` and their other Unicode forms."""
     path = PurePosixPath(composed(name))
     return str(path.with_suffix(".txt")) if path.suffix else str(path)
 
@@ -91,7 +91,7 @@ class Listing:
         return self._folded.get(folded(name), [])
 
     def captions(self, image: str) -> list[str]:
-        """What may be the captions' file of an image: `.txt` in any capitals, the name in any Unicode form; the exact one alone."""
+        """Candidates for the caption file of an image: `.txt` in any capitals, the name in any Unicode form; the exact one alone."""
         exact = str(PurePosixPath(image).with_suffix(".txt"))
         found = self._captions.get(caption_file(image), [])
         return [exact] if exact in found else found

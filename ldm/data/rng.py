@@ -31,7 +31,7 @@ def uniform(seed: int, stream: str, position: int) -> float:
 
 
 class Order:
-    """Which sample stands at a position of the stream: a new permutation of 0…length−1 in each epoch.
+    """The sample at each position of the stream: a new permutation of 0…length−1 in each epoch.
 
     A source without end (``length`` None) is read straight through.
     """

@@ -86,6 +86,6 @@ def check_share(skipped: int, total: int, data: DataConfig, example: Skipped, li
     if skipped > data.max_skipped * total:
         raise DataError(
             f"{data.folder}: {skipped} of {total} cannot be used, more than data.max_skipped {data.max_skipped:g} allows,"
-            f" such as {example.file}: {example.reason}{listed}. `ldm init {data.folder}` lists all; mend or remove them, or raise"
+            f" such as {example.file}: {example.reason}{listed}. `ldm init {data.folder}` lists all; fix or remove them, or raise"
             f" data.max_skipped"
         )

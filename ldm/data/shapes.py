@@ -62,7 +62,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one object, or two with the relation of the first to the second."""
+    """Contents of a picture: one object, or two with the relation of the first to the second."""
 
     background: str
     objects: tuple[Object, ...]
@@ -104,12 +104,12 @@ def parse(text: str) -> Scene:
         colour_1, shape_1, relation, colour_2, shape_2, background = match.groups()
         scene = Scene(background, (Object(None, colour_1, shape_1), Object(None, colour_2, shape_2)), relation)
     if scene is None or caption(scene) != text:
-        raise ValueError(f"{text!r} is no caption of a drawn scene, such as 'a small red circle on a white background'")
+        raise ValueError(f"{text!r} is not a caption of a drawn scene, such as 'a small red circle on a white background'")
     return scene
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points lie in the shape whose bounding box is [−1, 1] wide; y grows downwards."""
+    """Mask of points inside the shape with bounding box [−1, 1]; y grows downwards."""
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius <= 1
@@ -140,7 +140,7 @@ STRIPE = 1 / 8  # of the side: height of a stripe, and of the gap between two, w
 
 @lru_cache(maxsize=256)
 def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarray:
-    """How much of each pixel a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½).
+    """Share of each pixel that a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½).
 
     ``stripe``: height of horizontal stripes in pixels, one of them across the middle; None: none.
     """
@@ -249,7 +249,7 @@ class ShapesSource:
         if data.image_channels != 3:
             raise DataError(f"{data.source} are drawn in colour: image_channels must be 3, got {data.image_channels}")
         if data.image_size < SMALLEST_SIDE:
-            raise DataError(f"{data.source} cannot be told apart below {SMALLEST_SIDE} pixels: image_size is {data.image_size}")
+            raise DataError(f"{data.source} cannot be distinguished below {SMALLEST_SIDE} pixels: image_size is {data.image_size}")
         self.side, self.objects = data.image_size, objects
         self.skipped: tuple[Skipped, ...] = ()
         self.length: int | None = data.size if split == "train" else EPOCH

@@ -1,4 +1,4 @@
-"""Where samples come from. A source is indexable and deterministic per index; `open_source` finds it by name."""
+"""Sources of samples. A source is indexable and deterministic per index; `open_source` finds it by name."""
 
 from __future__ import annotations
 

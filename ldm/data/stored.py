@@ -29,12 +29,12 @@ class Stored:
 
     @property
     def scaled(self) -> bool:
-        """Whether the values need scaling to 8 bits."""
+        """True if the values need scaling to 8 bits."""
         return self.white != 255
 
 
 def stored(opened: ImageFile) -> Stored:
-    """What the header of an image that is opened and not loaded says."""
+    """Facts from the header of an image that is opened but not loaded."""
     if opened.format == "TIFF":
         return _tiff(opened)
     if opened.format == "PNG":
@@ -72,5 +72,5 @@ def _tiff(opened: ImageFile) -> Stored:
 
 
 def _subsampled(opened: ImageFile, tags: Any) -> bool:
-    """Whether colours have fewer samples in rows that Pillow itself unpacks, as if they had not; libtiff knows how."""
+    """True for subsampled colours that Pillow itself would unpack incorrectly; libtiff decodes them."""
     return opened.tile[0].codec_name == "raw" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)

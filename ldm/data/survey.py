@@ -1,4 +1,4 @@
-"""What a folder of images holds, before anything is trained on it: the look that `ldm init` takes."""
+"""Survey of a folder of images before anything is trained on it, for `ldm init`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # share of the files at most, and 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found. ``headers`` and ``rows`` go together: every image that can be used, as far as was looked."""
+    """Findings of a survey. ``headers`` and ``rows`` belong together: every usable image, as far as the survey looked."""
 
     data: DataConfig  # the settings that read this folder
     rows: tuple[Row, ...]
@@ -56,7 +56,7 @@ class Survey:
 
     @property
     def grey(self) -> bool:
-        """Whether no image has colour."""
+        """True if no image has colour."""
         return all(h.mode in ("1", "L", "LA", "La") or h.mode.startswith("I;16") for h in self.headers)
 
 
@@ -90,7 +90,7 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
         first = skipped[0]
         raise DataError(f"{folder}: none of {len(skipped)} images and rows can be used, such as {first.file}: {first.reason}")
     if layout != "none" and not any(row.text.strip() for row in rows):
-        raise DataError(f"{folder}: every caption is empty: mend them, or train without with --captions none")
+        raise DataError(f"{folder}: every caption is empty: fix them, or train without with --captions none")
     unlisted = 0
     if layout == "metadata":
         unlisted = len(set(image_files(folder)) - {row.file_name for row in found})
@@ -126,7 +126,7 @@ def leave_out_small(looked: Survey, image_size: int) -> Survey:
 
 
 def detect(folder: Path) -> tuple[str, list[str]]:
-    """Where the captions are (one of CAPTIONS), and what to tell. Raises DataError where a file is all but named metadata."""
+    """The layout of the captions (one of CAPTIONS), and a remark. Raises DataError for a near miss of a metadata file's name."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
     present = [name for name in METADATA if (folder / name).is_file()]
@@ -151,7 +151,7 @@ def detect(folder: Path) -> tuple[str, list[str]]:
     if len(classes) > 1 and all("/" in name for name in images):
         if named := sorted(c for c in classes if c.lower() in SPLITS):
             raise DataError(
-                f"{folder}: {', '.join(named)} look like splits, not classes: give one of them (validation is split off by itself), or say"
+                f"{folder}: {', '.join(named)} look like splits, not classes: give one of them (validation is split off automatically), or say"
                 " --captions class"
             )
         return "class", [f"captions are made from the {len(classes)} folder names ({', '.join(sorted(classes)[:5])} …)"]
@@ -194,7 +194,7 @@ def _fraction(rows: Sequence[Row], left_out: Sequence[Skipped], data: DataConfig
 
 
 def _others(folder: Path, layout: str) -> dict[str, int]:
-    """Files below the folder that nobody will read, by suffix."""
+    """Files below the folder that no layout reads, by suffix."""
     read = {*SUFFIXES, ".txt"} if layout == "sidecar" else set(SUFFIXES)
     names = (name for name in all_files(folder) if not (layout == "metadata" and name in METADATA))
     suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)

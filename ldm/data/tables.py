@@ -82,7 +82,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether values lie in more than ``levels`` lists and objects: what reads them later would recurse."""
+    """True if values are nested in more than ``levels`` lists and objects: later readers would recurse."""
     held = [value]
     for _ in range(levels):
         held = [
@@ -104,7 +104,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str
                 yield begun, dict(zip(names, fields, strict=True)) if len(fields) == len(names) else said
             begun = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{begun}: the row that begins here is no CSV: {error}") from None
+        raise DataError(f"{path}:{begun}: the row that begins here is not CSV: {error}") from None
 
 
 def _columns(path: Path, fields: list[str]) -> list[str]:

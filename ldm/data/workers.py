@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from ldm.errors import DataError
 
-GRACE = 30  # seconds that a data worker goes on after a SIGTERM, for the update that is under way
+GRACE = 30  # seconds that a data worker continues after a SIGTERM, for the update that is under way
 # how torch says it; a fault in what a worker runs reads "Caught … in DataLoader worker process" instead
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)")
 _HUNG = "the time is up"
@@ -99,7 +99,7 @@ class Workers:
             child.join()
 
     def take(self, feed: Iterator[Any], awaited: list[int], named: Callable[[int], str]) -> Any:
-        """The next of ``feed``, made of the positions ``awaited``; ``named`` says one for a person. Raises DataError."""
+        """The next of ``feed``, made of the positions ``awaited``; ``named`` describes one. Raises DataError."""
         error: Exception | None = self._fault
         if error is None:
             try:
@@ -110,7 +110,7 @@ class Workers:
             finally:
                 self._listen(0)
         if self._before and self._fault is None and isinstance(error, (OSError, EOFError)):
-            time.sleep(1)  # the connection to a worker ends a moment before we are told of its death
+            time.sleep(1)  # the connection to a worker ends a moment before its death is reported
         if (said := self._said(str(self._fault or error), awaited, named)) is None:
             raise error
         self._end()  # before torch waits for a hung one
@@ -123,7 +123,7 @@ class Workers:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _said(self, text: str, awaited: list[int], named: Callable[[int], str]) -> str | None:
-        """What is said of torch's ``text``; None where it tells of no worker's end."""
+        """Our line for torch's ``text``; None unless it reports the end of a worker."""
         posts = list(zip(self._posts[::2], self._posts[1::2], strict=True))
         if dead := _DEAD.search(text):
             gone = [(pid, at) for pid, at in posts if str(pid) in dead[1].split(", ")]
@@ -138,4 +138,4 @@ class Workers:
         pid, at = gone[0] if gone else (None, -1)
         who = "a data worker" if pid is None else f"data worker {pid}"
         where = f" at {named(at)}" if at >= 0 else ""
-        return f"{who} {how}{where}: {advice} (data.workers is {self.count}). The same command goes on from the last checkpoint"
+        return f"{who} {how}{where}: {advice} (data.workers is {self.count}). The same command continues from the last checkpoint"

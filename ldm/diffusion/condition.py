@@ -1,4 +1,4 @@
-"""What a denoiser may be conditioned on."""
+"""Conditions of a denoiser."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Guidance:
 
 
 def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:
-    """Whether σ = s/a of this step lies in the interval, ends included (Kynkäänniemi et al. 2024, eq. 5; G3).
+    """True if σ = s/a of this step lies in the interval, ends included (Kynkäänniemi et al. 2024, eq. 5; G3).
 
     Where no signal is left σ is infinite, outside of any finite interval. Raises ValueError where samples of a batch differ.
     """

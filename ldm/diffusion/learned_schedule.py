@@ -157,7 +157,7 @@ def decoder(gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"], eps: Float[Tens
     """−log p(x_0|x_t) at γ of the first step, mean over dimensions: of a density, or for ``pixels`` of a bin's mass (L5).
 
     p is a Gaussian about x_t/a_t = x_0 + (s_t/a_t) ε with variance s_t²/a_t² = e^γ (Kingma et al. 2021, eq. 12): without
-    the network, so that every sample tells of the first end, and not only those drawn at t = 0.
+    the network, so that every sample informs the first end, and not only those drawn at t = 0.
     """
     x0, score = x0.double(), gaussian.discretised_log_probability if pixels else gaussian.log_density
     return -score(x0, x0 + torch.exp(gamma / 2) * eps.double(), gamma).flatten(1).mean(1)

@@ -62,7 +62,7 @@ def decoder_log_likelihood(pred: Prediction, x0: Float[Tensor, "b *d"], variance
 
 @dataclass(frozen=True)
 class Steps:
-    """Which of t = 1 … T−1 are evaluated for each sample, and with what weight: Σ_k weight_k · L(t_k) estimates Σ_t L(t)."""
+    """The t of 1 … T−1 that are evaluated for each sample, with weights: Σ_k weight_k · L(t_k) estimates Σ_t L(t)."""
 
     t: Int[Tensor, "b k"]
     weight: Float[Tensor, "b k"]
@@ -75,7 +75,7 @@ def all_steps(schedule: Schedule, batch: int) -> Steps:
 
 
 def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
-    """How often ``drawn_steps`` takes each of t = 1 … T−1.
+    """Probabilities with which ``drawn_steps`` draws each of t = 1 … T−1.
 
     Half evenly, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits that step t has where the data are N(0, I): small t
     weigh most, and no weight exceeds 2 (T−1)/k. Evenly altogether where no step holds any signal (T = 2, the last without).

@@ -1,4 +1,4 @@
-"""What is learned: targets, weights, the learned variance and the training loss (docs/equations.md T1, L1, L2, L4, L10).
+"""Targets, weightings, learned variance and the training loss (docs/equations.md T1, L1, L2, L4, L10).
 
 A weighting is stated once, as a weight on the squared error of x_0, and converted to the target by the SNR.
 """
@@ -27,7 +27,7 @@ from ldm.diffusion.schedule import Schedule, like
 def target(
     schedule: Schedule, name: str, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b *d"]:
-    """What the network is asked for: ε, x_0, v = a_t ε − s_t x_0 (Salimans & Ho 2022), or the kernel's score −ε/s_t."""
+    """The training target: ε, x_0, v = a_t ε − s_t x_0 (Salimans & Ho 2022), or the kernel's score −ε/s_t."""
     if name == "v":
         return like(schedule.alpha(t), x0) * eps - like(schedule.sigma(t), x0) * x0
     return {"eps": eps, "x0": x0, "score": -eps / like(schedule.sigma(t), eps)}[name]
@@ -140,7 +140,7 @@ class Objective:
     def loss(
         self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition = NO_CONDITION
     ) -> Float[Tensor, " b"]:
-        """What is minimised, for each sample of the batch (means over its elements)."""
+        """The loss of each sample of the batch (means over its elements)."""
         return self.terms(model, x0, eps, t, cond).total
 
     def terms(

@@ -1,4 +1,4 @@
-"""Which t a training step draws: uniform, stratified over an update, or by importance (docs/equations.md T1, L7).
+"""Timesteps of a training step: uniform, stratified over an update, or by importance (docs/equations.md T1, L7).
 
 The random number in [0, 1) that a t is made from comes with the sample, as a function of its position in the training
 stream. So a t does not depend on how an update is split over processes and micro-batches.

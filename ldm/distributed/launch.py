@@ -1,4 +1,4 @@
-"""Which processes a launcher (torchrun, accelerate launch, srun) started together with this one."""
+"""The processes that a launcher (torchrun, accelerate launch, srun) started together with this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work shared out over processes. Below training nobody asks the launcher: who takes part is an argument."""
+"""Work shared out over processes. Code below `training` gets the process group as an argument."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes what there is one of."""
+        """True on the process that writes shared files."""
         return self.rank == 0
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` returns on each process, by rank.
+        """Results of ``work`` on each process, by rank.
 
-        A failure is exchanged like a result and raised on every process, marked ``everywhere``: nobody waits for one that
+        A failure is exchanged like a result and raised on every process, marked ``everywhere``: no process waits for one that
         has failed. ``work`` itself must not exchange anything.
         """
         if self.count == 1:
@@ -72,7 +72,7 @@ ALONE = Processes(0, 1, lambda value: [value])
 
 
 def _described(rank: int, error: Exception) -> tuple[str, int | None]:
-    """One line for a fault that a person can mend, else the whole traceback."""
+    """One line for a fault that a user can fix, otherwise the whole traceback."""
     code = getattr(error, "exit_code", None)
     if code is None and isinstance(error, OSError):
         return f"process {rank}: {described(error)}", OS_FAULT

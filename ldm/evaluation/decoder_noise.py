@@ -1,4 +1,4 @@
-"""How far the decoder's output lies from an image: the σ of p(x|z), one for each channel, fitted on training data (equations.md L6)."""
+"""The σ of p(x|z) for each channel, fitted to the decoder's errors on training data (docs/equations.md L6)."""
 
 from __future__ import annotations
 

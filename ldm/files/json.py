@@ -44,9 +44,9 @@ def parse_json(text: str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_int=whole)
     except RecursionError:
-        raise FolderError(f"{what} is no JSON in UTF-8: nested too deeply") from None
+        raise FolderError(f"{what} is not JSON in UTF-8: nested too deeply") from None
     except ValueError as error:
-        raise FolderError(f"{what} is no JSON in UTF-8: {error}") from None
+        raise FolderError(f"{what} is not JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise FolderError(f"{what} should hold a JSON object")
     return value

@@ -39,7 +39,7 @@ def known_hash(file: Path) -> str:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """What changes with a file's content, however it is written: the time of the last change of the inode cannot be set back."""
+    """Key that changes whenever a file's content does: the inode's change time cannot be set back."""
     about = file.stat()
     return {
         "path": str(resolved(file)), "device": about.st_dev, "inode": about.st_ino, "size": about.st_size,
@@ -53,7 +53,7 @@ def _worth_keeping(state: dict[str, Any]) -> bool:
 
 
 def _entry(path: str) -> Path | None:
-    """Where the hash of a file is kept; None where there is no folder for it."""
+    """The place of a remembered hash; None without a folder for it."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(root) if os.path.isabs(root) else Path.home() / ".cache"

@@ -64,5 +64,5 @@ class Bundle:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Of the weights, each once."""
+        """The files of the weights, each once."""
         return tuple(dict.fromkeys(file for part in self.parts.values() for file in part.files))

@@ -1,4 +1,4 @@
-"""Whether a model has all that it draws with: its autoencoder and its text encoder, of the sizes that its U-Net takes."""
+"""Completeness of a model: its autoencoder and text encoder, of the sizes that its U-Net takes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def cast(bundle: Bundle, dtype: str) -> Bundle:
 
 
 def coverage(bundle: Bundle) -> list[str]:
-    """What became of each tensor that was read."""
+    """Report of what each tensor that was read was used for."""
     used = ", ".join(f"{len(part.tensors)} of {name}" for name, part in bundle.parts.items())
     lines = [f"read from {bundle.layout}: {sum(len(part.tensors) for part in bundle.parts.values())} tensors used ({used}), none missing"]
     for reason, count in Counter(bundle.besides.values()).items():

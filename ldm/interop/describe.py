@@ -1,4 +1,4 @@
-"""What a model is, as its files say it: for `ldm inspect`. Weights are read for their hashes alone, piece by piece."""
+"""A model's description, from its files, for `ldm inspect`. Weights are read for their hashes alone, piece by piece."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def part_hash(part: Part) -> str:
 
 
 def _weights(part: Part) -> dict[str, Any]:
-    """What only the weights themselves say."""
+    """Facts that only the weights themselves show."""
     bad = nonfinite(part.tensors)
     return {"sha256": part_hash(part)} | ({"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {})
 

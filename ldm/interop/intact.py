@@ -1,4 +1,4 @@
-"""Whether weights may be used: numbers all of them, in the files that were written with their folder.
+"""Checks of weights before use: finite, and in the files that were written with their folder.
 
 `ldm.json` of a folder of ours holds the sha256 of each file of weights.
 """
@@ -86,7 +86,7 @@ def check_finite(part: Part, name: str = "") -> None:
 
 
 def check_hashes(part: Part, anew: bool = False) -> None:
-    """Raise FolderError for a file of weights that is not the one written with its folder. ``anew``: trust no hash of before."""
+    """Raise FolderError for a file of weights that is not the one written with its folder. ``anew``: trust no remembered hash."""
     for file in part.files if part.sha256 else ():
         if (written := part.sha256.get(file.name)) is None:
             raise FolderError(f"{file} was not written with its folder, whose {EXTRA} lists {min(part.sha256)}: {_REMEDY}")

@@ -55,7 +55,7 @@ def stems(part: str, name: str) -> Iterator[str]:
 
 
 def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
-    """What a layer of the U-Net is called by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
+    """The name of a U-Net layer by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
     attends = [level in config.attention_levels for level in reversed(range(len(config.channels)))]
     there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
     return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"
@@ -111,6 +111,6 @@ def kohya_keys(part: str, name: str) -> dict[str, str]:
 
 
 def needs_settings(keys: Iterable[str]) -> bool:
-    """Whether keys are peft's own, whose α stands beside the tensors."""
+    """True if keys are peft's own, whose α is stored beside the tensors."""
     keys = list(keys)
     return any(key.startswith(PEFT_PREFIX) for key in keys) and not any(key.endswith(".alpha") for key in keys)

@@ -67,7 +67,7 @@ def _check(key: str, value: Any, where: str) -> None:
 
 
 def alpha_of(name: str, rank: int, settings: Mapping[str, Any], where: str) -> float | None:
-    """α of a layer by the settings, None where there are none. rsLoRA divides by √rank: told as an α that does."""
+    """α of a layer by the settings, None where there are none. rsLoRA divides by √rank: expressed by the α."""
     if not settings:
         return None
     wanted = _of_layer(name, "rank_pattern", settings, settings.get("r", rank), where)
@@ -94,7 +94,7 @@ def _of_layer(name: str, which: str, settings: Mapping[str, Any], otherwise: Any
 
 
 def _pattern(key: str, where: str) -> Callable[[str], bool]:
-    """Whether a name of a layer matches a key of peft's patterns. Of regular expressions only ^ and $ at the ends are known."""
+    """True if a name of a layer matches a key of peft's patterns. Of regular expressions only ^ and $ at the ends are known."""
     end = key.removeprefix("^").removesuffix("$").removeprefix(TOWER)
     if set(end) & set("\\[](){}*+?|^$"):
         raise FolderError(f"{where}: the pattern {key!r} in its settings is not offered, only names of layers")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def same_captions(captions: Sequence[str]) -> Bool[Tensor, "b b"]:
-    """Which pairs of a batch have equal captions."""
+    """Mask of the pairs of a batch with equal captions."""
     first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     group = torch.tensor([first[caption] for caption in captions], dtype=torch.int64)
     return group[:, None] == group[None, :]

@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
 
 class Lora(nn.Module):
-    """Changes of named layers of one network, which stays as it is and is no part of this module.
+    """Changes of named layers of one network, which stays as it is and is not part of this module.
 
     So parameters, state and gradients of this module are the changes' alone, named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 

@@ -218,7 +218,7 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are and the states come out."""
+        """Device of the weights and of the states."""
         return self.model.device
 
     @property
@@ -397,7 +397,7 @@ def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_config(layout: object) -> None:
-    """Refuse a model that is no CLIP, a setting whose name transformers knows in no release, and an unknown activation."""
+    """Refuse a model that is not a CLIP, a setting whose name transformers knows in no release, and an unknown activation."""
     kind = layout.get("model_type") if isinstance(layout, Mapping) else layout
     if kind not in ("clip", "clip_text_model") or not isinstance(layout, Mapping):
         raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")

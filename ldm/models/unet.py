@@ -155,7 +155,7 @@ class UNet(nn.Module):
 
 
 def class_embedding(config: UNetConfig) -> nn.Module | None:
-    """What turns a vector or label condition into a summand of the timestep embedding; None: there is no such condition."""
+    """Module that embeds a vector or label condition, to be added to the timestep embedding; None without such a condition."""
     if config.num_labels is not None:
         return nn.Embedding(config.num_labels, config.time_dim)
     if config.sinusoidal_labels:

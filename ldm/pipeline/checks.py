@@ -1,4 +1,4 @@
-"""Whether settings fit a model, before anything slow; every fault is a ConfigError."""
+"""Checks of settings against a model, before anything slow; every fault is a ConfigError."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_prompts(prompts: Any) -> list[str]:
 
 
 def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.device:
-    """Where the networks go: ``device``, or a GPU where there is one. Raises ConfigError naming what is of another type.
+    """The device of the networks: ``device``, or a GPU where there is one. Raises ConfigError naming what is of another type.
 
     ``names``: text, or a path, or None.
     """
@@ -115,7 +115,7 @@ def check_drawable(unet: UNetConfig) -> None:
 
 
 def check_guidance(settings: SampleConfig, latents: bool) -> None:
-    """Raise ConfigError for guidance that cannot be had, or that somebody would wait for in vain."""
+    """Raise ConfigError for guidance that is not possible, or that the settings would ignore."""
     if settings.dynamic_threshold is not None and latents:
         raise ConfigError("dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out")
     if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":

@@ -1,4 +1,4 @@
-"""What a model says of itself, and its networks as they are read; weights stay mapped until they are used."""
+"""A model's description and its networks; weights stay memory-mapped until they are used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ldm.pipeline.codec import joined_hash
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself; its weights are not looked at.
+    """A model's description: configurations of its parts, no weights.
 
     Attributes:
         path: the folder or file.
@@ -51,7 +51,7 @@ class ModelInfo:
         cls, path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, whole: bool = True,
         **reading: Any,
     ) -> ModelInfo:  # fmt: skip
-        """Of a run, a model folder or a single file.
+        """Read a run, a model folder or a single file.
 
         ``vae``, ``text``, ``reading``: as in ``ldm.interop.open.read_model``. ``whole``: nothing may be missing that the
         model draws with. Raises FolderError, or ConfigError for what cannot be expressed here.
@@ -80,7 +80,7 @@ class ModelInfo:
 
     @property
     def extra(self) -> Mapping[str, Any]:
-        """What only we write."""
+        """The contents of `ldm.json`."""
         return self.bundle.extra
 
     @property
@@ -90,7 +90,7 @@ class ModelInfo:
 
     @property
     def has_text(self) -> bool:
-        """Whether it draws what a caption says."""
+        """True if it has a text encoder."""
         return TEXT in self.bundle.parts
 
     @property

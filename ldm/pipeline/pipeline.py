@@ -91,7 +91,7 @@ class Pipeline:
         text: the text encoder, or None: unconditional.
         sample_size: side of the training images in pixels, the default.
         defaults: settings for arguments that a call leaves out.
-        null_caption: the caption that stands for no condition.
+        null_caption: the caption that means no condition.
         caption_dropout: share of captions dropped in training; None where unknown.
     """
 
@@ -116,7 +116,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return self.unet.conv_in.weight.device
 
     @property
@@ -134,7 +134,7 @@ class Pipeline:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the second half of the U-Net's output channels gives the reverse variance."""
+        """True if the second half of the U-Net's output channels is the reverse variance."""
         return self.unet.out_channels == 2 * self.unet.in_channels
 
     def to(self, device: torch.device | str) -> Pipeline:
@@ -194,7 +194,7 @@ class Pipeline:
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """What a LoRA may change: the U-Net and the text encoder's tower."""
+        """The networks that a LoRA may change: the U-Net and the text encoder's tower."""
         return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
 
     def __call__(
@@ -254,7 +254,7 @@ class Pipeline:
         ``indices``: the number of each image within the seed, which determines its noise (left out: 0, 1, …); a process
         that draws a share of the images passes theirs.
         ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
-        diffused; what it returns, unless None, is what the sampler goes on with.
+        diffused; what it returns, unless None, replaces the sample.
         """
         side: int = self.sample_size if size is None else typed(int, size, "size")
         together: int = typed(int, batch_size, "batch_size")
@@ -310,7 +310,7 @@ class Pipeline:
             warnings.warn(f"the text encoder takes {room} tokens: {'; '.join([*lines, *more])}", stacklevel=stacklevel)
 
     def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
-        """What samplers call for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
+        """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
         model = self._under(settings)
         cond, null = model.condition(captions), model.condition([settings.negative_prompt or self.null_caption] * len(captions))
         for context in (cond.context, null.context):
@@ -340,7 +340,7 @@ class Pipeline:
         return self.unet(x_t.to(self.unet.conv_in.weight.dtype), t, cond).float()
 
     def condition(self, captions: list[str]) -> Condition:
-        """What the U-Net is given for these captions."""
+        """The condition for these captions."""
         if self.text is None:
             return Condition()
         return Condition(context=self.text.encode(captions).to(self.device, self.unet.conv_in.weight.dtype))

@@ -1,4 +1,4 @@
-"""What a picture says of its making: all that decides its pixels, kept in the PNG itself.
+"""Provenance of a picture: everything that determines its pixels, kept in the PNG.
 
 `ldm sample` writes it under ``ldm`` as one JSON object; `ldm reproduce` reads it back.
 """
@@ -41,7 +41,7 @@ _NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture, or a grid of several, came about.
+    """Provenance of a picture, or of a grid of several.
 
     Attributes:
         prompts: a caption for each image; of a grid its images are the first of the seed.
@@ -49,7 +49,7 @@ class Provenance:
         model: ``Pipeline.hash``.
         path, variant: where the model was, as it was named, and which of its weights.
         vae, text: the autoencoder and the text encoder that were named in the place of the model's own.
-        parts: a hash of each thing of the model that decides pixels and is no weight.
+        parts: a hash of each thing of the model that decides pixels and is not a weight.
         others: a hash of each LoRA and guide, by the name that the settings give it.
         drawn: with which versions, on what, and how the images were shared out; differs without changing what is drawn by more
             than 1 of 255.
@@ -111,7 +111,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h w *c"]]:
-    """What a PNG says of itself, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
+    """The provenance in a PNG, and its pixels. Raises ConfigError for one that `ldm sample` did not write."""
     try:
         check_regular(Path(file))
         with Image.open(file, formats=["PNG"]) as picture:
@@ -120,7 +120,7 @@ def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h 
     except FileNotFoundError:
         raise ConfigError(f"no picture {file}") from None
     except Image.UnidentifiedImageError:
-        raise ConfigError(f"{file} is no PNG") from None
+        raise ConfigError(f"{file} is not a PNG") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if text is None:

@@ -81,7 +81,7 @@ def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UI
 
 
 def deviation(a: UInt8[np.ndarray, "h w *c"], b: UInt8[np.ndarray, "h2 w2 *c2"]) -> tuple[int, int]:
-    """How many pixels differ, and by how much at most, of 255. Raises ValueError for pictures of two shapes."""
+    """Number of pixels that differ, and the largest difference, of 255. Raises ValueError for pictures of two shapes."""
     if a.shape != b.shape:
         raise ValueError(f"it is {_shape(a)} and is drawn as {_shape(b)}")
     difference = np.abs(a.astype(int) - b.astype(int)).reshape(*a.shape[:2], -1).max(axis=2)
@@ -89,7 +89,7 @@ def deviation(a: UInt8[np.ndarray, "h w *c"], b: UInt8[np.ndarray, "h2 w2 *c2"])
 
 
 def elsewhere(origin: Provenance, here: Mapping[str, Any]) -> list[str]:
-    """What of the versions and the device is not as it was when the picture was drawn, a line for each."""
+    """Lines naming the versions and devices that differ from those that drew the picture."""
     if not origin.drawn:
         return ["drawn by an ldm that recorded neither versions nor device"]
     names = {"device_name": "device"}

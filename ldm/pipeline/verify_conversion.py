@@ -1,4 +1,4 @@
-"""Whether a converted model is the one that it was made from: hashes there and back, and a forward pass of each network."""
+"""Verify that a converted model equals its source: hashes there and back, and a forward pass of each network."""
 
 from __future__ import annotations
 

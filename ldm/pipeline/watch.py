@@ -1,4 +1,4 @@
-"""What is computed while a picture is drawn, watched for NaN and infinities: which part gave the first, and at which step."""
+"""Watches sampling for NaN and infinities, and names the first part and step with one."""
 
 from __future__ import annotations
 

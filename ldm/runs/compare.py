@@ -1,4 +1,4 @@
-"""What differs between two runs, by what they have written about themselves. Imports no torch."""
+"""Differences between two runs, from their records. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = tuple[str, str, str]  # name, in the first, in the second
 def run_differences(a: Path, b: Path) -> dict[str, list[Row] | None]:
     """For each subject the rows that differ; None where neither run has anything of it.
 
-    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for what is no run or damaged.
+    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for what is not a run or damaged.
     """
     tell = {"configuration": _configuration, "data": _data, "code": _code, "results": _results, "report": _report, "status": _status}
     found = {name: compare(about(a), about(b)) for name, about in tell.items()}
@@ -72,7 +72,7 @@ def _data(path: Path) -> dict[str, Any]:
 
 
 def _code(path: Path) -> dict[str, Any]:
-    """Of the newest start."""
+    """The record of the newest start."""
     starts = read_starts(path)
     return {name: starts[-1][name] for name in CODE if name in starts[-1]} if starts else {}  # older ones lack some
 

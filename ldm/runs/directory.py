@@ -173,7 +173,7 @@ class RunDirectory:
 
 
 def exit_code(error: BaseException) -> int:
-    """What a command that ends with ``error`` returns (ldm.cli.main)."""
+    """Exit code of a command that ends with ``error`` (ldm.cli.main)."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     return getattr(error, "exit_code", None) or (OS_FAULT if isinstance(error, OSError) else 1)
@@ -228,7 +228,7 @@ def require_same(path: Path, config: Any) -> None:
     try:
         old = configuration.load(type(config), file)
     except configuration.ConfigError as error:
-        raise RunError(f"{file} is no configuration of this command ({error}): use another run: directory") from None
+        raise RunError(f"{file} is not a configuration of this command ({error}): use another run: directory") from None
     changes = _changes(old, config)
     if changes and changes.keys() <= PLACES.keys():
         problems = {key: moved_problem(key, path, old, config) for key in changes}

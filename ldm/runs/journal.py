@@ -1,4 +1,4 @@
-"""What a run writes about itself while it trains. A disk that takes nothing delays it and never stops a training."""
+"""Records that a run writes while it trains. A full disk delays them and never stops a training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Journal:
             warnings.warn(f"{self.path}: what was last to be written is lost: {', '.join(lost)}", stacklevel=1)
 
     def _write(self) -> None:
-        """Write all that waits; the first fault is told."""
+        """Write everything pending; report the first fault."""
         fault = None
         try:
             self._append()
@@ -63,7 +63,7 @@ class Journal:
         if fault is not None and not self._failing:
             reason = f"cannot be written to ({fault.strerror or fault})"
             warnings.warn(
-                f"{self.path} {reason} at update {self.step}: training goes on, and its records are kept until it can", stacklevel=1
+                f"{self.path} {reason} at update {self.step}: training continues, and its records are kept until it can", stacklevel=1
             )
         elif fault is None and self._failing:
             warnings.warn(f"{self.path} can be written to again at update {self.step}: the records are complete", stacklevel=1)

@@ -27,7 +27,7 @@ PACKAGES = ("ldm", "autoencoder")
 def record(run: RunDirectory | None, step: int, steps: int, accelerator: Accelerator, say: Callable[[str], None]) -> None:
     """Add a line, and say in ``status.json`` that the run is under way; nothing on a process without the run's folder.
 
-    ``step``: the update that training goes on from. A disk that takes no line is told to the person; training goes on.
+    ``step``: the update that training continues from. A full disk is reported; training continues.
     """
     if run is None:
         return
@@ -43,7 +43,7 @@ def record(run: RunDirectory | None, step: int, steps: int, accelerator: Acceler
 
 
 def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
-    """What a line holds."""
+    """Contents of a line."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -61,7 +61,7 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
 
 
 def changed(before: Any, now: Mapping[str, Any]) -> str | None:
-    """What of the surroundings is not as it was when the checkpoint was written; None: nothing, or that was not recorded."""
+    """Differences between the surroundings now and when the checkpoint was written; None: none, or not recorded."""
     if not isinstance(before, Mapping):
         return None
     names = {"device_name": "processor" if now["device"] == "cpu" else "device"}
@@ -70,9 +70,9 @@ def changed(before: Any, now: Mapping[str, Any]) -> str | None:
 
 
 def checkout(folder: Path) -> dict[str, Any]:
-    """The git commit of the code in ``folder``, and whether the code differs from it; None where it is no checkout or git is missing."""
+    """The git commit of the code in ``folder``, and whether the code differs from it; None where it is not a checkout or git is missing."""
     unknown: dict[str, Any] = {"commit": None, "dirty": None}
-    if not (folder / ".git").exists():  # installed: a repository further up is somebody else's
+    if not (folder / ".git").exists():  # installed: a repository further up belongs to another project
         return unknown
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook that started this
     said = []

@@ -1,4 +1,4 @@
-"""What a run has written about itself, read back: metrics.jsonl, status.json, starts.jsonl, skipped.jsonl, the grids. Imports no torch."""
+"""Reads the records of a run: metrics.jsonl, status.json, starts.jsonl, skipped.jsonl, the grids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number that may count updates or bytes."""
+    """True if a value is a whole number that may count updates or bytes."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -72,7 +72,7 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
 
 
 def is_seconds(value: Any) -> TypeGuard[float]:
-    """Whether a value may be a time, neither negative nor infinite."""
+    """True if a value may be a time, neither negative nor infinite."""
     return _is_number(value) and 0 <= value < 1e12  # and so neither infinite nor NaN
 
 

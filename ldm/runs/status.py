@@ -1,4 +1,4 @@
-"""Where a run stands, seen from outside: its `status.json`, its newest checkpoint, and whether a process is at work on it.
+"""Status of a run, seen from outside: its `status.json`, its newest checkpoint, and whether a process is at work on it.
 
 Nothing is written, so a folder that may only be read works. Imports no torch.
 """
@@ -16,19 +16,19 @@ from ldm.runs.records import newest_checkpoint, read_status
 
 SAVED = 75  # exit code of a run that was interrupted and saved
 KILLED = 1
-_AGAIN = "the same command goes on from"
+_AGAIN = "the same command continues from"
 
 
 def standing(path: str | Path) -> dict[str, Any]:
-    """What a run is doing, JSON-ready. Raises RunError for what is no run.
+    """Status of a run, JSON-ready. Raises RunError for what is not a run.
 
-    ``state``: running, done, interrupted, failed, or killed: its status says running, and nobody holds its lock.
+    ``state``: running, done, interrupted, failed, or killed: its status says running, and no process holds its lock.
     ``locked``: whether a process works on it; None where the file system cannot tell.
     ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else the code that the command ended with.
     """
     path = Path(path)
     if not any((path / name).is_file() for name in ("config.yaml", "status.json")):
-        nothing = f"{path} is no run: it has neither config.yaml nor status.json{runs_below(path)}"
+        nothing = f"{path} is not a run: it has neither config.yaml nor status.json{runs_below(path)}"
         raise RunError(nothing if path.exists() else f"no run {path}")
     status, locked = read_status(path) or {}, held(path)
     state = status.get("state")
@@ -51,7 +51,7 @@ def standing(path: str | Path) -> dict[str, Any]:
 
 
 def held(path: Path) -> bool | None:
-    """Whether a process holds the run's lock; None where that cannot be seen. Makes and changes no file."""
+    """True if a process holds the run's lock; None where that cannot be seen. Creates and changes no file."""
     try:
         descriptor = os.open(path / ".lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def held(path: Path) -> bool | None:
 
 
 def line(now: dict[str, Any]) -> str:
-    """``standing`` for a person."""
+    """``standing`` as a line of text."""
     state, step, steps, checkpoint = now["state"], now["step"], now["steps"], now["checkpoint"]
     percent = f" ({100 * step / steps:.0f} %)" if isinstance(step, int) and steps else ""
     update = f"update {step} of {steps}{percent}" if step is not None else "before its first update"

@@ -84,4 +84,4 @@ def _same_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], who
     if lacking := sorted(set(expected) - set(given)):
         raise CheckpointError(f"EMA: {lacking[0]} of {whose} is missing ({len(lacking)} in all)")
     if extra := sorted(set(given) - set(expected)):
-        raise CheckpointError(f"EMA: {extra[0]} is no weight of {whose} ({len(extra)} in all)")
+        raise CheckpointError(f"EMA: {extra[0]} is not a weight of {whose} ({len(extra)} in all)")

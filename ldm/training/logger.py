@@ -1,4 +1,4 @@
-"""What a training says of itself while it goes on: figures, pictures, where it stands."""
+"""Logs metrics, sample grids and status of a running training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Recorder:
 
     @contextmanager
     def open(self, trackers: Sequence[str], step: int) -> Iterator[None]:
-        """Within it the trackers of these names are told, too, from update ``step`` on."""
+        """Context in which the trackers of these names log as well, from update ``step`` on."""
         self.skipped.update()  # what was left out before training
         if self.run:
             self._trackers = open_trackers(trackers, self.run.path, step)
@@ -52,7 +52,7 @@ class Recorder:
             self.run.status("running", step, self.steps)
 
     def pictures(self, step: int, draw: Callable[[], Mapping[str, UInt8[np.ndarray, "h w c"]]]) -> None:
-        """What ``draw`` returns, by name. Its failure is a warning, but for the errors that the user can fix (``exit_code``)."""
+        """Log the grids of ``draw``, by name. Its failure is a warning, except for errors that the user can fix (``exit_code``)."""
         if self.run is None:
             return
         try:

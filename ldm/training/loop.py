@@ -45,14 +45,14 @@ ADVICE = "lower train.lr, or check the data"
 
 
 class TrainingError(UserError):
-    """Training cannot go on; the message says why and what was saved."""
+    """Training cannot continue; the message says why and what was saved."""
 
     exit_code = 5
     everywhere = True
 
 
 class Interrupted(UserError):
-    """The run was asked to stop; its state is saved and the same command goes on."""
+    """The run was asked to stop; its state is saved and the same command continues."""
 
     exit_code = 75
     everywhere = True  # agreed: every process raises it
@@ -64,7 +64,7 @@ class Loop:
     def __init__(
         self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter, start: str | None = None
     ) -> None:
-        """``start``: the checkpoint to go on from, by its update or its folder; None: the newest intact one."""
+        """``start``: the checkpoint to continue from, by its update or its folder; None: the newest intact one."""
         self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
         self.processes, _ = launched()
         self.accelerator = accelerator_of(config.mixed_precision)
@@ -116,7 +116,7 @@ class Loop:
         self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
         if found is not None:
             self.step = self.state.load(found)
-            self.reporter.say(f"going on from update {self.step} ({found})")
+            self.reporter.say(f"resuming from update {self.step} ({found})")
             if start is not None and self.run and (moved := resume.set_aside(found)):
                 self.reporter.say(moved)
         self.writer: BackgroundWriter | None = None  # the main process's
@@ -159,7 +159,7 @@ class Loop:
             self.writer.wait()
 
     def train(self) -> None:
-        """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot go on."""
+        """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot continue."""
         try:
             with self.stop:
                 starts.record(self.run, self.step, self.config.steps, self.accelerator, self.reporter.say)
@@ -198,7 +198,7 @@ class Loop:
             self.processes.each(self._save_last)
         if self.step < config.steps:
             self.accelerator.wait_for_everyone()
-            raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} goes on")
+            raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} continues")
         self._finish()
 
     def _save_before_the_end(self, error: Exception) -> None:
@@ -252,7 +252,7 @@ class Loop:
         self._require_finite()
 
     def _stopping(self) -> bool:
-        """Whether to end before the next update: on all processes alike, so a little later where there are several."""
+        """True if training ends before the next update: agreed by all processes, so one update later with several."""
         return self.flags.stop or (self.accelerator.num_processes == 1 and self.stop.asked)
 
     def _look_back(self) -> None:
@@ -329,7 +329,7 @@ class Loop:
         return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """Of all processes, along the first dimension."""
+        """Gathered from all processes, along the first dimension."""
         return cast(Tensor, self.accelerator.gather(tensor))
 
 

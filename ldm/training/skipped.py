@@ -1,4 +1,4 @@
-"""What could not be used of a folder of images: gathered from all processes, listed beside the run, and limited."""
+"""Unusable images and rows: gathered from all processes, listed in the run directory, and limited in number."""
 
 from __future__ import annotations
 

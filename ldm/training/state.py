@@ -38,7 +38,7 @@ class TrainingState:
         return groups
 
     def scalars(self, step: int) -> dict[str, Any]:
-        """What is no tensor, as JSON, after update ``step``."""
+        """The state that is not a tensor, as JSON, after update ``step``."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
         about = {"task": self.task.state(), "data": self._data(), "surroundings": dict(self.surroundings)}
         return {"step": step, **about, "scaler": scaler}
@@ -77,5 +77,5 @@ class TrainingState:
         if now != before and not self.task.stream.data.accept_changes:
             raise RunError(
                 f"the images or captions have changed since this run began ({before['images']} training images then, {now['images']} now):"
-                " restore them, use another run: directory, or go on with them by data.accept_changes=true"
+                " restore them, use another run: directory, or continue with them by data.accept_changes=true"
             )

@@ -1,4 +1,4 @@
-"""What all processes know of an update alike: whether one of them was asked to stop, and whether the update was finite."""
+"""Flags that all ranks agree on: stop requested, update finite."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class StepFlags:
 
     @property
     def at_hand(self) -> bool:
-        """Whether reading what was just posted costs no waiting: everywhere but on a GPU."""
+        """True if reading what was just sent does not wait: everywhere except on a GPU."""
         return self._arrived is None
 
     def receive(self) -> bool | None:
-        """Whether the update last posted was finite; None where that has been read. Sets ``stop``."""
+        """Read whether the last update sent was finite; None if that was read before. Sets ``stop``."""
         if self._pending is None:
             return None
         if self._arrived is not None:

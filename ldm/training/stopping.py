@@ -20,7 +20,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Stop:
-    """Whether this process was asked to stop. While it is entered, the first signal asks; one after ``TOGETHER`` stops at once.
+    """A request to stop. While it is entered, the first signal requests it; one after ``TOGETHER`` stops at once.
 
     Only the ``main`` process heeds that one, and the others end with it: they wait in exchanges where they hear late of a signal
     that came soon after the first.

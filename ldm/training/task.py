@@ -1,4 +1,4 @@
-"""What the loop trains and whom it tells: the interfaces between a stage, the loop and the person at the terminal."""
+"""Interfaces between a stage, the loop and the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N = TypeVar("N", bound=nn.Module)
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Where a person is told what happens."""
+    """Prints progress for the user."""
 
     def say(self, text: str) -> None: ...
 
@@ -26,7 +26,7 @@ class Reporter(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What one stage trains."""
+    """One stage of training: networks, data, and the contribution of one micro-batch."""
 
     networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
     wrapped: dict[str, nn.Module]  # set by the loop: on the device, in DistributedDataParallel where several processes are

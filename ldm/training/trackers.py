@@ -1,4 +1,4 @@
-"""Where curves and grids go besides the run directory: TensorBoard, Weights & Biases. A tracker never stops a training."""
+"""TensorBoard and Weights & Biases. A tracker never stops a training."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ OPENERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard
 
 
 class Trackers:
-    """Several trackers as one. One that fails is named in a warning and dropped, and training goes on."""
+    """Several trackers as one. One that fails is named in a warning and dropped, and training continues."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)

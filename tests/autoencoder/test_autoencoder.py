@@ -194,7 +194,7 @@ def test_attention_levels() -> None:
     layout = to_diffusers(AutoencoderConfig(channels=(32, 32, 64), attention_levels=(2,)))
     assert layout["down_block_types"] == ["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
     assert layout["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
-    with pytest.raises(ConfigError, match=r"attention_levels: 3 is no level of 3"):
+    with pytest.raises(ConfigError, match=r"attention_levels: 3 is not a level of 3"):
         AutoencoderConfig(channels=(32, 32, 64), attention_levels=(3,))
 
 

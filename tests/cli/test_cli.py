@@ -217,7 +217,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
         (["sample", "unfinished", "--prompt", "x"], 4, "run without a diffusion model yet"),
         (["sample", "run.yaml", "--prompt", "x"], 4, "run.yaml"),
         (["sample", "run"], 2, "--prompt or --prompts-file is needed"),
-        (["evaluate", "nowhere"], 2, "nowhere is no run"),
+        (["evaluate", "nowhere"], 2, "nowhere is not a run"),
         (["evaluate", "unfinished"], 4, "run without a diffusion model yet"),
         (["evaluate", "run", "--images", "0"], 2, "images must be at least 1"),
         (["evaluate", "run", "--tune", "-1"], 2, "tune must be at least 0"),

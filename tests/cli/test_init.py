@@ -292,7 +292,7 @@ def folder_of(kind: str, folder: Path) -> None:
         ("splits", "train, val look like splits, not classes: give one of them"),
         (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
         ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
-        ("empty captions", "every caption is empty: mend them, or train without with --captions none"),
+        ("empty captions", "every caption is empty: fix them, or train without with --captions none"),
         ("array", "none of 1 images and rows can be used, such as look/metadata.jsonl:1: must be an object like"),
         (
             "one text",
@@ -319,9 +319,13 @@ def test_pipes_broken_links_and_loops_are_named_or_followed_once(run: Run, tmp_p
     (photos / "a.heic").touch()
     code, out, err = run("init", "photos")
     assert (code, err) == (0, "") and "photos: 25 images" in out and "left out  3 of 28" in out
-    assert "photos/pipe.png: is no regular file" in out and "photos/broken.png: is no file" in out and "photos/self.png: is no file" in out
+    assert (
+        "photos/pipe.png: is not a regular file" in out
+        and "photos/broken.png: is not a file" in out
+        and "photos/self.png: is not a file" in out
+    )
     assert "1 images are of formats that are not read" in out
     for name in ("00", "01"):
         (photos / f"{name}.txt").write_text("a caption")
     os.mkfifo(photos / "02.txt")
-    assert "photos/02.txt: is no regular file" in run("init", "photos", "--out", "again")[1]
+    assert "photos/02.txt: is not a regular file" in run("init", "photos", "--out", "again")[1]

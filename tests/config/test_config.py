@@ -136,7 +136,7 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (DiffusionTrainingConfig, ["data.size=null"], "cache_latents needs a finite set"),
         (DiffusionTrainingConfig, ["train.batch_size=6", "train.micro_batch=4"], "train.batch_size 6 is not a multiple of micro_batch 4"),
         (DiffusionTrainingConfig, ["unet.channels=[30,60,60,60]"], "unet.channels 30 is not a positive multiple of groups 32"),
-        (DiffusionTrainingConfig, ["unet.attention_levels=[4]"], "unet.attention_levels: 4 is no level of 4"),
+        (DiffusionTrainingConfig, ["unet.attention_levels=[4]"], "unet.attention_levels: 4 is not a level of 4"),
         (DiffusionTrainingConfig, ["unet.heads=[2,2]"], "unet.heads must be one number or one per level (4)"),
         (DiffusionTrainingConfig, ["unet.heads=[3]"], "unet.heads: 3 does not divide channels 320"),
         (DiffusionTrainingConfig, ["schedule.name=cosine", "schedule.beta_end=0.01"], "schedule.beta_start and beta_end have no meaning"),

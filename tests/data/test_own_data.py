@@ -102,7 +102,7 @@ ROWS: list[tuple[str, str, str]] = [
     ("an absolute path", '{"file_name": "/etc/hostname", "text": "x"}', "leaves the folder"),
     ("a duplicate row", '{"file_name": "good/0.png", "text": "again"}', "file_name 'good/0.png' stands on line 1 already"),
     ("a broken JSON line", '{"file_name": "good/1.png", "text": "x"', "not JSON"),
-    ("a caption that is no text", '{"file_name": "good/2.png", "text": 5}', "text must be text, got 5"),
+    ("a caption that is not text", '{"file_name": "good/2.png", "text": 5}', "text must be text, got 5"),
 ]
 
 # captions: what stands in docs/data.md; the caption; how many tokens of it are cut

@@ -60,7 +60,7 @@ def row(name: str = "b.png", text: Any = "b", **more: Any) -> str:
         ('{"file_name": "b.png", "text": "\\ud800"}', "half of a surrogate pair"),
         ('{"\\ud800": "b.png", "text": "b"}', r"no file_name, only \ud800, text"),
         (row(text="a\0b"), "text holds a NUL character"),
-        (row(name=""), "file_name '' is no regular file"),
+        (row(name=""), "file_name '' is not a regular file"),
         (row(name="B.PNG"), "did you mean 'b.png'?"),
         (row(name="x" * 5000 + ".png"), "no file"),
     ],

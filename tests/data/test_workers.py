@@ -1,4 +1,4 @@
-"""Data workers and processes that die or hang: one line that says where, no orphan, and the same command goes on."""
+"""Data workers and processes that die or hang: one line that says where, no orphan, and the same command continues."""
 
 from __future__ import annotations
 

@@ -428,7 +428,7 @@ def test_two_stages_are_bounded_by_their_parts() -> None:
 
 
 def test_the_fitted_deviation_is_the_likeliest() -> None:
-    """Against a scan of σ, on pixels drawn from the discretised model itself: many at 0 and 255, where an RMS is no guide."""
+    """Against a scan of σ, on pixels drawn from the discretised model itself: many at 0 and 255, where an RMS is not a guide."""
     true = torch.tensor([0.004, 0.05, 0.6], dtype=torch.float64)
     mean = 1.3 * (2 * torch.rand(6_000, 3) - 1)
     continuous = mean.double() + true * torch.randn(6_000, 3, dtype=torch.float64)

@@ -438,7 +438,7 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
         told.clear()
         out = SAMPLERS[name].function(Denoiser(schedule, "x0", denoise), x, grid, noise, callback=callback)
         assert [step for step, _, _ in told] == [0, 1, 2, 3, 4] and all(torch.equal(x0, image) for _, _, x0 in told)
-        if name != "annealed_langevin" or replaced == 4:  # it scales what it goes on with
+        if name != "annealed_langevin" or replaced == 4:  # it scales what it continues with
             assert (asked[0] is given) if replaced < 4 else (out is given)
         expected = given
         if not SAMPLERS[name].stochastic and name not in ("lms", "plms"):  # these two remember the slopes of what was replaced

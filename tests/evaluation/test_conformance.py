@@ -122,7 +122,7 @@ def test_moments_are_those_of_many_samples() -> None:
 
 
 def test_sliced_wasserstein_of_a_shift() -> None:
-    """A shift moves each projection by its own: |δ| in one dimension, (2/π)|δ| on average in the plane; order is no distance."""
+    """A shift moves each projection by its own: |δ| in one dimension, (2/π)|δ| on average in the plane; order is not a distance."""
     a = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert sliced_wasserstein(a, a.flip(0)) == 0
     assert sliced_wasserstein(a[:, :1], a[:, :1] + 0.7) == pytest.approx(0.7)
@@ -181,7 +181,7 @@ def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--steps", "0"], "--steps must lie between 1 and 1000"),
         (["nowhere", "--grid", "even"], "--grid: 'even' is none of trailing"),
         (["--images", "4"], "--images goes with a run"),
-        (["nowhere"], "nowhere is no run"),
+        (["nowhere"], "nowhere is not a run"),
         (["nowhere", "--within", "0"], "--within must be above 0"),
     ],
 )

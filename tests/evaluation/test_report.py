@@ -570,7 +570,7 @@ def test_the_same_run_gives_the_same_bytes(trained: Path, tmp_path: Path) -> Non
     assert files[0].read_bytes() == files[1].read_bytes() and [f.name for f in files[0].parent.iterdir()] == ["r.html"]
 
 
-# runs in any state, and what is no run
+# runs in any state, and what is not a run
 
 
 def test_a_run_that_has_only_begun(make_run: Callable[..., Path]) -> None:
@@ -608,8 +608,8 @@ def test_an_older_export_is_called_one(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is no run: it has no config.yaml"),
-        (["empty"], "empty is no run: it has no config.yaml"),
+        (["nowhere"], "nowhere is not a run: it has no config.yaml"),
+        (["empty"], "empty is not a run: it has no config.yaml"),
         (["run", "--images", "-1"], "images must be at least 0, got -1"),
         (["run", "--out", "empty"], "--out empty is a folder"),
         (["run", "--out", ""], "is a folder"),

@@ -307,7 +307,7 @@ def test_which_weights_are_taken(tmp_path: Path) -> None:
         (lambda f, index: index["weight_map"].update(b="m-00001-of-00002.safetensors"), "00001-of-00002.safetensors: tensor b is missing"),
         (lambda f, index: write_tensors(f / "m-00002-of-00002.safetensors", {"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}),
          "m-00002-of-00002.safetensors: tensor a is not there by the index: m-00001-of-00002.safetensors"),
-        (lambda f, index: index["weight_map"].update(b="../m.safetensors"), "'../m.safetensors' is no name of a file beside it"),
+        (lambda f, index: index["weight_map"].update(b="../m.safetensors"), "'../m.safetensors' is not a name of a file beside it"),
         (lambda f, index: index["weight_map"].update(b=3), "its weight_map should name the file"),
         (lambda f, index: index.pop("weight_map"), "its weight_map should name the file"),
         (lambda f, index: write_tensors(f / "m-00002-of-00002.safetensors", {"b": torch.ones(10), "c": torch.ones(10)}, {"format": "x"}),
@@ -373,10 +373,10 @@ def entry(begin: int, end: int, dtype: Any = "F32", shape: Any = None) -> dict[s
         (raw(b'{"__metadata__": {"a": "\\ud800"}}'), "its metadata should be"),
         (raw(b'{"a": %s, "a": %s}' % ((b'{"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}',) * 2)),
          "names 'a' twice"),
-        (raw(b'{"a\xff": 1}'), "is no JSON in UTF-8"),
-        (raw(b"{" * 100_000), "is no JSON in UTF-8"),
-        (raw(b'{"a":' + b"[" * 100_000), "is no JSON in UTF-8"),
-        (raw(b"{1: 2}"), "is no JSON in UTF-8"),
+        (raw(b'{"a\xff": 1}'), "is not JSON in UTF-8"),
+        (raw(b"{" * 100_000), "is not JSON in UTF-8"),
+        (raw(b'{"a":' + b"[" * 100_000), "is not JSON in UTF-8"),
+        (raw(b"{1: 2}"), "is not JSON in UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )  # fmt: skip
@@ -568,7 +568,7 @@ def test_tensors_that_repeat_the_same_bytes_are_bounded(tmp_path: Path) -> None:
     large = torch.randn(1000)
     torch.save({"a": large, "b": large}, tmp_path / "tied.pt")
     assert same(open_archive(tmp_path / "tied.pt").tensors, {"a": large, "b": large})
-    torch.save({"a": torch.ones(1).expand(10**6)}, tmp_path / "small.pt")  # what a small file expands is no bomb
+    torch.save({"a": torch.ones(1).expand(10**6)}, tmp_path / "small.pt")  # what a small file expands is not a bomb
     assert same(open_archive(tmp_path / "small.pt").tensors, {"a": torch.ones(10**6)})
     torch.save({f"{i}": large for i in range(10000)}, tmp_path / "many.pt")
     with pytest.raises(FolderError, match="share their bytes"):

@@ -632,7 +632,7 @@ def without_context() -> dict[str, Any]:
         (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}), "shift_factor"),
         (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "latents_mean": [0.0]}, {})}), "latents_mean"),
         (lambda b: dataclasses.replace(b, parts={**b.parts, "controlnet": b.parts[UNET]}), "no part controlnet"),
-        (lambda b: dataclasses.replace(b, tokenizer={"a.bin": b"\xff"}), "a.bin is no UTF-8"),
+        (lambda b: dataclasses.replace(b, tokenizer={"a.bin": b"\xff"}), "a.bin is not UTF-8"),
         (lambda b: Bundle({}), "without a network"),
     ],
 )  # fmt: skip

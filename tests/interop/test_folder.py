@@ -65,7 +65,7 @@ def test_split_is_stable_under_adding_files_and_has_the_asked_share(tmp_path):
 
 def test_fingerprint_follows_what_determines_the_samples(tmp_path):
     base = opened(write(tmp_path / "a", rows(40))).fingerprint
-    assert opened(write(tmp_path / "b", rows(40)[::-1])).fingerprint == base  # the order of the rows is no fact
+    assert opened(write(tmp_path / "b", rows(40)[::-1])).fingerprint == base  # the order of the rows is not a fact
     others = [opened(tmp_path / "a", image_channels=1).fingerprint, opened(tmp_path / "a", validation_fraction=0.2).fingerprint]
     changed = rows(40)
     changed[3]["text"] = changed[5]["text"] = "another"
@@ -95,7 +95,7 @@ GOOD = {"file_name": "a.png", "text": "a"}
         ('{"file_name": "/etc/hostname", "text": "b"}', r":2: file_name .* leaves the folder"),
         ('{"file_name": "b.png", "text": "b"}', r":2: no file 'b.png'"),
         ('{"file_name": "b\\u0000.png", "text": "b"}', r":2: no file"),
-        ('{"file_name": ".", "text": "b"}', r":2: file_name '.' is no regular file"),
+        ('{"file_name": ".", "text": "b"}', r":2: file_name '.' is not a regular file"),
         ('{"file_name": "./a.png", "text": "b"}', r":2: file_name 'a.png' stands on line 1 already"),
     ],
 )
@@ -174,7 +174,7 @@ def test_csv_is_read_as_jsonl_is(tmp_path):
     [
         ("file_name;text\na.png;x\n", r"metadata.csv: fields are separated by ';': save it with commas"),
         ("file_name\ttext\na.png\tx\n", r"fields are separated by '\\t'"),
-        ('file_name,text\na.png,x\nb.png,"a 5 tall\na.png,"y"\n', r"metadata.csv:3: the row that begins here is no CSV"),
+        ('file_name,text\na.png,x\nb.png,"a 5 tall\na.png,"y"\n', r"metadata.csv:3: the row that begins here is not CSV"),
         ("image,caption\na.png,x\n", r"metadata.csv:2: no file_name, only image, caption: rename image to file_name"),
         ("File_Name,text\na.png,x\n", r"no file_name, only File_Name, text: rename File_Name to file_name"),
         ("file_name,text\nsub\\a.png,x\n", r"no file 'sub.*a.png' in .*: write / for"),

@@ -53,7 +53,7 @@ JSON_FILES = [
     "text_encoder/config.json",
 ]
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is no JSON"),
+    "empty": (b"", "is not JSON"),
     "deep": (b'{"a":' + b"[" * 100_000, "nested too deeply"),
     "long number": (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"),
     "twice": (b'{"a": 1, "a": 2}', "names 'a' twice"),

@@ -105,7 +105,7 @@ def compare(layout: dict[str, Any]) -> str | None:
 
 
 REFUSED = {  # (class, key) → the values with which its steps are none of ours
-    ("DDIMScheduler", "timestep_spacing"): ("linspace",),  # steps to t − T//S, which is no node of that grid
+    ("DDIMScheduler", "timestep_spacing"): ("linspace",),  # steps to t − T//S, which is not a node of that grid
     ("PNDMScheduler", "timestep_spacing"): ("linspace",),
     ("PNDMScheduler", "skip_prk_steps"): (False,),
     ("PNDMScheduler", "prediction_type"): ("v_prediction",),  # averages v

@@ -66,7 +66,7 @@ def difference(folder: Path, name: str, settings: dict[str, Any], **call: Any) -
     return int(abs(array(ours(PROMPTS, steps=STEPS, guidance_scale=2.0, seed=3, **call)) - expected).max())
 
 
-# but for linspace of the first two: theirs then step to t − T//S, which is no node of their grid
+# but for linspace of the first two: theirs then step to t − T//S, which is not a node of their grid
 SPACINGS = [(name, s) for i, name in enumerate(DETERMINISTIC) for s in ("leading", "trailing", "linspace") if i > 1 or s != "linspace"]
 
 

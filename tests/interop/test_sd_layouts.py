@@ -236,7 +236,7 @@ def test_side_of_the_sample() -> None:
         96,
         32,
     ]
-    with pytest.raises(ConfigError, match=r"unet: sample_size \[64, 96\] is no square"):
+    with pytest.raises(ConfigError, match=r"unet: sample_size \[64, 96\] is not a square"):
         sample_side({"sample_size": [64, 96]})
 
 

@@ -403,7 +403,7 @@ def test_what_cannot_be_swept_is_said(here: Path, tmp_path: Path, capsys: pytest
         ([str(here / "of-latents"), "--steps", "21"], "steps must lie between 1 and 20"),
         ([str(here / "of-pixels"), "--steps", "2"], "its latents have 1 channels (pixels)"),
         ([str(here / "latents")], "no classifier in"),
-        ([str(here / "of-latents/model/classifier")], "is no run: it has no config.yaml"),
+        ([str(here / "of-latents/model/classifier")], "is not a run: it has no config.yaml"),
     ):
         assert main([*start, *more]) in (2, 3, 4)
         error = capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_no_model_is_written_with_them(written: Path, tmp_path: Path) -> None:
 
 
 def spoil(function: Callable[..., Tensor], call: int, value: float = NAN) -> Callable[..., Tensor]:
-    """The function, whose result of one call holds a value that is no number."""
+    """The function, whose result of one call holds a value that is not a number."""
     calls = 0
 
     def spoiled(*arguments: Any, **options: Any) -> Tensor:

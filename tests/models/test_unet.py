@@ -112,7 +112,7 @@ def test_attention_without_a_context_is_ours_alone() -> None:
 
 
 def test_published_architectures_are_read() -> None:
-    """The config.json of Stable Diffusion 1.5 and 2.1 as published, less what is no setting of the network."""
+    """The config.json of Stable Diffusion 1.5 and 2.1 as published, less what is not a setting of the network."""
     common = {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],

@@ -342,7 +342,7 @@ def test_batches_are_those_of_drawing(images: int, batch_size: int, processes: i
         assert list(batch) in cut and index in batch
 
 
-# one line for what is no picture of ours
+# one line for what is not a picture of ours
 
 
 def test_what_is_no_picture_of_ours_is_one_line(call: Call, plain: dict[str, Path], tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_what_is_no_picture_of_ours_is_one_line(call: Call, plain: dict[str, Pat
     (tmp_path / "short.png").write_bytes(file.read_bytes()[:-200])
     for faulty, what in [
         (tmp_path / "plain.png", "holds no settings"),
-        (tmp_path / "a.jpg", "is no PNG"),
+        (tmp_path / "a.jpg", "is not a PNG"),
         (tmp_path / "none.png", f"no picture {tmp_path / 'none.png'}"),
         (tmp_path, "cannot be read"),
         (tmp_path / "short.png", "cannot be read"),

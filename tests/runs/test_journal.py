@@ -88,7 +88,7 @@ def test_what_a_full_disk_does_not_take_is_written_once_it_does(tmp_path: Path, 
         line
         for step, back in ((3, 5), (6, 8))
         for line in (
-            f"{tmp_path} cannot be written to ({reason}) at update {step}: training goes on, and its records are kept until it can",
+            f"{tmp_path} cannot be written to ({reason}) at update {step}: training continues, and its records are kept until it can",
             f"{tmp_path} can be written to again at update {back}: the records are complete",
         )
     ]
@@ -110,7 +110,7 @@ def test_the_end_is_the_last_try(tmp_path: Path, told: list[str], monkeypatch: p
         record(run, range(1, 2))
         run.close()
     assert told[2:] == [
-        f"{tmp_path}/lost cannot be written to ({os.strerror(errno.EFBIG)}) at update 1: training goes on, and its records are kept"
+        f"{tmp_path}/lost cannot be written to ({os.strerror(errno.EFBIG)}) at update 1: training continues, and its records are kept"
         " until it can",
         f"{tmp_path}/lost: what was last to be written is lost: metrics.jsonl, status.json",
     ]
@@ -168,7 +168,7 @@ def test_a_training_goes_on_without_records_and_pictures(
     last = "checkpoints/step-00000006/model_unet.safetensors"
     assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "straight" / last).read_bytes()
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {tmp_path}/run cannot be written to (No space left on device) at update 2: training goes on, and its records are"
+        f"warning: {tmp_path}/run cannot be written to (No space left on device) at update 2: training continues, and its records are"
         " kept until it can",
         f"warning: {tmp_path}/run can be written to again at update 5: the records are complete",
         "warning: no pictures from update 5 on, training continues: RuntimeError: out of memory",

@@ -26,7 +26,7 @@ def test_from_an_earlier_checkpoint_a_run_ends_as_before(stages: Stages, tmp_pat
     shutil.copytree(stages.folder / "autoencoder", run)
     assert stages.train("autoencoder", "--from", "4", f"run={run}") == 0
     out = capsys.readouterr().out
-    assert "going on from update 4" in out and f"set aside in {run}/checkpoints/set-aside-1: the checkpoints of update 6" in out
+    assert "resuming from update 4" in out and f"set aside in {run}/checkpoints/set-aside-1: the checkpoints of update 6" in out
     assert updates(run / "checkpoints") == [4, 6] and updates(run / "checkpoints/set-aside-1") == [6]
     for file in (stages.folder / "autoencoder/checkpoints/step-00000006").glob("*.safetensors"):
         assert file.read_bytes() == (run / "checkpoints/step-00000006" / file.name).read_bytes()

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which are newest, and which one a start goes on from; on all processes alike."""
+"""Which checkpoints stay, which are newest, and which one a start continues from; on all processes alike."""
 
 import shutil
 import threading
@@ -116,8 +116,8 @@ def test_the_one_that_was_asked_for_or_none(tmp_path: Path) -> None:
         ("2", r"asked for is damaged: .*sha256"),
         ("7", r"no checkpoint of update 7 in .*: there are 1, 2, 3"),
         (str(folder / "step-00000009"), "no checkpoint .*step-00000009"),
-        (str(foreign), r"is no checkpoint of this run .*init:"),
-        (str(folder), r"is no checkpoint of this run"),
+        (str(foreign), r"is not a checkpoint of this run .*init:"),
+        (str(folder), r"is not a checkpoint of this run"),
     ):
         with pytest.raises(CheckpointError, match=message):
             choose(folder, asked)

@@ -186,7 +186,7 @@ def test_going_on_warns_each_time_but_a_wait_always_raises(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         background.submit(20, tensors(), {}, CONFIG)
-        with pytest.warns(UserWarning, match=r"step-00000020.*No space left.*; 10 updates since 10 are not saved; training goes on"):
+        with pytest.warns(UserWarning, match=r"step-00000020.*No space left.*; 10 updates since 10 are not saved; training continues"):
             background.submit(30, tensors(), {}, CONFIG)
         with pytest.raises(CheckpointError, match=r"step-00000030.*No space left"):
             background.wait()

@@ -79,10 +79,10 @@ def seconds_of(path: Path) -> str:
         ("done", None, 0, "done, update 12 of 100 (12 %), 0 s, last checkpoint at update 10"),
         (
             "interrupted", Interrupted("stopped"), 75,
-            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; the same command goes on from there",
+            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; the same command continues from there",
         ),
         ("interrupted", None, 75, "interrupted and saved at"),  # written by an older ldm
-        ("interrupted", KeyboardInterrupt(), 130, "at once at update 12 of 100 (12 %), 0 s; the same command goes on from update 10"),
+        ("interrupted", KeyboardInterrupt(), 130, "at once at update 12 of 100 (12 %), 0 s; the same command continues from update 10"),
         ("failed", TrainingError("a\nb"), 5, "failed at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; exit code 5: a b"),
         ("failed", CheckpointError("disk full"), 4, "exit code 4: disk full"),
         ("failed", ZeroDivisionError(), 1, "exit code 1: ZeroDivisionError"),
@@ -90,7 +90,7 @@ def seconds_of(path: Path) -> str:
         (
             "running", None, 1,
             "killed at update 12 of 100 (12 %), 0 s: its status says running, but no process holds its lock;"
-            " the same command goes on from update 10",
+            " the same command continues from update 10",
         ),
     ],
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
             "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"], "checkpoint": None, "locked": True,
             "exit_code": 0, "reason": None,
         }  # fmt: skip
-    assert status(path)[0] == 1 and "the same command goes on from the beginning" in status(path)[1]
+    assert status(path)[0] == 1 and "the same command continues from the beginning" in status(path)[1]
 
 
 def test_looking_changes_nothing(tmp_path: Path, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:

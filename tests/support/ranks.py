@@ -1,6 +1,6 @@
 """What tests/training/test_ranks.py starts, alone or under torchrun: training from a checkpoint, with gradients and draws written down.
 
-ranks.py train JOBS                                   go on from copies of runs: JSON, the fields of Job
+ranks.py train JOBS                                   continue from copies of runs: JSON, the fields of Job
 ranks.py sabotage OUT COMMAND CONFIG                  wrong set-ups, each of which must be refused
 """
 

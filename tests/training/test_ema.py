@@ -105,7 +105,7 @@ def test_copy_to_another_model_and_state_round_trip() -> None:
     ("change", "message"),
     [
         (lambda s: s.pop("weight"), "weight of the model is missing"),
-        (lambda s: s.update(extra=torch.zeros(1)), "extra is no weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra is not a weight"),
         (lambda s: s.update(weight=torch.zeros(2)), r"weight has shape \(2,\)"),
     ],
 )

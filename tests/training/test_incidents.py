@@ -179,7 +179,7 @@ def test_what_is_no_incident_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     if wrong != "nothing":
         (tmp_path / "incident.json").write_text("{" if wrong == "file" else '{"positions": [], "update": 3}')
     assert main(["replay", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"ldm replay: {tmp_path} is no incident of a run")
+    assert capsys.readouterr().err.startswith(f"ldm replay: {tmp_path} is not an incident of a run")
 
 
 # who did it

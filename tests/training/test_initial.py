@@ -258,7 +258,9 @@ def test_other_commands_train_no_lora(stages: Stages, tmp_path: Path, capsys: py
 
 
 def test_a_lora_is_no_initial_model(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is a LoRA, which is no U-Net: name the model that it changes" in refused(runs, tmp_path, capsys, "whole", f"init={runs}/lora")
+    assert "is a LoRA, which is not a U-Net: name the model that it changes" in refused(
+        runs, tmp_path, capsys, "whole", f"init={runs}/lora"
+    )
 
 
 # ---------------------------------------------------------------- other commands on such a run

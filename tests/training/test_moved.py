@@ -97,7 +97,7 @@ def test_a_run_continues_where_all_that_it_names_has_moved(
     cut = cut.rename(tmp_path / "moved")  # the run as well
     capsys.readouterr()
     assert main(run_of(name, cut, there, there / "ldm")) == 0
-    assert "going on from update 2" in capsys.readouterr().out
+    assert "resuming from update 2" in capsys.readouterr().out
     for file in (straight / f"straight-{name}/checkpoints/step-00000004").glob("*.safetensors"):
         assert file.read_bytes() == (cut / "checkpoints/step-00000004" / file.name).read_bytes(), file.name
     assert str(there) in (cut / "config.yaml").read_text(encoding="utf-8")

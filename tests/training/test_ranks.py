@@ -22,7 +22,7 @@ from ldm.config import ClipTrainingConfig, ConfigError
 from ldm.data.dataset import plan_batch
 from ldm.runs.records import read_metrics
 
-BASE, UPDATES = 4, 50  # updates before the checkpoint that all variants go on from, and after it
+BASE, UPDATES = 4, 50  # updates before the checkpoint that all variants continue from, and after it
 MIDDLE = BASE + UPDATES // 2  # where the number of processes changes
 TRAIN = {
     "batch_size": 8, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": MIDDLE, "validation_size": 6, "sample_every": 1000,
@@ -158,7 +158,7 @@ def test_several_processes_train_as_one_does(folder: Path, said: list[str], name
 @pytest.mark.parametrize("variant", ["2to1", "1to2"])
 @pytest.mark.parametrize("name", TREES)
 def test_the_number_of_processes_may_change_at_a_resume(folder: Path, said: list[str], name: str, variant: str) -> None:
-    assert said[{"1to2": 1, "2to1": 2}[variant]].count(f"going on from update {MIDDLE} ") == len(TREES)
+    assert said[{"1to2": 1, "2to1": 2}[variant]].count(f"resuming from update {MIDDLE} ") == len(TREES)
     check(folder / variant / name, folder / "1x8" / name, MIDDLE)
 
 

@@ -112,7 +112,7 @@ def test_a_signal_saves_within_one_update_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         at_position(patch, lambda p: p == 4 * 2 + 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert stages.train(name, f"run={tmp_path}/run") == 75
-    assert capsys.readouterr().err == f"ldm train-{name}: stopped and saved at update 3 of 6: the same command goes on\n"
+    assert capsys.readouterr().err == f"ldm train-{name}: stopped and saved at update 3 of 6: the same command continues\n"
     assert (read_status(tmp_path / "run") or {})["state"] == "interrupted" and (tmp_path / "run/checkpoints/step-00000003").is_dir()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert stages.train(name, f"run={tmp_path}/run") == 0
@@ -477,7 +477,7 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
     if name == "clip":  # its vocabulary is another
         assert code == 2 and "and with them the vocabulary that this run learned" in capsys.readouterr().err
     else:
-        assert code == 0 and "going on from update 2" in capsys.readouterr().out
+        assert code == 0 and "resuming from update 2" in capsys.readouterr().out
         before = (tmp_path / "run/status.json").read_text()
         assert main([f"train-{name}", str(config), "data.accept_changes=true"]) == 0
         assert "images added since are for another run" in capsys.readouterr().out

@@ -107,7 +107,7 @@ def _half_a_save(patch: pytest.MonkeyPatch) -> None:
 
 
 def _shifted(patch: pytest.MonkeyPatch, shift: Callable[[int], int]) -> None:
-    """What a run reads, moved by a number of positions that depends on the update that it goes on from."""
+    """What a run reads, moved by a number of positions that depends on the update that it continues from."""
     by: list[int] = []
     positions, batches = BatchPlan.positions, loop.batches
 

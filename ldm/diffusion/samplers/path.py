@@ -1,4 +1,4 @@
-"""What samplers share: their signature, and the noise levels along a grid.
+"""Common parts of samplers: their signature, and the noise levels along a grid.
 
 A sampler is a function ``sampler(denoiser, x, grid, noise=no_noise, *, callback=None, …)``. The grid is the t of each step,
 falling, and then where the sample ends (−1: clean data); ``grids`` makes them, and any falling t in float64 will do.
@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]
-# callback(step, sample after the step, x̂_0 that the step used): returns None, or what the sampler goes on with instead
+# callback(step, sample after the step, x̂_0 that the step used): returns None, or a replacement for the sample
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
@@ -79,6 +79,6 @@ def check_start(nodes: Nodes, start: Sequence[Tensor]) -> None:
 
 
 def after_step(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
-    """The sample that goes on after a step: the callback's, where it gives one."""
+    """Call the callback; its return value, if any, replaces the sample."""
     given = callback(step, x, x0) if callback else None
     return x if given is None else given

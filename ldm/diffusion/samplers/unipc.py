@@ -25,7 +25,7 @@ def unipc(
     """UniPC-p, p = ``order``: of order p + 1 with its corrector, p without (UniP-p); one call a step. Deterministic.
 
     The call at a node serves twice: first to correct the sample there, then to predict the next, so that the last step is
-    not corrected. ``callback`` is told of samples as predicted; one that it replaces is not corrected.
+    not corrected. ``callback`` sees samples as predicted; one that it replaces is not corrected.
 
     Args:
         solver: ``bh1`` or ``bh2``, the B(h) of the paper.

@@ -88,7 +88,7 @@ def forward_page(pipe: Pipeline, data: DataConfig, n: int, times: Sequence[int] 
 
 @dataclass(frozen=True)
 class ReverseChain:
-    """What a sampler held and what the network said at some of its steps.
+    """The sampler's state and the network's prediction at some of its steps.
 
     ``t``: of each step kept, falling. ``x``: x_t before the step; ``x0``: the x̂_0 that the step used, both as diffused.
     ``end``: the last x; ``images``: it, decoded.

@@ -89,7 +89,7 @@ def classifier_sweep(
 
 
 def _every_variant(swept: Swept, weights: Sequence[float]) -> dict[str, list[tuple[Setting, np.ndarray]]]:
-    """What each variant gives at each weight, in their order; without guidance they are one, and drawn once."""
+    """Results of each variant at each weight, in order; without guidance all variants are equal and drawn once."""
     guided = [w for w in weights if w]
     free = len(weights) - len(guided)
     total = free + len(VARIANTS) * len(guided)

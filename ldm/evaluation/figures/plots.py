@@ -67,7 +67,7 @@ def curves(series: Mapping[str, Points], file: Path) -> None:
 
 
 def likelihood(found: Mapping[str, Any], file: Path) -> None:
-    """Where the bits of a report's ``likelihood`` are: per step along t, cumulated from noise to data, and by term."""
+    """Plot of the bits of a report's ``likelihood``: per step along t, cumulated from noise to data, and by term."""
     from matplotlib.figure import Figure
 
     bins, terms = found["by_t"], found.get("terms", found["parts"])
@@ -110,7 +110,7 @@ def write_png(picture: Image.Image, file: Path, info: PngInfo) -> None:
 
 
 def is_figure(content: bytes) -> bool:
-    """Whether ``save_figure`` wrote a file of this content."""
+    """True if ``save_figure`` wrote a file of this content."""
     return MARK.encode() in content
 
 

@@ -31,7 +31,7 @@ Draw = Callable[[float, Sequence[str], Sequence[int]], Iterable[Tensor]]  # (sca
 
 @dataclass(frozen=True)
 class Setting:
-    """What a sweep found at one guidance scale; intervals are of 95 %."""
+    """Results of a sweep at one guidance scale; 95 % intervals."""
 
     scale: float
     judged: dict[str, dict[str, float]]  # per attribute of the judge; `all`: the image is what its caption says

@@ -1,4 +1,4 @@
-"""What every page of a sweep has over its pictures: accuracy and diversity by scale, side by side."""
+"""The head of a sweep's page: accuracy and diversity by scale, side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which digit a picture shows: a support vector machine trained on the real digits of the train split."""
+"""Reads the digit in a picture with a support vector machine trained on the real digits of the train split."""
 
 from __future__ import annotations
 

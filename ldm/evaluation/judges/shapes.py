@@ -1,4 +1,4 @@
-"""What a picture of drawn shapes shows: the scene, of all that could have been drawn, that is nearest to it in squared error."""
+"""Reads a picture of drawn shapes: the nearest scene, in squared error, of all that could have been drawn."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str, bool]:
-    """Which attributes of the caption's scene the picture shows; ``striped``: whether there are stripes is one.
+    """The attributes of the caption's scene that the picture shows; ``striped``: stripes count as one.
 
     Two objects may come in either order, whichever agrees in more colours and shapes; the relation is then judged in
     that order. So a picture with the right objects in the wrong places is wrong in its relation alone.

@@ -101,7 +101,7 @@ def page(title: str, *content: Any) -> str:
 
 
 def is_page(content: bytes) -> bool:
-    """Whether ``page`` wrote a file of this content."""
+    """True if ``page`` wrote a file of this content."""
     return content.startswith(page("").partition("<title>")[0].encode())
 
 

@@ -68,7 +68,7 @@ class Panel:
 
 
 def quantity(name: str) -> str:
-    """What a figure of metrics.jsonl measures, whichever split or network it is of."""
+    """The quantity that a metric of metrics.jsonl measures, without its split or network."""
     base = name.removeprefix("validation/")
     return next((family for family in _FAMILIES if base.startswith(family + "_")), base)
 
@@ -88,7 +88,7 @@ def panels(series: dict[str, Points]) -> list[Panel]:
 
 
 def place(quantity: str) -> int:
-    """Where the panel of a quantity comes: in the order of HINTS, unknown ones last."""
+    """Sort key of a quantity's panel: the order of HINTS, unknown ones last."""
     return list(HINTS).index(quantity) if quantity in HINTS else len(HINTS)
 
 
@@ -141,7 +141,7 @@ def _line(axes: Any, points: Points, name: str, colour: str, errors: dict[int, f
 
 
 def _alone(values: Sequence[float]) -> list[int]:
-    """Where a finite value has no finite neighbour: a line through it would not be seen."""
+    """Mask of finite values without a finite neighbour: a line would not show them."""
     finite = [False, *map(math.isfinite, values), False]
     return [i for i in range(len(values)) if finite[i + 1] and not finite[i] and not finite[i + 2]]
 

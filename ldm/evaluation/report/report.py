@@ -50,8 +50,8 @@ MODELS = {
 GRIDS = 12  # pictures shown of each name
 STATES = {
     "running": "running (or killed: then nothing has said so)",
-    "interrupted": "interrupted and saved: the same command goes on",
-    "failed": "failed: the same command goes on from the last checkpoint",
+    "interrupted": "interrupted and saved: the same command continues",
+    "failed": "failed: the same command continues from the last checkpoint",
 }
 T = TypeVar("T")
 Section = tuple[str, Html]
@@ -70,14 +70,14 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether training has ended as planned."""
+        """True if training ended as planned."""
         return self.status.get("state") == "done"
 
 
 def report(path: Path, images: int, progress: Progress) -> str:
     """The page for a run directory. ``images``: validation images that are reconstructed, 0 for none.
 
-    Raises ConfigError for what is no run, RunError for a damaged status.json.
+    Raises ConfigError for what is not a run, RunError for a damaged status.json.
     """
     run = Run(
         path, configuration.load_run(path), record.read_status(path, checked=False) or {}, record.read_metrics(path), images, progress
@@ -121,7 +121,7 @@ def _parameters(run: Path) -> dict[str, int]:
         for file in sorted(newest[1].glob("model_*.safetensors")) if newest else []:
             with safe_open(file, "pt") as weights:
                 counts[file.stem.removeprefix("model_")] = sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):  # deleted meanwhile by the training that goes on
+    except (OSError, SafetensorError):  # deleted meanwhile by the training that continues
         return {}
     return counts
 

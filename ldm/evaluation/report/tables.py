@@ -45,7 +45,7 @@ def _judged(name: str, value: Any) -> tuple[str, ...]:
 
 
 def figure(value: Any) -> str:
-    """A figure for a person: six digits, `null` for what is not there."""
+    """A number as text: six digits, `null` where it is missing."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
@@ -66,7 +66,7 @@ def throughput(lines: Sequence[Mapping[str, Any]], batch: int, seconds: Any) -> 
 
 
 def skipped(rows: Sequence[tuple[str, str]], unreadable: int) -> Html:
-    """How many files were skipped, why, and which; ``unreadable`` lines said neither."""
+    """Table of skipped files with the reason for each; ``unreadable``: number of damaged lines."""
     content = [element("p", f"{len(rows)} files were skipped." if rows else "Nothing was skipped.")]
     if unreadable:
         content.append(element("p", f"Lines of skipped.jsonl that cannot be read: {unreadable}.", class_="bad"))

@@ -28,7 +28,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 def reach(case: Case, schedule: Schedule, target: str, steps: int, draws: int = DRAWS) -> dict[str, float]:
-    """How well a sampler reaches ``MIXTURE`` from N(0, I): errors of mean and covariance, sliced Wasserstein distance to exact draws."""
+    """Quality of samples of ``MIXTURE`` drawn from N(0, I): errors of mean and covariance, sliced Wasserstein distance to exact draws."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(_: int) -> Tensor:

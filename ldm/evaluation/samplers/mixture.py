@@ -106,7 +106,7 @@ class GaussianMixture:
         return alpha * self.means[of] + (z if self.axes is None else torch.einsum("nde,ne->nd", self.axes[of], z)), of
 
     def denoiser(self, schedule: Schedule, target: str) -> Denoiser:
-        """What a perfectly trained network says, in the words of ``target``."""
+        """The prediction of a perfectly trained network, of the given ``target``."""
         model = self.model(schedule, target)
         return Denoiser(schedule, target, lambda x_t, t: model(x_t, t, Condition()))
 

@@ -26,11 +26,11 @@ LEVELS = 127.5  # of 8 bits, for one unit of an image in [−1, 1]
 def captions(run: Path, count: int) -> list[str]:
     """``count`` captions of the run: its prompts, or the first of its validation set, over again where they are fewer.
 
-    Raises ConfigError for what is no run of train-ldm.
+    Raises ConfigError for what is not a run of train-ldm.
     """
     config = configuration.load_run(run)
     if not isinstance(config, DiffusionTrainingConfig):
-        raise ConfigError(f"{run} is no run of train-ldm: it has no sampler")
+        raise ConfigError(f"{run} is not a run of train-ldm: it has no sampler")
     texts = list(config.prompts)
     if not texts:
         source = open_source(config.data, "validation")

@@ -206,7 +206,7 @@ def gaussian_moments(
 
 
 def draws_noise(case: Case) -> bool:
-    """Whether a sampler asks for noise."""
+    """True if a sampler draws noise at its steps."""
     drawn: list[int] = []
     schedule, x = Schedule.from_config(ScheduleConfig("linear")), torch.zeros(1, 2, dtype=torch.float64)
 

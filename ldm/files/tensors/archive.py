@@ -28,7 +28,7 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Archive:
-    """What one file, or the shards of one index, hold.
+    """Contents of one file, or of the shards of one index.
 
     Attributes:
         tensors: views of the files, mapped copy-on-write: an untouched one costs no memory, a change stays in memory. No two
@@ -73,7 +73,7 @@ def _renamed(kind: str) -> str:
 
 
 def _kind(file: MappedFile) -> str:
-    """What a file is by its first bytes."""
+    """The kind of a file, by its first bytes."""
     start = file.data[:512]
     if torchfile.is_torch(start):
         return "a torch file"
@@ -98,7 +98,7 @@ def _open_shards(index: Path) -> Archive:
     tensors, metadata, files = {}, {}, [index]
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or _INDEX.fullmatch(shard):
-            raise FolderError(f"{index}: {shard!r} is no name of a file beside it")
+            raise FolderError(f"{index}: {shard!r} is not a name of a file beside it")
         archive = open_archive(index.parent / shard)
         expected = {name for name, place in places.items() if place == shard}
         if wrong := sorted(expected ^ archive.tensors.keys()):

@@ -11,7 +11,7 @@ from ldm.errors import NonFiniteError
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether every element is a number, as one element on the tensor's device, which is not waited for.
+    """One element, true if every element is a finite number, on the tensor's device without waiting for it.
 
     By the least and the greatest element, of which NaN would be both: many times faster on a CPU than asking each element.
     """

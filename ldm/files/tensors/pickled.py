@@ -1,4 +1,4 @@
-"""What a pickle of weights may name: descriptions of tensors, plain values, and placeholders for what lies beside them.
+"""Types that a pickle of weights may name: descriptions of tensors, plain values, and placeholders for what lies beside them.
 
 Nothing is imported or looked up by name here: a global is an entry of the table below, or none.
 """
@@ -23,7 +23,7 @@ class Placeholder:
 
 @dataclass(frozen=True, eq=False)
 class StorageType:
-    """What `torch.FloatStorage` and its like stand for; None: of bytes."""
+    """The dtype of `torch.FloatStorage` and its like; None: bytes."""
 
     dtype: torch.dtype | None
 
@@ -60,7 +60,7 @@ class TensorRef:
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """What the pickle may call."""
+    """Functions that the pickle may call."""
 
     call: Callable[..., Any]
 
@@ -116,7 +116,7 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, ho
 
 def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None, state: Any = None) -> TensorRef:
     if not isinstance(data, TensorRef):
-        raise ValueError("a parameter that is no tensor")
+        raise ValueError("a parameter that is not a tensor")
     return data
 
 
@@ -136,7 +136,7 @@ def _of_a_type(owner: Any, item: Any) -> Placeholder:
 
 def _size(shape: Any = ()) -> tuple[Any, ...]:
     if not isinstance(shape, tuple):
-        raise ValueError("a shape that is no tuple")
+        raise ValueError("a shape that is not a tuple")
     return shape
 
 
@@ -200,7 +200,7 @@ def put(target: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def find(module: str, name: str) -> Any:
-    """What a global stands for. Raises LookupError with its full name for one that no weights need."""
+    """The inert counterpart of a global. Raises LookupError with its full name for one that no weights need."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
     if full in _KNOWN:

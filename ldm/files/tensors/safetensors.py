@@ -64,11 +64,11 @@ def parse_header(data: bytes, what: str) -> dict[str, Any]:
     try:
         return parse_json(data.decode(), what)
     except UnicodeDecodeError as error:
-        raise FolderError(f"{what} is no JSON in UTF-8: {error}") from None
+        raise FolderError(f"{what} is not JSON in UTF-8: {error}") from None
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written in UTF-8: JSON can name half of a surrogate pair."""
+    """True if it can be written in UTF-8: JSON can hold half of a surrogate pair."""
     return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 

@@ -43,7 +43,7 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, int | float]]:
 
 
 def is_torch(start: bytes) -> bool:
-    """Whether a file that begins so was written by torch.save."""
+    """True if a file that starts with these bytes was written by torch.save."""
     return start.startswith(ZIP) or (start.startswith(b"\x80") and LEGACY in start[:24])
 
 
@@ -67,7 +67,7 @@ def _zipped(file: MappedFile) -> tuple[Any, Regions]:
     def content(name: str) -> bytes:
         start, end = regions[name]
         data = file.data[start : min(end, start + LIMIT + 1)]
-        if checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT:  # torch writes 0 where told not to compute it
+        if checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT:  # torch writes 0 where it was not computed
             raise FolderError(f"{file.path}: {name} is damaged: its checksum is wrong")
         return data
 
@@ -80,7 +80,7 @@ def _zipped(file: MappedFile) -> tuple[Any, Regions]:
 
 
 def _region(entry: zipfile.ZipInfo, file: MappedFile) -> tuple[int, int]:
-    """Where the bytes of an entry begin and end. Its local header says how far they are from it."""
+    """First and last byte of an entry; its local header gives the offset."""
     where = f"{file.path}: {entry.filename!r} of its archive"
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
         raise FolderError(f"{where} is compressed or encrypted: torch.save writes neither, pack it again without")
@@ -122,7 +122,7 @@ def _legacy(file: MappedFile) -> tuple[Any, Regions]:
 
 
 def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], dict[str, int | float]]:
-    """What a file holds by names. In a `state_dict` only tensors; in a file without one, tensors and numbers."""
+    """The named contents of a file: of a `state_dict` only tensors; in a file without one, tensors and numbers."""
     if not isinstance(content, dict):
         raise FolderError(f"{file.path} holds a {type(content).__name__}, no tensors by name")
     inside = content.get("state_dict", content)
@@ -163,7 +163,7 @@ def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile)
 
 
 def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> tuple[int, int]:
-    """Where a tensor begins and ends, in bytes of the file. Raises FolderError unless it lies in its storage."""
+    """First and last byte of a tensor in the file. Raises FolderError unless it lies in its storage."""
     storage, size = reference.storage, reference.dtype.itemsize
     if storage.key not in regions:
         raise FolderError(f"{where} is in storage {storage.key[:40]!r}, which the file lacks")
@@ -181,7 +181,7 @@ def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> t
 
 
 def _overlaps_itself(reference: TensorRef) -> bool:
-    """Whether two elements may be the same bytes: a step of one axis does not leave behind all elements of the narrower ones."""
+    """True if two elements may share bytes: a step of one axis does not leave behind all elements of the narrower ones."""
     reach = 0
     for step, n in sorted((step, n) for n, step in zip(reference.shape, reference.stride, strict=True) if n > 1):
         if step <= reach:

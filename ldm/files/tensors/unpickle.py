@@ -199,7 +199,7 @@ class Unpickler:
     def _storage(self, code: int) -> None:
         known = self._stack.pop()
         if not (type(known) is tuple and len(known) in (5, 6) and known[0] == "storage" and isinstance(known[1], StorageType)):
-            self._refuse("a persistent object that is no storage")
+            self._refuse("a persistent object that is not a storage")
         _, kind, key, _, count = known[:5]
         if type(key) is not str or type(count) is not int or count < 0 or (len(known) == 6 and known[5] is not None):
             self._refuse("a storage without key and size, or a view of another")

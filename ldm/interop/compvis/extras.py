@@ -1,4 +1,4 @@
-"""What a CompVis single file carries beside the weights in use: each thing with its reason, and checked where that can be."""
+"""Unused entries of a CompVis single file: each with the reason why it is unused, and checked where possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the header of a single file of ours says: all of a model that is in no tensor."""
+"""The header of a single file written here: everything of a model that no tensor holds."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
 
 
 def write_header(bundle: Bundle) -> dict[str, str]:
-    """The metadata that ``read_header`` reads. Raises ConfigError for a tokenizer file that is no text."""
+    """The metadata that ``read_header`` reads. Raises ConfigError for a tokenizer file that is not text."""
     tokenizer = {}
     for name, content in bundle.tokenizer.items():
         try:
             tokenizer[name] = content.decode()
         except UnicodeDecodeError:
-            raise ConfigError(f"tokenizer/{name} is no UTF-8 text: a single file's header cannot hold it") from None
+            raise ConfigError(f"tokenizer/{name} is not UTF-8 text: a single file's header cannot hold it") from None
     said = {
         "format": FORMAT,
         "parts": {name: dict(part.config) for name, part in bundle.parts.items()},

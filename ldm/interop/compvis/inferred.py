@@ -35,7 +35,7 @@ WHICH_TARGET = (
 
 @dataclass(frozen=True)
 class Hints:
-    """What the tensors of a file do not say. None: the published value, where the file is of a published family.
+    """Facts that the tensors of a file do not show. None: the published value, where the file is of a published family.
 
     Attributes:
         prediction: eps, v or x0.
@@ -87,7 +87,7 @@ def _same(values: list[Any], what: str) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """What the published checkpoints with this projection and context width have."""
+    """The settings of the published checkpoints with this projection and context width."""
 
     heads: tuple[int, ...]
     prediction: str | None
@@ -110,7 +110,7 @@ def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor
                           f" {'linear' if linear else 'a convolution'}): give heads, the number of attention heads")  # fmt: skip
     if target is None:
         raise ConfigError(
-            "what the U-Net predicts cannot be told from a file: " + (WHICH_TARGET if family else "give prediction: eps, v or x0")
+            "what the U-Net predicts does not show in a file: " + (WHICH_TARGET if family else "give prediction: eps, v or x0")
         )
     into, out = shapes("input_blocks.0.0.weight", 1), shapes("out.2.weight", 0)
     x_channels = latent_channels or (into if out == 2 * into else out)

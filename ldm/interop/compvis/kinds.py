@@ -1,4 +1,4 @@
-"""What a file of tensors is where it is none of the models that are opened: by the names that only its kind has."""
+"""Names the kind of a file of tensors that cannot be opened, by tensor names that only its kind has."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ _LORA = re.compile(r"lora|[._](?:hada_w|lokr_w|oft_blocks)|\.dora_scale$")
 
 
 def is_lora(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds a low-rank change of a model, and no model."""
+    """True if a file holds a low-rank change of a model rather than a model."""
     return any(_LORA.search(name) for name in tensors) and not any(name.startswith("model.diffusion_model.") for name in tensors)
 
 
 def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
-    """What is in a file that is not opened, in words, or None. ``tensors``: by their names as CompVis' code spells them."""
+    """The kind of a file that cannot be opened, in words, or None. ``tensors``: by their names as CompVis' code spells them."""
     for pattern, kind in _KINDS.items():
         search = re.compile(pattern).search
         if any(search(name) for name in tensors):

@@ -103,7 +103,7 @@ def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor
 
 
 def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str]) -> Places:
-    """Where every tensor of these networks stands. Raises ConfigError naming what we cannot express."""
+    """The place of every tensor of these networks. Raises ConfigError naming what we cannot express."""
     slots = {}
     try:
         if UNET in configs:

@@ -1,4 +1,4 @@
-"""Where each tensor of our networks stands in a CompVis single file (the layout of latent-diffusion and Stable Diffusion).
+"""The place of each tensor of our networks in a CompVis single file (the layout of latent-diffusion and Stable Diffusion).
 
 Names on our side are diffusers' and transformers'; names on the file's side are given without the part's prefix.
 """

@@ -28,12 +28,12 @@ class Shapes:
         return shape[dimension]
 
     def dimensions(self, name: str) -> int:
-        """How many sides a tensor has."""
+        """Number of dimensions of a tensor."""
         self(name, 0)
         return len(self._shapes[name])
 
     def has(self, prefix: str) -> bool:
-        """Whether any name begins so."""
+        """True if any name starts with this prefix."""
         return any(name.startswith(prefix) for name in self._shapes)
 
     def count(self, prefix: str) -> int:
@@ -55,5 +55,5 @@ def nearest(name: str, expected: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What another's error says, its kind before it (a KeyError says only the key)."""
+    """An error of another library as one line, its type first (a KeyError holds only the key)."""
     return f"{type(error).__name__} {' '.join(str(error).split())}"

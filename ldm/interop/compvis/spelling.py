@@ -62,7 +62,7 @@ _DOWN = re.compile(r"(?:first_stage_model\.)?encoder\.down_blocks\.(\d+)\.")
 
 
 def _outer(names: Iterable[str]) -> str:
-    """What stands before all names and belongs to none of them: a trainer's name of the whole model, or of the network alone."""
+    """The prefix of all names that belongs to none of them: a trainer's name of the whole model, or of the network alone."""
     names = list(names)
     first = names[0] if names else ""
     part = next((m for name in names if (m := _PARTS.search(name)) and (m.start() == 0 or name[m.start() - 1] == ".")), None)

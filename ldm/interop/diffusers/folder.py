@@ -84,7 +84,7 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
 
 
 def _names_class(file: Path, name: str, entry: Any) -> bool:
-    """Whether an entry of the index says that a sub-folder is there. Raises FolderError for one of the parts that says neither."""
+    """True if an entry of the index names a sub-folder. Raises FolderError for a part whose entry is neither."""
     pair = isinstance(entry, list) and len(entry) == 2
     if pair and all(isinstance(one, str) for one in entry):
         return True
@@ -109,7 +109,7 @@ def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part
 def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = None) -> tuple[Path, ...]:
     """Write all parts, `model_index.json` last: a folder with it is complete. Returns the files of the weights.
 
-    Raises FolderError, or ConfigError for what is no whole model.
+    Raises FolderError, or ConfigError for what is not a whole model.
     """
     if UNET not in bundle.parts or bundle.scheduler is None:
         raise ConfigError("a pipeline folder needs a U-Net and a scheduler: an autoencoder alone is written to a folder of its own")

@@ -19,7 +19,7 @@ PIPELINES = (OUR_PIPELINE, THEIR_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPi
 
 
 def ours_alone(bundle: Bundle) -> str | None:
-    """What of a model a diffusers pipeline of text to image (or of inpainting) cannot express, or None where it can."""
+    """The part of a model that diffusers' text-to-image (or inpainting) pipeline cannot express, or None."""
     unet, channels, out_channels, _ = unet_from_diffusers(bundle.parts[UNET].config)
     target = scheduler_from_diffusers(bundle.scheduler or {})[1]
     reasons = {

@@ -18,7 +18,7 @@ REFERENCE = "lora.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """What a LoRA's folder says of its base.
+    """The base model that a LoRA's folder names.
 
     Attributes:
         folder: with the LoRA file.
@@ -59,7 +59,7 @@ class Reference:
 
 
 def _is_there(place: Path) -> bool:
-    """Whether there is anything at a path that a file names, whatever letters it is made of."""
+    """True if something exists at a path that a file names, whatever characters it holds."""
     try:
         return place.exists()
     except (OSError, ValueError):  # too long, or with a zero byte

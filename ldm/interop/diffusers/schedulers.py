@@ -31,7 +31,7 @@ _WHOLE = {"trailing": "trailing", "leading": "leading", "linspace": "linspace"}
 _ON_THE_GRID = {
     "trailing": "trailing",
     "leading": "leading",
-}  # with linspace, DDIM and PNDM step to t − T//S, which is no node of it
+}  # with linspace, DDIM and PNDM step to t − T//S, which is not a node of it
 _FRACTIONAL = _WHOLE | {"linspace": "linspace_fractional"}
 _POSITIVE = {"trailing": "trailing", "leading": "leading_positive", "linspace": "linspace_positive"}
 
@@ -146,7 +146,7 @@ def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
 
 
 def blind_end(layout: Mapping[str, Any]) -> str | None:
-    """What is to be said of a model whose prediction says nothing of the image at its last step, or None. Raises ConfigError."""
+    """Remark on a model whose prediction does not determine the image at its last step, or None. Raises ConfigError."""
     schedule, target = scheduler_from_diffusers(layout)
     if not schedule.blind_at_the_end(target):
         return None

@@ -137,12 +137,12 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
 
 
 def sample_side(layout: Mapping[str, Any]) -> int:
-    """Side of x_t in training, where the file says it, else 64. Raises ConfigError where x_t is no square."""
+    """Side of x_t in training, where the file says it, else 64. Raises ConfigError where x_t is not a square."""
     side = layout.get("sample_size") or 64
     if isinstance(side, (list, tuple)):
         side = side[0] if all(one == side[0] for one in side) else side
     if type(side) is not int or side < 1:
-        raise ConfigError(f"unet: sample_size {side!r} is no square: write one whole number, the side of what is diffused")
+        raise ConfigError(f"unet: sample_size {side!r} is not a square: write one whole number, the side of what is diffused")
     return side
 
 

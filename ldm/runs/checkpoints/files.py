@@ -123,7 +123,7 @@ def _room(error: Exception, folder: Path, needed: int) -> str:
 def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> None:
     for group, named in tensors.items():
         if not _GROUP.fullmatch(group):
-            raise CheckpointError(f"group {group!r} is no file name: use lower-case letters, digits and _")
+            raise CheckpointError(f"group {group!r} is not a file name: use lower-case letters, digits and _")
         save_file(dict(named), folder / f"{group}.safetensors")
     (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False), encoding="utf-8")
     configuration.save(config, folder / CONFIG)

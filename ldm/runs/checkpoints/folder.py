@@ -30,7 +30,7 @@ def step_of(path: Path) -> int:
     """The number of updates after which the checkpoint ``path`` was taken."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is no checkpoint: the folder should be named step-XXXXXXXX")
+        raise CheckpointError(f"{path} is not a checkpoint: the folder should be named step-XXXXXXXX")
     return int(match[1])
 
 
@@ -38,7 +38,7 @@ def step_of(path: Path) -> int:
 
 
 def check(path: Path, only: Iterable[str] | None = None, fast: bool = False) -> list[str]:
-    """What is wrong with a checkpoint (empty: intact), by the sizes and hashes of its manifest; ``fast``: by the sizes.
+    """Faults of a checkpoint (empty: intact), by the sizes and hashes of its manifest; ``fast``: by the sizes alone.
 
     ``only`` limits the check to those files.
     """
@@ -158,7 +158,7 @@ def size_of(path: Path) -> int:
 
 
 def size_text(count: int) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
+    """A number of bytes as text, in powers of 1000."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.{1 if count < 100 * size else 0}f} {unit}"

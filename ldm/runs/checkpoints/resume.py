@@ -1,4 +1,4 @@
-"""The checkpoint that a start goes on from: the newest intact one, or the one that was asked for; the same on all processes."""
+"""The checkpoint that a start continues from: the newest intact one, or the one that was asked for; the same on all processes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ldm.errors import CheckpointError
 from ldm.files.disk import file_hash, resolved
 from ldm.runs.checkpoints.folder import MANIFEST, check, newest_valid, step_of, steps
 
-ASIDE = "set-aside-"  # folders of checkpoints that the run does not go on from any more
+ASIDE = "set-aside-"  # folders of checkpoints that the run does not continue from any more
 
 
 def choose(folder: Path, asked: str | None = None) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a start goes on from, verified, and what is wrong with newer ones; None where there is none at all.
+    """The checkpoint that a start continues from, verified, and what is wrong with newer ones; None where there is none at all.
 
     ``asked``: the update or the folder that must be taken, and no other. Raises CheckpointError where that is missing or
-    damaged, or where there are checkpoints and none is intact: a run never begins anew by itself.
+    damaged, or where there are checkpoints and none is intact: a run never starts over automatically.
     """
     if asked is not None:
         path = _named(folder, asked)
@@ -47,7 +47,7 @@ def _named(folder: Path, asked: str) -> Path:
         if resolved(path).parent.parent == resolved(folder):
             raise CheckpointError(f"{path} has been set aside: move it back to {folder} first")
         raise CheckpointError(
-            f"{path} is no checkpoint of this run ({folder}): to start from the weights of another run name it as init: in a new one"
+            f"{path} is not a checkpoint of this run ({folder}): to start from the weights of another run name it as init: in a new one"
         )
     step_of(path)
     return folder / resolved(path).name

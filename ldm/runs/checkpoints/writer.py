@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on."""
+"""Writing checkpoints while training continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTINUE = "continue"  # of train.save_errors
 
 @dataclass(frozen=True)
 class Written:
-    """What a checkpoint took.
+    """Cost of a checkpoint.
 
     Attributes:
         step: the update after which it was taken.
@@ -48,11 +48,11 @@ class Written:
 
 
 class BackgroundWriter:
-    """Writes checkpoints while training goes on: the state is copied at once, one write is in flight.
+    """Writes checkpoints while training continues: the state is copied at once, one write is in flight.
 
     The error of a write comes out at the next call. ``errors``: with "stop" every call raises it (CheckpointError); with
     "continue" ``submit`` and ``poll`` warn instead, and only ``wait`` raises, so that a last save never fails unnoticed.
-    ``saved``: the update that the run goes on from. Left by an interrupt, it does not wait for the write in flight.
+    ``saved``: the update that the run continues from. Left by an interrupt, it does not wait for the write in flight.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class BackgroundWriter:
             self._outcome = error
 
     def _settle(self) -> None:
-        """``wait``, but warn of an error where training is to go on."""
+        """``wait``, but warn of an error where training is to continue."""
         try:
             self.wait()
         except Exception as error:
             if self.errors != CONTINUE:
                 raise
-            self._warn(error, "training goes on and tries again at the next interval (train.save_errors: continue)")
+            self._warn(error, "training continues and tries again at the next interval (train.save_errors: continue)")
 
     def _warn(self, error: Exception, then: str) -> None:
         warnings.warn(f"{error}; {self._step - self.saved} updates since {self.saved} are not saved; {then}", stacklevel=1)

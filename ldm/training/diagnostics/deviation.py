@@ -1,4 +1,4 @@
-"""How far two runs are apart: what they read, at which rates they stepped, what they logged, and where they ended."""
+"""Differences between two runs: samples read, learning rates, logged metrics, final state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Difference:
 
     @property
     def none(self) -> bool:
-        """Whether all is equal."""
+        """True if everything is equal."""
         return self.size == 0
 
 
@@ -55,7 +55,7 @@ def _number(difference: Difference, count: bool) -> str:
 
 
 def verdict(rows: Sequence[Row], rounding: bool) -> tuple[bool, str]:
-    """Whether the resume is as good as it can be, and the sentence; ``rounding``: the device does not repeat itself to the last bit."""
+    """Verdict on a resume, and a sentence; ``rounding``: the device does not repeat itself to the last bit."""
     for row in rows:
         if row.restored is not None and not row.restored.none:
             return False, f"{row.name}, as restored: {row.restored.where}"
@@ -75,7 +75,7 @@ def row_of(group: str, name: str) -> str:
 
 
 def between_groups(group: str, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Difference]:
-    """Of one group of a checkpoint, by row: the largest deviation over the largest value."""
+    """Largest deviation over the largest value, for each row of one group of a checkpoint."""
     found: dict[str, Difference] = {}
     for row in dict.fromkeys(row_of(group, name) for name in [*held, *live]):
         mine, other = ({name: t for name, t in tensors.items() if row_of(group, name) == row} for tensors in (held, live))
@@ -110,7 +110,7 @@ def between_digests(before: Mapping[str, Mapping[str, str]], after: Mapping[str,
 
 
 def between_reads(straight: Sequence[Reads], other: Sequence[Reads], total: int) -> tuple[Difference, Difference]:
-    """What the processes of two runs read: positions, each of 0 … ``total`` − 1 once and in the same update, and samples."""
+    """Compare what the processes of two runs read: positions (each of 0 … ``total`` − 1 once, in the same update) and samples."""
     a, b = _together(straight), _together(other)
     wrong = []
     for update in sorted({**a, **b}):
@@ -129,7 +129,7 @@ def between_reads(straight: Sequence[Reads], other: Sequence[Reads], total: int)
 
 
 def _together(processes: Sequence[Reads]) -> dict[int, dict[int, list[str]]]:
-    """What all processes read, by update."""
+    """Positions read by all processes, by update."""
     together: dict[int, dict[int, list[str]]] = {}
     for reads in processes:
         for update, positions in reads.items():
@@ -144,7 +144,7 @@ def _span(positions: Iterable[int]) -> str:
 
 
 def between_rates(straight: Mapping[int, Mapping[str, float]], other: Mapping[int, Mapping[str, float]]) -> Difference:
-    """How many updates stepped at another learning rate."""
+    """Number of updates with a different learning rate."""
     wrong = [update for update in sorted({**straight, **other}) if straight.get(update) != other.get(update)]
     where = f"update {wrong[0] + 1} steps at {other.get(wrong[0])} instead of {straight.get(wrong[0])}" if wrong else ""
     return Difference(float(len(wrong)), where)

@@ -36,12 +36,12 @@ class Incident:
 
     @property
     def positions(self) -> range:
-        """Of the batch, in the training stream."""
+        """Positions of the batch in the training stream."""
         return range(self.update * self.batch_size, (self.update + 1) * self.batch_size)
 
 
 class NonFiniteRecorder:
-    """Writes incidents; ``run`` is None but on the main process. Training goes on where they cannot be written."""
+    """Writes incidents; ``run`` is None but on the main process. Training continues where they cannot be written."""
 
     def __init__(self, run: RunDirectory | None, task: Task, split: BatchPlan, say: Callable[[str], None]) -> None:
         self.folder = None if run is None else run.path / "incidents"
@@ -49,7 +49,7 @@ class NonFiniteRecorder:
         self.newest: Path | None = None
 
     def record(self, update: int, first: bool) -> None:
-        """Of ``update``, before any weight has changed; ``first``: of those in a row, which all had the same weights."""
+        """Record a non-finite ``update`` before any weight changes; ``first``: it is the first in a row (all have the same weights)."""
         if self.folder is None:
             return
         place = self.folder / f"update-{update:08d}"
@@ -94,7 +94,7 @@ def read(folder: Path) -> tuple[Incident, dict[str, dict[str, Any]]]:
         files = sorted((folder.parent / incident.weights).glob("*.safetensors"))
         weights = {file.stem: dict(open_archive(file).tensors) for file in files}
     except (FolderError, KeyError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{folder} is no incident of a run (runs/…/incidents/update-…): {error}") from None
+        raise RunError(f"{folder} is not an incident of a run (runs/…/incidents/update-…): {error}") from None
     if not weights:
         raise RunError(f"{folder}: its weights are no longer there (a run keeps those of its newest {KEPT})")
     return incident, weights

@@ -25,7 +25,7 @@ class NotReproducedError(UserError):
 
 @dataclass
 class Findings:
-    """What was not finite, in the order of computation; one line each."""
+    """Lines naming what was not finite, in the order of computation."""
 
     samples: list[str] = field(default_factory=list)
     forward: str | None = None  # the first module
@@ -34,7 +34,7 @@ class Findings:
     gradients: list[str] = field(default_factory=list)  # names of parameters
 
     def lines(self) -> list[str]:
-        """For a person; empty where all is finite."""
+        """Lines for the terminal; empty where everything is finite."""
         found = list(self.samples)
         if self.forward:
             found.append(f"forward: {self.forward}")
@@ -87,7 +87,7 @@ def _backward(loss: Tensor, share: float, findings: Findings) -> None:
 
 
 def _broken_samples(batch: Batch, positions: list[int]) -> list[str]:
-    """Of each sample, what it brings along that is not finite."""
+    """The non-finite inputs of each sample."""
     found = []
     for name, values in batch.items():
         if isinstance(values, Tensor) and values.is_floating_point():

@@ -1,4 +1,4 @@
-"""Proof of a resume: a run that is cut off within an update and goes on, beside two that nothing interrupts."""
+"""Proof of a resume: a run that is cut off within an update and continues, beside two that nothing interrupts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass
 class Life:
-    """What one process has noted of a run, from its start or its resume to its end."""
+    """One process's record of a run, from its start or resume to its end."""
 
     first: int  # the update that it began with
     reads: dict[int, dict[int, list[str]]] = field(default_factory=dict)  # update → position → digests of what was read there
@@ -80,7 +80,7 @@ class Life:
 
 
 class Quiet:
-    """Of the runs of a check nothing is told."""
+    """Reporter of the runs of a check: prints nothing."""
 
     def say(self, text: str) -> None: ...
 
@@ -137,7 +137,7 @@ def verify(settings: Any, make_task: Callable[[Any], Task], folder: Path, plan: 
 
 
 def _joined(cut: dict[int, T], resumed: dict[int, T], first: int) -> dict[int, T]:
-    """What counts of a run in two parts: all before update ``first`` of the one, and the other."""
+    """Join a run in two parts: everything before update ``first`` from one record, the rest from the other."""
     return {**{update: noted for update, noted in cut.items() if update < first}, **resumed}
 
 
@@ -149,7 +149,7 @@ class _Check:
         self.processes, _ = launched()
 
     def rows_of_all(self, lives: tuple[Life, Life, Life]) -> list[Row]:
-        """What is equal at any rounding, over all processes: of the interrupted run and of the twin, beside the straight one."""
+        """Facts that must be equal whatever the rounding, over all processes: interrupted run and twin beside the straight run."""
         straight, counted, twin = lives
         everyone = self.processes.gather([life.reads for life in lives])
         reads = [[mine[i] for mine in everyone] for i in range(3)]

@@ -84,7 +84,7 @@ class AutoencoderTask:
 
     @property
     def summary(self) -> list[str]:
-        """What a person should know once, before training."""
+        """Lines to print once, before training."""
         if self.perceptual is None:
             return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
         return [] if self.perceptual.meaningful else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]

@@ -76,7 +76,7 @@ class ClassifierTask:
 
     @property
     def summary(self) -> list[str]:
-        """What a person should know once, before training."""
+        """Lines to print once, before training."""
         parameters = sum(p.numel() for p in self.classifier.parameters())
         what = "pixels" if self.codec is None else "latents"
         size = "×".join(map(str, self.stream.draws.normals["eps"]))

@@ -47,7 +47,7 @@ class ClipTask:
 
     @property
     def summary(self) -> list[str]:
-        """What a person should know once, before training."""
+        """Lines to print once, before training."""
         parameters = sum(p.numel() for p in self.clip.parameters())
         cut, counted = self._cut
         said = [f"{cut} of {counted} captions are longer than {self.config.model.max_length} tokens and are cut"] if cut else []

@@ -144,7 +144,7 @@ class DiffusionTask:
 
     @property
     def summary(self) -> list[str]:
-        """What a person should know once, before training."""
+        """Lines to print once, before training."""
         parameters = sum(p.numel() for p in self.unet.parameters())
         what = "pixels" if self.codec is None else "latents"
         notes = [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
@@ -222,7 +222,7 @@ class DiffusionTask:
             self._init_hash = info.hash
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
-        """Which t the next update draws may depend on the losses of this one."""
+        """The timesteps of the next update may depend on the losses of this one."""
         self.timesteps.after_update(reduce, finite)
 
     def state(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class DiffusionTask:
             if state.get(name, value) != value:
                 path = getattr(self.config, name)
                 raise FolderError(f"{name} {path}: its weights have changed since this run began: bring them back, or use another run:")
-        self.timesteps.load_state(state.get("timesteps", {}))  # checkpoints of before did not keep it
+        self.timesteps.load_state(state.get("timesteps", {}))  # older checkpoints lack it
         if self.lora is not None and state["base"] != self._base_hash:
             raise FolderError(f"init {self.config.init}: its weights have changed since this run began: bring them back, or begin anew")
 

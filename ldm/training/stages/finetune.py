@@ -1,4 +1,4 @@
-"""What training starts from: the U-Net of another run or model folder, which must be the one that the configuration describes."""
+"""Initial weights from another run or model folder, whose U-Net must match the configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.pipeline.info import ModelInfo, load_unet
 
 
 def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any) -> ModelInfo:
-    """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is no model.
+    """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
 
     ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
     change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written with a
@@ -25,7 +25,7 @@ def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, 
     assert config.init is not None
     info = ModelInfo.read(config.init)
     if info.lora is not None:
-        raise ConfigError(f"init {config.init} is a LoRA, which is no U-Net: name the model that it changes, {info.lora.base}")
+        raise ConfigError(f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}")
     _check_unet(config.init, info.unet, unet)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
@@ -51,7 +51,7 @@ def initial_unet(info: ModelInfo, mixed_precision: str) -> UNet:
 
 
 def same_schedule(one: ScheduleConfig, other: ScheduleConfig) -> bool:
-    """Whether two schedules are one process, whatever their names."""
+    """True if two schedules describe the same process, whatever their names."""
     a, b = (Schedule.from_config(config).alphas_cumprod for config in (one, other))
     return len(a) == len(b) and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What stage 2 diffuses: latents of the data, from the run's cache or encoded in the step; or the images themselves."""
+"""Inputs of stage 2: latents from the run's cache or encoded in the step, or the images themselves."""
 
 from __future__ import annotations
 
