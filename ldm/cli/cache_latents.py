@@ -7,7 +7,7 @@ import argparse
 from ldm import config
 from ldm.cli import training
 from ldm.cli.console import Console
-from ldm.cli.place import check_place
+from ldm.runs.place import check_place
 
 add_arguments = training.add_settings
 

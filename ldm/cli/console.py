@@ -12,13 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ldm.distributed.processes import own_rank as rank
+
 SHOWN = ("loss", "l1", "validation/loss", "validation/psnr", "validation/retrieval_top1", "updates_per_second")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-def rank() -> int:
-    """This process's number among those that the launcher started; the main one is 0."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def write_anything() -> None:

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, compute, say."""
-    from ldm.cli.training import make_task
     from ldm.training.diagnostics.nonfinite import read
     from ldm.training.diagnostics.replay import NotReproducedError, replay
     from ldm.training.precision import accelerator_of
+    from ldm.training.start import make_task
 
     folder, console = resolved(arguments.incident), Console()
     incident, weights = read(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm import config
 from ldm.cli import train_autoencoder, train_clip, train_ldm
-from ldm.cli.place import check_place
+from ldm.runs.place import check_place
 
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "ldm": train_ldm}
 CLASSES = {"autoencoder": config.AutoencoderTrainingConfig, "clip": config.ClipTrainingConfig, "ldm": config.DiffusionTrainingConfig}

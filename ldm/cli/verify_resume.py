@@ -59,11 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _verify(settings: Any, folder: Path, updates: int, device: str, console: Console) -> None:
     from ldm.training.diagnostics.deviation import HEADER, verdict
     from ldm.training.diagnostics.verify_resume import NotExactError, Plan, settings_of_check, verify
+    from ldm.training.start import make_task
 
     plan = Plan(updates)
     checked, changed = settings_of_check(settings, plan)
     console.say(f"for the check: {', '.join(changed)}; no pictures, no export")
-    rows = verify(checked, lambda one: training.make_task(one, Silence()), folder, plan, console.say)
+    rows = verify(checked, lambda one: make_task(one, Silence()), folder, plan, console.say)
     console.say(HEADER)
     for row in rows:
         console.say(row.line())

@@ -151,8 +151,8 @@ def detect(folder: Path) -> tuple[str, list[str]]:
     if len(classes) > 1 and all("/" in name for name in images):
         if named := sorted(c for c in classes if c.lower() in SPLITS):
             raise DataError(
-                f"{folder}: {', '.join(named)} look like splits, not classes: give one of them (validation is split off automatically), or say"
-                " --captions class"
+                f"{folder}: {', '.join(named)} look like splits, not classes: give one of them (validation is split off"
+                " automatically), or say --captions class"
             )
         return "class", [f"captions are made from the {len(classes)} folder names ({', '.join(sorted(classes)[:5])} …)"]
     return "none", ["no captions found: the model will be unconditional (say --captions class if the folder names are classes)"]

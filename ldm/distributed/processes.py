@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from ldm.errors import UserError
 from ldm.files.disk import OS_FAULT, described
 
 T = TypeVar("T")
+
+
+def own_rank() -> int:
+    """This process's number among those that the launcher started; the main one is 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class ElsewhereError(UserError):

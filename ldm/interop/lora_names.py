@@ -56,7 +56,7 @@ def stems(part: str, name: str) -> Iterator[str]:
 
 def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
     """The name of a U-Net layer by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
-    attends = [level in config.attention_levels for level in reversed(range(len(config.channels)))]
+    attends = [level in config.attending for level in reversed(range(len(config.channels)))]
     there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
     return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"
 

@@ -34,6 +34,11 @@ class Task(Protocol):
     stream: Stream
     validation: Stream
 
+    @property
+    def summary(self) -> list[str]:
+        """Lines to print once, before training."""
+        ...
+
     def lr_scale(self, network: str) -> float:
         """Learning rate of a network relative to the run's."""
         ...

@@ -20,11 +20,11 @@ from torch import nn
 
 from ldm import config as configuration
 from ldm.cli.console import Console
-from ldm.cli.training import make_task
 from ldm.config import AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 from ldm.distributed.launch import launched
 from ldm.runs.checkpoints import folder as shelf
 from ldm.training.loop import Loop
+from ldm.training.start import make_task
 
 KINDS = {
     "autoencoder": AutoencoderTrainingConfig,

@@ -218,7 +218,7 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
     def slow(*arguments: Any) -> Any:
         raise AssertionError("the task is made, with a latent cache and more")
 
-    monkeypatch.setattr("ldm.cli.training.make_task", slow)
+    monkeypatch.setattr("ldm.training.start.make_task", slow)
     arguments = [command, str(stages.folder / ("ldm.yaml" if "clip" not in command else "clip.yaml")), f"run={tmp_path}/run"]
     if command == "replay":
         at = tmp_path / "run/incidents/update-00000000"

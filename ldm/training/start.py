@@ -1,0 +1,138 @@
+"""The start of a training: its place checked, its task made, the loop run. Imports no torch at its top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import config
+from ldm.distributed.processes import own_rank
+from ldm.runs.place import check_place
+
+if TYPE_CHECKING:
+    from ldm.training.task import Reporter, Task
+
+
+class Lines:
+    """A reporter that prints, on the main process: messages, and the metrics of every log."""
+
+    def say(self, text: str) -> None:
+        if own_rank() == 0:
+            print(text, flush=True)
+
+    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if isinstance(value, (int, float)))
+        self.say(f"{step}/{steps}  {shown}")
+
+
+def train(configuration: Any, *overrides: str, reporter: Reporter | None = None) -> Path:
+    """Train a stage from Python, as its command does; returns the run directory. Interrupted, the same call resumes.
+
+    Args:
+        configuration: a YAML file, or a training configuration such as ldm.config.DiffusionTrainingConfig.
+        overrides: settings that replace the file's, such as ``"train.steps=500"``.
+        reporter: gets messages and progress; left out, they are printed.
+
+    Raises:
+        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command prints.
+    """
+    if isinstance(configuration, (str, Path)):
+        settings = config.load_any(configuration, overrides)
+    elif overrides:
+        raise config.ConfigError("overrides are for a configuration file: change the configuration's own fields")
+    else:
+        settings = configuration
+    train_settings(settings, reporter or Lines())
+    return Path(settings.run)
+
+
+def train_settings(settings: Any, reporter: Reporter, start: str | None = None) -> None:
+    """Train a configuration to its end, from the newest checkpoint or from ``start`` (an update or a folder)."""
+    check_place(settings)
+    if start is None and _finished(settings, reporter):
+        return
+    from ldm.runs.directory import require_same
+
+    require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
+    from ldm.distributed.launch import launched
+    from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.precision import accelerator_of
+    from ldm.training.stopping import end_with_launcher
+
+    end_with_launcher()
+    launched(patience=settings.train.rank_timeout)  # before the task, which may need the others
+    try:
+        accelerator_of(settings.train.mixed_precision)  # before the task, which may encode all images
+        task = make_task(settings, reporter)
+    except Exception as error:
+        _fail(settings, error)
+        raise
+    for line in task.summary:
+        reporter.say(line)
+    Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start).train()
+    reporter.say(f"done: {settings.run}")
+
+
+def make_task(settings: Any, reporter: Reporter) -> Task:
+    """The task of a run's configuration, whichever command it is of."""
+    match settings:  # each brings torch, and some transformers: seconds
+        case config.AutoencoderTrainingConfig():
+            from ldm.training.stages.autoencoder import AutoencoderTask
+
+            return AutoencoderTask(settings)
+        case config.ClipTrainingConfig():
+            from ldm.training.stages.clip import ClipTask
+
+            return ClipTask(settings)
+        case config.ClassifierTrainingConfig():
+            from ldm.training.stages.classifier import ClassifierTask
+
+            return ClassifierTask(settings, reporter.say)
+        case _:
+            from ldm.training.stages.diffusion import DiffusionTask
+
+            return DiffusionTask(settings, reporter.say)
+
+
+def _fail(settings: Any, error: Exception) -> None:
+    """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
+    from ldm.errors import RunError
+    from ldm.runs.directory import RunDirectory
+
+    if own_rank() == 0 and (Path(settings.run) / "config.yaml").is_file():
+        with suppress(RunError), RunDirectory(settings.run) as run:  # another process may be at work on it
+            run.start(settings)
+            run.fail(error)
+
+
+def _finished(settings: Any, reporter: Reporter) -> bool:
+    """True if the run is trained to its end and exported; prints so."""
+    from ldm.runs.directory import RunDirectory
+    from ldm.runs.records import read_status
+
+    path, steps = Path(settings.run), settings.train.steps
+    status = read_status(path)
+    if status is None or status.get("state") != "done" or status.get("step", 0) < steps or not (path / "model").is_dir():
+        return False
+    if own_rank() == 0:
+        with RunDirectory(path) as run:
+            run.start(settings)  # refuses another configuration
+    if _lacks_its_base(path):  # all processes see it: the export is written anew only once they have met
+        return False
+    new = "; images added since are for another run: directory" if settings.data.folder is not None else ""
+    reporter.say(f"{path}: already trained to update {status['step']} of {steps}{new}")
+    return True
+
+
+def _lacks_its_base(path: Path) -> bool:
+    """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
+    from ldm.errors import FolderError
+    from ldm.interop.diffusers.lora_folder import Reference
+
+    try:
+        Reference.read(path / "model")
+    except FolderError:
+        return True
+    return False
