@@ -35,6 +35,12 @@ CAUGHT, SURVIVED, NOT_RUN = "caught", "SURVIVED", "NOT RUN"
 _tree: Path  # of this process, where it is one of several
 
 
+def _place(name: str) -> str:
+    """The test file of that name, in whichever room it stands."""
+    found = next((ROOT / "tests").rglob(f"test_{name}.py"), ROOT / f"tests/test_{name}.py")
+    return found.relative_to(ROOT).as_posix()
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One planted error.
@@ -73,7 +79,7 @@ class Mutant:
     def paths(self) -> list[str]:
         """The tests as pytest takes them."""
         pairs = (test.partition("::") for test in self.tests.split())
-        return [f"tests/test_{file}.py" + (f"::{name}" if name else "") for file, _, name in pairs]
+        return [_place(file) + (f"::{name}" if name else "") for file, _, name in pairs]
 
 
 def table() -> list[Mutant]:

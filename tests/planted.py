@@ -73,15 +73,15 @@ DIFFUSION: dict[str, list[Row]] = {
         ("min-SNR is a max", "clamp(max=config.min_snr_gamma)", "clamp(min=config.min_snr_gamma)", "objective::test_weights_as_published"),
         ("P2 on x_0", "return snr / (1 + snr) **", "return 1 / (1 + snr) **", "objective::test_weights_as_published"),
         ("the bound's first weight is infinite", "_variational(schedule, torch.cat([variance[1:2], variance[1:]]))", "_variational(schedule, variance)", "objective::test_variational_weights_are_the_terms_of_the_bound"),
-        ("the bound teaches the mean", "replace(said, raw=said.raw.detach())", "replace(said)", "objective::test_l1_teaches_the_mean_and_the_bound_the_variance"),
+        ("the bound teaches the mean", "replace(pred, raw=pred.raw.detach())", "replace(pred)", "objective::test_l1_teaches_the_mean_and_the_bound_the_variance"),
         ("the bound of one step for all T", "vlb = self.schedule.num_steps * self", "vlb = self", "objective::test_the_hybrid_is_l1_and_a_thousandth_of_the_bound"),
         ("nats for bits", ".to(x0.dtype) / math.log(2)", ".to(x0.dtype)", "objective::test_the_hybrid_is_l1_and_a_thousandth_of_the_bound"),
         ("validation is weighted", "Terms(weighted, error, None)", "Terms(weighted, weighted, None)", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("the classifier sees clean samples", "classifier(schedule.add_noise(x0, eps, t), t)", "classifier(x0, t)", "classifier::test_what_is_learned_is_the_cross_entropy_of_x_t"),
     ],
     "ldm/diffusion/guidance.py": [
-        ("scale counted from the conditional model", "said = without + self.scale *", "said = with_ + self.scale *", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
-        ("with and without exchanged", "without, with_ = self.model(", "with_, without = self.model(", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
+        ("scale counted from the conditional model", "pred = uncond + self.scale *", "pred = cond + self.scale *", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
+        ("with and without exchanged", "uncond, cond = self.model(", "cond, uncond = self.model(", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
         ("scale 0 is conditional", "self.cond if self.scale else self.null_cond", "self.cond", "guidance::test_one_and_zero_are_the_model_itself_in_one_evaluation"),
         ("the interval without its lower end", "(interval[0] <= ratio)", "(interval[0] < ratio)", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
         ("the interval without its upper end", "(ratio <= interval[1])", "(ratio < interval[1])", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
@@ -90,7 +90,7 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the classifier pushes eps away", '"eps": -s, "x0"', '"eps": s, "x0"', "guidance::test_the_classifier_moves_the_score"),
         ("no signal, and yet a gradient", "torch.where(a > 0, factor, 0.0)", "factor", "guidance::test_no_signal_is_nothing_to_classify"),
         ("autoguidance counted from 0", "(self.weak_scale - 1) *", "self.weak_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
-        ("the variance is the unconditional one", "without, (with_, variance) = without.chunk(2, dim=1)[0], with_.chunk(2, dim=1)", "(without, variance), with_ = without.chunk(2, dim=1), with_.chunk(2, dim=1)[0]", "guidance::test_a_learned_variance_is_that_of_the_conditional_evaluation"),
+        ("the variance is the unconditional one", "uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)", "(uncond, variance), cond = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)[0]", "guidance::test_a_learned_variance_is_that_of_the_conditional_evaluation"),
         ("the shift of the mean has no interval", "gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)", "gradient(x_t, t)", "guidance"),
     ],
     "ldm/diffusion/schedule.py": [
@@ -125,14 +125,14 @@ DIFFUSION: dict[str, list[Row]] = {
     ],
     "ldm/diffusion/samplers/ancestral.py": [
         ("eta not squared", "eta**2 * posterior", "eta * posterior", "samplers::test_ddim_is_diffusers"),
-        ("the mean is shifted by the deviation", "said, s, t).square() * mean_shift", "said, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
+        ("the mean is shifted by the deviation", "pred, s, t).square() * mean_shift", "pred, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
     ],
     "ldm/diffusion/samplers/langevin.py": [
         ("a quarter of the step", "(2 * snr * said", "(snr * said", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
         ("the whole drift", "delta / 2 * said.score", "delta * said.score", "langevin::test_steps_without_end_keep_the_variance"),
     ],
     "ldm/diffusion/samplers/dpm_solver.py": [
-        ("2M without its half", "like(1 / (2 * r), said[0]) * (said[0] - said[1])", "like(1 / r, said[0]) * (said[0] - said[1])", "samplers::test_dpmpp_2m_is_diffusers"),
+        ("2M without its half", "like(1 / (2 * r), history[0]) * (history[0] - history[1])", "like(1 / r, history[0]) * (history[0] - history[1])", "samplers::test_dpmpp_2m_is_diffusers"),
         ("orders lowered below 10 steps alone", "FEW_STEPS = 15", "FEW_STEPS = 10", "solvers::test_the_end_above_clean_data_is_that_of_diffusers"),
         ("orders lowered with 15 steps too", "FEW_STEPS = 15", "FEW_STEPS = 16", "solvers::test_the_end_above_clean_data_is_that_of_diffusers"),
         ("noise of the wrong share", "-torch.expm1(-2 * h)", "-torch.expm1(-h)", "solvers::test_solvers_that_must_agree"),
@@ -140,7 +140,7 @@ DIFFUSION: dict[str, list[Row]] = {
     "ldm/diffusion/samplers/edm.py": [
         ("LMS remembers three", "LMS_ORDER = 4", "LMS_ORDER = 3", "solvers::test_a_solver_is_of_its_order"),
         ("ancestral noise not squared", "(1 - (after / level).square()).sqrt()", "(1 - after / level).sqrt()", "solvers::test_solvers_that_must_agree"),
-        ("Heun takes the slope at the end alone", "(path.level[i + 1] - path.level[i]) / 2, x) * (end - d)", "(path.level[i + 1] - path.level[i]), x) * (end - d)", "solvers::test_a_solver_is_of_its_order"),
+        ("Heun takes the slope at the end alone", "(nodes.level[i + 1] - nodes.level[i]) / 2, x) * (end - d)", "(nodes.level[i + 1] - nodes.level[i]), x) * (end - d)", "solvers::test_a_solver_is_of_its_order"),
     ],
     "ldm/diffusion/samplers/unipc.py": [
         ("UniPC: the weight of one unknown", "torch.full_like(ratios, 0.5)", "torch.full_like(ratios, 1.0)", "solvers::test_a_solver_is_of_its_order"),

@@ -1,1 +1,1 @@
-""""""
+"""The run directory: records, status, journal, comparison."""

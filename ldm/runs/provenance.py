@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
-from accelerate import Accelerator
 
 import ldm
 from ldm.runs.directory import RunDirectory
@@ -24,14 +23,14 @@ CODE = Path(ldm.__file__).parent.parent  # the checkout, where the code runs fro
 PACKAGES = ("ldm", "autoencoder")
 
 
-def record(run: RunDirectory | None, step: int, steps: int, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+def record(run: RunDirectory | None, step: int, steps: int, processes: int, device: torch.device, say: Callable[[str], None]) -> None:
     """Add a line, and say in ``status.json`` that the run is under way; nothing on a process without the run's folder.
 
     ``step``: the update that training continues from. A full disk is reported; training continues.
     """
     if run is None:
         return
-    line = json.dumps(describe(step, accelerator.num_processes, accelerator.device), ensure_ascii=False)
+    line = json.dumps(describe(step, processes, device), ensure_ascii=False)
     try:
         with (run.path / STARTS).open("a+b") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
@@ -53,7 +52,7 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
+        "accelerate": version("accelerate"),
         "ldm": ldm.__version__,
         **checkout(CODE),
         "arguments": sys.argv[1:],  # kept, not read

@@ -162,7 +162,9 @@ class Loop:
         """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot continue."""
         try:
             with self.stop:
-                starts.record(self.run, self.step, self.config.steps, self.accelerator, self.reporter.say)
+                starts.record(
+                    self.run, self.step, self.config.steps, self.accelerator.num_processes, self.accelerator.device, self.reporter.say
+                )
                 self._train()
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))

@@ -1,1 +1,1 @@
-""""""
+"""Plots and sheets of pictures."""

@@ -1,1 +1,1 @@
-""""""
+"""Judges that read drawn images."""

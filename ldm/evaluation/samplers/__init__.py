@@ -1,1 +1,1 @@
-""""""
+"""Samplers measured: orders, conformance, on a trained run."""

@@ -1,1 +1,1 @@
-""""""
+"""Checkpoints: their folder, files, resume and background writer."""
