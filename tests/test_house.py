@@ -1,6 +1,7 @@
 """The house rules: imports go down only, heavy and unsafe things stay in their room, packages import lightly."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -248,3 +249,33 @@ def test_annotations_are_enforced_in_the_tests() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         Trackers({}).image(0, "grid", np.zeros((2, 2, 3), dtype=np.float32))
     Trackers({}).image(0, "grid", np.zeros((2, 2, 3), dtype=np.uint8))
+
+
+TURNS = re.compile(  # word for word from another language; CONTRIBUTING.md has the plain ones
+    r"\bgoes on\b|\bgo on\b|\bgoing on\b|(?<![Tt]here )\bis no (?!longer|more)|\bsomebody\b|\bby itself\b|\bmend\b|\bof before\b"
+    r"|behind training"
+)
+OPENINGS = re.compile(r"(What|Whether|Where|Of) ")
+
+
+def turns(root: Path) -> list[str]:
+    """Docstrings and messages of the product with a turn of phrase that CONTRIBUTING.md replaces."""
+    found = []
+    for file in sorted(f for package in PACKAGES for f in (root / package).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        documented = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n))
+        openings = [(n.body[0].lineno, text) for n in documented if OPENINGS.match(text := ast.get_docstring(n) or "")]
+        texts = [(n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        found += [f"{file.relative_to(root).as_posix()}:{line}: {text[:60]!r}" for line, text in openings]
+        found += [f"{file.relative_to(root).as_posix()}:{line}: {hit[0]!r}" for line, text in texts if (hit := TURNS.search(text))]
+    return found
+
+
+def test_words_are_plain() -> None:
+    assert turns(ROOT) == []
+
+
+def test_a_planted_turn_is_found(tmp_path: Path) -> None:
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm/x.py").write_text('"""What it is."""\nraise ValueError(f"{1} is no run: it goes on")\n', encoding="utf-8")
+    assert len(turns(tmp_path)) == 2

@@ -1,1 +1,1 @@
-"""What each stage trains: autoencoder, text encoder, diffusion model, classifier."""
+"""Stages of training: autoencoder, text encoder, diffusion model, classifier."""
