@@ -127,7 +127,7 @@ def _finished(settings: Any, reporter: Reporter) -> bool:
 
 
 def _lacks_its_base(path: Path) -> bool:
-    """Whether the run has exported a LoRA and the model that it changes is no longer where the export says."""
+    """True if the run has exported a LoRA whose base is no longer where the export says."""
     from ldm.errors import FolderError
     from ldm.interop.diffusers.lora_folder import Reference
 
