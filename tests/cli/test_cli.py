@@ -378,7 +378,7 @@ def test_one_of_several_processes_ends_without_tearing_down_the_interpreter() ->
     """A thread that waits for ever stands for one of gloo's that holds a tensor."""
     code = (
         "import atexit, threading; from ldm.cli.main import exit_process; atexit.register(print, 'workers ended');"
-        "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); leave(75)"
+        "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); exit_process(75)"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (75, "said workers ended\n", "")

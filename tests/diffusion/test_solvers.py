@@ -521,8 +521,8 @@ def test_ddim_makes_as_many_calls_as_steps() -> None:
 @pytest.mark.slow
 def test_ddim_makes_as_many_calls_as_steps_for_every_number() -> None:
     """Half a million steps, in a process without the type checks, which make them ten times slower."""
-    here = os.nodes.dirname(os.nodes.abspath(__file__))
+    here = os.path.dirname(os.path.abspath(__file__))
     code = "import test_solvers as t; t.check_ddim_calls(range(1, 1001), t.process('scaled_linear')); print('all')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.nodes.dirname(os.nodes.dirname(here)), os.nodes.dirname(here), here])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(here)), os.path.dirname(here), here])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "all\n", done.stderr

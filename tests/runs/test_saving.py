@@ -21,10 +21,10 @@ from ldm.errors import CheckpointError
 from ldm.runs.checkpoints import files as checkpoint
 from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.checkpoints import writer
+from ldm.runs.checkpoints import writer as stopping
 from ldm.runs.checkpoints.files import load, save
 from ldm.runs.checkpoints.folder import newest_valid
 from ldm.runs.checkpoints.writer import BackgroundWriter
-from ldm.training import stopping
 
 CONFIG = ScheduleConfig()
 

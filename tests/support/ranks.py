@@ -20,6 +20,7 @@ from torch import nn
 
 from ldm import config as configuration
 from ldm.cli.console import Console
+from ldm.cli.main import exit_process
 from ldm.config import AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 from ldm.distributed.launch import launched
 from ldm.runs.checkpoints import folder as shelf
@@ -160,4 +161,4 @@ if __name__ == "__main__":
         sabotage(Path(place), *rest)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    leave(0)
+    exit_process(0)

@@ -269,7 +269,7 @@ def test_what_was_logged_of_an_update_stays_where_its_validation_fails(
 def test_a_slow_validation_or_grid_is_warned_about_once(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ldm.training.stopping.SLOW", -1)
+    monkeypatch.setattr("ldm.runs.checkpoints.writer.SLOW", -1)
     assert stages.train("ldm", f"run={tmp_path}/run", "train.validate_every=2", "train.sample_every=3") == 0
     said = capsys.readouterr().err.splitlines()
     for what in ("a validation", "drawing samples"):

@@ -274,7 +274,7 @@ cache.SHARD = 5
 leave, cli._leave_process_group = cli._leave_process_group, lambda together: None  # one meeting for all commands
 assert [cli.main(command) for command in json.loads(sys.argv[1])] == [0, 0, 0]
 leave(False)
-cli.leave(0)
+cli.exit_process(0)
 """
 
 
