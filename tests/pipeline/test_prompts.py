@@ -105,7 +105,7 @@ def test_an_argument_of_opening_is_named(tmp_path: Path, arguments: dict[str, An
 def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
     """In a process of its own, where no other checker of types is at work."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\nimport jaxtyping; jaxtyping.install_import_hook = lambda *_: None\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/pipeline']\nimport jaxtyping; jaxtyping.install_import_hook = lambda *_: None\n"
         "import numpy, torch; from test_prompts import WRONG; from ldm.config import ConfigError, SampleConfig, build\n"
         "for arguments, message in WRONG:\n    if 'unknown' in message: continue\n"
         "    for made in (lambda: SampleConfig(**arguments), lambda: build(SampleConfig, arguments)):\n"
