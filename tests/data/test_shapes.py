@@ -77,7 +77,7 @@ def test_parse_inverts_caption(objects, held_out):
     ],
 )
 def test_parse_refuses_other_text(text):
-    with pytest.raises(ValueError, match="no caption of a drawn scene"):
+    with pytest.raises(ValueError, match="not a caption of a drawn scene"):
         parse(text)
 
 

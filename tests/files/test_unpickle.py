@@ -310,7 +310,7 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
     def build(target: bytes) -> bytes:
         return b"\x80\x02" + target + b"N}" + text("planted") + b"K\x01s\x86b."
 
-    victim = b"cldm.interop.archive.archive\nArchive\n"
+    victim = b"cldm.files.tensors.archive\nArchive\n"
     assert pickle.loads(build(victim)) is Archive and Archive.planted == 1  # type: ignore[attr-defined]
     del Archive.planted  # type: ignore[attr-defined]
     refused(build(victim), tmp_path, "ldm.files.tensors.archive.Archive")

@@ -157,7 +157,7 @@ def test_a_training_goes_on_without_records_and_pictures(
 
     assert main(["train-ldm", str(file), f"run={tmp_path}/straight"]) == 0
     monkeypatch.setattr(journal.Journal, "_append", full)
-    monkeypatch.setattr(DiffusionTask, "pictures", fail)
+    monkeypatch.setattr(DiffusionTask, "previews", fail)
     assert main(["train-ldm", str(file), "train.sample_every=5"]) == 0
     assert len(drawn) == 2
     run, straight = (
@@ -179,5 +179,5 @@ def test_a_known_fault_in_a_picture_keeps_its_code(file: Path, monkeypatch: pyte
     def fail(self: DiffusionTask) -> Any:
         raise DataError("photos/7.png: cannot be decoded")
 
-    monkeypatch.setattr(DiffusionTask, "pictures", fail)
+    monkeypatch.setattr(DiffusionTask, "previews", fail)
     assert main(["train-ldm", str(file)]) == 3

@@ -127,7 +127,7 @@ def test_more_steps_are_refused_where_they_stretch_the_schedule() -> None:
 def test_another_commands_run_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.start(config())
-        with pytest.raises(RunError, match="no configuration of this command"):
+        with pytest.raises(RunError, match="not a configuration of this command"):
             run.start(ClipTrainingConfig("x", DataConfig(source="shapes", image_size=32)))
 
 

@@ -38,18 +38,18 @@ def break_image(sample: dict[str, Any]) -> None:
 
 def test_one_process_that_is_not_finite_or_is_asked_to_stop_is_enough() -> None:
     cpu, others = torch.device("cpu"), torch.zeros(2)
-    agreement = StepFlags(lambda mine: mine + others, cpu)
-    assert flags.receive() is None and not agreement.stop  # before the first update there is nothing to read
+    flags = StepFlags(lambda mine: mine + others, cpu)
+    assert flags.receive() is None and not flags.stop  # before the first update there is nothing to read
     assert bool(flags.send(False, torch.tensor(True)))
-    assert flags.receive() and not agreement.stop
+    assert flags.receive() and not flags.stop
     others[1] = 1.0  # another process was not finite
     assert not bool(flags.send(False, torch.tensor(True)))
-    assert flags.receive() is False and not agreement.stop
+    assert flags.receive() is False and not flags.stop
     others.zero_()
     assert not bool(flags.send(True, torch.tensor(False)))
-    assert flags.receive() is False and agreement.stop
+    assert flags.receive() is False and flags.stop
     assert bool(flags.send(False, torch.tensor(True))) and flags.receive()
-    assert agreement.stop and flags.receive() is None  # a request stays; an update is read once
+    assert flags.stop and flags.receive() is None  # a request stays; an update is read once
 
 
 def test_a_loss_that_is_not_finite_skips_the_update_though_its_gradients_are(

@@ -21,7 +21,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
-from support.launches import PATIENCE, contents, side_by_side
+from support.launches import PATIENCE, contents, launch, side_by_side  # noqa: F401
 from support.stages import Stages
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def test_one_process_alone_raises_what_was_raised() -> None:
 
     with pytest.raises(DataError, match=r"^row 3$") as caught:
         ALONE.each(fail)
-    assert not hasattr(caught.value, "everywhere")
+    assert not caught.value.everywhere
 
 
 # sampling

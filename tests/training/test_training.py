@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.cut_runs import assert_same_end, at_position, lines, power_cut, state_of
+from support.cut_runs import assert_same_end, at_position, lines, make_loop, power_cut, state_of  # noqa: F401
 from support.interrupts import PowerCut, end_writes
 from support.stages import Stages
 from torch import Tensor
@@ -137,7 +137,7 @@ def test_the_first_latents_are_white_and_only_a_fresh_run_makes_them_so(
         stages.train("autoencoder", f"run={tmp_path}/run")
     monkeypatch.undo()
     begun: list[int] = []
-    monkeypatch.setattr(AutoencoderTask, "begin", lambda _: begun.append(1))
+    monkeypatch.setattr(AutoencoderTask, "initialize", lambda _: begun.append(1))
     assert stages.train("autoencoder", f"run={tmp_path}/run") == 0 and not begun
 
 
