@@ -1,4 +1,4 @@
-"""The JSON of a model, and the one error of all its files."""
+"""JSON objects, read strictly and written whole."""
 
 from __future__ import annotations
 

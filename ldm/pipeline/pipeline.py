@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -27,7 +26,6 @@ from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
 from ldm.config.sample import check_lora_scale
 from ldm.config.values import changed, typed
-from ldm.data import rng as streams
 from ldm.data.transforms import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
@@ -56,6 +54,7 @@ from ldm.pipeline.checks import (
     grid_of,
 )
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
+from ldm.pipeline.draw import draw_noise
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.info import ModelInfo, load_unet
 from ldm.pipeline.watch import Watch, unseen
@@ -287,8 +286,8 @@ class Pipeline:
                 gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
                 options["mean_shift"] = mean_shift(gradient, self.schedule, settings.guidance_interval or EVERYWHERE)
             latent = sampler.function(
-                self.denoiser(texts, settings, watch), self._noise(settings.seed, "x_T", numbers, shape), grid,
-                lambda step, numbers=numbers: self._noise(settings.seed, f"step {step}", numbers, shape),
+                self.denoiser(texts, settings, watch), draw_noise(settings.seed, "x_T", numbers, shape, self.device), grid,
+                lambda step, numbers=numbers: draw_noise(settings.seed, f"step {step}", numbers, shape, self.device),
                 callback=watch.after_step(callback), **options,
             )  # fmt: skip
             images = watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
@@ -330,10 +329,6 @@ class Pipeline:
             threshold=settings.dynamic_threshold,
         )  # fmt: skip
         return Denoiser(self.schedule, self.target, seen("the guided prediction", guidance), self.learned_variance)
-
-    def _noise(self, seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
-        noise = np.stack([streams.normal(seed, f"sample/{name}", n, shape) for n in numbers])
-        return torch.from_numpy(noise).to(self.device)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network in its own precision; the sampler's state stays in float32."""

@@ -31,7 +31,7 @@ from ldm.config import ConfigError
 from ldm.data import latent_cache as cache
 from ldm.distributed.processes import ALONE, ElsewhereError, Processes
 from ldm.errors import DataError
-from ldm.pipeline import Pipeline
+from ldm.pipeline.draw import draw_noise
 from ldm.runs.records import read_metrics, read_status
 from ldm.training.loop import Interrupted
 
@@ -111,16 +111,16 @@ def test_who_draws_an_image_changes_neither_its_noise_nor_its_file(
     stages: Stages, tmp_path: Path, launch: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     noises: list[dict[tuple[str, int], Tensor]] = []
-    original = Pipeline._noise
+    original = draw_noise
 
-    def recorded(self: Pipeline, seed: int, name: str, numbers: Any, shape: tuple[int, ...]) -> Tensor:
-        noise = original(self, seed, name, numbers, shape)
+    def recorded(seed: int, name: str, numbers: Any, shape: tuple[int, ...], device: Any) -> Tensor:
+        noise = original(seed, name, numbers, shape, device)
         for number, of_one in zip(numbers, noise, strict=True):
             assert (name, number) not in noises[-1]  # each image is drawn once
             noises[-1][name, number] = of_one
         return noise
 
-    monkeypatch.setattr(Pipeline, "_noise", recorded)
+    monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
     for processes, out in ((1, "one"), (count, "many")):
         noises.append({})
         assert launch(processes, "sample", str(stages.folder / "ldm"), *SAMPLING, "--out", str(tmp_path / out)) == [0] * processes
@@ -162,13 +162,13 @@ def test_a_report_does_not_depend_on_how_many_make_it(
     stages: Stages, launch: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, written, shown, reports, drawn = stages.folder / "ldm", [], [], [], []
-    original = Pipeline._noise
+    original = draw_noise
 
-    def recorded(self: Pipeline, seed: int, name: str, numbers: Any, shape: tuple[int, ...]) -> Tensor:
+    def recorded(seed: int, name: str, numbers: Any, shape: tuple[int, ...], device: Any) -> Tensor:
         drawn.extend((seed, number) for number in numbers if name == "x_T")
-        return original(self, seed, name, numbers, shape)
+        return original(seed, name, numbers, shape, device)
 
-    monkeypatch.setattr(Pipeline, "_noise", recorded)
+    monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
     monkeypatch.setattr("ldm.evaluation.figures.plots.curves", lambda *arguments: written.append("curves"))
     monkeypatch.setattr("ldm.evaluation.figures.plots.captioned", lambda images, captions, *rest, **more: shown.append((images, captions)))
     for count in (1, 3, 8):
