@@ -56,7 +56,9 @@ def divisible(channels: tuple[int, ...], groups: int) -> None:
         raise ConfigError(f"channels must name at least one level and at most 10, got {len(channels)}")
     for c in channels:
         if not 1 <= c <= MOST_CHANNELS or c % groups:
-            raise ConfigError(f"channels {shown(c)} is not a positive multiple of groups {groups}, at most {MOST_CHANNELS}")
+            raise ConfigError(
+                f"channels {shown(c)} is not a positive multiple of groups {groups}, at most {MOST_CHANNELS}"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class AutoencoderConfig:
     layers_per_level: int = 2  # residual blocks per level of the encoder; the decoder has one more
     groups: int = 32  # GroupNorm groups
     mid_attention: bool = True  # one self-attention block at the lowest resolution
-    attention_levels: tuple[int, ...] = ()  # levels with self-attention after each residual block (0: the full resolution)
+    attention_levels: tuple[
+        int, ...
+    ] = ()  # levels with self-attention after each residual block (0: the full resolution)
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_CHANNELS, "image_channels", "latent_channels", "groups")
@@ -109,7 +113,9 @@ class LossConfig:
     mse: float = 0.0  # squared error, for data without fine detail; latent diffusion published none
     lpips: float = 0.0
     lpips_net: str = "vgg"
-    lpips_weights: str = "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests
+    lpips_weights: str = (
+        "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests
+    )
     kl: float = 2.1e-8
     gan: float = 0.0  # factor on top of the adaptive weight; 0: no discriminator
     gan_start: int = 0  # generator updates before the discriminator joins

@@ -28,7 +28,11 @@ class PatchDiscriminator(nn.Module):
             c_out = channels * min(2**i, MAX_WIDENING)
             stride = 2 if i < layers else 1
             # one group: the norm removes an image's overall scale and keeps the ratios between channels
-            body += [nn.Conv2d(c_in, c_out, KERNEL, stride, padding=1, bias=False), nn.GroupNorm(1, c_out), nn.LeakyReLU(SLOPE)]
+            body += [
+                nn.Conv2d(c_in, c_out, KERNEL, stride, padding=1, bias=False),
+                nn.GroupNorm(1, c_out),
+                nn.LeakyReLU(SLOPE),
+            ]
             c_in = c_out
         body.append(nn.Conv2d(c_in, 1, KERNEL, stride=1, padding=1))
         self.body = nn.Sequential(*body)

@@ -12,7 +12,13 @@ DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 ATTENTION_DOWN, ATTENTION_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
 # Keys that say nothing about the network: tile size, latent scale (`latent_scale`) and the dtype.
 STATISTICS = frozenset({"sample_size", "scaling_factor", "shift_factor", "force_upcast"})
-FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "latents_mean": None, "latents_std": None}
+FIXED = {
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
 LARGEST = 1e30  # of a latent scale or shift
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
@@ -61,10 +67,14 @@ def from_diffusers(layout: Mapping[str, Any]) -> AutoencoderConfig:
     channels = tuple(given.pop("block_out_channels", (64,)))
     levels = _attends(given, "down_block_types", DOWN, ATTENTION_DOWN, len(channels))
     if _attends(given, "up_block_types", UP, ATTENTION_UP, len(channels)) != levels[::-1]:
-        raise ConfigError(f"up_block_types is {list(layout['up_block_types'])}: expected the mirror of down_block_types")
+        raise ConfigError(
+            f"up_block_types is {list(layout['up_block_types'])}: expected the mirror of down_block_types"
+        )
     image_channels = given.pop("in_channels", 3)
     if given.pop("out_channels", 3) != image_channels:
-        raise ConfigError(f"out_channels {layout.get('out_channels', 3)} differs from in_channels {image_channels}: they must be equal")
+        raise ConfigError(
+            f"out_channels {layout.get('out_channels', 3)} differs from in_channels {image_channels}: they must be equal"
+        )
     config = AutoencoderConfig(
         image_channels=image_channels,
         latent_channels=given.pop("latent_channels", 4),
@@ -76,7 +86,9 @@ def from_diffusers(layout: Mapping[str, Any]) -> AutoencoderConfig:
     )
     if given:
         near = difflib.get_close_matches(key := min(given), to_diffusers(config), n=1)
-        raise ConfigError(f"unknown key {key!r} in the config of an AutoencoderKL" + (f": did you mean {near[0]!r}?" if near else ""))
+        raise ConfigError(
+            f"unknown key {key!r} in the config of an AutoencoderKL" + (f": did you mean {near[0]!r}?" if near else "")
+        )
     return config
 
 
@@ -91,7 +103,11 @@ def _check_types(layout: Mapping[str, Any]) -> None:
         ("up_block_types", str, "names"),
     ):
         values = layout.get(key, [])
-        if not isinstance(values, (list, tuple)) or not all(type(value) is kind for value in values) or (key in layout and not values):
+        if (
+            not isinstance(values, (list, tuple))
+            or not all(type(value) is kind for value in values)
+            or (key in layout and not values)
+        ):
             raise ConfigError(f"{key} is {values!r}: expected a list of {what}, as many as down_block_types")
     if type(layout.get("mid_block_add_attention", True)) is not bool:
         raise ConfigError(f"mid_block_add_attention is {layout['mid_block_add_attention']!r}: expected true or false")
@@ -101,7 +117,9 @@ def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels
     """Flags of the blocks with attention; takes ``key`` out of ``given``. Raises ConfigError for other blocks or another number of them."""
     blocks = list(given.pop(key, (plain,)))
     if not set(blocks) <= {plain, attention} or len(blocks) != levels:
-        raise ConfigError(f"{key} is {blocks}: expected {plain} or {attention}, one for each of the {levels} block_out_channels")
+        raise ConfigError(
+            f"{key} is {blocks}: expected {plain} or {attention}, one for each of the {levels} block_out_channels"
+        )
     return [block == attention for block in blocks]
 
 
@@ -110,5 +128,7 @@ def latent_scale(layout: Mapping[str, Any]) -> tuple[float, float]:
     scale, shift = layout.get("scaling_factor", 0.18215), layout.get("shift_factor")
     for key, value in (("scaling_factor", scale), ("shift_factor", 0.0 if shift is None else shift)):
         if type(value) not in (int, float) or not abs(value) <= LARGEST or (key == "scaling_factor" and value <= 0):
-            raise ConfigError(f"{key} is {value!r}: expected a finite number" + (" above 0" if key == "scaling_factor" else ""))
+            raise ConfigError(
+                f"{key} is {value!r}: expected a finite number" + (" above 0" if key == "scaling_factor" else "")
+            )
     return float(scale), float(shift or 0.0)

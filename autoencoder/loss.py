@@ -66,7 +66,9 @@ def generator_hinge(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
     return -fake_logits.mean()
 
 
-def discriminator_hinge(real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+def discriminator_hinge(
+    real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
+) -> Float[Tensor, ""]:
     """Return ½(E[max(0, 1 − D(x))] + E[max(0, 1 + D(x̂))]); x̂ must be detached by the caller."""
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 

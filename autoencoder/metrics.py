@@ -12,7 +12,9 @@ from autoencoder.posterior import DiagonalGaussian
 DATA_RANGE = 2.0
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-ACTIVE_VARIANCE = 0.01  # of the posterior mean over the set, above which a latent channel is used (Burda et al. 2016, section 5.2)
+ACTIVE_VARIANCE = (
+    0.01  # of the posterior mean over the set, above which a latent channel is used (Burda et al. 2016, section 5.2)
+)
 
 
 def psnr(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
@@ -28,7 +30,9 @@ def ssim(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tens
     K₁ = 0.01, K₂ = 0.03. Raises ValueError for a side below 11 pixels: there is no window then.
     """
     if min(a.shape[2:]) < SSIM_WINDOW:
-        raise ValueError(f"image {a.shape[2]}×{a.shape[3]} is too small for SSIM: each side needs at least {SSIM_WINDOW} pixels")
+        raise ValueError(
+            f"image {a.shape[2]}×{a.shape[3]} is too small for SSIM: each side needs at least {SSIM_WINDOW} pixels"
+        )
     a, b = a.double(), b.double()  # variances are differences of nearly equal numbers
     mean_a, mean_b = _window_mean(a), _window_mean(b)
     var_a = _window_mean(a * a) - mean_a**2
@@ -48,7 +52,9 @@ def _window_mean(x: Tensor) -> Tensor:
     return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
 
 
-def high_frequency_energy(reconstruction: Float[Tensor, "b C H W"], image: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
+def high_frequency_energy(
+    reconstruction: Float[Tensor, "b C H W"], image: Float[Tensor, "b C H W"]
+) -> Float[Tensor, " b"]:
     """Return each reconstruction's spectral energy above half of Nyquist divided by the original's.
 
     A frequency counts when it exceeds 1/4 cycle per pixel along either axis. Below 1: blurred; above 1: invented

@@ -46,7 +46,10 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(channels[0], config)
         inputs = channels[:1] + channels[:-1]
         self.up_blocks = nn.ModuleList(
-            [UpLevel(a, b, config, len(channels) - 1 - i) for i, (a, b) in enumerate(zip(inputs, channels, strict=True))]
+            [
+                UpLevel(a, b, config, len(channels) - 1 - i)
+                for i, (a, b) in enumerate(zip(inputs, channels, strict=True))
+            ]
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.image_channels, 3, padding=1)
@@ -135,7 +138,9 @@ class AutoencoderKL(nn.Module):
         Raises ValueError if the latent's channels differ from the config's.
         """
         if latent.shape[1] != self.config.latent_channels:
-            raise ValueError(f"the autoencoder takes {self.config.latent_channels} latent channels, got {latent.shape[1]}")
+            raise ValueError(
+                f"the autoencoder takes {self.config.latent_channels} latent channels, got {latent.shape[1]}"
+            )
         latent = latent.to(self.post_quant_conv.weight.dtype)  # a half-precision model still has a float32 posterior
         return self.decoder(self.post_quant_conv(latent), self._recompute)
 
@@ -165,10 +170,14 @@ class AutoencoderKL(nn.Module):
         """
         c = self.config.latent_channels
         if mean.shape != (c,) or std.shape != (c,):
-            raise ValueError(f"latent mean and std must have shape ({c},), got {tuple(mean.shape)} and {tuple(std.shape)}")
+            raise ValueError(
+                f"latent mean and std must have shape ({c},), got {tuple(mean.shape)} and {tuple(std.shape)}"
+            )
         m, s = _float64(mean), _float64(std)
         if not (m.isfinite().all() and s.isfinite().all() and (s > 0).all()):
-            raise ValueError(f"latent mean must be finite and std finite and positive, got {m.tolist()} and {s.tolist()}")
+            raise ValueError(
+                f"latent mean must be finite and std finite and positive, got {m.tolist()} and {s.tolist()}"
+            )
         self._map_mean(torch.diag(1.0 / s), m)
         bias = _float64(_bias(self.quant_conv))
         bias[c:] -= 2.0 * s.log()
@@ -180,7 +189,9 @@ class AutoencoderKL(nn.Module):
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double().clone()  # on the CPU: some devices have no float64; a copy, whatever the dtype was
+    return (
+        tensor.detach().cpu().double().clone()
+    )  # on the CPU: some devices have no float64; a copy, whatever the dtype was
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

@@ -36,8 +36,13 @@ class PerceptualLoss(nn.Module):
         self.net = net
         self.meaningful = str(weights) != "random"
         network = _read(_locate(net, weights), net) if self.meaningful else None
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # building a network draws from the global generator
-            warnings.filterwarnings("ignore", "(The parameter 'pretrained'|Arguments other than a weight enum)")  # lpips' spelling
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):  # building a network draws from the global generator
+            warnings.filterwarnings(
+                "ignore", "(The parameter 'pretrained'|Arguments other than a weight enum)"
+            )  # lpips' spelling
             torch.default_generator.manual_seed(RANDOM_SEED)
             self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         if network is not None:
@@ -56,7 +61,9 @@ class PerceptualLoss(nn.Module):
         sides below 31 pixels (alex) or 16 (vgg).
         """
         if a.shape[1] not in (1, 3):
-            raise ValueError(f"LPIPS compares images of 1 or 3 channels, got {a.shape[1]}: set loss.lpips to 0 for other data")
+            raise ValueError(
+                f"LPIPS compares images of 1 or 3 channels, got {a.shape[1]}: set loss.lpips to 0 for other data"
+            )
         least = SMALLEST[self.net]
         if min(a.shape[2:]) < least:
             raise ValueError(
@@ -68,7 +75,11 @@ class PerceptualLoss(nn.Module):
 
 
 def _locate(net: str, weights: str | Path) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION_FILES[net] if str(weights) == "torchvision" else Path(weights)
+    path = (
+        Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION_FILES[net]
+        if str(weights) == "torchvision"
+        else Path(weights)
+    )
     if not path.is_file():
         raise ConfigError(
             f"LPIPS weights not found at {path}: put torchvision's {TORCHVISION_FILES[net]} there, "
@@ -81,7 +92,11 @@ def _read(path: Path, net: str) -> nn.Module:
     """The whole torchvision network in the file, strictly: a file of something else must not pass for weights."""
     expected = f"expected the whole state dict of torchvision's {net} ({TORCHVISION_FILES[net]})"
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # whatever torch raises for a file of something else
         raise ConfigError(f"LPIPS weights {path} cannot be read ({type(error).__name__}): {expected}") from error
     with torch.device("meta"):  # takes no memory and draws no numbers

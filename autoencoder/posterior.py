@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the limits of the published checkpoints; a wider range overflows exp in half precision
+LOGVAR_MIN, LOGVAR_MAX = (
+    -30.0,
+    20.0,
+)  # the limits of the published checkpoints; a wider range overflows exp in half precision
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class DiagonalGaussian:
         Raises ValueError if the number of channels is odd.
         """
         if moments.shape[1] % 2:
-            raise ValueError(f"moments hold mean and log-variance, so an even number of channels, got {moments.shape[1]}")
+            raise ValueError(
+                f"moments hold mean and log-variance, so an even number of channels, got {moments.shape[1]}"
+            )
         if moments.dtype in (torch.float16, torch.bfloat16):
             moments = moments.float()
         mean, logvar = moments.chunk(2, dim=1)

@@ -47,7 +47,11 @@ def trained() -> tuple[nn.Module, torch.optim.AdamW, EMA]:
 def live(network: nn.Module, optimizer: torch.optim.AdamW, ema: EMA) -> Tensors:
     """The groups of a checkpoint."""
     names = [name for name, _ in network.named_parameters()]
-    return {"model_unet": network.state_dict(), "optimizer_unet": optimizer_tensors(optimizer, names), "ema": ema.state()}
+    return {
+        "model_unet": network.state_dict(),
+        "optimizer_unet": optimizer_tensors(optimizer, names),
+        "ema": ema.state(),
+    }
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -102,11 +106,17 @@ def main() -> None:
                     waits[key].append(value)
         saved = sum(f.stat().st_size for f in (folder / "theirs").rglob("*") if f.is_file())
     median = {key: statistics.median(values) for key, values in waits.items()}
-    print(f"state of {size / 1e6:.0f} MB (save_state: {saved / 1e6:.0f} MB), medians of {ROUNDS}; single rounds in brackets")
+    print(
+        f"state of {size / 1e6:.0f} MB (save_state: {saved / 1e6:.0f} MB), medians of {ROUNDS}; single rounds in brackets"
+    )
     for key, values in waits.items():
         print(f"  {key:10s} {median[key]:7.3f} s   [{' '.join(f'{v:.3f}' for v in values)}]")
-    print(f"an update waits {median['wait'] / median['save_state']:.3f} of what it waits for save_state (which does not fsync)")
-    print(f"the whole write takes {median['write'] / median['plain']:.2f} times a plain write of the same bytes with fsync")
+    print(
+        f"an update waits {median['wait'] / median['save_state']:.3f} of what it waits for save_state (which does not fsync)"
+    )
+    print(
+        f"the whole write takes {median['write'] / median['plain']:.2f} times a plain write of the same bytes with fsync"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def main() -> None:
     source = open_source(load(DiffusionTrainingConfig, arguments.run / "config.yaml").data, "held_out")
     prompts = [source[i].text for i in range(COUNT)]
     ours = Pipeline.from_pretrained(arguments.run, "cpu")
-    settings = dataclasses.replace(ours.defaults, sampler="ddim", steps=steps, guidance_scale=arguments.guidance_scale, eta=0.0, seed=SEED)
+    settings = dataclasses.replace(
+        ours.defaults, sampler="ddim", steps=steps, guidance_scale=arguments.guidance_scale, eta=0.0, seed=SEED
+    )
     pictures = np.concatenate([to_uint8(images) for images in ours.sample(prompts, settings)])
 
     theirs = StableDiffusionPipeline.from_pretrained(find_model(arguments.run))
@@ -47,11 +49,17 @@ def main() -> None:
     side = ours.sample_size // ours.factor
     noise = np.stack([streams.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
     drawn = theirs(
-        prompts, num_inference_steps=steps, guidance_scale=settings.guidance_scale, latents=torch.from_numpy(noise), output_type="np"
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=settings.guidance_scale,
+        latents=torch.from_numpy(noise),
+        output_type="np",
     )
     other = (drawn.images * 255).round().astype(np.uint8)
     difference = np.abs(pictures.astype(int) - other.astype(int))
-    print(f"{COUNT} images, DDIM {steps} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255")
+    print(
+        f"{COUNT} images, DDIM {steps} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255"
+    )
     rows = np.concatenate([pictures[:8], other[:8], pictures[8:], other[8:]])
     labels = [f"{who}: {p}" for half in (prompts[:8], prompts[8:]) for who in ("ours", "diffusers") for p in half]
     captioned(rows, labels, arguments.out or arguments.run / "diffusers.png", columns=8)

@@ -51,7 +51,9 @@ def main() -> None:
         folder = Path(temporary)
         configured(folder)
         trained(folder)
-        print("| stage | processes × batch | gradients, first update | 25 updates later | losses | over the largest | weights at the end |")
+        print(
+            "| stage | processes × batch | gradients, first update | 25 updates later | losses | over the largest | weights at the end |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for name in TREES:
             for variant, text in VARIANTS.items():

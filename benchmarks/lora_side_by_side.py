@@ -41,7 +41,9 @@ def theirs(base: Path, lora: Path, prompts: list[str], settings: SampleConfig) -
     pipe.load_lora_weights(str(find_lora(lora).parent))
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = torch.from_numpy(np.stack([streams.normal(SEED, "sample/x_T", i, shape) for i in range(len(prompts))]))
-    drawn = pipe(prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=noise, output_type="np")
+    drawn = pipe(
+        prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=noise, output_type="np"
+    )
     return (drawn.images * 255).round().astype(np.uint8)
 
 
@@ -53,7 +55,9 @@ def told(name: str, pictures: np.ndarray, scenes: list[Scene]) -> None:
     counts |= {key: [row[key] for row in rows] for key in ("background", "size", "colour", "shape", "all")}
     shares = {key: proportion(sum(values), len(values)) for key, values in counts.items()}
     print(
-        f"{name:34s} " + "  ".join(f"{key} {s['accuracy']:.3f} ({s['low']:.3f}–{s['high']:.3f})" for key, s in shares.items()), flush=True
+        f"{name:34s} "
+        + "  ".join(f"{key} {s['accuracy']:.3f} ({s['low']:.3f}–{s['high']:.3f})" for key, s in shares.items()),
+        flush=True,
     )
 
 
@@ -63,7 +67,9 @@ def reconstructed(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         return to_uint8(
-            pipe.codec.decode(pipe.codec.latent(posterior := pipe.codec.autoencoder.encode(x), torch.zeros_like(posterior.mean)))
+            pipe.codec.decode(
+                pipe.codec.latent(posterior := pipe.codec.autoencoder.encode(x), torch.zeros_like(posterior.mean))
+            )
         )
 
 
@@ -77,12 +83,17 @@ def main() -> None:
     arguments = parser.parse_args()
     plain = [parse(open_source(DATA, "held_out").text(i)) for i in range(arguments.images)]
     striped = [stripe(scene) for scene in plain]
-    real = [open_source(dataclasses.replace(DATA, source="shapes-striped"), "held_out")[i] for i in range(2 * arguments.images)]
+    real = [
+        open_source(dataclasses.replace(DATA, source="shapes-striped"), "held_out")[i]
+        for i in range(2 * arguments.images)
+    ]
     for which in (False, True):
         some = [s for s in real if s.truth.objects[0].striped == which]
         images, scenes = np.stack([s.image for s in some]), [s.truth for s in some]
         told(f"drawings, {'striped' if which else 'plain'}", images, scenes)
-        told("  through the autoencoder", reconstructed(Pipeline.from_pretrained(arguments.base, "cpu"), images), scenes)
+        told(
+            "  through the autoencoder", reconstructed(Pipeline.from_pretrained(arguments.base, "cpu"), images), scenes
+        )
     base, live = Pipeline.from_pretrained(arguments.base, "cpu"), Pipeline.from_pretrained(arguments.base, "cpu")
     live.load_lora(arguments.lora)
     settings = dataclasses.replace(base.defaults, sampler="ddim", steps=STEPS, eta=0.0, seed=SEED)
@@ -94,15 +105,25 @@ def main() -> None:
         merged = Pipeline.from_pretrained(arguments.base, "cpu")
         merged.load_lora(arguments.lora)
         merged.merge_lora()
-        drawn |= {"merged": ours(merged, prompts, settings), "diffusers": theirs(arguments.base, arguments.lora, prompts, settings)}
+        drawn |= {
+            "merged": ours(merged, prompts, settings),
+            "diffusers": theirs(arguments.base, arguments.lora, prompts, settings),
+        }
         for name, pictures in drawn.items():
             told(f"{name}, {kind} captions", pictures, scenes)
             rows.append((name, pictures[:SHOWN], prompts[:SHOWN]))
         for name in ("merged", "diffusers"):
             difference = np.abs(drawn[name].astype(int) - drawn["base + LoRA"].astype(int))
-            print(f"{name} against live, {len(prompts)} images: largest difference {difference.max()} of 255", flush=True)
+            print(
+                f"{name} against live, {len(prompts)} images: largest difference {difference.max()} of 255", flush=True
+            )
     labels = [f"{name}: {prompt}" for name, _, prompts in rows for prompt in prompts]
-    captioned(np.concatenate([pictures for _, pictures, _ in rows]), labels, arguments.out or arguments.lora / "lora.png", columns=SHOWN)
+    captioned(
+        np.concatenate([pictures for _, pictures, _ in rows]),
+        labels,
+        arguments.out or arguments.lora / "lora.png",
+        columns=SHOWN,
+    )
 
 
 if __name__ == "__main__":

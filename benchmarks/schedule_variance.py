@@ -43,7 +43,9 @@ def draws(pipe: Pipeline, run: DiffusionTrainingConfig, table: Schedule, repeats
             if pipe.codec is not None:
                 x0 = pipe.codec.latent(pipe.codec.autoencoder.encode(x0), batch["posterior"].to(pipe.device))
             # multiples of the golden section: even over t, whatever the image
-            t = (torch.tensor([(p * repeats + repeat) * GOLDEN % 1 for p in positions], dtype=torch.float64) * steps).long()
+            t = (
+                torch.tensor([(p * repeats + repeat) * GOLDEN % 1 for p in positions], dtype=torch.float64) * steps
+            ).long()
             denoiser = pipe.denoiser(batch["text"], dataclasses.replace(run.sample, guidance_scale=1.0))
             said = denoiser(table.add_noise(x0, eps, t), pipe.schedule.time(-gamma[t] / 2))
             error = (said.eps.double() - eps.double()).square().flatten(1).mean(1)

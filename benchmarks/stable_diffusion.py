@@ -39,8 +39,20 @@ from ldm.pipeline import Pipeline
 
 VOCABULARY = 49408
 TEXT_SIZES: dict[str, dict[str, Any]] = {
-    "sd1": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
-    "sd2": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
+    "sd1": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+    },
+    "sd2": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
 }
 PROMPT, STEPS, GUIDANCE, SEED = "a small red circle", 10, 7.5, 7
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +70,16 @@ def main() -> None:
         write_folder(random_bundle(arguments.model), folder)
         for source, target in ((folder, single), (single, back)):
             started = time.monotonic()
-            subprocess.run([sys.executable, "-m", "ldm.cli.main", "convert", str(source), str(target), "--verify"], check=True, cwd=ROOT)
+            subprocess.run(
+                [sys.executable, "-m", "ldm.cli.main", "convert", str(source), str(target), "--verify"],
+                check=True,
+                cwd=ROOT,
+            )
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-            print(f"{source.name} to {target.name}: {time.monotonic() - started:.0f} s, peak memory so far {peak:.2f} GiB", flush=True)
+            print(
+                f"{source.name} to {target.name}: {time.monotonic() - started:.0f} s, peak memory so far {peak:.2f} GiB",
+                flush=True,
+            )
         single.unlink()
         draw(back, arguments.size)
 
@@ -97,7 +116,9 @@ def _tokenizer() -> dict[str, bytes]:
     merges = list(product(symbols, base))[: VOCABULARY - len(base) - 2]
     tokens = [*base, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=77)
+        tokenizer = CLIPTokenizer(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=77
+        )
         save_tokenizer(tokenizer, folder)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
@@ -114,7 +135,13 @@ def draw(folder: Path, size: int) -> None:
     theirs.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(streams.normal(SEED, "sample/x_T", 0, (4, size // 8, size // 8)))[None]
     started = time.monotonic()
-    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "height": size, "width": size}
+    options = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "latents": noise,
+        "height": size,
+        "width": size,
+    }
     b = np.asarray(theirs(PROMPT, **options).images[0]).astype(int)
     inside = float(((b > 0) & (b < 255)).mean())
     times = f"ours {seconds:.0f} s, diffusers {time.monotonic() - started:.0f} s"

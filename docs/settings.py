@@ -46,7 +46,11 @@ def settings() -> str:
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and node.decorator_list:
                 head = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-                table = ["| setting | type | default | |", "| --- | --- | --- | --- |", *rows(node, source.splitlines())]
+                table = [
+                    "| setting | type | default | |",
+                    "| --- | --- | --- | --- |",
+                    *rows(node, source.splitlines()),
+                ]
                 parts.append("\n".join([f"## {node.name}", "", head, "", *table, ""]))
     return "\n".join(parts)
 

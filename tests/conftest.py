@@ -10,7 +10,9 @@ os.environ["MPLBACKEND"] = "Agg"
 import jaxtyping
 
 # Before the first import of what is checked. The numeric tower: an int is a float to Python's type checkers.
-jaxtyping.install_import_hook(["ldm", "autoencoder"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.install_import_hook(
+    ["ldm", "autoencoder"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 
 import pytest

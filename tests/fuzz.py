@@ -55,7 +55,11 @@ AT_WORK = re.compile(r"^(\d+/\d+|global batch)", re.MULTILINE)  # training and d
 
 def result(outcome: Outcome) -> dict[str, str]:
     """What a call gave: pixels of pictures, bytes of other files, logged figures, and what it printed but times."""
-    found = {"stdout": re.sub(r"[\d.]+ s\b|updates_per_second\W+[\d.e+]+", "", outcome.stdout)} if not outcome.changed else {}
+    found = (
+        {"stdout": re.sub(r"[\d.]+ s\b|updates_per_second\W+[\d.e+]+", "", outcome.stdout)}
+        if not outcome.changed
+        else {}
+    )
     for name in outcome.left:
         picture = name.endswith(".png")
         found[name] = hashlib.sha256(Image.open(name).tobytes() if picture else Path(name).read_bytes()).hexdigest()
@@ -75,7 +79,9 @@ def faults(call: Call, outcome: Outcome, other: Sequence[str] = ()) -> list[str]
         return [f"traceback: {innermost(outcome.stderr)}"]
     if code < 0:
         return [f"ended by signal {-code}"]
-    found = [f"says on stderr: {line[:200]}" for line in lines if not re.match(rf"ldm( {re.escape(name)})?( .*)?: ", line)][:1]
+    found = [
+        f"says on stderr: {line[:200]}" for line in lines if not re.match(rf"ldm( {re.escape(name)})?( .*)?: ", line)
+    ][:1]
     if code == 0:
         found += [f"exit code 0 with an error line: {line[:200]}" for line in lines if not found]
         found += ["accepted, though it is wrong"] if call.refused else []
@@ -209,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=2000, help="(default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="(default 0)")
-    parser.add_argument("--seconds", type=float, default=3600, help="after which no further call is made (default 3600)")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="after which no further call is made (default 3600)"
+    )
     parser.add_argument("--only", choices=KINDS, nargs="+", default=[], metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--jobs", type=int, default=2, help="calls at the same time (default 2)")
     parser.add_argument("--case", metavar="SEED:NUMBER", help="this call alone; its folder is kept")
@@ -217,7 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         examples = built(folder)
-        return fuzz(examples, arguments) if arguments.case is None else show(examples, *map(int, arguments.case.split(":")))
+        return (
+            fuzz(examples, arguments)
+            if arguments.case is None
+            else show(examples, *map(int, arguments.case.split(":")))
+        )
     finally:
         if arguments.case is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +239,9 @@ def show(examples: Path, seed: int, number: int) -> int:
     """One call, all that it says, and what is wrong with it."""
     warm_up(examples)
     call, outcome, found = case(examples, seed, number, keep=True)
-    print(f"{kind_of(number)}: {call.what}\n{shlex.join(['ldm', *call.argv])}\nexit code {outcome.code}\n{outcome.stdout}{outcome.stderr}")
+    print(
+        f"{kind_of(number)}: {call.what}\n{shlex.join(['ldm', *call.argv])}\nexit code {outcome.code}\n{outcome.stdout}{outcome.stderr}"
+    )
     print("\n".join(found) or "as it should be", f"in {examples.parent}", sep="\n")
     return int(bool(found))
 

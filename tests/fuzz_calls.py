@@ -106,7 +106,9 @@ def carried_out(call: Call) -> Outcome:
     after = stamps()
     left = tuple(name for name in after if any(Path(name).is_relative_to(place) for place in call.out))
     changed = tuple(
-        n for n in {**before, **after} if not n.startswith("out") and before.get(n) != after.get(n) and (n in before or n not in call.argv)
+        n
+        for n in {**before, **after}
+        if not n.startswith("out") and before.get(n) != after.get(n) and (n in before or n not in call.argv)
     )
     return Outcome(code, stdout, stderr, left, changed)
 

@@ -19,8 +19,28 @@ from safetensors.torch import load_file
 from ldm.cli.main import main
 
 DRAW = ["--steps", "2", "--prompt", "a photo", "--out", "out"]
-HINTS = ["--groups", "4", "--vae-groups", "4", "--heads", "2", "--text-heads", "2", "--prediction", "eps", "--image-size", "32"]
-HINTS += ["--text-act", "quick_gelu", "--scale", "1", "--tokenizer", "run/model/tokenizer"]  # what model.ckpt does not say
+HINTS = [
+    "--groups",
+    "4",
+    "--vae-groups",
+    "4",
+    "--heads",
+    "2",
+    "--text-heads",
+    "2",
+    "--prediction",
+    "eps",
+    "--image-size",
+    "32",
+]
+HINTS += [
+    "--text-act",
+    "quick_gelu",
+    "--scale",
+    "1",
+    "--tokenizer",
+    "run/model/tokenizer",
+]  # what model.ckpt does not say
 READERS = (  # of a model
     ["sample", "{}", *DRAW], ["inspect", "{}"], ["inspect", "{}", "--json", "--no-hashes"], ["convert", "{}", "out/model.safetensors"],
     ["convert", "{}", "out", "--verify"], ["diff", "{}", "autoencoder/model"],
@@ -53,7 +73,15 @@ COMMANDS = [
     ["sampler-report", "run", "--out", "out", "--steps", "2", "--samplers", "ddim", "--images", "2"],
 ]  # fmt: skip
 
-TRAINING = ("train", "train-autoencoder", "train-clip", "train-ldm", "train-classifier", "cache-latents", "verify-resume")
+TRAINING = (
+    "train",
+    "train-autoencoder",
+    "train-clip",
+    "train-ldm",
+    "train-classifier",
+    "cache-latents",
+    "verify-resume",
+)
 LOOKS = [  # at a run
     ["status", "run"], ["status", "run", "--json"], ["checkpoints", "run"], ["checkpoints", "run", "--fast", "--json"], RESUME,
     ["report", "run", "--images", "0", "--out", "out/report.html"], ["diff", "run", "adapter"], ["sample", "run", *DRAW],
@@ -93,7 +121,13 @@ def build_examples() -> None:
         whole = {"run": "run" if name == "ldm" else name, "data": data, "train": TRAIN, **tree}
         Path(f"configs/{name}.yaml").write_text(yaml.safe_dump(whole))
     classes = {**data, "folder": "classes", "captions": "class"}
-    classifier = {"run": "classifier", "data": classes, "diffusion": "run", "model": {"channels": [8], "groups": 4}, "train": TRAIN}
+    classifier = {
+        "run": "classifier",
+        "data": classes,
+        "diffusion": "run",
+        "model": {"channels": [8], "groups": 4},
+        "train": TRAIN,
+    }
     Path("classifier.yaml").write_text(yaml.safe_dump(classifier))
     adapter = [*TRAIN_LDM, "init=run", "train.lora.rank=2", "run=adapter"]
     for argv in (["train", "configs"], adapter, ["sample", "run", *DRAW], ["convert", "run", "model.safetensors"]):

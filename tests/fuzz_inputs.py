@@ -84,7 +84,9 @@ def folder(draw: random.Random) -> Call:
     file = draw.choice(sorted(p for p in Path("run/model").rglob("*") if p.suffix in (".json", ".txt")))
     if draw.random() < 0.1 and file.suffix == ".json" and "tokenizer" not in str(file):
         file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items())), indent=7))
-        return Call(f"{file}: keys in another order", argv, (), same=argv[0] == "sample" and Path("run/model/ldm.json").exists())
+        return Call(
+            f"{file}: keys in another order", argv, (), same=argv[0] == "sample" and Path("run/model/ldm.json").exists()
+        )
     return Call(upset(draw, file), argv, (2, 4))
 
 
@@ -152,7 +154,11 @@ def image(draw: random.Random) -> Call:
     with Path("images/metadata.jsonl").open("a") as stream:
         stream.write(json.dumps({"file_name": file.name, "text": "a photo"}) + "\n")
     words = misplaced(draw, file) if draw.random() < 0.1 else words
-    return Call(words, draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"])), (2, 3))
+    return Call(
+        words,
+        draw.choice((["init", "images", "--out", "out"], ["cache-latents", "configs/ldm.yaml", "run=new"])),
+        (2, 3),
+    )
 
 
 def rows(draw: random.Random) -> Call:
@@ -165,7 +171,9 @@ def rows(draw: random.Random) -> Call:
         file.write_bytes(b"".join(written(row).replace(b"\n", b"") + b"\n" for row in parsed))
     elif way == "csv":
         head = draw.choice(("file_name,text", "file_name,text,text", "text", "", "file_name,text,", '"file_name,text'))
-        parsed[5]["text"] = draw.choice(('"', "a,b", '"a""b"', "\0", "x" * 200_000, "", "=1+1", '"a\nb"', "a\u2028b", DIGITS))
+        parsed[5]["text"] = draw.choice(
+            ('"', "a,b", '"a""b"', "\0", "x" * 200_000, "", "=1+1", '"a\nb"', "a\u2028b", DIGITS)
+        )
         words, file = f"{head!r} {parsed[5]['text'][:20]!r}", Path("images/metadata.csv")
         file.write_text("\n".join([head, *(f"{row['file_name']},{row['text']}" for row in parsed), ""]))
     else:
@@ -177,7 +185,12 @@ def rows(draw: random.Random) -> Call:
                 (target := Path("images") / draw.choice(names)).mkdir(exist_ok=True)
                 image_file.rename(target / image_file.name)
     words += f"; {upset(draw, file)}" if way == "sidecar" or draw.random() < 0.4 else ""
-    argv = ["cache-latents", "configs/ldm.yaml", "run=new", f"data.captions={way if way in ('sidecar', 'class') else 'metadata'}"]
+    argv = [
+        "cache-latents",
+        "configs/ldm.yaml",
+        "run=new",
+        f"data.captions={way if way in ('sidecar', 'class') else 'metadata'}",
+    ]
     return Call(f"{way}: {words}", draw.choice((argv, ["init", "images", "--out", "out"])), (2, 3))
 
 
@@ -200,12 +213,21 @@ def lora(draw: random.Random) -> Call:
     """LoRA files, and folders that hold one."""
     argv = ["sample", "run", *DRAW, "--lora", "adapter/model"]
     if draw.random() < 0.3:
-        argv = draw.choice((["sample", "adapter", *DRAW], ["inspect", "adapter/model/pytorch_lora_weights.safetensors"]))
+        argv = draw.choice(
+            (["sample", "adapter", *DRAW], ["inspect", "adapter/model/pytorch_lora_weights.safetensors"])
+        )
     file = draw.choice(sorted(p for p in Path("adapter/model").rglob("*") if p.is_file()))
     if file.suffix != ".safetensors":
         return Call(upset(draw, file), argv, (2, 4, 5))
     if draw.random() < 0.3:
-        settings = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"], "peft_type": "LORA", "use_dora": False, "bias": "none"}
+        settings = {
+            "r": 2,
+            "lora_alpha": 2,
+            "target_modules": ["to_q"],
+            "peft_type": "LORA",
+            "use_dora": False,
+            "bias": "none",
+        }
         file.rename(file := file.with_name("adapter_model.safetensors"))
         words = oddly(draw, settings)
         file.with_name("adapter_config.json").write_bytes(written(settings))
@@ -228,7 +250,11 @@ def latents(draw: random.Random) -> Call:
 
 def run(draw: random.Random) -> Call:
     """What a run directory holds, checkpoints included."""
-    files = sorted(p for p in Path("run").rglob("*") if p.is_file() and not {"model", "latents"} & set(p.parts) and p.name != ".lock")
+    files = sorted(
+        p
+        for p in Path("run").rglob("*")
+        if p.is_file() and not {"model", "latents"} & set(p.parts) and p.name != ".lock"
+    )
     file = draw.choice([*files, *(p for p in files if p.suffix in (".json", ".jsonl", ".yaml"))])
     words = upset(draw, file, text=file.suffix not in (".safetensors", ".png"))
     argv = draw.choice(LOOKS)
@@ -270,7 +296,9 @@ def disk(draw: random.Random) -> Call:
     """A disk that takes no more after some bytes."""
     argv = list(draw.choice(COMMANDS))
     size = draw.choice((0, 100, 4000, 30_000, 200_000))
-    out = ("out", "out.safetensors") if argv[0] in ("init", "convert", "reproduce", "report") else ()  # whole or not at all
+    out = (
+        ("out", "out.safetensors") if argv[0] in ("init", "convert", "reproduce", "report") else ()
+    )  # whole or not at all
     return Call(f"room for {size} bytes in a file", argv, (2, 3, 4), disk=size, out=out)
 
 
@@ -294,8 +322,15 @@ def python(draw: random.Random) -> Call:
     words = f"{name}={str(value)[:60]!r} ({type(value).__name__})"
     if name in OPENING:
         opened = {"path": "run", name: value}
-        return Call(f"from_pretrained {words}", ["python"], (2, 4), python=lambda: type(pipeline()).from_pretrained(**opened) and [])
-    right = value is None or (isinstance(value, TYPES.get(name, ())) and isinstance(value, bool) == (name == "end_clean"))
+        return Call(
+            f"from_pretrained {words}",
+            ["python"],
+            (2, 4),
+            python=lambda: type(pipeline()).from_pretrained(**opened) and [],
+        )
+    right = value is None or (
+        isinstance(value, TYPES.get(name, ())) and isinstance(value, bool) == (name == "end_clean")
+    )
     arguments = {"prompts": ["a photo"], "steps": 2, name: value}
     return Call(words, ["python"], (2, 4), not right, names=name, python=lambda: pipeline()(**arguments))
 

@@ -48,11 +48,17 @@ def oddly(draw: random.Random, tree: Any) -> str:
         "dropped": lambda: holder.pop(key),
         "odd": lambda: holder.__setitem__(key, draw.choice(NUMBERS if number and draw.random() < 0.6 else ODD)),
         "a list": lambda: holder.__setitem__(key, [value]),
-        "times": lambda: holder.__setitem__(key, value * draw.choice((-1, 0, 2, 10**9, 0.37)) if number else [value] * 3),
+        "times": lambda: holder.__setitem__(
+            key, value * draw.choice((-1, 0, 2, 10**9, 0.37)) if number else [value] * 3
+        ),
         "as text": lambda: holder.__setitem__(key, str(value)),
         "renamed": lambda: isinstance(holder, dict) and holder.__setitem__(f"{key}x", holder.pop(key)),
-        "twice": lambda: isinstance(holder, dict) and holder.__setitem__(f"{key}@twice", draw.choice((value, 1, "x", None))),
-        "another's": lambda: holder.__setitem__(key, copy.deepcopy((lambda other: other[0][other[1]])(draw.choice(places(tree))))),
+        "twice": lambda: (
+            isinstance(holder, dict) and holder.__setitem__(f"{key}@twice", draw.choice((value, 1, "x", None)))
+        ),
+        "another's": lambda: holder.__setitem__(
+            key, copy.deepcopy((lambda other: other[0][other[1]])(draw.choice(places(tree))))
+        ),
     }
     name = draw.choice(("odd", "odd", "odd", *changes))
     changes[name]()
@@ -70,7 +76,9 @@ def flipped(draw: random.Random, content: bytes, first: int | None = None) -> by
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 3, 10))):
         if changed:
-            changed[draw.randrange(min(len(changed), first or len(changed)))] = draw.choice((0, 1, 0x7F, 0xFF, draw.randrange(256)))
+            changed[draw.randrange(min(len(changed), first or len(changed)))] = draw.choice(
+                (0, 1, 0x7F, 0xFF, draw.randrange(256))
+            )
     return bytes(changed)
 
 
@@ -100,7 +108,9 @@ def damaged(draw: random.Random, content: bytes, text: bool = False) -> tuple[st
 
 def misplaced(draw: random.Random, file: Path) -> str:
     """Something that is not a file where one should be."""
-    name = draw.choice(("gone", "a folder", "a loop", "a dangling link", "a pipe", "not to be read", "a file in a folder's place"))
+    name = draw.choice(
+        ("gone", "a folder", "a loop", "a dangling link", "a pipe", "not to be read", "a file in a folder's place")
+    )
     if name == "a file in a folder's place" and file.parent != Path():
         shutil.rmtree(file.parent)
         file.parent.write_bytes(b"")
@@ -148,7 +158,9 @@ def header(draw: random.Random, content: bytes) -> tuple[str, bytes]:
         data = data[:begin] + struct.pack("<f", draw.choice((math.nan, math.inf))) + data[begin + 4 :]
         words = f"{name} not finite"
     elif way == "shape":
-        entry["shape"] = draw.choice(([2**40, *entry["shape"]], entry["shape"][::-1], [*entry["shape"], 1], [-1], [0], [2**63, 2**63]))
+        entry["shape"] = draw.choice(
+            ([2**40, *entry["shape"]], entry["shape"][::-1], [*entry["shape"], 1], [-1], [0], [2**63, 2**63])
+        )
         words = f"{name} shape {entry['shape']}"
     else:
         words = oddly(draw, tree)
@@ -168,7 +180,9 @@ def chunks(content: bytes) -> list[tuple[bytes, bytes]]:
 
 def png(parts: list[tuple[bytes, bytes]]) -> bytes:
     """The PNG of these chunks, with their checksums right."""
-    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -177,10 +191,14 @@ def odd_chunks(draw: random.Random, parts: list[tuple[bytes, bytes]]) -> str:
     way, at = draw.choice(("size", "bytes", "gone", "twice", "odd", "bits")), draw.randrange(len(parts))
     kind, data = parts[at]
     if way in ("size", "bits"):
-        width, height, bits, colour, *rest = struct.unpack(">IIBBBBB", parts[0][1]) if len(parts[0][1]) == 13 else (1,) * 7
+        width, height, bits, colour, *rest = (
+            struct.unpack(">IIBBBBB", parts[0][1]) if len(parts[0][1]) == 13 else (1,) * 7
+        )
         sizes = ((0, 0), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1), (20_000, 20_000), (1, 1), (width + 1, height))
         width, height = draw.choice(sizes) if way == "size" else (width, height)
-        bits, colour = (draw.choice((1, 2, 4, 8, 16, 3)), draw.choice((0, 2, 3, 4, 6, 9))) if way == "bits" else (bits, colour)
+        bits, colour = (
+            (draw.choice((1, 2, 4, 8, 16, 3)), draw.choice((0, 2, 3, 4, 6, 9))) if way == "bits" else (bits, colour)
+        )
         parts[0] = b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, *rest)
     elif way == "bytes":
         parts[at] = kind, damaged(draw, data)[1]
@@ -206,7 +224,9 @@ def odd_chunks(draw: random.Random, parts: list[tuple[bytes, bytes]]) -> str:
                 b"fcTL",
             )
         )
-        parts.insert(1, (odd, draw.choice((b"", b"\0", b"x\0\0" + zlib.compress(bytes(10**7)), tiff(draw), draw.randbytes(12)))))
+        parts.insert(
+            1, (odd, draw.choice((b"", b"\0", b"x\0\0" + zlib.compress(bytes(10**7)), tiff(draw), draw.randbytes(12))))
+        )
     return f"{kind!r} {way}"
 
 
@@ -214,7 +234,9 @@ def tiff(draw: random.Random) -> bytes:
     """A TIFF of 48 × 40 grey pixels, which EXIF is as well, with odd entries."""
     order = draw.choice("<>")
     size = {256: 48, 257: 40, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 40, 279: 1920}
-    entries = [(tag, 4, 1, struct.pack(f"{order}L", value)) for tag, value in size.items()] if draw.random() < 0.7 else []
+    entries = (
+        [(tag, 4, 1, struct.pack(f"{order}L", value)) for tag, value in size.items()] if draw.random() < 0.7 else []
+    )
     for _ in range(draw.choice((0, 1, 3))):
         tag = draw.choice(
             (
@@ -241,7 +263,11 @@ def tiff(draw: random.Random) -> bytes:
             draw.choice((b"72\0\0", bytes(4), b"\xff" * 4, draw.randbytes(4))),
         )
         entries = [e for e in entries if e[0] != tag] + [odd]
-    ifd = struct.pack(f"{order}H", len(entries)) + b"".join(struct.pack(f"{order}HHL", *e[:3]) + e[3] for e in sorted(entries)) + bytes(4)
+    ifd = (
+        struct.pack(f"{order}H", len(entries))
+        + b"".join(struct.pack(f"{order}HHL", *e[:3]) + e[3] for e in sorted(entries))
+        + bytes(4)
+    )
     pixels = bytes(range(48)) * 40
     return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", 8 + len(pixels)) + pixels + ifd
 

@@ -86,7 +86,11 @@ def table() -> list[Mutant]:
     """All of `tests/planted.py`."""
     from planted import PLANTED
 
-    return [Mutant(error, file, text, planted, tests) for file, rows in PLANTED.items() for error, text, planted, tests in rows]
+    return [
+        Mutant(error, file, text, planted, tests)
+        for file, rows in PLANTED.items()
+        for error, text, planted, tests in rows
+    ]
 
 
 def copied(root: Path, folder: Path) -> Path:

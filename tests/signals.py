@@ -23,7 +23,14 @@ HERE = Path(__file__).resolve().parent
 PHASES = ("update", "validation", "sampling", "saving")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision=no", "--dynamo_backend=no", "--num_machines=1"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--num_machines=1",
+]
 LAUNCHERS: dict[str, list[str]] = {
     "python": [sys.executable],
     "accelerate, 1 process": [*ACCELERATE, "--num_processes=1"],
@@ -96,7 +103,12 @@ def stop(launcher: Sequence[str], number: signal.Signals, phase: str, folder: Pa
 
     run, config = folder / "run", folder / "ldm.yaml"
     config.write_text(yaml.safe_dump(tree(run)))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parent}:{HERE}",
+    }
     command = [*launcher, str(HERE / "signals.py"), "--train", phase, str(config), f"run={run}"]
     with (folder / "said").open("w") as said:
         process = subprocess.Popen(
@@ -156,7 +168,13 @@ def table(launchers: Sequence[str]) -> int:
                 with tempfile.TemporaryDirectory() as folder:
                     found = stop(LAUNCHERS[name], number, phase, Path(folder))
                 unclean += not found.clean
-                row = [found.saved, f"{found.seconds:.1f}", found.code, f"{found.state} at {found.step}", len(found.left) or "none"]
+                row = [
+                    found.saved,
+                    f"{found.seconds:.1f}",
+                    found.code,
+                    f"{found.state} at {found.step}",
+                    len(found.left) or "none",
+                ]
                 print(f"| {name} | {number.name} | {phase} | {' | '.join(map(str, row))} |", flush=True)
                 if not found.clean:
                     print(json.dumps(found.said[-2000:]), file=sys.stderr)

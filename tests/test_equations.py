@@ -42,7 +42,9 @@ def test_what_a_row_names_exists(row: tuple[str, ...]) -> None:
     assert named, f"{identifier} names no test"
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{identifier}: no {test} in {file}"
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
+            f"{identifier}: no {test} in {file}"
+        )
 
 
 def _resolve(name: str) -> object:

@@ -36,4 +36,6 @@ def test_a_row_is_complete_and_its_tests_exist(row: list[str]) -> None:
     assert named and re.fullmatch(r"(`tests/[\w/]+\.py::\w+` ?)+", tests), f"{number} names no test"
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{number}: no {test} in {file}"
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
+            f"{number}: no {test} in {file}"
+        )

@@ -92,7 +92,11 @@ def unprintable(argv: list[str]) -> int:
     ],
 )
 def test_planted_faults_are_found(
-    command: Callable[[list[str]], int], refused: bool, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[[list[str]], int],
+    refused: bool,
+    fault: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fuzz_calls.command_line, "main", command)
@@ -114,7 +118,11 @@ def test_a_result_that_should_be_the_same_is_compared(tmp_path: Path, monkeypatc
     (examples / "seed").write_text("1")
     monkeypatch.setattr(fuzz_calls.command_line, "main", draws)
     for text, fault in (("1", []), ("2", ["another result: out/0.txt"])):
-        monkeypatch.setitem(KINDS, "command", lambda draw, text=text: Path("seed").write_text(text) and Call("", ["sample"], (), same=True))
+        monkeypatch.setitem(
+            KINDS,
+            "command",
+            lambda draw, text=text: Path("seed").write_text(text) and Call("", ["sample"], (), same=True),
+        )
         assert fuzz.case(examples, 0, list(KINDS).index("command"))[2] == fault
     assert [place.name for place in tmp_path.iterdir()] == ["examples"]  # what is copied is removed
 
@@ -141,7 +149,9 @@ def test_a_few_calls_are_answered_well(tmp_path: Path) -> None:
     """In a process of its own, since the type checks of the tests would answer before the commands do."""
     command = [sys.executable, "tests/fuzz.py", "--calls", str(len(KINDS)), "--seed", "1", "--jobs", "1"]
     environment = {"PYTHONPATH": ".", "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0 and "faults of 0 causes" in done.stdout, done.stdout + done.stderr
     assert all(f"{kind:10s}     1 calls" in done.stdout for kind in KINDS)
     assert not list(tmp_path.glob("fuzz-*"))

@@ -58,20 +58,28 @@ def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
             base = ".".join([*parts, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from ((node.lineno, str(argument.value)) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+            yield from (
+                (node.lineno, str(argument.value)) for argument in node.args[:1] if isinstance(argument, ast.Constant)
+            )
 
 
 def unsafe_loads(tree: ast.Module) -> Iterator[int]:
     """Lines that call torch.load, by whatever route, or let numpy unpickle."""
     for node in ast.walk(tree):
         is_attribute = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
-        is_name = isinstance(node, ast.ImportFrom) and node.module == "torch" and any(a.name == "load" for a in node.names)
+        is_name = (
+            isinstance(node, ast.ImportFrom) and node.module == "torch" and any(a.name == "load" for a in node.names)
+        )
         is_numpy = isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
         if is_attribute or is_name or is_numpy:
             yield node.lineno
 
 
-TEXT_CALLS = ("read_text", "write_text", "open")  # of Path, or the builtin: in the locale's encoding unless they say which
+TEXT_CALLS = (
+    "read_text",
+    "write_text",
+    "open",
+)  # of Path, or the builtin: in the locale's encoding unless they say which
 
 
 def locale_bound(tree: ast.Module) -> Iterator[int]:
@@ -79,9 +87,17 @@ def locale_bound(tree: ast.Module) -> Iterator[int]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        name = (
+            node.func.attr
+            if isinstance(node.func, ast.Attribute)
+            else node.func.id
+            if isinstance(node.func, ast.Name)
+            else ""
+        )
         of = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        if name not in TEXT_CALLS or of in ("os", "Image", "self.recorder") or (name == "read_text" and not of):  # those of ours say it
+        if (
+            name not in TEXT_CALLS or of in ("os", "Image", "self.recorder") or (name == "read_text" and not of)
+        ):  # those of ours say it
             continue
         given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         modes = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
@@ -100,7 +116,9 @@ def violations(root: Path) -> list[str]:
         tree = ast.parse(file.read_text(encoding="utf-8"), path)
         if bad := SHAPELESS & set(parts):
             found.append(f"{path}:1: {bad.pop()} says nothing of what is inside")
-        found += [f"{path}:{line}: {fault}" for line, name in imported(tree, package) for fault in faults(path, module, name)]
+        found += [
+            f"{path}:{line}: {fault}" for line, name in imported(tree, package) for fault in faults(path, module, name)
+        ]
         if path != MAY_TORCH_LOAD:
             found += [f"{path}:{line}: unpickles" for line in unsafe_loads(tree)]
         found += [f"{path}:{line}: text in the locale's encoding" for line in locale_bound(tree)]
@@ -111,7 +129,9 @@ def faults(path: str, module: str, name: str) -> Iterator[str]:
     """What is wrong with ``module`` importing ``name``."""
     if name == "ldm.Pipeline":
         name = "ldm.pipeline.Pipeline"
-    here = "ldm.cli" if module == "ldm.__main__" else room(module)  # `ldm` itself offers names of all rooms but the command line
+    here = (
+        "ldm.cli" if module == "ldm.__main__" else room(module)
+    )  # `ldm` itself offers names of all rooms but the command line
     there = room(name)
     if module == "ldm" and there == "ldm.cli":
         yield f"{module} may not import upward from {there}"
@@ -158,7 +178,9 @@ def _module(name: str, modules: dict[str, ast.Module]) -> str | None:
 
 def _without_types(tree: ast.Module) -> ast.Module:
     """The tree without `if TYPE_CHECKING:`."""
-    return ast.Module([n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")], [])
+    return ast.Module(
+        [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")], []
+    )
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -166,7 +188,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_a_planted_circle_is_found(tmp_path: Path) -> None:
-    for name, code in {"a": "from ldm.data.b import x", "b": "def f():\n    from ldm.data import c", "c": "import ldm.data.a"}.items():
+    for name, code in {
+        "a": "from ldm.data.b import x",
+        "b": "def f():\n    from ldm.data import c",
+        "c": "import ldm.data.a",
+    }.items():
         (tmp_path / "ldm/data").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"ldm/data/{name}.py").write_text(code, encoding="utf-8")
     assert circles(tmp_path)[0] == {"ldm.data.a", "ldm.data.b", "ldm.data.c"}
@@ -181,10 +207,18 @@ def test_every_module_has_a_room() -> None:
 @pytest.mark.parametrize(
     ("path", "code", "expected"),
     [
-        ("ldm/data/x.py", "def f():\n    from ldm.training import loop", "x.py:2: ldm.data.x may not import upward from ldm.training"),
+        (
+            "ldm/data/x.py",
+            "def f():\n    from ldm.training import loop",
+            "x.py:2: ldm.data.x may not import upward from ldm.training",
+        ),
         ("ldm/data/x.py", "from ..training.loop import train", "upward from ldm.training"),
         ("ldm/data/x.py", "from .. import training", "upward from ldm.training"),
-        ("ldm/data/x.py", "from importlib import import_module\nimport_module('ldm.cli.main')", "x.py:2: ldm.data.x may not import upward"),
+        (
+            "ldm/data/x.py",
+            "from importlib import import_module\nimport_module('ldm.cli.main')",
+            "x.py:2: ldm.data.x may not import upward",
+        ),
         ("ldm/models/__init__.py", "from ldm import Pipeline", "upward from ldm.pipeline"),
         ("ldm/evaluation/x.py", "from ldm.training.loop import Loop", "may not know ldm.training, its neighbour"),
         ("ldm/training/x.py", "import ldm.evaluation.evaluate", "may not know ldm.evaluation, its neighbour"),
@@ -194,9 +228,17 @@ def test_every_module_has_a_room() -> None:
         ("ldm/cli/x.py", "import scripts.train", "upward from scripts"),
         ("autoencoder/x.py", "import ldm.config", "upward from ldm.config"),
         ("ldm/diffusion/x.py", "import numpy", "the mathematics may not import numpy"),
-        ("ldm/diffusion/x.py", "from autoencoder.config import ConfigError", "the mathematics may not import autoencoder"),
+        (
+            "ldm/diffusion/x.py",
+            "from autoencoder.config import ConfigError",
+            "the mathematics may not import autoencoder",
+        ),
         ("ldm/data/x.py", "import accelerate", "accelerate may be imported only in"),
-        ("ldm/cli/x.py", "from transformers import CLIPTextModel", "transformers may be imported only in ldm/models/text.py"),
+        (
+            "ldm/cli/x.py",
+            "from transformers import CLIPTextModel",
+            "transformers may be imported only in ldm/models/text.py",
+        ),
         ("ldm/evaluation/x.py", "import lpips", "lpips may be imported only in autoencoder/perceptual.py"),
         ("ldm/interop/x.py", "from diffusers import UNet2DConditionModel", "diffusers may be imported only in tests"),
         ("ldm/utils/x.py", "", "utils says nothing"),
@@ -219,14 +261,20 @@ def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expecte
 @pytest.mark.parametrize(
     ("path", "code"),
     [
-        ("ldm/training/x.py", "import accelerate\nfrom ldm import __version__, config\nfrom . import ema\nfrom ldm.data import sources"),
+        (
+            "ldm/training/x.py",
+            "import accelerate\nfrom ldm import __version__, config\nfrom . import ema\nfrom ldm.data import sources",
+        ),
         (
             "ldm/diffusion/x.py",
             "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\nfrom ldm.config import X\nfrom . import y",
         ),
         ("ldm/interop/diffusers/index.py", "from ldm.interop import diffusers"),
         ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
-        ("ldm/data/x.py", "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)"),
+        (
+            "ldm/data/x.py",
+            "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)",
+        ),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, path: str, code: str) -> None:
@@ -263,11 +311,21 @@ def turns(root: Path) -> list[str]:
     found = []
     for file in sorted(f for package in PACKAGES for f in (root / package).rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        documented = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n))
+        documented = (
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n)
+        )
         openings = [(n.body[0].lineno, text) for n in documented if OPENINGS.match(text := ast.get_docstring(n) or "")]
-        texts = [(n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        texts = [
+            (n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
         found += [f"{file.relative_to(root).as_posix()}:{line}: {text[:60]!r}" for line, text in openings]
-        found += [f"{file.relative_to(root).as_posix()}:{line}: {hit[0]!r}" for line, text in texts if (hit := TURNS.search(text))]
+        found += [
+            f"{file.relative_to(root).as_posix()}:{line}: {hit[0]!r}"
+            for line, text in texts
+            if (hit := TURNS.search(text))
+        ]
     return found
 
 
@@ -277,5 +335,7 @@ def test_words_are_plain() -> None:
 
 def test_a_planted_turn_is_found(tmp_path: Path) -> None:
     (tmp_path / "ldm").mkdir()
-    (tmp_path / "ldm/x.py").write_text('"""What it is."""\nraise ValueError(f"{1} is no run: it goes on")\n', encoding="utf-8")
+    (tmp_path / "ldm/x.py").write_text(
+        '"""What it is."""\nraise ValueError(f"{1} is no run: it goes on")\n', encoding="utf-8"
+    )
     assert len(turns(tmp_path)) == 2

@@ -36,7 +36,9 @@ class Silent:
 
 
 def autoencoder(run: Path, **loss: Any) -> AutoencoderTask:
-    return AutoencoderTask(build(AutoencoderTrainingConfig, {"run": str(run), **AUTOENCODER, "loss": {**AUTOENCODER["loss"], **loss}}))
+    return AutoencoderTask(
+        build(AutoencoderTrainingConfig, {"run": str(run), **AUTOENCODER, "loss": {**AUTOENCODER["loss"], **loss}})
+    )
 
 
 def test_the_perceptual_term_alone_trains_the_whole_autoencoder(tmp_path: Path) -> None:
@@ -44,7 +46,9 @@ def test_the_perceptual_term_alone_trains_the_whole_autoencoder(tmp_path: Path) 
     task = autoencoder(tmp_path, l1=0.0, kl=0.0, gan=0.0, lpips=1.0, lpips_net="alex", lpips_weights="random")
     metrics = task.micro_step(collate([task.stream[p] for p in range(2)]), 0, lambda loss: loss.backward())
     assert float(metrics["lpips"]) > 0
-    assert [name for name, p in task.autoencoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert [
+        name for name, p in task.autoencoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
 
 
 class Wrapper(nn.Module):
@@ -78,8 +82,12 @@ def test_every_gradient_comes_through_the_wrapped_network(tmp_path: Path, make: 
         network.register_forward_pre_hook(count)
     task.micro_step(collate([task.stream[p] for p in range(2)]), 4, lambda loss: loss.backward())
     through = {name: wrapper.calls for name, wrapper in task.wrapped.items()}
-    assert through == {name: 2 if name == "discriminator" else 1 for name in task.networks}  # of images and of reconstructions
-    assert direct == {name: 3 if name == "discriminator" else 1 for name in task.networks}  # once more, frozen, for the generator
+    assert through == {
+        name: 2 if name == "discriminator" else 1 for name in task.networks
+    }  # of images and of reconstructions
+    assert direct == {
+        name: 3 if name == "discriminator" else 1 for name in task.networks
+    }  # once more, frozen, for the generator
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
@@ -149,7 +157,13 @@ def test_grey_images_are_one_channel_from_end_to_end(tmp_path: Path, monkeypatch
     data = {"source": "digits", "image_size": 32, "image_channels": 1}
     train = {**TRAIN, "steps": 1, "batch_size": 2, "validation_size": 2, "warmup": 0}
     stage1 = {**AUTOENCODER, "data": data, "model": {**AUTOENCODER["model"], "image_channels": 1}, "train": train}
-    stage1["loss"] = {**AUTOENCODER["loss"], "gan_start": 0, "lpips": 1.0, "lpips_net": "alex", "lpips_weights": "random"}
+    stage1["loss"] = {
+        **AUTOENCODER["loss"],
+        "gan_start": 0,
+        "lpips": 1.0,
+        "lpips_net": "alex",
+        "lpips_weights": "random",
+    }
     folder = str(tmp_path / "autoencoder")
     stage2 = {
         **DIFFUSION,

@@ -233,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=25, help="of each stage (default 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--out", metavar="FOLDER", help="where the runs go, and those that differ stay (default: a temporary folder)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where the runs go, and those that differ stay (default: a temporary folder)"
+    )
     arguments = parser.parse_args(argv)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="torture-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": f"{folder}/{name}", **tree}))
     begun = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        first, _ = pool.map(lambda name: straight(name, folder / f"{name}.yaml", folder / name), ("autoencoder", "clip"))
+        first, _ = pool.map(
+            lambda name: straight(name, folder / f"{name}.yaml", folder / name), ("autoencoder", "clip")
+        )
     stages = [first, straight("ldm", folder / "ldm.yaml", folder / "ldm")]
     for stage in stages:
         print(f"{stage.name}: {STEPS} updates, each saved, in {stage.logged[-1]:.1f} s without a kill", flush=True)

@@ -105,8 +105,14 @@ def _lines(rows: list[dict[str, Any]], taken: str | None, left: list[dict[str, A
         held = f" ({row['held']})" if row["held"] else ""
         arrow = "  <- the next start" if row["path"] == taken else ""
         groups = " ".join(row["groups"]) or "nothing"
-        lines.append(f"{row['update']:>8}  {row['date']}  {size_text(row['bytes']):>10}  {groups}  {state}{held}{arrow}")
+        lines.append(
+            f"{row['update']:>8}  {row['date']}  {size_text(row['bytes']):>10}  {groups}  {state}{held}{arrow}"
+        )
     for one in left:
-        state = "being written" if one["written_by_a_living_process"] else "left by a killed process: the next start removes it"
+        state = (
+            "being written"
+            if one["written_by_a_living_process"]
+            else "left by a killed process: the next start removes it"
+        )
         lines.append(f"{one['path']}: {state}")
     return lines

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plain", metavar="RUN", help="a run of train-autoencoder with loss.gan 0")
     parser.add_argument("adversarial", metavar="RUN_WITH_GAN", help="the same with loss.gan above 0")
     parser.add_argument(
-        "--out", help="the picture, a .png (default: comparison.png beside the second run); the figures are in a .json beside it"
+        "--out",
+        help="the picture, a .png (default: comparison.png beside the second run); the figures are in a .json beside it",
     )
 
 
@@ -36,5 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console()
     for name, figures in compare(plain, adversarial, file).items():
-        console.say(f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None))
+        console.say(
+            f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None)
+        )
     console.say(f"picture: {file}")

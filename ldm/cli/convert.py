@@ -31,12 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="a new folder, or a new file that ends in .safetensors")
     parser.add_argument("--verify", action="store_true", help="compare what was written with what was read")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default keep)")
-    parser.add_argument("--shard-size", type=float, metavar="GB", help="split the files of a folder's weights above this size")
-    parser.add_argument("--openclip", action="store_true", help="a single file of Stable Diffusion 2: the text encoder in OpenCLIP's names")
     parser.add_argument(
-        "--lora-layout", choices=LORA_LAYOUTS, help="SRC is a LoRA: the names in the new file (float32 unless --dtype says another)"
+        "--shard-size", type=float, metavar="GB", help="split the files of a folder's weights above this size"
     )
-    parser.add_argument("--lora-base", metavar="MODEL", help="the model that a LoRA changes, where SRC is not a run, which knows it")
+    parser.add_argument(
+        "--openclip",
+        action="store_true",
+        help="a single file of Stable Diffusion 2: the text encoder in OpenCLIP's names",
+    )
+    parser.add_argument(
+        "--lora-layout",
+        choices=LORA_LAYOUTS,
+        help="SRC is a LoRA: the names in the new file (float32 unless --dtype says another)",
+    )
+    parser.add_argument(
+        "--lora-base", metavar="MODEL", help="the model that a LoRA changes, where SRC is not a run, which knows it"
+    )
     add_reading(parser)
 
 

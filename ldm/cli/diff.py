@@ -62,7 +62,11 @@ def _models(a: Path, b: Path) -> dict[str, list[Row] | None]:
     found: dict[str, list[Row] | None] = {}
     for name in {**first, **second}:
         one, other = (_entries(name, about.get(name)) for about in (first, second))
-        found[name] = compare(one, other) if one and other else [(name, "there" if one else NOTHING, "there" if other else NOTHING)]
+        found[name] = (
+            compare(one, other)
+            if one and other
+            else [(name, "there" if one else NOTHING, "there" if other else NOTHING)]
+        )
     return found
 
 

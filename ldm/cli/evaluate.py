@@ -26,15 +26,24 @@ from ldm.runs.records import figures
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and the number of images."""
-    parser.add_argument("run", metavar="RUN", help="a finished run of train-ldm; on shapes, shapes-two or digits without --likelihood")
+    parser.add_argument(
+        "run", metavar="RUN", help="a finished run of train-ldm; on shapes, shapes-two or digits without --likelihood"
+    )
     parser.add_argument("--images", type=int, help="images per set (default 1000; 256 with --likelihood)")
     parser.add_argument(
-        "--tune", type=int, default=96, help="images for each of the settings tried (default 96; 0: the run's own settings)"
+        "--tune",
+        type=int,
+        default=96,
+        help="images for each of the settings tried (default 96; 0: the run's own settings)",
     )
-    parser.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
+    parser.add_argument(
+        "--batch-size", type=int, default=100, help="images computed together by one process (default 100)"
+    )
     add_parts(parser)
     parser.add_argument("--likelihood", action="store_true", help="bits per dimension instead of judged samples")
-    parser.add_argument("--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)")
+    parser.add_argument(
+        "--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)"
+    )
     parser.add_argument(
         "--variance",
         choices=VARIANCES,
@@ -59,7 +68,14 @@ def run(arguments: argparse.Namespace) -> None:
         _likelihood(folder, arguments, console)
         return
     report = evaluate(
-        folder, arguments.images, arguments.tune, arguments.batch_size, console.progress, console.say, *launched(), parts(arguments)
+        folder,
+        arguments.images,
+        arguments.tune,
+        arguments.batch_size,
+        console.progress,
+        console.say,
+        *launched(),
+        parts(arguments),
     )
     for path, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
         console.say(_line(path, value))
@@ -75,7 +91,9 @@ def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -
         *launched(), parts(arguments),
     )  # fmt: skip
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
-    console.say(f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   ({found['images']} images, variance {found['variance']})")
+    console.say(
+        f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   ({found['images']} images, variance {found['variance']})"
+    )
     for path, value in figures(
         {k: found[k] for k in ("parts", "terms", "latent", "with_standard_normal_prior", "by_variance") if k in found}
     ):

@@ -43,11 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and where to write."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of images")
     parser.add_argument(
-        "--out", help="folder for the configurations (default configs/NAME of the images' folder); runs go to runs/ under its name"
+        "--out",
+        help="folder for the configurations (default configs/NAME of the images' folder); runs go to runs/ under its name",
     )
     parser.add_argument("--captions", choices=CAPTIONS, help="where captions are (default: what is found)")
-    parser.add_argument("--image-size", type=int, help="side in pixels to train at (default: by the images and this machine)")
-    parser.add_argument("--all", action="store_true", help="decode every image of a large set, not 5,000 spread over it")
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels to train at (default: by the images and this machine)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="decode every image of a large set, not 5,000 spread over it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,7 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console()
     looked = survey(
-        folder, arguments.captions, arguments.all, lambda i, n: console.progress(i, n, {}) if i % 500 == 0 or i == n > 500 else None
+        folder,
+        arguments.captions,
+        arguments.all,
+        lambda i, n: console.progress(i, n, {}) if i % 500 == 0 or i == n > 500 else None,
     )
     gpu = _gpu()
     size = _size(arguments.image_size, looked, gpu)
@@ -75,7 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
         _write_all({out / file: text for file, text in recipe.write(plan).items()})
     _say_skipped(looked, out, console)
     if present:
-        console.say(f"{', '.join(present)} in {out}/ stay as they are: delete them, or give another folder with --out, to have new ones")
+        console.say(
+            f"{', '.join(present)} in {out}/ stay as they are: delete them, or give another folder with --out, to have new ones"
+        )
     else:
         _say_next(plan, out, console)
 
@@ -107,7 +117,8 @@ def _check_places(folder: Path, out: Path) -> None:
     for place in (out, Path("runs")):
         if folder.is_dir() and resolved(place).is_relative_to(resolved(folder)):
             raise ConfigError(
-                f"{place} would lie inside {folder}, among the images: start from another folder" + " (or see --out)" * (place == out)
+                f"{place} would lie inside {folder}, among the images: start from another folder"
+                + " (or see --out)" * (place == out)
             )
     above = next(p for p in (out, *out.parents) if p.exists())
     if not above.is_dir():
@@ -127,7 +138,9 @@ def _size(asked: int | None, looked: Survey, gpu: bool) -> int:
     multiple = 64 if gpu else 16
     if asked is not None:
         if asked < multiple or asked % multiple:
-            raise ConfigError(f"--image-size must be a multiple of {multiple} for the networks that fit this machine, got {asked}")
+            raise ConfigError(
+                f"--image-size must be a multiple of {multiple} for the networks that fit this machine, got {asked}"
+            )
         return asked
     if not gpu:
         return CPU_SIZE
@@ -173,18 +186,26 @@ def _lines(looked: Survey, longest: int) -> list[str]:
     if data.captions != "none":
         texts = [row.text for row in looked.rows]
         empty = sum(not text.strip() for text in texts)
-        cut = f", longer than 77 tokens are cut (longest: {longest})" if longest > 77 else f", the longest of {longest} tokens"
+        cut = (
+            f", longer than 77 tokens are cut (longest: {longest})"
+            if longest > 77
+            else f", the longest of {longest} tokens"
+        )
         from ldm.models.text import LONGEST_CAPTION
 
         if long := sum(len(text) > LONGEST_CAPTION for text in texts):
             cut += f"; of {long} with more than {LONGEST_CAPTION} characters the rest is not looked at"
         lines.append(f"  captions  {len(set(texts))} distinct, {empty} empty{cut}")
     train, validation = looked.split
-    lines.append(f"  split     {train} for training, {validation} for validation (by a hash of the name: adding files moves none)")
+    lines.append(
+        f"  split     {train} for training, {validation} for validation (by a hash of the name: adding files moves none)"
+    )
     if looked.unlisted:
         lines.append(f"  unlisted  {looked.unlisted} images have no row in the metadata and are not used")
     if looked.others:
-        lines.append("  others    " + ", ".join(f"{n} {suffix}" for suffix, n in looked.others.items()) + " are not read")
+        lines.append(
+            "  others    " + ", ".join(f"{n} {suffix}" for suffix, n in looked.others.items()) + " are not read"
+        )
     if looked.decoded < len(headers):
         lines.append(f"  decoded   {looked.decoded} of them, of the others the header alone (--all decodes all)")
     return lines + [f"  note      {remark}" for remark in looked.remarks]
@@ -204,13 +225,19 @@ def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
         console.say(f"            {one.file}: {one.reason}")
     share, allowed = len(skipped) / looked.total, looked.data.max_skipped
     if share > allowed:
-        console.say(f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: fix or remove them,")
+        console.say(
+            f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: fix or remove them,"
+        )
         console.say(f"            or set max_skipped to {share + 0.005:.2f} in the configurations")
 
 
 def _say_next(plan: Plan, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
-    console.say(f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})")
-    prompt = f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}" if plan.data.captions != "none" else ""
+    console.say(
+        f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})"
+    )
+    prompt = (
+        f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}" if plan.data.captions != "none" else ""
+    )
     console.say(f"next:  ldm train {shlex.quote(str(out))}\n       ldm sample runs/{plan.name}{prompt} --count 8")

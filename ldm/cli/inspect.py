@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
     parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")
     parser.add_argument(
-        "--verify", action="store_true", help="fail where a weight is not finite, or a file has changed since it was written"
+        "--verify",
+        action="store_true",
+        help="fail where a weight is not finite, or a file has changed since it was written",
     )
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
@@ -54,7 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     if missing := lacking(bundle):
         about["lacks"] = {TITLES[name]: f"{sign}: give --{OPTIONS[name]}" for name, sign in missing.items()}
     if arguments.verify:
-        about["verified"] = {"finite": list(bundle.parts), "unchanged": [name for name, part in bundle.parts.items() if part.sha256]}
+        about["verified"] = {
+            "finite": list(bundle.parts),
+            "unchanged": [name for name, part in bundle.parts.items() if part.sha256],
+        }
     if arguments.json:
         console.say(json.dumps(about, indent=2, ensure_ascii=False))
         return

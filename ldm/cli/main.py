@@ -26,9 +26,15 @@ GROUPS = {
         "train": ("ldm.cli.train", "train all stages of a folder of configurations, one after the other"),
         "train-autoencoder": ("ldm.cli.train_autoencoder", "stage 1: train the autoencoder"),
         "train-clip": ("ldm.cli.train_clip", "train a small CLIP text encoder on the run's own captions and images"),
-        "cache-latents": ("ldm.cli.cache_latents", "encode the images of a diffusion run once (train-ldm does it automatically)"),
+        "cache-latents": (
+            "ldm.cli.cache_latents",
+            "encode the images of a diffusion run once (train-ldm does it automatically)",
+        ),
         "train-ldm": ("ldm.cli.train_ldm", "stage 2: train the latent diffusion model"),
-        "train-classifier": ("ldm.cli.train_classifier", "train a classifier of noisy latents, for classifier guidance"),
+        "train-classifier": (
+            "ldm.cli.train_classifier",
+            "train a classifier of noisy latents, for classifier guidance",
+        ),
     },
     "draw": {
         "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
@@ -36,12 +42,24 @@ GROUPS = {
     },
     "look at a run": {
         "status": ("ldm.cli.status", "say in one line what a run is doing; the exit code says it to scripts"),
-        "report": ("ldm.cli.report", "one HTML file of a run, in any state: curves, pictures, figures, what was skipped"),
-        "checkpoints": ("ldm.cli.checkpoints", "list a run's checkpoints, whether they are intact, and which one the next start takes"),
+        "report": (
+            "ldm.cli.report",
+            "one HTML file of a run, in any state: curves, pictures, figures, what was skipped",
+        ),
+        "checkpoints": (
+            "ldm.cli.checkpoints",
+            "list a run's checkpoints, whether they are intact, and which one the next start takes",
+        ),
         "diff": ("ldm.cli.diff", "say what differs between two runs, or two models"),
         "replay": ("ldm.cli.replay", "compute a non-finite update again, and name the first module that broke"),
-        "verify-resume": ("ldm.cli.verify_resume", "prove on a configuration that a run which is cut off continues exactly"),
-        "plot": ("ldm.cli.plot", "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity"),
+        "verify-resume": (
+            "ldm.cli.verify_resume",
+            "prove on a configuration that a run which is cut off continues exactly",
+        ),
+        "plot": (
+            "ldm.cli.plot",
+            "plots: noise schedules, forward and reverse chain, guidance against accuracy and diversity",
+        ),
     },
     "models and files": {
         "inspect": ("ldm.cli.inspect", "say what a model, a folder or a file is: sizes, process, types, hashes"),
@@ -50,7 +68,10 @@ GROUPS = {
     "measure": {
         "evaluate": ("ldm.cli.evaluate", "judge a run's samples and write report.json"),
         "sampler-report": ("ldm.cli.sampler_report", "measure the samplers, on exact targets or on a run"),
-        "compare-autoencoders": ("ldm.cli.compare_autoencoders", "two autoencoders side by side, without and with a discriminator"),
+        "compare-autoencoders": (
+            "ldm.cli.compare_autoencoders",
+            "two autoencoders side by side, without and with a discriminator",
+        ),
     },
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
@@ -60,7 +81,10 @@ CODES = """exit codes: 0 done, 2 usage, configuration, or a file or disk that th
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer")  # how gloo says that a process has gone
-LATE = ("Timed out waiting", "wait timeout after")  # and that one is there and silent: in an exchange, and at the first meeting
+LATE = (
+    "Timed out waiting",
+    "wait timeout after",
+)  # and that one is there and silent: in an exchange, and at the first meeting
 GRACE = 10  # seconds that a failing process leaves to the main one to say the same; the launcher then ends both
 
 
@@ -89,11 +113,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(
-        dest="command", metavar="command", required=True, help="one of those below; `ldm command --help` has its options"
+        dest="command",
+        metavar="command",
+        required=True,
+        help="one of those below; `ldm command --help` has its options",
     )
     for name, (module, _) in COMMANDS.items():
         implementation = importlib.import_module(module)
-        sub = commands.add_parser(name, description=implementation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(
+            name, description=implementation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         implementation.add_arguments(sub)
         sub.set_defaults(function=implementation.run)
     return top
@@ -102,7 +131,10 @@ def parser() -> argparse.ArgumentParser:
 def _listed() -> str:
     """All commands under the headings of GROUPS."""
     width = max(map(len, COMMANDS)) + 2
-    groups = ("\n".join([f"{head}:", *(f"  {name:{width}}{text}" for name, (_, text) in group.items())]) for head, group in GROUPS.items())
+    groups = (
+        "\n".join([f"{head}:", *(f"  {name:{width}}{text}" for name, (_, text) in group.items())])
+        for head, group in GROUPS.items()
+    )
     return "\n\n".join(groups)
 
 
@@ -174,11 +206,21 @@ def _known(error: Exception) -> tuple[int | None, str]:
         return error.exit_code, str(error)  # type: ignore[attr-defined]
     if isinstance(error, OSError):
         return OS_FAULT, described(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
         wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
-        return OS_FAULT, f"not enough memory{f' ({wanted[0].lower()})' if wanted else ''}: take a smaller batch, image or network"
+        return (
+            OS_FAULT,
+            f"not enough memory{f' ({wanted[0].lower()})' if wanted else ''}: take a smaller batch, image or network",
+        )
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
-        return OS_FAULT, f"{error.object!r} cannot be named in this locale ({error.encoding}): set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        return (
+            OS_FAULT,
+            f"{error.object!r} cannot be named in this locale ({error.encoding}): set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+        )
     return None, ""
 
 

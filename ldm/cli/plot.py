@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.console import Console, rank
 from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
-from ldm.config import SAMPLERS, SCHEDULES, ConfigError, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, config_file, load, load_run
+from ldm.config import (
+    SAMPLERS,
+    SCHEDULES,
+    ConfigError,
+    DiffusionTrainingConfig,
+    SampleConfig,
+    ScheduleConfig,
+    config_file,
+    load,
+    load_run,
+)
 from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
@@ -63,11 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command for each plot."""
     plots = parser.add_subparsers(dest="plot", metavar="plot", required=True)
     schedules = _sub(plots, "schedules", "noise schedules side by side", SCHEDULES_HELP)
-    schedules.add_argument("run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule")
-    schedules.add_argument("--names", nargs="+", metavar="NAME", help=f"some of {', '.join(SCHEDULES)} (default: all, with a RUN none)")
+    schedules.add_argument(
+        "run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule"
+    )
+    schedules.add_argument(
+        "--names", nargs="+", metavar="NAME", help=f"some of {', '.join(SCHEDULES)} (default: all, with a RUN none)"
+    )
     schedules.add_argument("--num-steps", type=int, metavar="T", help="steps of the named schedules (default 1000)")
-    schedules.add_argument("--zero-terminal-snr", action="store_true", help="each named schedule also with no signal at the last step")
-    schedules.add_argument("--shift", type=float, help="each named schedule also shifted for a side so many times as large")
+    schedules.add_argument(
+        "--zero-terminal-snr", action="store_true", help="each named schedule also with no signal at the last step"
+    )
+    schedules.add_argument(
+        "--shift", type=float, help="each named schedule also shifted for a side so many times as large"
+    )
     schedules.add_argument("--image", metavar="FILE", help="the picture along t (default: a drawn shape)")
     forward = _sub(plots, "forward", "noise takes validation images apart", FORWARD_HELP)
     forward.add_argument("run", metavar="RUN", help="a run of train-ldm")
@@ -81,14 +99,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reverse.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
     guidance = _sub(plots, "guidance", "guidance against accuracy and diversity", GUIDANCE_HELP)
     guidance.add_argument("run", metavar="RUN", help="a run of train-ldm on shapes, shapes-two or digits")
-    guidance.add_argument("--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="γ", help="default: 0 1 1.5 2 3 4 6 8")
+    guidance.add_argument(
+        "--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="γ", help="default: 0 1 1.5 2 3 4 6 8"
+    )
     guidance.add_argument("--images", type=int, default=320, help="images for each γ (default 320)")
-    guidance.add_argument("--batch-size", type=int, default=100, help="images computed together by one process (default 100)")
+    guidance.add_argument(
+        "--batch-size", type=int, default=100, help="images computed together by one process (default 100)"
+    )
     classifier = _sub(plots, "classifier", "classifier guidance against accuracy and diversity", CLASSIFIER_HELP)
     classifier.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm on digits, or a model folder")
     classifier.add_argument("--classifier", metavar="RUN", required=True, help="a run of train-classifier")
     classifier.add_argument(
-        "--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0], metavar="W", help="default: 0 1 2 4 8 16"
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0],
+        metavar="W",
+        help="default: 0 1 2 4 8 16",
     )
     classifier.add_argument("--images", type=int, default=200, help="images for each scale (default 200)")
     classifier.add_argument("--steps", type=int, default=25, help="network calls (default 25)")
@@ -99,11 +126,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
         sub.add_argument("--seed", type=int, help="0 to 2^63 − 1")
     for name, sub in plots.choices.items():
-        sub.add_argument("--out", metavar="FILE", help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)")
+        sub.add_argument(
+            "--out",
+            metavar="FILE",
+            help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)",
+        )
 
 
 def _sub(plots: Any, name: str, text: str, description: str) -> argparse.ArgumentParser:
-    return plots.add_parser(name, help=text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return plots.add_parser(
+        name, help=text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,8 +162,12 @@ def _schedules(arguments: argparse.Namespace, console: Console) -> None:
     shown = [schedules.own(f"run {resolved(arguments.run).name}\n({ours.name})", ours)] if ours else []
     num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
     shown += schedules.entries(tuple(dict.fromkeys(names)), num_steps, arguments.zero_terminal_snr, arguments.shift)
-    picture = prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()
-    schedules.schedules_page(shown, picture).save(file, {"schedules": [dataclasses.asdict(entry.config) for entry in shown]})
+    picture = (
+        prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()
+    )
+    schedules.schedules_page(shown, picture).save(
+        file, {"schedules": [dataclasses.asdict(entry.config) for entry in shown]}
+    )
     console.say(f"schedules: {file}")
 
 
@@ -202,7 +239,15 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     processes, device = launched()
     folder = Path(arguments.run)
     report, page = guidance_sweep(
-        folder, scales, arguments.images, given, arguments.batch_size, console.progress, processes, device, parts(arguments)
+        folder,
+        scales,
+        arguments.images,
+        given,
+        arguments.batch_size,
+        console.progress,
+        processes,
+        device,
+        parts(arguments),
     )
     for row in report["scales"]:
         console.say(_measured("γ", row))
@@ -242,12 +287,21 @@ def _save(page: Page, report: dict[str, Any], file: Path) -> None:
 
 def _measured(symbol: str, row: dict[str, Any]) -> str:
     """One setting of a sweep, in a line."""
-    share, varied = row["judged"]["all"], f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})"
+    share, varied = (
+        row["judged"]["all"],
+        f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})",
+    )
     right = f"{share['accuracy']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
     return f"{symbol} {row['scale']:<4g} right {right}   diversity {varied}   n = {share['n']}"
 
 
-PLOTS = {"schedules": _schedules, "forward": _forward, "reverse": _reverse, "guidance": _guidance, "classifier": _classifier}
+PLOTS = {
+    "schedules": _schedules,
+    "forward": _forward,
+    "reverse": _reverse,
+    "guidance": _guidance,
+    "classifier": _classifier,
+}
 
 
 def _at_least_one(arguments: argparse.Namespace, name: str) -> None:

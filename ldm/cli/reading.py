@@ -23,8 +23,12 @@ PARTS = ("vae", "text")
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
     """The arguments that name parts of a model which lie elsewhere."""
-    parser.add_argument("--vae", metavar="PATH", help="a run, folder or file whose autoencoder is taken in the place of the model's own")
-    parser.add_argument("--text", metavar="PATH_OR_NAME", help="the same of the text encoder with its tokenizer; also a CLIP of the hub")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="a run, folder or file whose autoencoder is taken in the place of the model's own"
+    )
+    parser.add_argument(
+        "--text", metavar="PATH_OR_NAME", help="the same of the text encoder with its tokenizer; also a CLIP of the hub"
+    )
 
 
 def parts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -36,10 +40,20 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
     add_parts(parser)
-    single = parser.add_argument_group("single files", "what such a file may not say of itself; asked for where it is needed")
+    single = parser.add_argument_group(
+        "single files", "what such a file may not say of itself; asked for where it is needed"
+    )
     single.add_argument("--weights", choices=("ema", "raw"), help="of a file with both (default: ema where they are)")
-    single.add_argument("--tokenizer", metavar="FOLDER_OR_NAME", help="a folder, or a model of the hub, whose tokenizer it has")
-    single.add_argument("--heads", type=int, nargs="+", metavar="N", help="attention heads of its U-Net, one number or one for each level")
+    single.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_NAME", help="a folder, or a model of the hub, whose tokenizer it has"
+    )
+    single.add_argument(
+        "--heads",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="attention heads of its U-Net, one number or one for each level",
+    )
     for name, (kind, text) in HINTS.items():
         single.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 

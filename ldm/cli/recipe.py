@@ -79,9 +79,7 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
     if data.text_column != "text":
         caption_settings = f"  text_column: {_quoted(data.text_column)}\n"
     if data.captions == "class":
-        caption_settings = (
-            f"  caption_templates: {_quoted(list(data.caption_templates))}   # {{}} is the class; each image keeps one of them\n"
-        )
+        caption_settings = f"  caption_templates: {_quoted(list(data.caption_templates))}   # {{}} is the class; each image keeps one of them\n"
     own = {
         "folder": _quoted(data.folder),
         "captions": data.captions,

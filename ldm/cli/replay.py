@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     task = make_task(settings, console)
     positions = incident.positions
     console.say(f"update {incident.update}: positions {positions.start} to {positions.stop - 1} of the training stream")
-    lines = replay(task, incident, weights, settings.train.mixed_precision, isinstance(settings, ClipTrainingConfig)).lines()
+    lines = replay(
+        task, incident, weights, settings.train.mixed_precision, isinstance(settings, ClipTrainingConfig)
+    ).lines()
     if not lines:
         split = f"{incident.processes} × {incident.micro_batch}"
         raise NotReproducedError(

@@ -18,9 +18,13 @@ from ldm.files.disk import replace
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and the output file."""
-    parser.add_argument("run", metavar="RUN", help="a run of train-autoencoder, train-clip or train-ldm, finished or not")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run of train-autoencoder, train-clip or train-ldm, finished or not"
+    )
     parser.add_argument("--out", metavar="FILE", help="the HTML file (default: RUN/report.html)")
-    parser.add_argument("--images", type=int, default=256, help="validation images reconstructed (default 256; 0: none)")
+    parser.add_argument(
+        "--images", type=int, default=256, help="validation images reconstructed (default 256; 0: none)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

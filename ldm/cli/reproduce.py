@@ -33,11 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
     parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
     parser.add_argument(
-        "--moved", action="append", default=[], metavar="OLD=NEW", help="where a LoRA or guide is now, by its name in the PNG"
+        "--moved",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where a LoRA or guide is now, by its name in the PNG",
     )
     add_parts(parser)
     parser.add_argument("--out", metavar="FILE", help="keep the picture that is drawn again, as a PNG")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,14 +77,20 @@ def run(arguments: argparse.Namespace) -> int:
         if origin.index is not None and any(deviation(pixels, drawn)):
             drawn = redraw(pipe, origin, pixels.shape[1], together=True)  # sums of a batch may have another order
         count, most = deviation(pixels, drawn)
-        what = f"{count:,} of {pixels.shape[0] * pixels.shape[1]:,} pixels differ, by at most {most} of 255" if count else "identical"
+        what = (
+            f"{count:,} of {pixels.shape[0] * pixels.shape[1]:,} pixels differ, by at most {most} of 255"
+            if count
+            else "identical"
+        )
     except ValueError as error:
         what, most = str(error), 256
     here = surroundings(device)
     if out is not None:
         write_png(Image.fromarray(drawn), out, dataclasses.replace(origin, drawn={**origin.drawn, **here}).png())
     console = Console()
-    console.say(f"{file}: {what}{' (within what is promised)' if 0 < most <= PROMISED else ''}; model {origin.model[:12]} of {path}")
+    console.say(
+        f"{file}: {what}{' (within what is promised)' if 0 < most <= PROMISED else ''}; model {origin.model[:12]} of {path}"
+    )
     for line in elsewhere(origin, here):
         console.say(f"  {line}")
     return int(most > PROMISED)

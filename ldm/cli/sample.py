@@ -50,21 +50,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--variance", help=f"of ddpm's noise: one of {', '.join(VARIANCES)}")
     parser.add_argument("--negative-prompt", help="what to steer away from")
-    parser.add_argument("--guidance-rescale", type=float, help="0 to 1: how much of the deviation that guidance adds is taken back")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO ≤ σ = s/a ≤ HI alone")
-    parser.add_argument("--dynamic-threshold", type=float, metavar="P", help="pixel models: clip x̂_0 at the quantile P of its size")
+    parser.add_argument(
+        "--guidance-rescale", type=float, help="0 to 1: how much of the deviation that guidance adds is taken back"
+    )
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO ≤ σ = s/a ≤ HI alone"
+    )
+    parser.add_argument(
+        "--dynamic-threshold", type=float, metavar="P", help="pixel models: clip x̂_0 at the quantile P of its size"
+    )
     parser.add_argument("--autoguidance", metavar="RUN_OR_FOLDER", help="a weaker model to lean away from")
     parser.add_argument("--autoguidance-scale", type=float, help="1: not at all (default 2)")
-    parser.add_argument("--classifier", metavar="RUN", help="a run of train-classifier: prompts are captions of its classes")
-    parser.add_argument("--classifier-scale", type=float, metavar="W", help="0: not at all (default 1)")
-    parser.add_argument("--classifier-form", help=f"one of {', '.join(CLASSIFIER_FORMS)} (mean: with ddpm; default score)")
     parser.add_argument(
-        "--lora", action="append", metavar="PATH[:SCALE]", help="a LoRA file, folder or run on top of the model; may be given several times"
+        "--classifier", metavar="RUN", help="a run of train-classifier: prompts are captions of its classes"
+    )
+    parser.add_argument("--classifier-scale", type=float, metavar="W", help="0: not at all (default 1)")
+    parser.add_argument(
+        "--classifier-form", help=f"one of {', '.join(CLASSIFIER_FORMS)} (mean: with ddpm; default score)"
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="a LoRA file, folder or run on top of the model; may be given several times",
     )
     parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
-    parser.add_argument("--batch-size", type=int, default=16, help="images computed together by one process (default 16)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="images computed together by one process (default 16)"
+    )
     parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one, each process its own)")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one, each process its own)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -99,7 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_start(info.schedule, info.target, settings)
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
-        raise ConfigError("this model is unconditional: it draws without captions, leave --prompt and --prompts-file out")
+        raise ConfigError(
+            "this model is unconditional: it draws without captions, leave --prompt and --prompts-file out"
+        )
     if settings.classifier is not None:
         from ldm.interop.classifier import read_classifier
 
@@ -124,7 +143,12 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     images = processes.over(len(prompts), lambda mine: _draw(pipe, origin, mine, first, out, console))
     if processes.main and len(prompts) > 1:
-        _save_grid(images, arguments.count if arguments.count > 1 else min(8, len(prompts)), origin, out / f"grid-{first:05d}.png")
+        _save_grid(
+            images,
+            arguments.count if arguments.count > 1 else min(8, len(prompts)),
+            origin,
+            out / f"grid-{first:05d}.png",
+        )
     console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {arguments.out}/ from {first:05d}")
 
 
@@ -154,7 +178,9 @@ def devices(name: str | None) -> tuple[Processes, torch.device]:
 
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if name not in (None, "cpu") and count > 1:
-        raise ConfigError(f"--device {name} with {count} processes: each takes the GPU of its number; leave it out, or say cpu")
+        raise ConfigError(
+            f"--device {name} with {count} processes: each takes the GPU of its number; leave it out, or say cpu"
+        )
     try:
         if name is not None:
             torch.zeros(1, device=name).cpu()  # `meta` has no numbers
@@ -180,7 +206,9 @@ def _draw(pipe: Any, whole: Provenance, mine: range, first: int, out: Path, cons
 
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
-    for images in pipe.sample([prompts[i] for i in mine], whole.settings, size=whole.size, batch_size=batch_size, indices=mine):
+    for images in pipe.sample(
+        [prompts[i] for i in mine], whole.settings, size=whole.size, batch_size=batch_size, indices=mine
+    ):
         arrays = to_uint8(images)
         for picture, i in zip(to_pil(arrays), mine[len(drawn) :], strict=False):
             origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)

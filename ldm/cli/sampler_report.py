@@ -26,14 +26,27 @@ FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # and their defaults
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """On what, how many steps, and where to."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a finished run of train-ldm; left out: the exact targets")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a finished run of train-ldm; left out: the exact targets"
+    )
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all)")
-    parser.add_argument("--steps", nargs="+", type=int, metavar="N", help="numbers of steps (default 10 20 50 100; with a run 5 10 20 50)")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="numbers of steps (default 10 20 50 100; with a run 5 10 20 50)",
+    )
     parser.add_argument("--images", type=int, help=f"with a run: images of each (default {FOR_RUNS['images']})")
     parser.add_argument(
-        "--within", type=float, metavar="D", help=f"with a run: a distance that is good enough (default {FOR_RUNS['within']:g})"
+        "--within",
+        type=float,
+        metavar="D",
+        help=f"with a run: a distance that is good enough (default {FOR_RUNS['within']:g})",
     )
-    parser.add_argument("--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})")
+    parser.add_argument(
+        "--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})"
+    )
     parser.add_argument("--grid", help=f"with a run: {', '.join(GRIDS)} (default: the model's own)")
     add_parts(parser)
     parser.add_argument("--out", metavar="FOLDER", help="folder of the files (default: the run, or sampler-report)")
@@ -54,7 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
     steps = sorted(set(arguments.steps or ((10, 20, 50, 100) if arguments.run is None else (5, 10, 20, 50))))
     if steps[0] < 1 or steps[-1] > 1000:
         raise ConfigError(f"--steps must lie between 1 and 1000, got {' '.join(map(str, steps))}")
-    given = {name: default if getattr(arguments, name) is None else getattr(arguments, name) for name, default in FOR_RUNS.items()}
+    given = {
+        name: default if getattr(arguments, name) is None else getattr(arguments, name)
+        for name, default in FOR_RUNS.items()
+    }
     for name, value in given.items():
         if value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
@@ -81,13 +97,17 @@ def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Conso
     report = conformance([name for name, case in CASES.items() if case.sampler in names], steps, console.progress)
     for line in exact_table(report):
         console.say(line)
-    console.say(f"W: sliced Wasserstein distance to exact draws; {report['floor']:.3f} between two sets of those ({report['draws']} each)")
+    console.say(
+        f"W: sliced Wasserstein distance to exact draws; {report['floor']:.3f} between two sets of those ({report['draws']} each)"
+    )
     write_json(out / "samplers.json", report)
     error_curves(exact_panels(report), out / "samplers.png")
     console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
 
 
-def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[str, Any], out: Path, console: Console) -> None:
+def _trained(
+    run: Path, names: Sequence[str], steps: Sequence[int], given: dict[str, Any], out: Path, console: Console
+) -> None:
     from ldm.evaluation.samplers.on_a_run import captions, compare_samplers
     from ldm.evaluation.samplers.plots import error_curves, run_panels, run_table
     from ldm.files.json import write_json
@@ -101,14 +121,18 @@ def _trained(run: Path, names: Sequence[str], steps: Sequence[int], given: dict[
             raise
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     _folder(out)
-    report = compare_samplers(pipe, prompts, names, steps, given["within"], given["batch_size"], console.progress, given["grid"])
+    report = compare_samplers(
+        pipe, prompts, names, steps, given["within"], given["batch_size"], console.progress, given["grid"]
+    )
     for line in run_table(report):
         console.say(line)
     console.say(
         f"distances in {report['unit']}, calls in brackets; grid {report['grid']}; reference: ddim, {report['reference']['steps']} steps"
     )
     if report["floor"] is not None:
-        console.say(f"sliced Wasserstein distance between the reference and ddim from other noise: {report['floor']:.2f}")
+        console.say(
+            f"sliced Wasserstein distance between the reference and ddim from other noise: {report['floor']:.2f}"
+        )
     best = report["cheapest"]
     if best is None:
         console.say(f"nothing here is within {given['within']:g} of the reference")

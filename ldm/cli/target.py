@@ -10,7 +10,11 @@ from ldm.files.disk import make_folder
 
 
 def check_target(
-    file: Path, written_by_us: Callable[[bytes], bool], suffixes: Sequence[str] = (), beside: Sequence[str] = (), option: str = "--out"
+    file: Path,
+    written_by_us: Callable[[bytes], bool],
+    suffixes: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    option: str = "--out",
 ) -> None:
     """Raise ConfigError unless ``file`` can be written and loses nothing of the user's; makes its folder.
 
@@ -20,13 +24,19 @@ def check_target(
     if file.is_dir():
         raise ConfigError(f"{option} {file} is a folder: name a file in it")
     if suffixes and file.suffix.lower() not in suffixes:
-        raise ConfigError(f"{option} {file} must end in {', '.join(suffixes[:-1])}{' or ' * (len(suffixes) > 1)}{suffixes[-1]}")
+        raise ConfigError(
+            f"{option} {file} must end in {', '.join(suffixes[:-1])}{' or ' * (len(suffixes) > 1)}{suffixes[-1]}"
+        )
     try:
         if file.exists() and not (file.is_file() and written_by_us(file.read_bytes())):
-            raise ConfigError(f"{option} {file} is there and was not written by this command: name another file, or remove it")
+            raise ConfigError(
+                f"{option} {file} is there and was not written by this command: name another file, or remove it"
+            )
         for other in () if file.exists() else (file.with_suffix(suffix) for suffix in beside):
             if other.exists():
-                raise ConfigError(f"{option} {file}: {other}, which is written with it, is there already: name another file, or remove it")
+                raise ConfigError(
+                    f"{option} {file}: {other}, which is written with it, is there already: name another file, or remove it"
+                )
         make_folder(file.parent)
         probe = file.with_name(f".{file.name[:40]}.tmp")  # as ``ldm.files.disk.replace`` names it
         probe.touch()

@@ -16,13 +16,24 @@ from ldm.cli import train_autoencoder, train_clip, train_ldm
 from ldm.runs.place import check_place
 
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "ldm": train_ldm}
-CLASSES = {"autoencoder": config.AutoencoderTrainingConfig, "clip": config.ClipTrainingConfig, "ldm": config.DiffusionTrainingConfig}
+CLASSES = {
+    "autoencoder": config.AutoencoderTrainingConfig,
+    "clip": config.ClipTrainingConfig,
+    "ldm": config.DiffusionTrainingConfig,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and overrides."""
-    parser.add_argument("folder", metavar="FOLDER", help="a folder with the stages' configurations, such as configs/demo")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings that replace a file's, such as ldm.train.lr=1e-4")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a folder with the stages' configurations, such as configs/demo"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="STAGE.key=value",
+        help="settings that replace a file's, such as ldm.train.lr=1e-4",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {stage: _load(stage, file, overrides[stage]) for stage, file in files.items()}
     for name in ("mixed_precision", "rank_timeout"):  # accelerate holds one for the whole process
         if len(kinds := {str(getattr(s.train, name)) for s in settings.values()}) > 1:
-            raise config.ConfigError(f"train.{name} is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage")
+            raise config.ConfigError(
+                f"train.{name} is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage"
+            )
     for one in settings.values():
         check_place(one)
     for stage, file in files.items():
@@ -57,6 +70,8 @@ def _by_stage(overrides: list[str], stages: list[str]) -> dict[str, list[str]]:
     for override in overrides:
         stage, dot, setting = override.partition(".")
         if stage not in found or not dot:
-            raise config.ConfigError(f"override {override!r} must begin with a stage that is there: {', '.join(f'{s}.' for s in stages)}")
+            raise config.ConfigError(
+                f"override {override!r} must begin with a stage that is there: {', '.join(f'{s}.' for s in stages)}"
+            )
         found[stage].append(setting)
     return found

@@ -11,8 +11,12 @@ from ldm.training.start import train_settings
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
-    parser.add_argument("config", help="YAML file: autoencoder.yaml, clip.yaml or ldm.yaml of configs/demo, for example")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as train.steps=100")
+    parser.add_argument(
+        "config", help="YAML file: autoencoder.yaml, clip.yaml or ldm.yaml of configs/demo, for example"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as train.steps=100"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

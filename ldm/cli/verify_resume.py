@@ -29,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, its overrides, and how long."""
     training.add_settings(parser)
     parser.add_argument("--updates", type=int, default=8, metavar="N", help="updates of each run (default 8)")
-    parser.add_argument("--keep", metavar="FOLDER", help="leave the three runs in this folder, which must be new or empty")
-    parser.add_argument("--command", choices=RUNS, dest="of", help="the command of the configuration, where its keys do not say it")
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="leave the three runs in this folder, which must be new or empty"
+    )
+    parser.add_argument(
+        "--command", choices=RUNS, dest="of", help="the command of the configuration, where its keys do not say it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from autoencoder.config import ConfigError
 from ldm.config.data import CAPTIONS, SOURCES, DataConfig
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
-from ldm.config.process import GIVEN, LEARNED, SCHEDULES, TARGETS, TIMESTEPS, WEIGHTINGS, ObjectiveConfig, ScheduleConfig
+from ldm.config.process import (
+    GIVEN,
+    LEARNED,
+    SCHEDULES,
+    TARGETS,
+    TIMESTEPS,
+    WEIGHTINGS,
+    ObjectiveConfig,
+    ScheduleConfig,
+)
 from ldm.config.reading import build, config_file, load, load_any, load_run, runs_below, save, to_dict
 from ldm.config.runs import (
     NONE,

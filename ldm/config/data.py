@@ -17,9 +17,13 @@ class DataConfig:
 
     source: str = "folder"
     folder: str | None = None  # for source: folder
-    captions: str = "metadata"  # folder: metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; none
+    captions: str = (
+        "metadata"  # folder: metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; none
+    )
     text_column: str = "text"  # folder with metadata: the column that holds the caption
-    caption_templates: tuple[str, ...] = ("a photo of a {}",)  # folder with classes: {} is the class name; one for each image
+    caption_templates: tuple[str, ...] = (
+        "a photo of a {}",
+    )  # folder with classes: {} is the class name; one for each image
     image_size: int = 256
     image_channels: int = 3
     size: int | None = None  # procedural sources: number of training images; null: without end
@@ -45,7 +49,9 @@ class DataConfig:
         between(self, 0.0, 0.5, "validation_fraction")
         between(self, 0.0, 1.0, "max_skipped")
         if (self.folder is not None) != (self.source == "folder"):
-            raise ConfigError(f"folder goes with source: folder and with no other, got source {self.source!r} and folder {self.folder!r}")
+            raise ConfigError(
+                f"folder goes with source: folder and with no other, got source {self.source!r} and folder {self.folder!r}"
+            )
         if self.size is not None and self.source in ("folder", "digits"):
             raise ConfigError(f"size is for procedural sources (shapes, shapes-two, textures), not for {self.source}")
         if self.flip and self.source in ("shapes-two", "digits"):
@@ -60,7 +66,9 @@ class DataConfig:
         """Reject settings that the chosen source ignores."""
         unread: dict[str, str] = {}
         if self.source != "folder":
-            unread = dict.fromkeys(("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder")
+            unread = dict.fromkeys(
+                ("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder"
+            )
         if self.captions != "metadata" or self.source != "folder":
             unread["text_column"] = "captions: metadata"
         if self.captions != "class":

@@ -18,7 +18,9 @@ class UNetConfig:
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_level: int = 2  # residual blocks per level going down; one more going up
-    attention_levels: tuple[int, ...] | None = None  # levels with attention (the middle always has it); None: all but the last
+    attention_levels: tuple[int, ...] | None = (
+        None  # levels with attention (the middle always has it); None: all but the last
+    )
     heads: tuple[int, ...] = (8,)  # one number, or one per level
     transformer_layers: int = 1
     groups: int = 32
@@ -26,10 +28,16 @@ class UNetConfig:
     scale_shift: bool = False  # timestep embedding scales and shifts, or is added
     vector_dim: int | None = None  # width of a vector condition added to the timestep embedding
     concat_channels: int = 0  # further input channels (mask, low-resolution image, …)
-    vector_map: str = "mlp"  # how a vector gets the embedding's width: mlp (two layers), linear (one), identity (it has it)
-    num_labels: int | None = None  # a label condition: one learned vector for each label, added to the timestep embedding
+    vector_map: str = (
+        "mlp"  # how a vector gets the embedding's width: mlp (two layers), linear (one), identity (it has it)
+    )
+    num_labels: int | None = (
+        None  # a label condition: one learned vector for each label, added to the timestep embedding
+    )
     sinusoidal_labels: bool = False  # a label condition: a number, embedded as the timestep is
-    upcast_attention: bool = False  # scores in float32 whatever the precision: kept for other readers, here they always are
+    upcast_attention: bool = (
+        False  # scores in float32 whatever the precision: kept for other readers, here they always are
+    )
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_LAYERS, "layers_per_level", "transformer_layers")
@@ -46,7 +54,9 @@ class UNetConfig:
                     f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {len(self.channels) - 1})"
                 )
         if len(self.heads) not in (1, len(self.channels)):
-            raise ConfigError(f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}")
+            raise ConfigError(
+                f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}"
+            )
         for level in sorted({*self.attending, len(self.channels) - 1}):  # the middle has the heads of the last
             if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or self.channels[level] % h:
                 raise ConfigError(f"heads: {shown(h)} does not divide channels {self.channels[level]} of level {level}")
@@ -70,13 +80,21 @@ class UNetConfig:
     def _check_class_embedding(self) -> None:
         """Raise ConfigError for more than one condition that is added to the timestep embedding, or a map without its vector."""
         one_of(self, VECTOR_MAPS, "vector_map")
-        given = {"vector_dim": self.vector_dim, "num_labels": self.num_labels, "sinusoidal_labels": self.sinusoidal_labels or None}
+        given = {
+            "vector_dim": self.vector_dim,
+            "num_labels": self.num_labels,
+            "sinusoidal_labels": self.sinusoidal_labels or None,
+        }
         if len(names := [name for name, value in given.items() if value is not None]) > 1:
-            raise ConfigError(f"{names[0]} and {names[1]} exclude each other: one condition is added to the timestep embedding")
+            raise ConfigError(
+                f"{names[0]} and {names[1]} exclude each other: one condition is added to the timestep embedding"
+            )
         if self.vector_map != "mlp" and self.vector_dim is None:
             raise ConfigError("vector_map is for vector_dim: set it, or leave both out")
         if self.vector_map == "identity" and self.vector_dim != self.time_dim:
-            raise ConfigError(f"vector_dim must be {self.time_dim} (4 · channels[0]) for vector_map identity, got {self.vector_dim}")
+            raise ConfigError(
+                f"vector_dim must be {self.time_dim} (4 · channels[0]) for vector_map identity, got {self.vector_dim}"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autoencoder.config import ConfigError, shown
-from ldm.config.runs import RUNS, AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
+from ldm.config.runs import (
+    RUNS,
+    AutoencoderTrainingConfig,
+    ClassifierTrainingConfig,
+    ClipTrainingConfig,
+    DiffusionTrainingConfig,
+)
 from ldm.config.values import check_names, typed
 from ldm.files.disk import replace
 from ldm.files.text import read_text
@@ -23,12 +29,16 @@ DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values wi
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}")
+        raise ConfigError(
+            f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}"
+        )
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_names(values, fields, path)
     missing = [
-        n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"missing key {path}{missing[0]}")
@@ -73,7 +83,9 @@ def runs_below(folder: str | Path) -> str:
     return f"; there is one in {' and in '.join(below)}" if below else ""
 
 
-def load_run(run: str | Path) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
+def load_run(
+    run: str | Path,
+) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
     """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
     file = config_file(run)
     values = _read(file, ())
@@ -100,9 +112,13 @@ def load_any(
 def _fit(cls: type, values: Any) -> int:
     """Keys that ``cls`` knows, less those that it does not know and those that it lacks."""
     hints = typing.get_type_hints(cls)
-    lacking = sum(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name not in values)
+    lacking = sum(
+        f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name not in values
+    )
     inside = [
-        _fit(hints[key], value) for key, value in values.items() if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, dict)
+        _fit(hints[key], value)
+        for key, value in values.items()
+        if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, dict)
     ]
     return sum(1 if key in hints else -1 for key in values) + sum(inside) - lacking
 
@@ -161,7 +177,9 @@ def _require_small(text: str) -> None:
             count += sizes.get(event.anchor, 1)
         count += isinstance(event, yaml.NodeEvent)
         if len(open_nodes) > DEPTH or count > VALUES:
-            raise ConfigError(f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases")
+            raise ConfigError(
+                f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases"
+            )
 
 
 def save(config: Any, file: str | Path) -> None:

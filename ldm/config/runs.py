@@ -83,7 +83,12 @@ class DiffusionTrainingConfig:
             raise ConfigError("data.captions none: set text: none, or say where the captions are")
         if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":
             raise ConfigError("cache_latents cannot keep random crops: set data.crop=center or cache_latents=false")
-        if self.cache_latents and self.autoencoder != NONE and self.data.source not in ("folder", "digits") and self.data.size is None:
+        if (
+            self.cache_latents
+            and self.autoencoder != NONE
+            and self.data.source not in ("folder", "digits")
+            and self.data.size is None
+        ):
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
@@ -97,7 +102,9 @@ class DiffusionTrainingConfig:
         if self.schedule.name == LEARNED:
             self._check_learned_schedule()
         if self.init is not None and self.schedule.name == LEARNED:
-            raise ConfigError("schedule.name learned needs a network that learns with it from the start: leave init out")
+            raise ConfigError(
+                "schedule.name learned needs a network that learns with it from the start: leave init out"
+            )
         if self.train.lora is not None and self.init is None:
             raise ConfigError("train.lora needs init: the run or folder whose U-Net it changes")
         if self.sample.lora:
@@ -134,7 +141,9 @@ class ClassifierTrainingConfig:
             raise ConfigError("train.gradient_checkpointing: the classifier offers none, leave it out")
 
 
-RUNS: dict[str, type[AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig]] = {
+RUNS: dict[
+    str, type[AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig]
+] = {
     "train-autoencoder": AutoencoderTrainingConfig,
     "train-clip": ClipTrainingConfig,
     "train-ldm": DiffusionTrainingConfig,

@@ -34,7 +34,9 @@ class SampleConfig:
     grid: str = "trailing"  # where the steps lie
     grid_offset: int = 1  # of the leading grids
     end_clean: bool = True  # false: the last step ends at the noise of t = 0, as in Stable Diffusion's own schedulers
-    variance: str | None = None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
+    variance: str | None = (
+        None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
+    )
     guidance_rescale: float = 0.0  # share of the conditional output's deviation that guidance keeps
     guidance_interval: tuple[float, float] | None = None  # σ = s/a, lowest and highest, between which there is guidance
     dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
@@ -75,7 +77,9 @@ class SampleConfig:
             except ValueError:
                 pairs.append((entry, 1.0))
             if not pairs[-1][0] or not abs(pairs[-1][1]) <= LORA_SCALE:
-                raise ConfigError(f"lora must be PATH or PATH:SCALE with a scale from -{LORA_SCALE} to {LORA_SCALE}, got {entry!r}")
+                raise ConfigError(
+                    f"lora must be PATH or PATH:SCALE with a scale from -{LORA_SCALE} to {LORA_SCALE}, got {entry!r}"
+                )
         return pairs
 
 

@@ -18,7 +18,12 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float | None = None  # the change is α / rank · B A; null: rank
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of layers' names; also proj_in, ff.net.2, conv1 …
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # ends of layers' names; also proj_in, ff.net.2, conv1 …
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_CHANNELS, "rank")
@@ -57,12 +62,24 @@ class TrainConfig:
     keep_checkpoints: int = 2
     rank_timeout: int = 1800  # seconds that a process waits for the others before the run ends
     keep_every: int | None = None  # updates: checkpoints at its multiples stay for good and are not counted; null: none
-    save_errors: str = "stop"  # of a checkpoint on the way (full disk …); continue: warn and try again at the next interval
+    save_errors: str = (
+        "stop"  # of a checkpoint on the way (full disk …); continue: warn and try again at the next interval
+    )
     trackers: tuple[str, ...] = ("tensorboard",)
     lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays as it is
 
     def __post_init__(self) -> None:
-        between(self, 1, MOST_UPDATES, "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_every")
+        between(
+            self,
+            1,
+            MOST_UPDATES,
+            "steps",
+            "log_every",
+            "validate_every",
+            "sample_every",
+            "checkpoint_every",
+            "keep_every",
+        )
         between(self, 1, 10**6, "batch_size", "micro_batch")
         between(self, 1, 10**7, "validation_size", "rank_timeout")
         between(self, 2, MOST_UPDATES, "keep_checkpoints")
@@ -78,7 +95,9 @@ class TrainConfig:
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ConfigError(f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}")
+            raise ConfigError(
+                f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
+            )
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ConfigError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         for tracker in self.trackers:

@@ -32,7 +32,9 @@ def typed(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be {len(parts)} values, got {shown(list(items))}")
         return tuple(typed(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
     if type(value) is int and value.bit_length() > LONGEST:
-        raise ConfigError(f"{name} must be {_TYPE_NAMES[hint]} of at most {LONGEST} bits, got one of {value.bit_length()}")
+        raise ConfigError(
+            f"{name} must be {_TYPE_NAMES[hint]} of at most {LONGEST} bits, got one of {value.bit_length()}"
+        )
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -50,7 +52,8 @@ def check_names(names: Iterable[Any], known: Iterable[str], path: str = "") -> N
             name = str(name)[:100]
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
-                f"unknown key {path}{name}: " + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}")
+                f"unknown key {path}{name}: "
+                + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}")
             )
 
 

@@ -22,8 +22,26 @@ from ldm.data.tables import EXAMPLE, METADATA, ended, table_rows
 from ldm.errors import DataError
 from ldm.files.text import read_text
 
-FILE_NAMES = ("filename", "file name", "file", "image", "image_path", "img", "path", "name")  # what others call `file_name`
-CAPTION_NAMES = ("caption", "captions", "prompt", "description", "label", "title", "alt", "sentence")  # what others call `text`
+FILE_NAMES = (
+    "filename",
+    "file name",
+    "file",
+    "image",
+    "image_path",
+    "img",
+    "path",
+    "name",
+)  # what others call `file_name`
+CAPTION_NAMES = (
+    "caption",
+    "captions",
+    "prompt",
+    "description",
+    "label",
+    "title",
+    "alt",
+    "sentence",
+)  # what others call `text`
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,9 @@ def _metadata(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         first_line[found.file_name] = number
         yield found
     if empty:
-        raise DataError(f"{path} has no rows: write one {EXAMPLE} a line" if path.suffix == ".jsonl" else f"{path} has no rows")
+        raise DataError(
+            f"{path} has no rows: write one {EXAMPLE} a line" if path.suffix == ".jsonl" else f"{path} has no rows"
+        )
 
 
 def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | str:
@@ -156,14 +176,18 @@ def missing_metadata(folder: Path) -> str:
     """That there is no metadata, and which files look as if they were meant to be it."""
     near = near_misses(folder)
     hint = f" (found {', '.join(near[:5])}: rename it)" if near else ""
-    return f"{folder} has no {METADATA[0]} and no {METADATA[1]}{hint}: it needs one, with a row {EXAMPLE} for each image"
+    return (
+        f"{folder} has no {METADATA[0]} and no {METADATA[1]}{hint}: it needs one, with a row {EXAMPLE} for each image"
+    )
 
 
 def near_misses(folder: Path) -> list[str]:
     """Files of the folder whose names are almost those of METADATA."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name not in METADATA)
     near = {name for meant in METADATA for name in difflib.get_close_matches(meant, names, n=3, cutoff=0.7)}
-    near |= {name for name in names if name.lower().endswith((".jsonl", ".json1", ".ndjson", ".csv", ".tsv", "captions.txt"))}
+    near |= {
+        name for name in names if name.lower().endswith((".jsonl", ".json1", ".ndjson", ".csv", ".tsv", "captions.txt"))
+    }
     near |= {name for name in names if name.lower().startswith(("metadata.", "captions.", "labels."))}
     return sorted(name for name in near if not name.lower().endswith(SUFFIXES))
 
@@ -215,7 +239,8 @@ def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
             yield Skipped(str(folder / name), "its folder's name is not UTF-8: rename it")
             continue
         template = templates[
-            int.from_bytes(hashlib.sha256(f"template {name}".encode(errors="surrogateescape")).digest()[:4], "big") % len(templates)
+            int.from_bytes(hashlib.sha256(f"template {name}".encode(errors="surrogateescape")).digest()[:4], "big")
+            % len(templates)
         ]
         yield _image(folder, name, template.replace("{}", kind), {"class": kind})
 

@@ -46,13 +46,21 @@ class Stream(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, seed: int, draws: RandomFields, cache: LatentCache | None = None, validation: bool = False
+        self,
+        source: Source,
+        data: DataConfig,
+        seed: int,
+        draws: RandomFields,
+        cache: LatentCache | None = None,
+        validation: bool = False,
     ) -> None:
         self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
         self.prefix = "validation/" if validation else ""
         self.validation = validation
         self.order = streams.Order(seed, source.length)
-        self.skipped: dict[Skipped, None] = dict.fromkeys(cache.skipped.values() if cache else ())  # in the order of meeting them
+        self.skipped: dict[Skipped, None] = dict.fromkeys(
+            cache.skipped.values() if cache else ()
+        )  # in the order of meeting them
 
     def __getitem__(self, position: int) -> Batch:
         sample, skipped = self.read(position)
@@ -68,12 +76,18 @@ class Stream(Dataset[Batch]):
                 return found | self._drawn(position), skipped
             except BadSample as bad:
                 skipped.append(bad.skipped)
-        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files")
+        raise DataError(
+            f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files"
+        )
 
     def named(self, position: int) -> str:
         """A position as text: with its image file, if it has one."""
         source = self.source
-        file = f" ({source.folder / source.rows[self.order[position]].file_name})" if isinstance(source, FolderSource) else ""
+        file = (
+            f" ({source.folder / source.rows[self.order[position]].file_name})"
+            if isinstance(source, FolderSource)
+            else ""
+        )
         return f"position {position}{file}"
 
     def _drawn(self, position: int) -> Batch:
@@ -113,7 +127,9 @@ class Stream(Dataset[Batch]):
 def collate(samples: list[Batch]) -> Batch:
     """Stack the tensors of equal names; captions stay a list."""
     return {
-        name: torch.stack([s[name] for s in samples]) if isinstance(samples[0][name], Tensor) else [s[name] for s in samples]
+        name: torch.stack([s[name] for s in samples])
+        if isinstance(samples[0][name], Tensor)
+        else [s[name] for s in samples]
         for name in samples[0]
     }
 
@@ -147,7 +163,9 @@ def plan_batch(batch_size: int, micro_batch: int | None, processes: int, rank: i
             raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
         micro_batch = batch_size // processes
     if batch_size % (micro_batch * processes):
-        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}")
+        raise ConfigError(
+            f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}"
+        )
     return BatchPlan(batch_size, micro_batch, processes, rank)
 
 
@@ -210,7 +228,9 @@ class _Positions:
         return (self.last - self.first) * self.split.accumulation
 
 
-def validation_batches(stream: Stream, size: int, batch_size: int, rank: int, processes: int) -> Iterator[tuple[list[int], Batch]]:
+def validation_batches(
+    stream: Stream, size: int, batch_size: int, rank: int, processes: int
+) -> Iterator[tuple[list[int], Batch]]:
     """This process's share of positions 0 … size−1 (fewer where the source has fewer), with the positions."""
     total = size if stream.source.length is None else min(size, stream.source.length)
     mine = list(range(rank, total, processes))

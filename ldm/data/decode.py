@@ -58,7 +58,11 @@ def read_image(
 def too_long(width: int, height: int, size: int) -> str:
     """Why an image cannot be resized so that its short side is ``size``; empty where it can: a strip of few pixels may grow huge."""
     pixels = size * size * max(width, height) // min(width, height)
-    return f"{width}×{height} is so long that it has {pixels} pixels at {size} pixels of height" if pixels > PIXEL_LIMIT else ""
+    return (
+        f"{width}×{height} is so long that it has {pixels} pixels at {size} pixels of height"
+        if pixels > PIXEL_LIMIT
+        else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,21 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header, without decoding. Raises BadSample."""
     with _open(path) as opened, _named(path, "cannot be opened"):
-        told = opened.format != "PNG" or "exif" in opened.info  # else Pillow would decode all of a PNG to look behind it
+        told = (
+            opened.format != "PNG" or "exif" in opened.info
+        )  # else Pillow would decode all of a PNG to look behind it
         turn, odd = _orientation(opened) if told else (1, False)
         how, animated = stored(opened), bool(getattr(opened, "is_animated", False))
         return Header(
-            opened.width, opened.height, opened.mode, opened.format or "", turn != 1, animated, how.bits, _has_profile(opened), odd
+            opened.width,
+            opened.height,
+            opened.mode,
+            opened.format or "",
+            turn != 1,
+            animated,
+            how.bits,
+            _has_profile(opened),
+            odd,
         )
 
 
@@ -154,7 +168,9 @@ def _orientation(opened: ImageFile) -> tuple[int, bool]:
 
     odd = False
     try:
-        Image.Exif().load(opened.info.get("exif", b""))  # anew: Pillow, which looked for the resolution, would not fail again
+        Image.Exif().load(
+            opened.info.get("exif", b"")
+        )  # anew: Pillow, which looked for the resolution, would not fail again
     except Exception:  # a viewer shows the image all the same
         odd = True
     try:
@@ -178,7 +194,9 @@ def _eight_bits(image: Image, how: Stored, channels: int, background: tuple[int,
     from PIL import Image
 
     transparent = image.has_transparency_data
-    if how.scaled or how.key is not None:  # grey that Pillow would clip, leave negative, or compare with a key of other bits
+    if (
+        how.scaled or how.key is not None
+    ):  # grey that Pillow would clip, leave negative, or compare with a key of other bits
         values = np.asarray(image).astype(np.int64)
         grey = Image.fromarray(((values * 255 + how.white // 2) // how.white).astype(np.uint8))
         if how.negative:

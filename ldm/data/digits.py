@@ -21,7 +21,9 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise DataError("source digits needs scikit-learn: pip install scikit-learn (it is in the extra `digits`)") from None
+        raise DataError(
+            "source digits needs scikit-learn: pip install scikit-learn (it is in the extra `digits`)"
+        ) from None
     bunch = load_digits()
     return bunch.images.astype(np.float32), bunch.target.astype(int)  # type: ignore[attr-defined]
 

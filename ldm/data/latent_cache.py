@@ -69,14 +69,18 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path, bound: dict[str, Any], processes: Processes = ALONE) -> None:
-        held, problem = processes.each(lambda: _read_manifest(folder, bound) if processes.main else ({}, ""))[0]  # the main one's for all
+        held, problem = processes.each(lambda: _read_manifest(folder, bound) if processes.main else ({}, ""))[
+            0
+        ]  # the main one's for all
         if not problem:
             files = sorted(held["files"].items())
             problems = processes.over(len(files), lambda mine: [_problem(folder, *files[i]) for i in mine])
             problem = next(filter(None, problems), "")
         if problem:
             missing = processes.each(lambda: not os.path.lexists(folder))[0]
-            raise DamagedCacheError(f"no latent cache in {folder}: run `ldm cache-latents`" if missing else f"{folder}: {problem}", missing)
+            raise DamagedCacheError(
+                f"no latent cache in {folder}: run `ldm cache-latents`" if missing else f"{folder}: {problem}", missing
+            )
         self.folder, self.length = folder, int(held["length"])
         self.skipped = {int(index): Skipped(*said) for index, said in held["skipped"].items()}
         self._texts: list[str] = json.loads(read_bytes(folder / TEXTS).decode())
@@ -114,7 +118,12 @@ def _read_manifest(folder: Path, bound: dict[str, Any]) -> tuple[dict[str, Any],
     try:
         held = json.loads(read_bytes(folder / MANIFEST))
         digest = held.pop("sha256", None)
-    except (ValueError, RecursionError, AttributeError, TypeError):  # of text that is not JSON, and of JSON that is not an object
+    except (
+        ValueError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+    ):  # of text that is not JSON, and of JSON that is not an object
         return {}, f"{MANIFEST} is damaged"
     if digest is not None and digest != _digest(held):
         return {}, f"{MANIFEST} is damaged (its sha256 differs)"
@@ -281,7 +290,9 @@ def _require_finite(moments: Tensor, indices: range, source: Source) -> None:
     if not finite.all():
         index = indices[int((~finite).nonzero()[0])]
         file = f" ({source.folder / source.rows[index].file_name})" if isinstance(source, FolderSource) else ""
-        raise NonFiniteLatentsError(f"the autoencoder's latent of image {index}{file} is not finite: its weights may be damaged")
+        raise NonFiniteLatentsError(
+            f"the autoencoder's latent of image {index}{file} is not finite: its weights may be damaged"
+        )
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

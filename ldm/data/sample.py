@@ -24,7 +24,9 @@ class Skipped:
 
     def __post_init__(self) -> None:
         for name in ("file", "reason"):
-            object.__setattr__(self, name, "".join(c if c.isprintable() else repr(c)[1:-1] for c in getattr(self, name)))
+            object.__setattr__(
+                self, name, "".join(c if c.isprintable() else repr(c)[1:-1] for c in getattr(self, name))
+            )
         if len(self.reason) > LONGEST:
             object.__setattr__(self, "reason", self.reason[:LONGEST] + "…")
 

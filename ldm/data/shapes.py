@@ -39,10 +39,19 @@ BACKGROUNDS: dict[str, RGB] = {
     "beige": (245, 205, 150),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII: dict[str | None, float] = {"small": 9.5 / 32, "large": 12.5 / 32, None: 7 / 48}  # of the side; None: one of two objects
+RADII: dict[str | None, float] = {
+    "small": 9.5 / 32,
+    "large": 12.5 / 32,
+    None: 7 / 48,
+}  # of the side; None: one of two objects
 OFF_CENTRE = 1 / 8  # of the side: how far from the middle of the canvas one object's may lie, along either axis
 SIZES = ("small", "large")
-RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # first → second
+RELATIONS: dict[str, tuple[int, int]] = {
+    "left of": (1, 0),
+    "right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}  # first → second
 SMALLEST_SIDE = 24
 EPOCH = 2**20  # length of the splits that are no training set
 OFFSETS = {"train": 0, "validation": 2**40, "held_out": 2**41}  # positions of the stream, disjoint
@@ -72,7 +81,9 @@ class Scene:
 def caption(scene: Scene) -> str:
     """The one English sentence of a scene."""
     names = []
-    if len(scene.objects) == 1 and scene.objects[0].striped:  # short: the demo's text encoder reads 12 tokens, four of them `striped`
+    if (
+        len(scene.objects) == 1 and scene.objects[0].striped
+    ):  # short: the demo's text encoder reads 12 tokens, four of them `striped`
         o = scene.objects[0]
         return f"a {o.size} striped {o.colour} {o.shape} on {scene.background}"
     for o in scene.objects:
@@ -104,7 +115,9 @@ def parse(text: str) -> Scene:
         colour_1, shape_1, relation, colour_2, shape_2, background = match.groups()
         scene = Scene(background, (Object(None, colour_1, shape_1), Object(None, colour_2, shape_2)), relation)
     if scene is None or caption(scene) != text:
-        raise ValueError(f"{text!r} is not a caption of a drawn scene, such as 'a small red circle on a white background'")
+        raise ValueError(
+            f"{text!r} is not a caption of a drawn scene, such as 'a small red circle on a white background'"
+        )
     return scene
 
 
@@ -249,7 +262,9 @@ class ShapesSource:
         if data.image_channels != 3:
             raise DataError(f"{data.source} are drawn in colour: image_channels must be 3, got {data.image_channels}")
         if data.image_size < SMALLEST_SIDE:
-            raise DataError(f"{data.source} cannot be distinguished below {SMALLEST_SIDE} pixels: image_size is {data.image_size}")
+            raise DataError(
+                f"{data.source} cannot be distinguished below {SMALLEST_SIDE} pixels: image_size is {data.image_size}"
+            )
         self.side, self.objects = data.image_size, objects
         self.skipped: tuple[Skipped, ...] = ()
         self.length: int | None = data.size if split == "train" else EPOCH

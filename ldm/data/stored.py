@@ -40,7 +40,9 @@ def stored(opened: ImageFile) -> Stored:
     if opened.format == "PNG":
         return _png(opened)
     if opened.mode == "CMYK" and "adobe" not in opened.info:
-        return Stored(refused="CMYK without Adobe's marker, which says whether the inks are stored inverted: save it as RGB")
+        return Stored(
+            refused="CMYK without Adobe's marker, which says whether the inks are stored inverted: save it as RGB"
+        )
     return Stored()
 
 
@@ -53,7 +55,9 @@ def _png(opened: ImageFile) -> Stored:
         return Stored(bits)
     white = {"1": 1, "L": 255, "I;16": 65535}[opened.mode]
     levels = 2**bits - 1
-    return Stored(bits, white, (key & levels) * white // levels if isinstance(key, int) else None)  # the lowest bits count
+    return Stored(
+        bits, white, (key & levels) * white // levels if isinstance(key, int) else None
+    )  # the lowest bits count
 
 
 def _tiff(opened: ImageFile) -> Stored:

@@ -18,7 +18,16 @@ from ldm.data.sample import BadSample, Skipped
 from ldm.data.tables import METADATA, text_columns
 from ldm.errors import DataError
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # folder names that are no classes
+SPLITS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "testing",
+    "eval",
+}  # folder names that are no classes
 UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")
 DARK = 64  # of 255: where the brightest pixel of a 14-bit image lies that is stored in 16
 DECODED = 5000  # images at most that are decoded to the last pixel, unless all are asked for
@@ -60,7 +69,9 @@ class Survey:
         return all(h.mode in ("1", "L", "LA", "La") or h.mode.startswith("I;16") for h in self.headers)
 
 
-def survey(folder: Path, captions: str | None = None, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Survey:
+def survey(
+    folder: Path, captions: str | None = None, every: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Survey:
     """Look at every image of ``folder``. ``captions``: left out, the layout is found. Raises DataError.
 
     ``every``: decode all images to the last pixel, not only the first DECODED of them spread over the set.
@@ -88,7 +99,9 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
             progress(i + 1, len(found))
     if not rows:
         first = skipped[0]
-        raise DataError(f"{folder}: none of {len(skipped)} images and rows can be used, such as {first.file}: {first.reason}")
+        raise DataError(
+            f"{folder}: none of {len(skipped)} images and rows can be used, such as {first.file}: {first.reason}"
+        )
     if layout != "none" and not any(row.text.strip() for row in rows):
         raise DataError(f"{folder}: every caption is empty: fix them, or train without with --captions none")
     unlisted = 0
@@ -103,7 +116,9 @@ def survey(folder: Path, captions: str | None = None, every: bool = False, progr
             f"{len(dark)} images of 16 bits, such as {dark[0]}, stay below a quarter of white, as 10, 12 or 14 bits stored in 16 do:"
             " they are read as they are, nearly black; scale them if so"
         )
-    return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple([*remarks, *said]))
+    return Survey(
+        data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple([*remarks, *said])
+    )
 
 
 def leave_out_small(looked: Survey, image_size: int) -> Survey:
@@ -112,7 +127,11 @@ def leave_out_small(looked: Survey, image_size: int) -> Survey:
     kept: list[tuple[Row, Header]] = []
     refused: list[Skipped] = []
     for row, h in zip(looked.rows, looked.headers, strict=True):
-        small = f"{h.width}×{h.height} is smaller than {data.smallest_side} pixels" if min(h.width, h.height) < data.smallest_side else ""
+        small = (
+            f"{h.width}×{h.height} is smaller than {data.smallest_side} pixels"
+            if min(h.width, h.height) < data.smallest_side
+            else ""
+        )
         if reason := small or too_long(h.width, h.height, image_size):
             refused.append(Skipped(str(Path(str(data.folder)) / row.file_name), reason))
         else:
@@ -133,7 +152,9 @@ def detect(folder: Path) -> tuple[str, list[str]]:
     if present:
         return "metadata", []
     if below := sorted(str(file.relative_to(folder)) for name in METADATA for file in folder.glob(f"*/{name}")):
-        raise DataError(f"{folder} has no {METADATA[0]}, but {', '.join(below[:5])}: give that folder, or move the file up")
+        raise DataError(
+            f"{folder} has no {METADATA[0]}, but {', '.join(below[:5])}: give that folder, or move the file up"
+        )
     if near := near_misses(folder):
         raise DataError(
             f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
@@ -155,7 +176,9 @@ def detect(folder: Path) -> tuple[str, list[str]]:
                 " automatically), or say --captions class"
             )
         return "class", [f"captions are made from the {len(classes)} folder names ({', '.join(sorted(classes)[:5])} …)"]
-    return "none", ["no captions found: the model will be unconditional (say --captions class if the folder names are classes)"]
+    return "none", [
+        "no captions found: the model will be unconditional (say --captions class if the folder names are classes)"
+    ]
 
 
 def _refuse_other_sidecars(folder: Path, images: list[str], others: set[str]) -> None:
@@ -188,7 +211,9 @@ def _fraction(rows: Sequence[Row], left_out: Sequence[Skipped], data: DataConfig
     for h in range(hundredths, 51):
         if 0 < sum(in_validation(row.file_name, h / 100) for row in rows) < len(rows):
             return h / 100
-    others = f", and {len(left_out)} were left out, such as {left_out[0].file}: {left_out[0].reason}" if left_out else ""
+    others = (
+        f", and {len(left_out)} were left out, such as {left_out[0].file}: {left_out[0].reason}" if left_out else ""
+    )
     what = f"{len(rows)} usable image{'s are' if len(rows) > 1 else ' is'}"
     raise DataError(f"{data.folder}: {what} too few to train on some and validate on others{others}")
 

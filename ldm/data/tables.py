@@ -86,7 +86,10 @@ def _deeper(value: Any, levels: int) -> bool:
     held = [value]
     for _ in range(levels):
         held = [
-            inner for outer in held if isinstance(outer, (dict, list)) for inner in (outer.values() if isinstance(outer, dict) else outer)
+            inner
+            for outer in held
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return bool(held)
 

@@ -51,7 +51,8 @@ def _mixture(texture: Texture, side: int, rng: np.random.Generator) -> np.ndarra
     if texture.kind == "noise":
         frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(side), np.fft.fftfreq(side)))
         smooth = np.fft.irfft2(
-            np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-((frequency * texture.period) ** 2)), s=(side, side)
+            np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-((frequency * texture.period) ** 2)),
+            s=(side, side),
         )
         return 0.5 + 0.5 * np.tanh((smooth - smooth.mean()) / max(1e-6, float(smooth.std())))
     wave = np.sin(2 * np.pi * (along + texture.phase))
@@ -79,7 +80,9 @@ class TexturesSource:
         rng = generator(0, "textures", self._offset + index)  # not the run's seed: the data set is fixed
         kind, first, second = COMBINATIONS[int(rng.integers(len(COMBINATIONS)))]
         longest = max(SHORTEST_PERIOD, self.side / 2)
-        period = SHORTEST_PERIOD * (longest / SHORTEST_PERIOD) ** float(rng.random())  # log-uniform: every scale as often
+        period = SHORTEST_PERIOD * (longest / SHORTEST_PERIOD) ** float(
+            rng.random()
+        )  # log-uniform: every scale as often
         texture = Texture(kind, first, second, period, float(rng.uniform(0, 2 * np.pi)), float(rng.random()))
         share = _mixture(texture, self.side, rng)[..., None]
         image = (1 - share) * np.array(COLOURS[first]) + share * np.array(COLOURS[second])

@@ -23,8 +23,12 @@ def prepare(
         scale = size / min(height, width)
         height, width = max(size, round(height * scale)), max(size, round(width * scale))
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, image.shape[2])
-    top, left = (min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, (height - size, width - size), strict=True))
+        image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(
+            height, width, image.shape[2]
+        )
+    top, left = (
+        min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, (height - size, width - size), strict=True)
+    )
     image = image[top : top + size, left : left + size]
     if mirror:
         image = image[:, ::-1]

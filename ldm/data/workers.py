@@ -20,7 +20,9 @@ from ldm.errors import DataError
 
 GRACE = 30  # seconds that a data worker continues after a SIGTERM, for the update that is under way
 # how torch says it; a fault in what a worker runs reads "Caught … in DataLoader worker process" instead
-_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)")
+_DEAD = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
+)
 _HUNG = "the time is up"
 _ADVICE = {
     "Killed": "most likely for want of memory: lower data.workers, or free some",
@@ -64,9 +66,16 @@ class Workers:
         feed: Iterator[Any] | None = iter(())
         try:
             try:
-                feed = iter(loader)  # torch's own handler of SIGCHLD, which it may just have set, speaks here and until ours is
-                if self.count and threading.current_thread() is threading.main_thread():  # torch watches them there alone, too
-                    for number, handler in {signal.SIGCHLD: self._child_ended, signal.SIGALRM: self._time_is_up}.items():
+                feed = iter(
+                    loader
+                )  # torch's own handler of SIGCHLD, which it may just have set, speaks here and until ours is
+                if (
+                    self.count and threading.current_thread() is threading.main_thread()
+                ):  # torch watches them there alone, too
+                    for number, handler in {
+                        signal.SIGCHLD: self._child_ended,
+                        signal.SIGALRM: self._time_is_up,
+                    }.items():
                         self._before[number] = signal.getsignal(number)
                         signal.signal(number, handler)
             except RuntimeError as error:
@@ -132,7 +141,9 @@ class Workers:
         elif text == _HUNG:
             gone = [(pid, at) for pid, at in posts if at in awaited]
             how = f"has given nothing for {self.limit} s (data.worker_timeout)"
-            advice = "a file system that hangs, or no shared memory left (/dev/shm)? Lower data.workers, or raise the limit"
+            advice = (
+                "a file system that hangs, or no shared memory left (/dev/shm)? Lower data.workers, or raise the limit"
+            )
         else:
             return None
         pid, at = gone[0] if gone else (None, -1)

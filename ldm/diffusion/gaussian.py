@@ -15,7 +15,9 @@ from torch import Tensor
 HALF_BIN = 1 / 255  # half the distance of two 8-bit levels x = 2k/255 − 1
 
 
-def log_density(x: Float[Tensor, "*d"], mean: Float[Tensor, "..."], log_variance: Float[Tensor, "..."]) -> Float[Tensor, "*d"]:
+def log_density(
+    x: Float[Tensor, "*d"], mean: Float[Tensor, "..."], log_variance: Float[Tensor, "..."]
+) -> Float[Tensor, "*d"]:
     """log N(x; mean, exp(log_variance)) of each element."""
     return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean).square() * torch.exp(-log_variance))
 
@@ -36,7 +38,9 @@ def kl(
     return 0.5 * (torch.expm1(ratio) - ratio + (mean - other_mean).square() * torch.exp(-other_log_variance))
 
 
-def log_density_full(x: Float[Tensor, "*b d"], mean: Float[Tensor, "... d"], covariance: Float[Tensor, "... d d"]) -> Float[Tensor, "*b"]:
+def log_density_full(
+    x: Float[Tensor, "*b d"], mean: Float[Tensor, "... d"], covariance: Float[Tensor, "... d d"]
+) -> Float[Tensor, "*b"]:
     """log N(x; mean, Σ). Raises ValueError for a Σ that is not positive definite."""
     factor = _cholesky(covariance)
     return -0.5 * (_mahalanobis(factor, x - mean) + _log_det(factor) + x.shape[-1] * math.log(2 * math.pi))

@@ -109,7 +109,9 @@ def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, 
     ratio = schedule.sigma(t) / schedule.alpha(t)
     inside = (interval[0] <= ratio) & (ratio <= interval[1])
     if bool(inside.any()) != bool(inside.all()):
-        raise ValueError("guidance with an interval needs one t for the whole batch: some samples lie inside it and some outside")
+        raise ValueError(
+            "guidance with an interval needs one t for the whole batch: some samples lie inside it and some outside"
+        )
     return bool(inside.all())
 
 
@@ -130,7 +132,11 @@ def thresholded(x0: Float[Tensor, "b *d"], p: float) -> Float[Tensor, "b *d"]:
 
 
 def moved_score(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], gradient: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]
+    schedule: Schedule,
+    target: str,
+    prediction: Float[Tensor, "b *d"],
+    gradient: Float[Tensor, "b *d"],
+    t: Shaped[Tensor, " b"],
 ) -> Float[Tensor, "b *d"]:
     """The prediction whose score is larger by ``gradient``: ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇ (G2, P4).
 

@@ -46,11 +46,16 @@ class LearnedSchedule(nn.Module):
         self.first_ends: Tensor
         self.register_buffer("lowest", lowest, persistent=False)
         self.register_buffer("width", highest - lowest, persistent=False)
-        self.register_buffer("first_ends", torch.logit((torch.tensor(config.ends, dtype=torch.float64) - lowest) / self.width))
+        self.register_buffer(
+            "first_ends", torch.logit((torch.tensor(config.ends, dtype=torch.float64) - lowest) / self.width)
+        )
 
     def forward(self) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
         """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior alone."""
-        ends, increments = self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double()), self.increments.double()
+        ends, increments = (
+            self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double()),
+            self.increments.double(),
+        )
         return self._gamma(ends, increments.detach()), self._gamma(ends.detach(), increments)
 
     def _gamma(self, ends: Float[Tensor, "2"], increments: Float[Tensor, " parts"]) -> Float[Tensor, " T"]:
@@ -94,7 +99,12 @@ class InputTap:
 
 
 def error_and_slope(
-    schedule: Schedule, target: str, watched: InputTap, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
+    schedule: Schedule,
+    target: str,
+    watched: InputTap,
+    x0: Float[Tensor, "b *d"],
+    eps: Float[Tensor, "b *d"],
+    t: Int[Tensor, " b"],
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """m = mean ‖ε − ε̂(x_t)‖² over elements, and dm/dγ_t with x_0, ε and the weights held, per sample, float64.
 
@@ -153,7 +163,9 @@ def prior(gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"]) -> Float[Tensor, 
     return gaussian.kl(mean, F.logsigmoid(gamma), zero, zero).flatten(1).mean(1)
 
 
-def decoder(gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], pixels: bool) -> Float[Tensor, " b"]:
+def decoder(
+    gamma: Float[Tensor, ""], x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], pixels: bool
+) -> Float[Tensor, " b"]:
     """−log p(x_0|x_t) at γ of the first step, mean over dimensions: of a density, or for ``pixels`` of a bin's mass (L5).
 
     p is a Gaussian about x_t/a_t = x_0 + (s_t/a_t) ε with variance s_t²/a_t² = e^γ (Kingma et al. 2021, eq. 12): without

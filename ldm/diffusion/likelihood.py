@@ -44,7 +44,9 @@ def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, 
         return pred.log_variance(s).double()
     if variance not in ENDS:
         raise ValueError(f"variance must be one of {', '.join(ENDS)}, learned, or a function, got {variance!r}")
-    return learned_log_variance(pred.denoiser.schedule, torch.full_like(pred.x_t, ENDS[variance], dtype=torch.float64), s, pred.t)
+    return learned_log_variance(
+        pred.denoiser.schedule, torch.full_like(pred.x_t, ENDS[variance], dtype=torch.float64), s, pred.t
+    )
 
 
 def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
@@ -54,7 +56,9 @@ def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance
     return gaussian.kl(mean, reverse_log_variance(pred, "posterior"), guess, reverse_log_variance(pred, variance))
 
 
-def decoder_log_likelihood(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool) -> Float[Tensor, "b *d"]:
+def decoder_log_likelihood(
+    pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool
+) -> Float[Tensor, "b *d"]:
     """log p(x_0 | x_t) of each dimension, for a prediction at t = 0: a density, or the mass of an 8-bit pixel's bin (L5)."""
     score = gaussian.discretised_log_probability if pixels else gaussian.log_density
     return score(x0.double(), pred.x0.double(), reverse_log_variance(pred, variance))
@@ -116,7 +120,12 @@ class Bound:
 
 
 def bounds(
-    denoiser: Denoiser, x0: Float[Tensor, "b *d"], noise: Noise, steps: Steps, variances: Sequence[Variance], pixels: bool = False
+    denoiser: Denoiser,
+    x0: Float[Tensor, "b *d"],
+    noise: Noise,
+    steps: Steps,
+    variances: Sequence[Variance],
+    pixels: bool = False,
 ) -> list[Bound]:
     """The bound with each reverse variance, all from the same k + 1 network calls.
 
@@ -125,7 +134,9 @@ def bounds(
     """
     schedule = denoiser.schedule
     if denoiser.target in ("eps", "score") and bool(schedule.alphas_cumprod[-1] == 0):
-        raise ValueError(f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0")
+        raise ValueError(
+            f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0"
+        )
 
     def pred(t: Shaped[Tensor, " b"], number: int) -> Prediction:
         return denoiser(schedule.add_noise(x0, noise(number), t), t)
@@ -168,11 +179,16 @@ def log_forward(schedule: Schedule, chain: Float[Tensor, "nodes b *d"]) -> Float
     """log q(x_{1:T} | x_0) of a chain (F7)."""
     log_beta = torch.log(schedule.betas)
     decay = torch.sqrt(1 - schedule.betas)
-    terms = [gaussian.log_density(chain[t + 1].double(), decay[t] * chain[t].double(), log_beta[t]) for t in range(schedule.num_steps)]
+    terms = [
+        gaussian.log_density(chain[t + 1].double(), decay[t] * chain[t].double(), log_beta[t])
+        for t in range(schedule.num_steps)
+    ]
     return torch.stack([_summed(term) for term in terms]).sum(0)
 
 
-def log_reverse(denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance: Variance, pixels: bool = False) -> Float[Tensor, " b"]:
+def log_reverse(
+    denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance: Variance, pixels: bool = False
+) -> Float[Tensor, " b"]:
     """log p(x_{0:T}) of a chain: the prior, the reverse steps and the decoder (F7)."""
     zero = torch.zeros((), dtype=torch.float64, device=chain.device)
     total = _summed(gaussian.log_density(chain[-1].double(), zero, zero))
@@ -185,7 +201,11 @@ def log_reverse(denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance
 
 
 def gap(
-    denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], log_p: Float[Tensor, " b"], variance: Variance, pixels: bool = False
+    denoiser: Denoiser,
+    chain: Float[Tensor, "nodes b *d"],
+    log_p: Float[Tensor, " b"],
+    variance: Variance,
+    pixels: bool = False,
 ) -> Float[Tensor, " b"]:
     """log q(x_{1:T}|x_0) − log p(x_{1:T}|x_0) of a chain, given log p(x_0) of the model (L9).
 

@@ -138,16 +138,28 @@ class Objective:
         self.weights = WEIGHTINGS[config.weighting](schedule, config) / error_ratio(config.target, snr)
 
     def loss(
-        self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition = NO_CONDITION
+        self,
+        model: Model,
+        x0: Float[Tensor, "b *d"],
+        eps: Float[Tensor, "b *d"],
+        t: Int[Tensor, " b"],
+        cond: Condition = NO_CONDITION,
     ) -> Float[Tensor, " b"]:
         """The loss of each sample of the batch (means over its elements)."""
         return self.terms(model, x0, eps, t, cond).total
 
     def terms(
-        self, model: Model, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"], cond: Condition = NO_CONDITION
+        self,
+        model: Model,
+        x0: Float[Tensor, "b *d"],
+        eps: Float[Tensor, "b *d"],
+        t: Int[Tensor, " b"],
+        cond: Condition = NO_CONDITION,
     ) -> Terms:
         """w_t · mean‖target − model(x_t, t, c)‖², and with a learned variance ``vlb_weight`` times the bound (L4)."""
-        denoiser = Denoiser(self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance)
+        denoiser = Denoiser(
+            self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance
+        )
         pred = denoiser(self.schedule.add_noise(x0, eps, t), t)
         error = (pred.raw - target(self.schedule, self.config.target, x0, eps, t)).square().flatten(1).mean(1)
         weighted = like(self.weights[t], error) * error

@@ -12,13 +12,17 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule, like
 
 
-def forward_step(schedule: Schedule, x: Float[Tensor, "b *d"], z: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
+def forward_step(
+    schedule: Schedule, x: Float[Tensor, "b *d"], z: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+) -> Float[Tensor, "b *d"]:
     """√(1−β_t) x_{t−1} + √β_t z, a draw from q(x_t | x_{t−1}) (F1; z standard normal)."""
     beta = schedule.betas[t]
     return like((1 - beta).sqrt(), x) * x + like(beta.sqrt(), x) * z
 
 
-def transition(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+def transition(
+    schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """q(x_t | x_s) = N(ratio · x_s, V I) for s < t (F3): returns (a_t/a_s, V), float64."""
     ratio = schedule.alpha(t) / schedule.alpha(s)
     return ratio, schedule.sigma(t).square() - (ratio * schedule.sigma(s)).square()
@@ -31,7 +35,11 @@ def posterior_variance(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Te
 
 
 def posterior_mean(
-    schedule: Schedule, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
+    schedule: Schedule,
+    x0: Float[Tensor, "b *d"],
+    x_t: Float[Tensor, "b *d"],
+    s: Shaped[Tensor, "*k"],
+    t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """Mean (a_s V/s_t²) x_0 + (a_t s_s²/(a_s s_t²)) x_t of q(x_s | x_t, x_0) for s < t (P1, P2)."""
     ratio, v = transition(schedule, s, t)
@@ -40,7 +48,11 @@ def posterior_mean(
 
 
 def reverse_mean(
-    schedule: Schedule, eps: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
+    schedule: Schedule,
+    eps: Float[Tensor, "b *d"],
+    x_t: Float[Tensor, "b *d"],
+    s: Shaped[Tensor, "*k"],
+    t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε. Needs a_t > 0."""
     ratio, v = transition(schedule, s, t)
@@ -55,13 +67,19 @@ def learned_log_variance(
     The posterior's variance is 0 where s is clean data; its logarithm is then that of the pair (0, 1).
     """
     _, v = transition(schedule, s, t)
-    small = torch.where(s < 0, posterior_variance(schedule, s.clamp(min=0), t.clamp(min=1)), posterior_variance(schedule, s, t))
+    small = torch.where(
+        s < 0, posterior_variance(schedule, s.clamp(min=0), t.clamp(min=1)), posterior_variance(schedule, s, t)
+    )
     nu = (output + 1) / 2
     return nu * like(torch.log(v), output) + (1 - nu) * like(torch.log(small), output)
 
 
 def to_x0(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+    schedule: Schedule,
+    target: str,
+    prediction: Float[Tensor, "b *d"],
+    x_t: Float[Tensor, "b *d"],
+    t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """x̂_0 from a prediction of ``target`` (P4). Predictions of ε and of the score need a_t > 0."""
     if target == "x0":
@@ -73,7 +91,11 @@ def to_x0(
 
 
 def to_eps(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+    schedule: Schedule,
+    target: str,
+    prediction: Float[Tensor, "b *d"],
+    x_t: Float[Tensor, "b *d"],
+    t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
     if target == "eps":
@@ -98,7 +120,11 @@ def from_x0(
 
 
 def score(
-    schedule: Schedule, target: str, prediction: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
+    schedule: Schedule,
+    target: str,
+    prediction: Float[Tensor, "b *d"],
+    x_t: Float[Tensor, "b *d"],
+    t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """∇ log q(x_t) as the prediction estimates it: −ε̂/s_t (P4). Needs s_t > 0."""
     return -to_eps(schedule, target, prediction, x_t, t) / like(schedule.sigma(t), x_t)

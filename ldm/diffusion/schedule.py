@@ -178,7 +178,9 @@ class Schedule:
         part = (lam - rising[upper - 1]) / (rising[upper] - rising[upper - 1])
         return self.num_steps - 1 - (upper - 1 + part)
 
-    def add_noise(self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b *d"]:
+    def add_noise(
+        self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]
+    ) -> Float[Tensor, "b *d"]:
         """x_t = a_t x_0 + s_t ε, a draw from q(x_t | x_0) (docs/equations.md F2)."""
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * eps
 

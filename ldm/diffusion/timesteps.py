@@ -63,7 +63,10 @@ class LossHistory:
         """Remember the losses of one update, in their order; those that are not finite are left out."""
         row = torch.where(losses.isfinite(), t, self.num_steps)
         same = row[:, None] == row[None, :]
-        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # samples of the same t, so that each gets a slot of its own
+        before, after = (
+            same.tril(-1).sum(1),
+            same.triu(1).sum(1),
+        )  # samples of the same t, so that each gets a slot of its own
         slot = (self._seen[row] + before) % HISTORY
         self._seen.index_add_(0, row, torch.ones_like(row))
         kept = torch.where(after < HISTORY, row, self.num_steps)  # more than fit: the latest stay
@@ -94,7 +97,9 @@ class Timesteps:
         self.history = LossHistory(num_steps, device) if name == "importance" else None
         self._update = torch.zeros(3, batch_size, device=device)  # by place in the update: whether ours, t, loss
 
-    def draw(self, uniform: Float[Tensor, " b"], position: Int[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+    def draw(
+        self, uniform: Float[Tensor, " b"], position: Int[Tensor, " b"]
+    ) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
         """t of the samples at these positions, and the weight of each loss in the mean."""
         if self.history is not None:
             return self.history.draw(uniform)
@@ -111,8 +116,12 @@ class Timesteps:
     def after_update(self, reduce: Callable[[Tensor], Tensor], finite: Tensor | bool = True) -> None:
         """Remember the losses of the update, unless it was not ``finite``; ``reduce`` averages a tensor over processes."""
         if self.history is not None:
-            share, t, losses = reduce(self._update)  # each process knows its own places: the mean is a share of the value
-            self.history.update((t / share).round().long(), losses / share / torch.as_tensor(finite).to(losses))  # x / 0 is left out
+            share, t, losses = reduce(
+                self._update
+            )  # each process knows its own places: the mean is a share of the value
+            self.history.update(
+                (t / share).round().long(), losses / share / torch.as_tensor(finite).to(losses)
+            )  # x / 0 is left out
             self._update = torch.zeros_like(self._update)
 
     def state(self) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def launched(cpu: bool = False, patience: float = PATIENCE) -> tuple[Processes, 
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE, torch.device("cpu" if cpu else "cuda")
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=patience))  # as Accelerator makes it, which then takes this one over
+    state = PartialState(
+        cpu=cpu, timeout=timedelta(seconds=patience)
+    )  # as Accelerator makes it, which then takes this one over
     assert state.device is not None
     return Processes(state.process_index, state.num_processes, _gather), state.device
 

@@ -50,9 +50,14 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     if newest is None:
         raise ConfigError(f"{adversarial} has no checkpoint with a discriminator: let its training finish")
     discriminator = read_module(
-        lambda: PatchDiscriminator(data.image_channels, loss.disc_channels, loss.disc_layers), newest[1] / "model_discriminator.safetensors"
+        lambda: PatchDiscriminator(data.image_channels, loss.disc_channels, loss.disc_layers),
+        newest[1] / "model_discriminator.safetensors",
     )
-    names = [plain.name, adversarial.name] if len({"original", plain.name, adversarial.name}) == 3 else [str(plain), str(adversarial)]
+    names = (
+        [plain.name, adversarial.name]
+        if len({"original", plain.name, adversarial.name}) == 3
+        else [str(plain), str(adversarial)]
+    )
     rows: dict[str, Any] = {"original": {"logits": float(discriminator(images).mean())}}
     pictures = [images[:SHOWN]]
     for run, name in zip((plain, adversarial), names, strict=True):

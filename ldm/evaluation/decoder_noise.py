@@ -35,7 +35,9 @@ SMALLEST = 1e-4  # σ of a reconstruction without error: a 40th of half a bin
 ROUNDS = 32  # of the golden section: the bracket of a factor 300 shrinks to 1e-6
 
 
-def of_run(run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, say: Callable[[str], None]) -> list[float]:
+def of_run(
+    run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, say: Callable[[str], None]
+) -> list[float]:
     """σ of each channel: read from the model folder where it was fitted to these weights and data, else fitted and written there."""
 
     def found() -> list[float]:
@@ -54,7 +56,9 @@ def of_run(run: Path, pipe: Pipeline, data: DataConfig, processes: Processes, sa
 
 
 @torch.no_grad()
-def pairs(codec: LatentCodec, source: Source, size: int, device: torch.device) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+def pairs(
+    codec: LatentCodec, source: Source, size: int, device: torch.device
+) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
     """Pixels of training images, and what the decoder makes of a draw of their posterior."""
     samples = itertools.islice(readable(source), IMAGES)
     images, decoded = [], []
@@ -62,7 +66,10 @@ def pairs(codec: LatentCodec, source: Source, size: int, device: torch.device) -
         image = torch.stack([prepare(sample.image, size) for _, sample in read]).to(device)
         posterior = codec.autoencoder.encode(image)
         noise = np.stack([streams.normal(SEED, "likelihood/fit", i, tuple(posterior.mean.shape[1:])) for i, _ in read])
-        answer = finite(codec.decode(codec.latent(posterior, torch.from_numpy(noise).to(device))), "reconstructions of training images")
+        answer = finite(
+            codec.decode(codec.latent(posterior, torch.from_numpy(noise).to(device))),
+            "reconstructions of training images",
+        )
         place = torch.linspace(0, size**2 - 1, min(PIXELS, size**2)).round().long().to(device)
         images.append(image.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())
         decoded.append(answer.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1).cpu())

@@ -58,7 +58,10 @@ class _Shapes:
     def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
         from ldm.data.shapes import parse
 
-        return [shapes.agreement(r, parse(c), self._striped) for r, c in zip(self._judge.read(images), captions, strict=True)]
+        return [
+            shapes.agreement(r, parse(c), self._striped)
+            for r, c in zip(self._judge.read(images), captions, strict=True)
+        ]
 
 
 class _Digits:
@@ -107,7 +110,9 @@ def evaluate(
     pipe.check(settings, pipe.sample_size)
     tried = None
     if tune:
-        settings, tried = _tune(pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes)
+        settings, tried = _tune(
+            pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes
+        )
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
     if tried is not None:
         report["tuned_on_seen"] = tried
@@ -147,7 +152,10 @@ def _judged(
             drawn += list(to_uint8(images))
             if progress:
                 progress(len(drawn), len(mine), {})
-        return [(row, image if i < SHOWN else None) for i, row, image in zip(mine, judge.right(np.stack(drawn), texts), drawn, strict=True)]
+        return [
+            (row, image if i < SHOWN else None)
+            for i, row, image in zip(mine, judge.right(np.stack(drawn), texts), drawn, strict=True)
+        ]
 
     pairs = processes.over(len(captions), share)
     return [row for row, _ in pairs], [image for _, image in pairs if image is not None]
@@ -171,7 +179,9 @@ def _proportions(rows: list[Row]) -> Scores:
     return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
-def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int, processes: Processes) -> dict[str, Any]:
+def _reconstructions(
+    pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int, processes: Processes
+) -> dict[str, Any]:
     """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
     assert pipe.codec is not None
     autoencoder, source = pipe.codec.autoencoder, open_source(data, judge.splits[0][1])
@@ -187,10 +197,16 @@ def _reconstructions(pipe: Pipeline, judge: Judge, data: DataConfig, n: int, bat
     return {"psnr": decibels, "judge": _proportions([row for _, row in pairs])}
 
 
-def _picture(run: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig) -> None:
+def _picture(
+    run: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig
+) -> None:
     wrong = [not row["all"] for row in rows]
-    title = f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
-    plots.captioned(np.stack(shown), captions[: len(shown)], run / "samples.png", wrong=wrong[: len(shown)], title=title)
+    title = (
+        f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+    )
+    plots.captioned(
+        np.stack(shown), captions[: len(shown)], run / "samples.png", wrong=wrong[: len(shown)], title=title
+    )
 
 
 def _kept(file: Path, model: str) -> dict[str, Any]:

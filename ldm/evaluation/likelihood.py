@@ -26,7 +26,14 @@ from ldm.data.sample import Source, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
 from ldm.diffusion import gaussian
-from ldm.diffusion.likelihood import all_steps, bits_per_dimension, bounds, drawn_steps, step_probabilities, two_stage_bound
+from ldm.diffusion.likelihood import (
+    all_steps,
+    bits_per_dimension,
+    bounds,
+    drawn_steps,
+    step_probabilities,
+    two_stage_bound,
+)
 from ldm.distributed.processes import ALONE, Processes
 from ldm.errors import DataError, NonFiniteError
 from ldm.evaluation import decoder_noise
@@ -106,7 +113,9 @@ def likelihood(
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if pipe.schedule_config.blind_at_the_end(pipe.target):
-        raise ConfigError(f"{run}: the bound of a model that predicts {pipe.target} is infinite where its schedule leaves no signal")
+        raise ConfigError(
+            f"{run}: the bound of a model that predicts {pipe.target} is infinite where its schedule leaves no signal"
+        )
     last = pipe.schedule.num_steps - 1
     timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:
@@ -134,7 +143,9 @@ def likelihood(
     found = summary(pipe, config.data, rows, variances, chosen)
     settings = {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
     given = {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}
-    found |= settings | given | ({"decoder_std": std} if std else {}) | {"seconds": round(time.monotonic() - started, 1)}
+    found |= (
+        settings | given | ({"decoder_std": std} if std else {}) | {"seconds": round(time.monotonic() - started, 1)}
+    )
     if processes.main:
         file = run / "report.json"
         write_json(file, (read_json(file) if file.is_file() else {}) | {"likelihood": found})
@@ -161,7 +172,9 @@ def measure(
         posterior = normalised(pipe.codec, pipe.codec.autoencoder.encode(image))
         x0 = posterior.sample(normal(seed, "z", numbers, posterior.mean))
         log_p = image_log_likelihood(image, pipe.codec.decode(x0), std).cpu()
-        log_q = -_summed(gaussian.entropy(posterior.logvar.double())).cpu()  # its expectation, which no draw need estimate
+        log_q = -_summed(
+            gaussian.entropy(posterior.logvar.double())
+        ).cpu()  # its expectation, which no draw need estimate
         standard = _summed(posterior.kl().double()).cpu()
     captions = [sample.text for _, sample in read]
     denoiser = pipe.denoiser(captions, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
@@ -169,7 +182,9 @@ def measure(
     if timesteps:
         uniform = np.stack([streams.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])
         steps = drawn_steps(pipe.schedule, torch.from_numpy(uniform).to(pipe.device))
-    found = bounds(denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None)
+    found = bounds(
+        denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None
+    )
     by_variance = dict(zip(variances, found, strict=True))
     rows = {
         n: Nats(
@@ -186,7 +201,9 @@ def measure(
 
 def normalised(codec: LatentCodec, posterior: DiagonalGaussian) -> DiagonalGaussian:
     """The posterior of the latent that is diffused, (z − shift)·scale: a change of variables by the scale alone (L6)."""
-    return DiagonalGaussian((posterior.mean - codec.shift) * codec.scale, posterior.logvar + 2 * math.log(abs(codec.scale)))
+    return DiagonalGaussian(
+        (posterior.mean - codec.shift) * codec.scale, posterior.logvar + 2 * math.log(abs(codec.scale))
+    )
 
 
 def image_log_likelihood(image: Tensor, decoded: Tensor, std: Sequence[float]) -> Tensor:
@@ -201,7 +218,9 @@ def normal(seed: int, name: str, numbers: Sequence[int], like: Tensor) -> Tensor
     return torch.from_numpy(drawn).to(like)
 
 
-def summary(pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: Sequence[str], chosen: str) -> dict[str, Any]:
+def summary(
+    pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: Sequence[str], chosen: str
+) -> dict[str, Any]:
     """The figures of the report, in bits per dimension of the image, but for ``latent``, which is per latent dimension."""
     dimensions = data.image_channels * data.image_size**2
     diffused = dimensions // pipe.factor**2 // data.image_channels * pipe.unet.in_channels
@@ -214,7 +233,9 @@ def summary(pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: S
     if pipe.codec:
         terms = [row.terms(chosen) for row in rows]
         found["terms"] = {name: _bits([row[name] for row in terms], dimensions)[0] for name in terms[0]}
-        found["latent"] = dict(zip(("bits_per_dim", "error"), _bits(latent[chosen], diffused), strict=True)) | {"dimensions": diffused}
+        found["latent"] = dict(zip(("bits_per_dim", "error"), _bits(latent[chosen], diffused), strict=True)) | {
+            "dimensions": diffused
+        }
         found["with_standard_normal_prior"] = _bits([row.image + row.standard for row in rows], dimensions)[0]  # L12
     found["by_variance"] = {name: _bits(values, dimensions)[0] for name, values in totals.items()}
     found["by_t"] = by_t(pipe, rows, chosen, dimensions)

@@ -32,7 +32,9 @@ class Batch:
 
 
 @torch.no_grad()
-def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices: Sequence[int], batch: int) -> Iterator[Batch]:
+def reconstructed(
+    autoencoder: AutoencoderKL, source: Source, size: int, indices: Sequence[int], batch: int
+) -> Iterator[Batch]:
     """The samples ``indices`` of a source at side ``size``, ``batch`` at once, on the autoencoder's device.
 
     Those that cannot be read are passed over. Raises NonFiniteError where a reconstruction is not finite.
@@ -44,9 +46,9 @@ def reconstructed(autoencoder: AutoencoderKL, source: Source, size: int, indices
             continue
         samples = [sample for _, sample in read]
         image = torch.stack([prepare(s.image, size) for s in samples]).to(device)
-        decoded = finite(autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}").clamp(
-            -1, 1
-        )
+        decoded = finite(
+            autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}"
+        ).clamp(-1, 1)
         yield Batch([i for i, _ in read], image, decoded, psnr(decoded, image).tolist(), [s.text for s in samples])
 
 
@@ -61,7 +63,11 @@ class Pair:
 
 
 def extremes(
-    autoencoder: AutoencoderKL, source: Source, size: int, n: int, progress: Callable[[int, int, Mapping[str, float]], None]
+    autoencoder: AutoencoderKL,
+    source: Source,
+    size: int,
+    n: int,
+    progress: Callable[[int, int, Mapping[str, float]], None],
 ) -> tuple[list[float], dict[str, list[Pair]]]:
     """The PSNR of each of the first ``n`` images that can be read, and the pairs that are best, median and worst; best first.
 
@@ -80,7 +86,9 @@ def extremes(
     return [decibels[i] for i in order], pairs
 
 
-def _pairs(autoencoder: AutoencoderKL, source: Source, size: int, indices: list[int], decibels: Mapping[int, float]) -> list[Pair]:
+def _pairs(
+    autoencoder: AutoencoderKL, source: Source, size: int, indices: list[int], decibels: Mapping[int, float]
+) -> list[Pair]:
     if not indices:
         return []
     (part,) = reconstructed(autoencoder, source, size, indices, len(indices))

@@ -79,7 +79,10 @@ def replace(file: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        error.filename, error.filename2 = str(file), None  # a full disk names none, other faults name the temporary file
+        error.filename, error.filename2 = (
+            str(file),
+            None,
+        )  # a full disk names none, other faults name the temporary file
         raise
 
 

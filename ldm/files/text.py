@@ -21,7 +21,9 @@ def read_text(file: Path) -> str:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError(f"{file} is UTF-16: save it as UTF-8") from None
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}): save it as UTF-8") from None
+        raise ValueError(
+            f"{file}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}): save it as UTF-8"
+        ) from None
 
 
 def lines(text: str) -> list[str]:

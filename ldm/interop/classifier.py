@@ -63,13 +63,17 @@ class ClassifierInfo:
 def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
     """The classifier of a run or folder, and where its weights are. Raises FolderError or ConfigError."""
     path = Path(path)
-    folder = next((f for f in (path / "model/classifier", path / "classifier", path) if (f / "config.json").is_file()), None)
+    folder = next(
+        (f for f in (path / "model/classifier", path / "classifier", path) if (f / "config.json").is_file()), None
+    )
     if folder is None:
         hint = "let its training finish" if path.exists() else "train one with `ldm train-classifier`"
         raise FolderError(f"no classifier in {path}: {hint}")
     about = read_json(folder / "config.json")
     if about.get("_class_name") != CLASS_NAME:
-        raise FolderError(f"{folder} holds a {about.get('_class_name')}, no classifier: name a run of `ldm train-classifier`")
+        raise FolderError(
+            f"{folder} holds a {about.get('_class_name')}, no classifier: name a run of `ldm train-classifier`"
+        )
     try:
         model = build(ClassifierConfig, about["model"], "model.")
         schedule = build(ScheduleConfig, about["schedule"], "schedule.")
@@ -83,9 +87,12 @@ def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
 
 def _check_types(about: Mapping[str, Any], where: str) -> None:
     """Raise FolderError for an entry of another type than is written."""
-    classes, captions, channels, autoencoder = (about[key] for key in ("classes", "captions", "in_channels", "autoencoder_sha256"))
+    classes, captions, channels, autoencoder = (
+        about[key] for key in ("classes", "captions", "in_channels", "autoencoder_sha256")
+    )
     faults = {
-        "classes should be a list of names": not isinstance(classes, list) or not all(isinstance(name, str) for name in classes),
+        "classes should be a list of names": not isinstance(classes, list)
+        or not all(isinstance(name, str) for name in classes),
         "captions should give each caption the number of a class": not isinstance(captions, dict)
         or not isinstance(classes, list)
         or not all(type(number) is int and 0 <= number < len(classes) for number in captions.values()),

@@ -32,7 +32,11 @@ def lacking(bundle: Bundle) -> dict[str, str]:
         },
         TEXT: {f"its U-Net takes the states of one, of width {context}": context is not None},
     }
-    found = {part: next((sign for sign, holds in signs[part].items() if holds), None) for part in signs if part not in bundle.parts}
+    found = {
+        part: next((sign for sign, holds in signs[part].items() if holds), None)
+        for part in signs
+        if part not in bundle.parts
+    }
     return {part: sign for part, sign in found.items() if sign is not None}
 
 
@@ -40,12 +44,19 @@ def check_complete(bundle: Bundle, where: str | Path) -> None:
     """Raise FolderError for a part that is missing, or that does not fit the U-Net."""
     for part, sign in lacking(bundle).items():
         option = OPTIONS[part]
-        raise FolderError(f"{where} has no {NAMES[part]}, but {sign}: bring it back, or name one by --{option} PATH ({option}= in Python)")
+        raise FolderError(
+            f"{where} has no {NAMES[part]}, but {sign}: bring it back, or name one by --{option} PATH ({option}= in Python)"
+        )
     if UNET not in bundle.parts:
         return
     _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)
-    if VAE in bundle.parts and (latent := autoencoder_from_diffusers(bundle.parts[VAE].config).latent_channels) != channels:
-        raise FolderError(f"{where}: the autoencoder's latents have {latent} channels, and the U-Net predicts {channels}: not of one model")
+    if (
+        VAE in bundle.parts
+        and (latent := autoencoder_from_diffusers(bundle.parts[VAE].config).latent_channels) != channels
+    ):
+        raise FolderError(
+            f"{where}: the autoencoder's latents have {latent} channels, and the U-Net predicts {channels}: not of one model"
+        )
     if TEXT not in bundle.parts:
         return
     if context is None:
@@ -53,4 +64,6 @@ def check_complete(bundle: Bundle, where: str | Path) -> None:
     tower = bundle.parts[TEXT].config
     width = (inner if isinstance(inner := tower.get("text_config"), dict) else tower).get("hidden_size")
     if type(width) is int and width != context:
-        raise FolderError(f"{where}: the text encoder's states have width {width}, and the U-Net takes {context}: not of one model")
+        raise FolderError(
+            f"{where}: the text encoder's states have width {width}, and the U-Net takes {context}: not of one model"
+        )

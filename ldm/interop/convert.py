@@ -37,7 +37,9 @@ def cast(bundle: Bundle, dtype: str) -> Bundle:
 def coverage(bundle: Bundle) -> list[str]:
     """Report of what each tensor that was read was used for."""
     used = ", ".join(f"{len(part.tensors)} of {name}" for name, part in bundle.parts.items())
-    lines = [f"read from {bundle.layout}: {sum(len(part.tensors) for part in bundle.parts.values())} tensors used ({used}), none missing"]
+    lines = [
+        f"read from {bundle.layout}: {sum(len(part.tensors) for part in bundle.parts.values())} tensors used ({used}), none missing"
+    ]
     for reason, count in Counter(bundle.besides.values()).items():
         names = [name for name, why in bundle.besides.items() if why == reason]
         lines.append(f"left aside, {count}: {', '.join(names[:SHOWN])}{' …' if count > SHOWN else ''}: {reason}")

@@ -27,7 +27,8 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
     """
     tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {
-        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})} for name, part in bundle.parts.items()
+        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})}
+        for name, part in bundle.parts.items()
     }
     if bundle.scheduler is not None:
         about["process"] = _process(bundle.scheduler)
@@ -51,7 +52,9 @@ def part_hash(part: Part) -> str:
 def _weights(part: Part) -> dict[str, Any]:
     """Facts that only the weights themselves show."""
     bad = nonfinite(part.tensors)
-    return {"sha256": part_hash(part)} | ({"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {})
+    return {"sha256": part_hash(part)} | (
+        {"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {}
+    )
 
 
 def _size(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -29,4 +29,6 @@ def find_or_fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except (OSError, ValueError, RuntimeError) as error:
-        raise FolderError(f"no folder {name}, and the hub gives no such model: {' '.join(str(error).split())}") from None
+        raise FolderError(
+            f"no folder {name}, and the hub gives no such model: {' '.join(str(error).split())}"
+        ) from None

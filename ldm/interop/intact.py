@@ -49,7 +49,10 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "caption_dropout": (_is_share, "a number from 0 to 1, or null"),
     "sample_size": (lambda v: type(v) is int and 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}"),
     "defaults": (lambda v: isinstance(v, dict), "a mapping of settings"),
-    HASHES: (lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()), "the hash of each file of weights"),
+    HASHES: (
+        lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()),
+        "the hash of each file of weights",
+    ),
 }
 
 
@@ -58,7 +61,9 @@ def written_hashes(folder: Path) -> dict[str, str]:
 
     Empty where it has none of this folder's. Raises FolderError.
     """
-    folder = Path(os.path.abspath(folder))  # a link to another run's is not followed: it is not the part that was written here
+    folder = Path(
+        os.path.abspath(folder)
+    )  # a link to another run's is not followed: it is not the part that was written here
     places = {Path(name): digest for name, digest in read_extra(folder.parent).get(HASHES, {}).items()}
     return {place.name: digest for place, digest in places.items() if str(place.parent) == folder.name}
 
@@ -82,20 +87,26 @@ def check_finite(part: Part, name: str = "") -> None:
     """Raise FolderError naming the first weight that holds NaN or an infinity."""
     if bad := nonfinite(part.tensors):
         more = f", and {len(bad) - 1} further tensors are not finite either" if len(bad) > 1 else ""
-        raise FolderError(f"{part.where}: {name and name + ': '}tensor {bad[0]} holds {counted(part.tensors[bad[0]])}{more}")
+        raise FolderError(
+            f"{part.where}: {name and name + ': '}tensor {bad[0]} holds {counted(part.tensors[bad[0]])}{more}"
+        )
 
 
 def check_hashes(part: Part, anew: bool = False) -> None:
     """Raise FolderError for a file of weights that is not the one written with its folder. ``anew``: trust no remembered hash."""
     for file in part.files if part.sha256 else ():
         if (written := part.sha256.get(file.name)) is None:
-            raise FolderError(f"{file} was not written with its folder, whose {EXTRA} lists {min(part.sha256)}: {_REMEDY}")
+            raise FolderError(
+                f"{file} was not written with its folder, whose {EXTRA} lists {min(part.sha256)}: {_REMEDY}"
+            )
         try:
             found = file_hash(file) if anew else known_hash(file)
         except OSError as error:
             raise FolderError(f"{file}: cannot be read: {error.strerror}") from None
         if found != written:
-            raise FolderError(f"{file} has changed: its sha256 is {found[:12]}, and was {written[:12]} when it was written: {_REMEDY}")
+            raise FolderError(
+                f"{file} has changed: its sha256 is {found[:12]}, and was {written[:12]} when it was written: {_REMEDY}"
+            )
 
 
 _REMEDY = f'bring back the file, or, if it was meant to change, delete "{HASHES}" from the folder\'s {EXTRA}'

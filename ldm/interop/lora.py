@@ -51,7 +51,12 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
     tensors, header = _open(file)
     settings = {part: settings_of(part, header, str(file)) for part in (UNET, TEXT)}
     check_kind(tensors, str(file))
-    table = {stem: (part, name) for part, network in networks.items() for name in changeable(network) for stem in stems(part, name)}
+    table = {
+        stem: (part, name)
+        for part, network in networks.items()
+        for name in changeable(network)
+        for stem in stems(part, name)
+    }
     if isinstance(config := getattr(networks.get(UNET), "config", None), UNetConfig):
         table |= {stem: (UNET, name) for name in changeable(networks[UNET]) for stem in compvis_stems(name, config)}
     found: Found = {}
@@ -70,7 +75,9 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
     return loras
 
 
-def write_lora(loras: Mapping[str, Lora], file: Path, layout: str = "diffusers", dtype: torch.dtype = torch.float32) -> None:
+def write_lora(
+    loras: Mapping[str, Lora], file: Path, layout: str = "diffusers", dtype: torch.dtype = torch.float32
+) -> None:
     """Write the changes of each network, their α multiplied into B as far as no reader then takes another scale.
 
     ``layout``: `diffusers`, as ``load_lora_weights`` and peft read it: α is the rank of each layer, which is also in the
@@ -101,7 +108,9 @@ def find_lora(path: str | Path) -> Path:
         candidates = [file for folder in (path, path / "model") for name in NAMES if (file := folder / name).is_file()]
     if not candidates:
         scale = f" (or {path.name.rpartition(':')[2]!r} should be a number, its scale)" if ":" in path.name else ""
-        raise FolderError(f"no LoRA {path}{scale}" if not path.exists() else f"{path} holds no LoRA: expected {FILE} or {PEFT_FILE}")
+        raise FolderError(
+            f"no LoRA {path}{scale}" if not path.exists() else f"{path} holds no LoRA: expected {FILE} or {PEFT_FILE}"
+        )
     return candidates[0]
 
 
@@ -128,20 +137,28 @@ def _finite(key: str, tensor: Tensor, file: Path) -> Tensor:
         raise FolderError(f"{file}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, which are not weights")
     if not bool((found := tensor.float()).isfinite().all()):
         broken = int((~found.isfinite()).sum())
-        raise FolderError(f"{file}: {key} holds {broken} of {found.numel()} numbers that are not finite (NaN or infinity)")
+        raise FolderError(
+            f"{file}: {key} holds {broken} of {found.numel()} numbers that are not finite (NaN or infinity)"
+        )
     return tensor
 
 
-def _build(network: nn.Module, found: Mapping[str, Mapping[str, tuple[str, Tensor]]], settings: Mapping[str, Any], file: Path) -> Lora:
+def _build(
+    network: nn.Module, found: Mapping[str, Mapping[str, tuple[str, Tensor]]], settings: Mapping[str, Any], file: Path
+) -> Lora:
     """The changes of one network, all shapes checked."""
     sizes: dict[str, tuple[int, float]] = {}
     for name, roles in found.items():
         for role in (DOWN, UP):
             if role not in roles:
-                raise FolderError(f"{file}: {next(iter(roles.values()))[0]} has no counterpart: the {role} of {name} is missing")
+                raise FolderError(
+                    f"{file}: {next(iter(roles.values()))[0]} has no counterpart: the {role} of {name} is missing"
+                )
         rank = roles[DOWN][1].shape[0] if roles[DOWN][1].ndim else 0
         if rank < 1:
-            raise FolderError(f"{file}: {roles[DOWN][0]} is {list(roles[DOWN][1].shape)}: its first dimension is the rank")
+            raise FolderError(
+                f"{file}: {roles[DOWN][0]} is {list(roles[DOWN][1].shape)}: its first dimension is the rank"
+            )
         sizes[name] = rank, _alpha(name, rank, roles.get(ALPHA), settings, file)
     with torch.device("meta"):
         lora = Lora(network, sizes)
@@ -151,7 +168,9 @@ def _build(network: nn.Module, found: Mapping[str, Mapping[str, tuple[str, Tenso
             key, tensor = roles[role]
             shape = wanted[f"{name}.{role}.weight"].shape
             if _core(tensor.shape) != _core(shape):
-                raise FolderError(f"{file}: {key} is {list(tensor.shape)}, for this layer and rank it should be {list(shape)}")
+                raise FolderError(
+                    f"{file}: {key} is {list(tensor.shape)}, for this layer and rank it should be {list(shape)}"
+                )
             wanted[f"{name}.{role}.weight"] = tensor.float().reshape(shape)
     lora.load_state_dict(wanted, assign=True)
     for name, change in lora.changes.items():
@@ -181,7 +200,9 @@ def _check_size(name: str, change: LowRank, file: Path) -> None:
     """Raise FolderError where (α/r) B A may be too large for float32."""
     a, b = (float(part.weight.detach().abs().max()) for part in (change.lora_A, change.lora_B))  # type: ignore[operator,union-attr]
     if not a * b * abs(change.alpha) < torch.finfo(torch.float32).max:
-        raise FolderError(f"{file}: the change of {name} is not finite: its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}")
+        raise FolderError(
+            f"{file}: the change of {name} is not finite: its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}"
+        )
 
 
 def _usual_rank(lora: Lora) -> int:

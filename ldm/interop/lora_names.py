@@ -83,7 +83,9 @@ def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, s
         raise FolderError(f"{where}: {key}: a layer saved whole (modules_to_save, bias) is not offered, only LoRA")
     stem = next((key.removesuffix(ending) for ending in ENDINGS if key.endswith(ending)), key)
     near = difflib.get_close_matches(stem, table, n=1)
-    raise FolderError(f"{where}: {key} changes no layer of this model" + (f" (the nearest is called {near[0]})" if near else ""))
+    raise FolderError(
+        f"{where}: {key} changes no layer of this model" + (f" (the nearest is called {near[0]})" if near else "")
+    )
 
 
 def check_kind(keys: Iterable[str], where: str) -> None:

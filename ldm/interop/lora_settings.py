@@ -39,7 +39,9 @@ def settings_of(part: str, header: Mapping[str, Any], where: str) -> dict[str, A
     """The LoraConfig of one network in a file's header; empty where it has none. Raises FolderError for what is not offered."""
     for key in header:
         if key.partition(".")[0] not in (UNET, TEXT):
-            raise FolderError(f"{where}: {key} in its settings is of neither {UNET} nor {TEXT}: not a LoRA of this kind of model")
+            raise FolderError(
+                f"{where}: {key} in its settings is of neither {UNET} nor {TEXT}: not a LoRA of this kind of model"
+            )
     mine = {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
     for key, value in mine.items():
         if key not in READ and key not in IGNORED:
@@ -54,7 +56,9 @@ def _check(key: str, value: Any, where: str) -> None:
     says = f"{where}: {key} in its settings"
     if key == "init_lora_weights":
         if not (value is None or isinstance(value, bool) or str(value).lower() in PLAIN_STARTS):
-            raise FolderError(f"{says} is {_short(value)}: its start was taken out of the base, which here is whole: {_CONVERT}")
+            raise FolderError(
+                f"{says} is {_short(value)}: its start was taken out of the base, which here is whole: {_CONVERT}"
+            )
     elif key == "peft_type":
         if value not in (None, "LORA"):
             raise FolderError(f"{says} is {_short(value)}, which is not offered, only LORA")
@@ -81,7 +85,9 @@ def _of_layer(name: str, which: str, settings: Mapping[str, Any], otherwise: Any
     """The value of a layer in one of peft's patterns: of the first that matches the end of the name, or with ^ the whole."""
     patterns = settings.get(which) or {}
     if not isinstance(patterns, dict):
-        raise FolderError(f"{where}: {which} in its settings should be an object of names and numbers, not {_short(patterns)}")
+        raise FolderError(
+            f"{where}: {which} in its settings should be an object of names and numbers, not {_short(patterns)}"
+        )
     matches = {key: _pattern(key, where) for key in patterns}
     value = next((patterns[key] for key, match in matches.items() if match(name)), otherwise)
     try:

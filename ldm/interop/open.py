@@ -21,7 +21,14 @@ from ldm.interop.compvis.kinds import OPENED, is_lora, other_kind
 from ldm.interop.compvis.layout import from_compvis
 from ldm.interop.compvis.names import shapes_of
 from ldm.interop.compvis.spelling import spelled
-from ldm.interop.diffusers.folder import INDEX, find_autoencoder, find_model, read_folder, read_part, read_tokenizer_files
+from ldm.interop.diffusers.folder import (
+    INDEX,
+    find_autoencoder,
+    find_model,
+    read_folder,
+    read_part,
+    read_tokenizer_files,
+)
 from ldm.interop.diffusers.lora_folder import REFERENCE, Reference
 from ldm.interop.hub import find_or_fetch
 from ldm.interop.lora import NAMES as LORA_NAMES
@@ -74,7 +81,9 @@ def read_any(
 
     Raises FolderError or ConfigError.
     """
-    if Path(path).is_dir() and not any((Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)):
+    if Path(path).is_dir() and not any(
+        (Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)
+    ):
         _refuse(reading, path)
         _refuse({"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
         part, besides = read_part(_alone(Path(path)), VAE, variant)
@@ -87,7 +96,10 @@ def read_any(
 
 
 def _refuse(
-    reading: Mapping[str, Any], path: str | Path, kind: str = "single files", reason: str = "is a folder, whose own files say it"
+    reading: Mapping[str, Any],
+    path: str | Path,
+    kind: str = "single files",
+    reason: str = "is a folder, whose own files say it",
 ) -> None:
     """Raise ConfigError for what is said of a folder that only another kind of model may leave open."""
     if given := [name for name, value in reading.items() if value is not None]:
@@ -102,9 +114,15 @@ def _alone(path: Path) -> Path:
         raise ConfigError(f"{path} is a LoRA, no model of its own: {_WHAT_FOR}")
     own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if own.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "model_type" in own:
-        raise FolderError(f"{path} is one part of a pipeline (a {own.get('_class_name') or own['model_type']}): name the folder above it")
-    if path.is_dir() and not any((folder / "config.json").is_file() for folder in (path, path / VAE, path / "model" / VAE)):
-        raise FolderError(f"{path} holds no model: expected {INDEX}, a run's model/, or the config.json of an autoencoder")
+        raise FolderError(
+            f"{path} is one part of a pipeline (a {own.get('_class_name') or own['model_type']}): name the folder above it"
+        )
+    if path.is_dir() and not any(
+        (folder / "config.json").is_file() for folder in (path, path / VAE, path / "model" / VAE)
+    ):
+        raise FolderError(
+            f"{path} holds no model: expected {INDEX}, a run's model/, or the config.json of an autoencoder"
+        )
     return find_autoencoder(path)
 
 
@@ -147,7 +165,9 @@ def _known_kind(file: Path, archive: Archive) -> dict[str, Tensor]:
 def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:
     """The tokenizer called ``name`` for a file that holds none. Raises ConfigError, FolderError."""
     if TEXT not in bundle.parts or bundle.tokenizer:
-        raise ConfigError(f"tokenizer: {file} {'holds its own' if bundle.tokenizer else 'has no text encoder'}: leave it out")
+        raise ConfigError(
+            f"tokenizer: {file} {'holds its own' if bundle.tokenizer else 'has no text encoder'}: leave it out"
+        )
     folder = find_or_fetch(name)
     files = read_tokenizer_files(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if bundle.parts[TEXT].config.get("hidden_act") == "gelu":

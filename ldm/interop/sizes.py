@@ -41,7 +41,9 @@ def check_sizes(part: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
         if (widest := max(_numbers(config.get(key)), default=0)) > WIDEST:
             raise FolderError(f"{where}: {key} is {shown(widest)}: no network is as wide")
     if len(tensors) < (layers := _layers(part, config)):
-        raise FolderError(f"{where}: its configuration describes {shown(layers)} layers, and there are {len(tensors):,} tensors")
+        raise FolderError(
+            f"{where}: its configuration describes {shown(layers)} layers, and there are {len(tensors):,} tensors"
+        )
 
 
 def _layers(part: str, config: Mapping[str, Any]) -> int:

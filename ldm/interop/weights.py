@@ -49,7 +49,9 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
             near = difflib.get_close_matches(name, [n for n in given if n not in wanted], n=1)
             raise FolderError(f"{where}: tensor {name} is missing" + (f" (there is {near[0]})" if near else ""))
         if shape != tuple(given[name].shape):
-            raise FolderError(f"{where}: tensor {name} is {list(given[name].shape)}, its configuration says {list(shape)}")
+            raise FolderError(
+                f"{where}: tensor {name} is {list(given[name].shape)}, its configuration says {list(shape)}"
+            )
     for name in given:
         if name not in wanted:
             raise FolderError(f"{where}: tensor {name} belongs to no part of the network its configuration describes")

@@ -19,7 +19,10 @@ def same_captions(captions: Sequence[str]) -> Bool[Tensor, "b b"]:
 
 
 def contrastive_loss(
-    image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "b d"], logit_scale: Float[Tensor, ""], same: Bool[Tensor, "b b"]
+    image_embeds: Float[Tensor, "b d"],
+    text_embeds: Float[Tensor, "b d"],
+    logit_scale: Float[Tensor, ""],
+    same: Bool[Tensor, "b b"],
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE (Radford et al. 2021, figure 3) in which pairs with equal captions share the positive.
 
@@ -32,7 +35,9 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def retrieval_top1(image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "k d"], truth: Int[Tensor, " b"]) -> float:
+def retrieval_top1(
+    image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "k d"], truth: Int[Tensor, " b"]
+) -> float:
     """Share of images whose most similar one of ``k`` distinct captions is their own, ``truth[i]``."""
     similarity = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T  # [b, k]
     return (similarity.argmax(dim=1) == truth.to(similarity.device)).double().mean().item()
@@ -56,6 +61,8 @@ def left_right_accuracy(
     Row i of ``swapped_embeds`` embeds ``swap_relation`` of caption i. Raises ValueError for no images.
     """
     if len(image_embeds) == 0:
-        raise ValueError("left_right_accuracy needs at least one caption with a relation (left of, right of, above, below)")
+        raise ValueError(
+            "left_right_accuracy needs at least one caption with a relation (left of, right of, above, below)"
+        )
     true, swapped = F.cosine_similarity(image_embeds, text_embeds), F.cosine_similarity(image_embeds, swapped_embeds)
     return (true > swapped).double().mean().item()

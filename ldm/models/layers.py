@@ -66,9 +66,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b l d"] | None = None) -> Float[Tensor, "b n c"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b l d"] | None = None
+    ) -> Float[Tensor, "b n c"]:
         context = x if context is None else context
-        q, k, v = (p.unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            p.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for p in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -89,7 +94,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])  # 1: dropout elsewhere
+        self.net = nn.ModuleList(
+            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        )  # 1: dropout elsewhere
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         for layer in self.net:
@@ -121,7 +128,9 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, residual."""
 
-    def __init__(self, channels: int, heads: int, layers: int, context_dim: int | None, groups: int, linear_projection: bool) -> None:
+    def __init__(
+        self, channels: int, heads: int, layers: int, context_dim: int | None, groups: int, linear_projection: bool
+    ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)

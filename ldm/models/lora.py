@@ -100,7 +100,9 @@ class Lora(nn.Module):
         Every thread that uses the base sees them. ``network``: what computes with them instead, a ``shared_copy`` of the base.
         """
         layers = changeable(network or self.network)
-        handles = [layers[name].register_forward_hook(partial(_add, change, scale)) for name, change in self.changes.items()]
+        handles = [
+            layers[name].register_forward_hook(partial(_add, change, scale)) for name, change in self.changes.items()
+        ]
         if network is None:
             _forget_compiled()
 
@@ -154,7 +156,9 @@ def named_layers(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
             known = sorted({".".join(name.split(".")[-i:]) for name in layers for i in (1, 2)})
             near = difflib.get_close_matches(target, known, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"train.lora.targets: no linear or convolutional layer of the U-Net is called {target}{hint}")
+            raise ConfigError(
+                f"train.lora.targets: no linear or convolutional layer of the U-Net is called {target}{hint}"
+            )
     return [name for name in layers if any(_is(name, target) for target in targets)]
 
 

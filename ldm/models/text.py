@@ -31,7 +31,9 @@ from ldm.models.lora import shared_copy
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-EMBEDDING_STD = 2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
+EMBEDDING_STD = (
+    2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
+)
 
 LONGEST_WORD = 1000  # characters: the time to learn merges from a word grows with its square
 LONGEST_CAPTION = 10_000  # characters of a caption that are looked at; 77 tokens take some hundred
@@ -39,7 +41,12 @@ _SPACE = re.compile(r"[^\S\x1c-\x1f]+")
 # what CLIP takes for one word: letters, or neither letters, digits nor space, for which Python counts four control characters
 _LONG_WORD = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}|(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}")
 
-_OUTPUT = ("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation")  # how others want it returned
+_OUTPUT = (
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "_attn_implementation",
+)  # how others want it returned
 _NotOurs = (KeyboardInterrupt, SystemExit)  # of what ends a call to a library that panics
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP's
 # Names in older config.json files that say nothing of a CLIP's text tower: how to generate text, and what earlier releases wrote.
@@ -68,12 +75,20 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CL
     # Given as special tokens the symbols have fixed ids; found in the text, their ids, and with them the order of
     # equally frequent pairs, follow a hash map.
     trainer = trainers.BpeTrainer(
-        vocab_size=len(base) + merges, min_frequency=0, special_tokens=base, end_of_word_suffix=WORD_END, show_progress=False
+        vocab_size=len(base) + merges,
+        min_frequency=0,
+        special_tokens=base,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
     )
-    learner.train_from_iterator((_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions), trainer)
+    learner.train_from_iterator(
+        (_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions), trainer
+    )
     learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
     tokens = dict.fromkeys([*base, *("".join(pair) for pair in learned), START, END])
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=learned, model_max_length=max_length)  # type: ignore[arg-type]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=learned, model_max_length=max_length
+    )  # type: ignore[arg-type]
 
 
 def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
@@ -114,7 +129,9 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"image_size": image_size, "patch_size": config.patch_size, "num_channels": image_channels}
-    model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection))
+    model = CLIPModel(
+        CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection)
+    )
     embeddings = model.text_model.embeddings
     with torch.no_grad():  # transformers starts both at 0.02
         embeddings.token_embedding.weight.normal_(std=EMBEDDING_STD)
@@ -162,7 +179,9 @@ class TextEncoder:
         self.model, self.tokenizer = model.float().eval().requires_grad_(False), tokenizer
 
     @classmethod
-    def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Mapping[str, bytes]) -> TextEncoder:
+    def from_tensors(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Mapping[str, bytes]
+    ) -> TextEncoder:
         """From the contents of files: config.json, weights by their names with the prefix `text_model.`, the tokenizer's files.
 
         Weights in float32 stay memory-mapped. Raises ValueError where weights and configuration do not belong together.
@@ -241,7 +260,13 @@ class TextEncoder:
         """sha256 over all that determines the states: weights, vocabulary, and the settings that are in neither."""
         bpe = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         config = self.model.config
-        settings = [self.max_length, self.tokenizer.pad_token_id, config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
+        settings = [
+            self.max_length,
+            self.tokenizer.pad_token_id,
+            config.num_attention_heads,
+            config.hidden_act,
+            config.layer_norm_eps,
+        ]
         digest = hashlib.sha256(json.dumps([settings, bpe["vocab"], bpe["merges"]], sort_keys=True).encode())
         for key, value in sorted(_tower(self.model).state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)}".encode())
@@ -359,13 +384,17 @@ def _tower(model: CLIPTextModel) -> torch.nn.Module:
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in ``folder``; transformers makes up one of two tokens where there is none."""
     there = {file.name for file in folder.glob("*")}
-    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:  # without merges, letters alone are found
+    if (
+        "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there
+    ):  # without merges, letters alone are found
         raise ValueError("it holds no tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except _NotOurs:
         raise
-    except BaseException as error:  # tokenizers raises nothing more particular for a file that it cannot read, or panics
+    except (
+        BaseException
+    ) as error:  # tokenizers raises nothing more particular for a file that it cannot read, or panics
         raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
 
@@ -384,16 +413,23 @@ def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
 def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the tower, built without memory, its weights. Raises ValueError unless names and shapes are its own."""
     wanted = tower.state_dict()
-    for names, what in ((wanted.keys() - tensors.keys(), "is missing"), (tensors.keys() - wanted.keys(), "belongs to no layer of it")):
+    for names, what in (
+        (wanted.keys() - tensors.keys(), "is missing"),
+        (tensors.keys() - wanted.keys(), "belongs to no layer of it"),
+    ):
         if names:
             raise ValueError(f"text encoder: {min(names)} {what} ({len(names)} such weights)")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"text encoder: {name} is {list(tensor.shape)}, config.json says {list(wanted[name].shape)}")
+            raise ValueError(
+                f"text encoder: {name} is {list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
+            )
     tower.load_state_dict(dict(tensors), assign=True)
     embeddings = tower.get_submodule("embeddings")
     positions = torch.arange(wanted["embeddings.position_embedding.weight"].shape[0])
-    embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)  # the one thing that no file holds
+    embeddings.register_buffer(
+        "position_ids", positions.expand(1, -1), persistent=False
+    )  # the one thing that no file holds
 
 
 def _check_config(layout: object) -> None:
@@ -408,7 +444,10 @@ def _check_config(layout: object) -> None:
     for key in tower:
         if key not in known | _OLD_SETTINGS and not key.startswith("_"):
             near = difflib.get_close_matches(key, sorted(known), n=1)
-            raise ValueError(f"config.json: unknown key {key}" + (f": did you mean {near[0]}?" if near else " of a CLIP text encoder"))
+            raise ValueError(
+                f"config.json: unknown key {key}"
+                + (f": did you mean {near[0]}?" if near else " of a CLIP text encoder")
+            )
     epsilon = tower.get("layer_norm_eps", 1e-5)
     if type(epsilon) not in (int, float) or not 0 <= epsilon <= 1:
         raise ValueError(f"config.json: layer_norm_eps is {epsilon!r}: expected a number from 0 to 1")

@@ -40,10 +40,17 @@ class UNet(nn.Module):
         context_dim: width of the cross-attended context; None: no cross-attention.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int | None = None, context_dim: int | None = None) -> None:
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int | None = None, context_dim: int | None = None
+    ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self.config, self.in_channels, self.out_channels, self.context_dim = config, in_channels, out_channels, context_dim
+        self.config, self.in_channels, self.out_channels, self.context_dim = (
+            config,
+            in_channels,
+            out_channels,
+            context_dim,
+        )
         self.gradient_checkpointing = False
         channels, time_dim, levels = config.channels, config.time_dim, len(config.channels)
         heads = config.heads if len(config.heads) > 1 else config.heads * levels
@@ -53,7 +60,12 @@ class UNet(nn.Module):
 
         def transformer(level: int) -> SpatialTransformer:
             return SpatialTransformer(
-                channels[level], heads[level], config.transformer_layers, context_dim, config.groups, config.linear_projection
+                channels[level],
+                heads[level],
+                config.transformer_layers,
+                context_dim,
+                config.groups,
+                config.linear_projection,
             )
 
         self.conv_in = nn.Conv2d(in_channels + config.concat_channels, channels[0], 3, padding=1)
@@ -72,7 +84,9 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down_blocks.append(stage)
 
-        self.mid_block = Stage([resnet(channels[-1], channels[-1]), resnet(channels[-1], channels[-1])], [transformer(levels - 1)])
+        self.mid_block = Stage(
+            [resnet(channels[-1], channels[-1]), resnet(channels[-1], channels[-1])], [transformer(levels - 1)]
+        )
 
         self.up_blocks = nn.ModuleList()
         width = channels[-1]
@@ -89,7 +103,9 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition = NO_CONDITION) -> Float[Tensor, "b o h w"]:
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition = NO_CONDITION
+    ) -> Float[Tensor, "b o h w"]:
         """The prediction for each sample; ``t`` counts from 0. Raises ValueError where a condition is missing or not expected."""
         self._check(cond)
         time = self._embed(t, cond).to(x_t.dtype)
@@ -132,7 +148,13 @@ class UNet(nn.Module):
         time = self.time_embedding(self._sinusoid(t))
         if self.class_embedding is None:
             return time
-        given = cond.vector if cond.labels is None else self._sinusoid(cond.labels) if self.config.sinusoidal_labels else cond.labels
+        given = (
+            cond.vector
+            if cond.labels is None
+            else self._sinusoid(cond.labels)
+            if self.config.sinusoidal_labels
+            else cond.labels
+        )
         return time + self.class_embedding(given)
 
     def _sinusoid(self, t: Tensor) -> Tensor:
@@ -151,7 +173,9 @@ class UNet(nn.Module):
             ("concat", cond.concat is not None, self.config.concat_channels > 0),
         ):
             if given != wanted:
-                raise ValueError(f"this U-Net takes {'a' if wanted else 'no'} {name} condition, and {'one' if given else 'none'} was given")
+                raise ValueError(
+                    f"this U-Net takes {'a' if wanted else 'no'} {name} condition, and {'one' if given else 'none'} was given"
+                )
 
 
 def class_embedding(config: UNetConfig) -> nn.Module | None:
@@ -165,5 +189,7 @@ def class_embedding(config: UNetConfig) -> nn.Module | None:
     if config.vector_map == "identity":
         return nn.Identity()
     return (
-        nn.Linear(config.vector_dim, config.time_dim) if config.vector_map == "linear" else TimestepMLP(config.vector_dim, config.time_dim)
+        nn.Linear(config.vector_dim, config.time_dim)
+        if config.vector_map == "linear"
+        else TimestepMLP(config.vector_dim, config.time_dim)
     )

@@ -46,7 +46,9 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
     for name in ("eta", "variance"):
         readers = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
         if settings.sampler not in readers and getattr(settings, name) != getattr(SampleConfig, name):
-            raise ConfigError(f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out")
+            raise ConfigError(
+                f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out"
+            )
     check_text(settings.negative_prompt, "negative_prompt")
     if size > LARGEST:
         raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")
@@ -96,7 +98,9 @@ def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.dev
         torch.zeros(1, device=place).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}") from None
+        raise ConfigError(
+            f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}"
+        ) from None
     return place
 
 
@@ -109,7 +113,9 @@ def check_text(text: str, name: str) -> None:
 def check_drawable(unet: UNetConfig) -> None:
     """Raise ConfigError for a U-Net that needs more than a caption."""
     if unet.concat_channels:
-        raise ConfigError(f"this model takes {unet.concat_channels} further channels (a mask, an image) and is not drawn from by a caption")
+        raise ConfigError(
+            f"this model takes {unet.concat_channels} further channels (a mask, an image) and is not drawn from by a caption"
+        )
     if unet.class_embedded:
         raise ConfigError("this model takes a class label or vector besides, and is not drawn from by a caption alone")
 
@@ -117,12 +123,17 @@ def check_drawable(unet: UNetConfig) -> None:
 def check_guidance(settings: SampleConfig, latents: bool) -> None:
     """Raise ConfigError for guidance that is not possible, or that the settings would ignore."""
     if settings.dynamic_threshold is not None and latents:
-        raise ConfigError("dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out")
+        raise ConfigError(
+            "dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out"
+        )
     if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":
         raise ConfigError(
             f"classifier_form mean moves the mean of ancestral sampling: take sampler ddpm, not {settings.sampler}, or form score"
         )
-    for owner, names in (("classifier", ("classifier_scale", "classifier_form")), ("autoguidance", ("autoguidance_scale",))):
+    for owner, names in (
+        ("classifier", ("classifier_scale", "classifier_form")),
+        ("autoguidance", ("autoguidance_scale",)),
+    ):
         for name in names:
             if getattr(settings, owner) is None and getattr(settings, name) != getattr(SampleConfig, name):
                 raise ConfigError(f"{name} is for {owner}: name one, or leave it out")

@@ -71,7 +71,9 @@ def sample(
     if device is None:
         device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
     schedule = schedule.to(device)
-    guided = Guidance(model, cond, cond if null_cond is None else null_cond, schedule, target, learned_variance, scale=guidance_scale)
+    guided = Guidance(
+        model, cond, cond if null_cond is None else null_cond, schedule, target, learned_variance, scale=guidance_scale
+    )
     numbers, item = range(shape[0]), tuple(shape[1:])
     return SAMPLERS[sampler].function(
         Denoiser(schedule, target, guided, learned_variance), draw_noise(seed, "x_T", numbers, item, device),

@@ -58,7 +58,9 @@ class Guides:
                         f"autoguidance {path}: its target is {weak.target}, this model's is {pipe.target}: they must be equal"
                     )
                 if (weak.text is None) != (pipe.text is None):
-                    raise ConfigError(f"autoguidance {path}: one of the models has a text encoder and the other has none")
+                    raise ConfigError(
+                        f"autoguidance {path}: one of the models has a text encoder and the other has none"
+                    )
                 self.weaker[path] = weak
             return self.weaker[path]
 
@@ -75,11 +77,15 @@ class Guides:
         with _READING:
             if path not in self.classifiers:
                 info, classifier = load_classifier(path)
-                self._check_fits(pipe, f"classifier {path}", info.autoencoder, info.in_channels, Schedule.from_config(info.schedule))
+                self._check_fits(
+                    pipe, f"classifier {path}", info.autoencoder, info.in_channels, Schedule.from_config(info.schedule)
+                )
                 self.classifiers[path] = info, classifier.to(pipe.device)
             return self.classifiers[path]
 
-    def _check_fits(self, pipe: Pipeline, name: str, autoencoder: str | None, channels: int, schedule: Schedule) -> None:
+    def _check_fits(
+        self, pipe: Pipeline, name: str, autoencoder: str | None, channels: int, schedule: Schedule
+    ) -> None:
         """Raise ConfigError where another network was not trained on this model's latents or schedule."""
         mine = pipe.codec.hash if pipe.codec else None
         if channels != pipe.unet.in_channels or (autoencoder is None) != (pipe.codec is None):
@@ -93,4 +99,6 @@ class Guides:
         if len(a) != len(b):
             raise ConfigError(f"{name}: its schedule has {len(a)} steps, this model's {len(b)}")
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-6):
-            raise ConfigError(f"{name}: its schedule is another than this model's (ᾱ differs by up to {float((a - b).abs().max()):.2g})")
+            raise ConfigError(
+                f"{name}: its schedule is another than this model's (ᾱ differs by up to {float((a - b).abs().max()):.2g})"
+            )

@@ -62,7 +62,9 @@ class ModelInfo:
                 raise ConfigError(
                     f"{path} is a LoRA's, trained with the parts of {reference.base}: name that as the model and this as --lora"
                 )
-            if reference.base.is_dir() and (find_model(reference.base) / REFERENCE).is_file():  # it may be this very folder
+            if (
+                reference.base.is_dir() and (find_model(reference.base) / REFERENCE).is_file()
+            ):  # it may be this very folder
                 raise FolderError(f"{path} is the LoRA of {reference.base}, itself a LoRA: merge that first")
             base = cls.read(reference.base)
             bundle = dataclasses.replace(base.bundle, extra={**base.extra, **reference.extra})
@@ -75,7 +77,10 @@ class ModelInfo:
         schedule, target = schedulers.scheduler_from_diffusers(bundle.scheduler)
         sampling, missing = schedulers.sampler_from_diffusers(bundle.scheduler)
         if missing and "defaults" not in bundle.extra:
-            warnings.warn(f"{path}: scheduler: {missing}: images are drawn with ddim instead, unless you name a sampler", stacklevel=1)
+            warnings.warn(
+                f"{path}: scheduler: {missing}: images are drawn with ddim instead, unless you name a sampler",
+                stacklevel=1,
+            )
         return cls(path, bundle, unet_from_diffusers(bundle.parts[UNET].config), schedule, target, sampling)
 
     @property

@@ -24,11 +24,15 @@ def base_of(source: Path, named: str | None) -> str | Path:
         return named
     reference = Reference.read(find_lora(source).parent)
     if reference is None:
-        raise ConfigError(f"{source} does not say which model it changes: give --lora-base, a run, folder or file of that model")
+        raise ConfigError(
+            f"{source} does not say which model it changes: give --lora-base, a run, folder or file of that model"
+        )
     return reference.base
 
 
-def convert_lora(source: Path, target: Path, layout: str, dtype: str, networks: Mapping[str, nn.Module]) -> dict[str, Lora]:
+def convert_lora(
+    source: Path, target: Path, layout: str, dtype: str, networks: Mapping[str, nn.Module]
+) -> dict[str, Lora]:
     """Write the LoRA at ``source`` in a layout of ``LAYOUTS``; what was read.
 
     ``dtype``: of the tensors, keep is float32. Raises FolderError, ConfigError.

@@ -106,9 +106,13 @@ class Pipeline:
     files: tuple[Path, ...] = ()  # of the weights; none before saving
     _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
     _guides: Guides = field(default_factory=Guides, init=False, repr=False)
-    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)  # by file, time, size
+    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(
+        default_factory=dict, init=False, repr=False
+    )  # by file, time, size
     _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)  # LoRAs, live and merged
-    _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)  # with how to take it off
+    _live: list[tuple[Lora, float, Callable[[], None]]] = field(
+        default_factory=list, init=False, repr=False
+    )  # with how to take it off
 
     def __post_init__(self) -> None:
         self.schedule = Schedule.from_config(self.schedule_config)
@@ -175,7 +179,9 @@ class Pipeline:
         version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
         with _READING:
             if version not in self._loras:
-                self._loras[version] = {part: lora.to(self.device) for part, lora in read_lora(file, self.networks).items()}
+                self._loras[version] = {
+                    part: lora.to(self.device) for part, lora in read_lora(file, self.networks).items()
+                }
             return self._loras[version]
 
     def _under(self, settings: SampleConfig) -> Pipeline:
@@ -264,7 +270,10 @@ class Pipeline:
         if indices is not None and len(indices) != len(prompts):
             raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(indices)}")
         if self.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
-            warnings.warn("this model was trained without caption dropout: guidance has no unconditional model to lean on", stacklevel=3)
+            warnings.warn(
+                "this model was trained without caption dropout: guidance has no unconditional model to lean on",
+                stacklevel=3,
+            )
         if settings.classifier is not None:
             for caption in prompts:  # all known, before the first is drawn
                 self._guides.classifier(self, settings.classifier)[0].label(caption)
@@ -290,7 +299,9 @@ class Pipeline:
                 lambda step, numbers=numbers: draw_noise(settings.seed, f"step {step}", numbers, shape, self.device),
                 callback=watch.after_step(callback), **options,
             )  # fmt: skip
-            images = watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
+            images = (
+                watch.see("what the autoencoder decodes", self.codec.decode(latent), False) if self.codec else latent
+            )
             watch.check()
             yield images
 
@@ -311,13 +322,20 @@ class Pipeline:
     def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
         """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
         model = self._under(settings)
-        cond, null = model.condition(captions), model.condition([settings.negative_prompt or self.null_caption] * len(captions))
+        cond, null = (
+            model.condition(captions),
+            model.condition([settings.negative_prompt or self.null_caption] * len(captions)),
+        )
         for context in (cond.context, null.context):
             if watch and context is not None:
                 watch.see("what the text encoder says of the caption", context, False)
         seen = watch.watched if watch else unseen
         gradient = self._guides.gradient(self, captions, settings, "score")
-        weak = None if settings.autoguidance is None else self._guides.weak(self, settings.autoguidance, captions, settings)
+        weak = (
+            None
+            if settings.autoguidance is None
+            else self._guides.weak(self, settings.autoguidance, captions, settings)
+        )
         guidance = Guidance(
             seen("the U-Net's prediction", model._predict), cond, null, self.schedule, self.target, self.learned_variance,
             scale=settings.guidance_scale if self.text else 1.0,
@@ -344,7 +362,9 @@ class Pipeline:
         """Raise ConfigError where the settings do not fit this model."""
         check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
         if settings.variance == "learned" and not self.learned_variance:
-            raise ConfigError("variance learned: this model has not learned the reverse variance, take posterior or beta")
+            raise ConfigError(
+                "variance learned: this model has not learned the reverse variance, take posterior or beta"
+            )
         check_guidance(settings, self.codec is not None)
         check_drawable(self.unet.config)
         check_start(self.schedule_config, self.target, settings)
@@ -360,7 +380,11 @@ class Pipeline:
         parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
         if self.codec:
             vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
-            scale = {"sample_size": self.sample_size, "scaling_factor": self.codec.scale, "shift_factor": self.codec.shift or None}
+            scale = {
+                "sample_size": self.sample_size,
+                "scaling_factor": self.codec.scale,
+                "shift_factor": self.codec.shift or None,
+            }
             parts[VAE] = Part({**vae, **scale}, self.codec.autoencoder.state_dict())
         if self.text:
             parts[TEXT], tokenizer = Part(self.text.config, self.text.tensors), self.text.tokenizer_files()
@@ -371,7 +395,9 @@ class Pipeline:
             "sample_size": self.sample_size,
             "defaults": dataclasses.asdict(self.defaults),
         }
-        return Bundle(parts, schedulers.scheduler_to_diffusers(self.schedule_config, self.target, self.defaults), tokenizer, extra)
+        return Bundle(
+            parts, schedulers.scheduler_to_diffusers(self.schedule_config, self.target, self.defaults), tokenizer, extra
+        )
 
     def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
         """Write the model folder.
@@ -381,7 +407,9 @@ class Pipeline:
         """
         bundle = self.bundle()
         if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:
-            raise ConfigError(f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}")
+            raise ConfigError(
+                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}"
+            )
         self.files = write_folder(bundle, Path(folder))
         self._loaded.clear()  # merged, and so in the files
 

@@ -33,7 +33,13 @@ from ldm.pipeline.codec import joined_hash
 from ldm.pipeline.info import ModelInfo
 
 KEY = "ldm"
-_PASSING = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")  # of a text encoder's file: decide nothing
+_PASSING = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "torch_dtype",
+    "dtype",
+)  # of a text encoder's file: decide nothing
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 _WORK = ("images", "batch_size", "processes")
 _NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn")
@@ -91,10 +97,14 @@ class Provenance:
 
     def png(self) -> PngInfo:
         """The metadata of a PNG, for Pillow's ``pnginfo``."""
-        about = {"prompt": self.prompts[0], "index": self.index} if self.index is not None else {"prompts": self.prompts}
+        about = (
+            {"prompt": self.prompts[0], "index": self.index} if self.index is not None else {"prompts": self.prompts}
+        )
         rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
         info = PngInfo()
-        info.add_itxt(KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest, **self.given}, ensure_ascii=False))
+        info.add_itxt(
+            KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest, **self.given}, ensure_ascii=False)
+        )
         return info
 
 
@@ -124,7 +134,9 @@ def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h 
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if text is None:
-        raise ConfigError(f"{file} holds no settings: name a PNG as `ldm sample` wrote it, not one that another program saved again")
+        raise ConfigError(
+            f"{file} holds no settings: name a PNG as `ldm sample` wrote it, not one that another program saved again"
+        )
     try:
         return _parsed(json.loads(text)), pixels
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -147,12 +159,16 @@ def _parsed(about: Any) -> Provenance:
         raise ValueError(f"{wrong[0]} must be text")
     tables = [rest.get(name, {}) for name in _TABLES]
     hashes = [value for table in tables[:2] if isinstance(table, dict) for value in table.values()]
-    if not all(isinstance(table, dict) for table in tables) or not all(isinstance(value, str) for value in (model, *hashes, *prompts)):
+    if not all(isinstance(table, dict) for table in tables) or not all(
+        isinstance(value, str) for value in (model, *hashes, *prompts)
+    ):
         raise ValueError("parts, others and drawn must be objects, hashes and prompts text")
     counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
     if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts):
         raise ValueError("size and the counts must be whole numbers, with a prompt at least")
-    if index is not None and not (isinstance(index, int) and 0 <= index < rest.get("drawn", {}).get("images", index + 1)):
+    if index is not None and not (
+        isinstance(index, int) and 0 <= index < rest.get("drawn", {}).get("images", index + 1)
+    ):
         raise ValueError(f"there is no image {index} among them")
     return Provenance(prompts, index, settings, size, model, **rest)
 

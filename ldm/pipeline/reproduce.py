@@ -31,9 +31,15 @@ def relocated(origin: Provenance, moved: Mapping[str, str]) -> Provenance:
     settings = origin.settings
     named = {path for path, _ in settings.loras()} | {settings.classifier, settings.autoguidance}
     if unknown := sorted(moved.keys() - named):
-        raise ConfigError(f"--moved {unknown[0]}: the picture names {', '.join(sorted(n for n in named if n)) or 'no LoRA and no guide'}")
+        raise ConfigError(
+            f"--moved {unknown[0]}: the picture names {', '.join(sorted(n for n in named if n)) or 'no LoRA and no guide'}"
+        )
     lora = tuple(f"{moved.get(path, path)}:{scale!r}" for path, scale in settings.loras())
-    guides = {name: moved.get(at, at) for name in ("classifier", "autoguidance") if (at := getattr(settings, name)) is not None}
+    guides = {
+        name: moved.get(at, at)
+        for name in ("classifier", "autoguidance")
+        if (at := getattr(settings, name)) is not None
+    }
     others = {moved.get(name, name): value for name, value in origin.others.items()}
     return dataclasses.replace(origin, settings=dataclasses.replace(settings, lora=lora, **guides), others=others)
 
@@ -52,7 +58,9 @@ def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path)
     now = other_hashes(origin.settings)
     if changed := _changed(origin.others, now):
         then, here = origin.others.get(changed[0], "nothing")[:12], now.get(changed[0], "nothing")[:12]
-        raise FolderError(f"{changed[0]} has changed since it helped to draw {file} (sha256 {here}, then {then}): bring it back")
+        raise FolderError(
+            f"{changed[0]} has changed since it helped to draw {file} (sha256 {here}, then {then}): bring it back"
+        )
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -35,10 +35,18 @@ def verify(source: Bundle, target: Path, file: Mapping[str, Tensor] | None = Non
     lines = [f"verified: {_same_tensors(source, written)} tensors have the same hash"]
     if file is not None:
         file = spelled(file)
-        lines.append(f"verified: turned back, {_same_names(written, file, source.besides)} tensors of the file have the same hash")
+        lines.append(
+            f"verified: turned back, {_same_names(written, file, source.besides)} tensors of the file have the same hash"
+        )
     if target.is_file():
-        lines.append(f"verified: {_same_tensors(written, from_compvis(*to_compvis(written)))} tensors, back and forth once more")
-    compared = [name for name, forward in FORWARD.items() if name in source.parts and _same_output(name, forward, source, written)]
+        lines.append(
+            f"verified: {_same_tensors(written, from_compvis(*to_compvis(written)))} tensors, back and forth once more"
+        )
+    compared = [
+        name
+        for name, forward in FORWARD.items()
+        if name in source.parts and _same_output(name, forward, source, written)
+    ]
     lines.append(f"verified: the same output of {', '.join(compared)} for random input, bit for bit")
     return lines
 
@@ -77,9 +85,14 @@ def _same_names(written: Bundle, file: Mapping[str, Tensor], besides: Mapping[st
 @torch.no_grad()
 def _same_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle, target: Bundle) -> bool:
     """True. Raises FolderError where the outputs differ."""
-    outputs = [forward(replace(bundle, parts={**bundle.parts, name: _copied(bundle.parts[name])})) for bundle in (source, target)]
+    outputs = [
+        forward(replace(bundle, parts={**bundle.parts, name: _copied(bundle.parts[name])}))
+        for bundle in (source, target)
+    ]
     if tensor_hash(outputs[0]) != tensor_hash(outputs[1]):  # NaN is equal to itself
-        raise FolderError(f"verify: {name} computes something else from what was written: its configuration has changed")
+        raise FolderError(
+            f"verify: {name} computes something else from what was written: its configuration has changed"
+        )
     return True
 
 
@@ -109,7 +122,13 @@ def _unet(bundle: Bundle) -> Tensor:
 def _autoencoder(bundle: Bundle) -> Tensor:
     codec = codec_of(bundle.parts[VAE])
     config = codec.autoencoder.config
-    image = torch.rand(1, config.image_channels, 8 * config.factor, 8 * config.factor, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = (
+        torch.rand(
+            1, config.image_channels, 8 * config.factor, 8 * config.factor, generator=torch.Generator().manual_seed(0)
+        )
+        * 2
+        - 1
+    )
     mean = codec.autoencoder.encode(image).mean
     return torch.cat([mean.flatten(), codec.decode(mean * codec.scale).flatten()])
 

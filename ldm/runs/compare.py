@@ -9,7 +9,16 @@ from typing import Any
 
 from ldm.config import load_run, to_dict
 from ldm.files.disk import read_bytes
-from ldm.runs.records import figures, flat, newest_checkpoint, parse, read_metrics, read_skipped, read_starts, read_status
+from ldm.runs.records import (
+    figures,
+    flat,
+    newest_checkpoint,
+    parse,
+    read_metrics,
+    read_skipped,
+    read_starts,
+    read_status,
+)
 
 NOTHING = "–"  # where one of the two does not have it
 TIMES = ("seconds", "updates_per_second")  # ends of names; two equal runs differ in them
@@ -22,7 +31,14 @@ def run_differences(a: Path, b: Path) -> dict[str, list[Row] | None]:
 
     ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for what is not a run or damaged.
     """
-    tell = {"configuration": _configuration, "data": _data, "code": _code, "results": _results, "report": _report, "status": _status}
+    tell = {
+        "configuration": _configuration,
+        "data": _data,
+        "code": _code,
+        "results": _results,
+        "report": _report,
+        "status": _status,
+    }
     found = {name: compare(about(a), about(b)) for name, about in tell.items()}
     if found["report"] is not None and not all((path / "report.json").is_file() for path in (a, b)):
         has = ["there" if (path / "report.json").is_file() else NOTHING for path in (a, b)]

@@ -40,7 +40,17 @@ CHANGEABLE = {
     "data.worker_timeout",
     "data.max_skipped",
     "data.accept_changes",
-    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every")),
+    *(
+        f"train.{name}"
+        for name in (
+            "log_every",
+            "validate_every",
+            "sample_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every",
+        )
+    ),
     *(f"train.{name}" for name in ("save_errors", "trackers", "micro_batch", "rank_timeout")),
 }
 
@@ -119,7 +129,9 @@ class RunDirectory:
         """Add to ``skipped.jsonl`` those that it does not list yet."""
         self._skipped += skipped  # all since the start: the file may lack those before
         rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
-        listed = [json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)]
+        listed = [
+            json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)
+        ]
         self._journal.put("skipped.jsonl", "".join(line + "\n" for line in listed).encode(errors="replace"))
 
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
@@ -134,7 +146,9 @@ class RunDirectory:
         try:
             if file.exists():
                 logged = lines(read_bytes(file).decode(errors="replace"))
-                self._journal.rewrite([line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step])
+                self._journal.rewrite(
+                    [line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step]
+                )
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
@@ -168,7 +182,9 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -194,7 +210,9 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise RunError(f"{path} is in use by another process ({holder}): wait for it, or use another run: directory") from None
+        raise RunError(
+            f"{path} is in use by another process ({holder}): wait for it, or use another run: directory"
+        ) from None
     return _mark(descriptor)
 
 

@@ -63,10 +63,13 @@ class Journal:
         if fault is not None and not self._failing:
             reason = f"cannot be written to ({fault.strerror or fault})"
             warnings.warn(
-                f"{self.path} {reason} at update {self.step}: training continues, and its records are kept until it can", stacklevel=1
+                f"{self.path} {reason} at update {self.step}: training continues, and its records are kept until it can",
+                stacklevel=1,
             )
         elif fault is None and self._failing:
-            warnings.warn(f"{self.path} can be written to again at update {self.step}: the records are complete", stacklevel=1)
+            warnings.warn(
+                f"{self.path} can be written to again at update {self.step}: the records are complete", stacklevel=1
+            )
         self._failing = fault is not None
 
     def _append(self) -> None:

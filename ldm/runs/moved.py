@@ -78,7 +78,11 @@ def _diffusion(state: Mapping[str, Any], new: Any) -> Problem:
 
 
 def _compared(now: str | None, then: str | None) -> Problem:
-    return None if now == then else f"other weights: sha256 {(now or 'of none')[:12]}, {(then or 'of none')[:12]} when the run began"
+    return (
+        None
+        if now == then
+        else f"other weights: sha256 {(now or 'of none')[:12]}, {(then or 'of none')[:12]} when the run began"
+    )
 
 
 PLACES: dict[str, Callable[[Mapping[str, Any], Any], Problem]] = {

@@ -23,7 +23,9 @@ CODE = Path(ldm.__file__).parent.parent  # the checkout, where the code runs fro
 PACKAGES = ("ldm", "autoencoder")
 
 
-def record(run: RunDirectory | None, step: int, steps: int, processes: int, device: torch.device, say: Callable[[str], None]) -> None:
+def record(
+    run: RunDirectory | None, step: int, steps: int, processes: int, device: torch.device, say: Callable[[str], None]
+) -> None:
     """Add a line, and say in ``status.json`` that the run is under way; nothing on a process without the run's folder.
 
     ``step``: the update that training continues from. A full disk is reported; training continues.
@@ -64,7 +66,11 @@ def changed(before: Any, now: Mapping[str, Any]) -> str | None:
     if not isinstance(before, Mapping):
         return None
     names = {"device_name": "processor" if now["device"] == "cpu" else "device"}
-    found = [f"{names.get(name, name)} {before[name]} → {value}" for name, value in now.items() if before.get(name, value) != value]
+    found = [
+        f"{names.get(name, name)} {before[name]} → {value}"
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]
     return f"not as when the checkpoint was written: {', '.join(found)}" if found else None
 
 
@@ -73,12 +79,18 @@ def checkout(folder: Path) -> dict[str, Any]:
     unknown: dict[str, Any] = {"commit": None, "dirty": None}
     if not (folder / ".git").exists():  # installed: a repository further up belongs to another project
         return unknown
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook that started this
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+    }  # of a hook that started this
     said = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *PACKAGES]):
         try:
             git = ["git", "--no-optional-locks", "-C", str(folder), *arguments]  # a user may be committing
-            said.append(subprocess.run(git, capture_output=True, text=True, check=True, timeout=20, env=environment).stdout.strip())
+            said.append(
+                subprocess.run(
+                    git, capture_output=True, text=True, check=True, timeout=20, env=environment
+                ).stdout.strip()
+            )
         except (OSError, subprocess.SubprocessError):
             return unknown
     return {"commit": said[0], "dirty": bool(said[1])}

@@ -67,7 +67,9 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
         raise RunError(f"{file} should hold one JSON object: delete it to continue")
     for name, (right, what) in STATUS.items() if checked else ():
         if name in status and not right(status[name]):
-            raise RunError(f"{file}: {name} should be {what}, got {json.dumps(status[name])[:40]}: delete it to continue")
+            raise RunError(
+                f"{file}: {name} should be {what}, got {json.dumps(status[name])[:40]}: delete it to continue"
+            )
     return status
 
 
@@ -178,4 +180,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    return float(value) if value is not None and abs(value) < 1e300 else math.nan  # an integer may be larger than any float
+    return (
+        float(value) if value is not None and abs(value) < 1e300 else math.nan
+    )  # an integer may be larger than any float

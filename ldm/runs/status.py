@@ -36,7 +36,9 @@ def standing(path: str | Path) -> dict[str, Any]:
         state = "running"  # whatever is written of the last time: it is being started
     elif state == "running" or state is None:
         state = "running" if locked is None and state else "killed"
-    code = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}.get(state, status.get("code", 1))
+    code = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}.get(
+        state, status.get("code", 1)
+    )
     newest = newest_checkpoint(path)
     over = state in ("interrupted", "failed")
     return {
@@ -87,5 +89,9 @@ def line(now: dict[str, Any]) -> str:
     }
     if state == "interrupted" and now["exit_code"] != SAVED:
         what[state] = f"stopped at once {at}{seconds}; {_AGAIN} {again}"
-    unseen = " (whether a process is at work cannot be seen on this file system)" if state == "running" and now["locked"] is None else ""
+    unseen = (
+        " (whether a process is at work cannot be seen on this file system)"
+        if state == "running" and now["locked"] is None
+        else ""
+    )
     return f"{now['run']}: {what.get(str(state), f'{state}?')}{unseen}"

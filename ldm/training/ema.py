@@ -22,7 +22,9 @@ class EMA:
             raise ValueError(f"the EMA decay must lie in [0, 1), got {decay}")
         self.model, self.decay = model, decay
         names, buffers = [name for name, _ in model.named_parameters()], _buffers(model)
-        self._shadow = dict(zip(names, [p.detach().to(torch.float32, copy=True) for p in model.parameters()], strict=True))
+        self._shadow = dict(
+            zip(names, [p.detach().to(torch.float32, copy=True) for p in model.parameters()], strict=True)
+        )
         self._buffers = {name: b.detach().clone() for name, b in buffers.items()}
 
     @torch.no_grad()
@@ -69,7 +71,9 @@ class EMA:
         _same_names(tensors, held, "the model")
         for name, tensor in held.items():
             if tensors[name].shape != tensor.shape:
-                raise CheckpointError(f"EMA: {name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}")
+                raise CheckpointError(
+                    f"EMA: {name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}"
+                )
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
 

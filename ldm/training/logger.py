@@ -61,7 +61,10 @@ class Recorder:
             if hasattr(error, "exit_code") and not isinstance(error, NonFiniteError):
                 raise
             if not self._undrawn:
-                warnings.warn(f"no pictures from update {step} on, training continues: {type(error).__name__}: {error}", stacklevel=1)
+                warnings.warn(
+                    f"no pictures from update {step} on, training continues: {type(error).__name__}: {error}",
+                    stacklevel=1,
+                )
             self._undrawn = True
             return
         self._undrawn = False

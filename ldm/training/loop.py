@@ -62,13 +62,28 @@ class Loop:
     """Training of one task in one run directory."""
 
     def __init__(
-        self, task: Task, config: TrainConfig, run_config: Any, path: str, workers: int, reporter: Reporter, start: str | None = None
+        self,
+        task: Task,
+        config: TrainConfig,
+        run_config: Any,
+        path: str,
+        workers: int,
+        reporter: Reporter,
+        start: str | None = None,
     ) -> None:
         """``start``: the checkpoint to continue from, by its update or its folder; None: the newest intact one."""
-        self.task, self.config, self.run_config, self.reporter, self.workers = task, config, run_config, reporter, workers
+        self.task, self.config, self.run_config, self.reporter, self.workers = (
+            task,
+            config,
+            run_config,
+            reporter,
+            workers,
+        )
         self.processes, _ = launched()
         self.accelerator = accelerator_of(config.mixed_precision)
-        self.split: BatchPlan = plan_batch(config.batch_size, config.micro_batch, self.processes.count, self.processes.rank)
+        self.split: BatchPlan = plan_batch(
+            config.batch_size, config.micro_batch, self.processes.count, self.processes.rank
+        )
         set_backends(config)
         self.step = 0
         self.run = RunDirectory(path) if self.accelerator.is_main_process else None
@@ -97,7 +112,9 @@ class Loop:
                 self.reporter.say(message)
         found = resume.agreed(self.processes, Path(path) / "checkpoints", start, self.reporter.say)
         if found is not None:  # before anything is put on the device
-            checkpoint.require_fit(found, {f"model_{name}": network.state_dict() for name, network in task.networks.items()})
+            checkpoint.require_fit(
+                found, {f"model_{name}": network.state_dict() for name, network in task.networks.items()}
+            )
         for network in task.networks.values():
             network.to(device)
             if config.channels_last:
@@ -163,7 +180,12 @@ class Loop:
         try:
             with self.stop:
                 starts.record(
-                    self.run, self.step, self.config.steps, self.accelerator.num_processes, self.accelerator.device, self.reporter.say
+                    self.run,
+                    self.step,
+                    self.config.steps,
+                    self.accelerator.num_processes,
+                    self.accelerator.device,
+                    self.reporter.say,
                 )
                 self._train()
         except BaseException as error:
@@ -189,7 +211,9 @@ class Loop:
             if self.writer:
                 stack.enter_context(self.writer)
             stack.enter_context(self.recorder.open(config.trackers, self.step))
-            feed = stack.enter_context(closing(batches(self.task.stream, self.split, self.step, config.steps, self.workers)))
+            feed = stack.enter_context(
+                closing(batches(self.task.stream, self.split, self.step, config.steps, self.workers))
+            )
             first = self.step
             try:
                 self._updates(feed)
@@ -200,7 +224,9 @@ class Loop:
             self.processes.each(self._save_last)
         if self.step < config.steps:
             self.accelerator.wait_for_everyone()
-            raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} continues")
+            raise Interrupted(
+                f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} continues"
+            )
         self._finish()
 
     def _save_before_the_end(self, error: Exception) -> None:
@@ -282,7 +308,10 @@ class Loop:
         self.optimizers.begin(self.step, task.lr_scale)
         sums: dict[str, Tensor] = {}
         for i in range(n):
-            batch = {k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(feed).items()}
+            batch = {
+                k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in next(feed).items()
+            }
             self.probe.draws(batch, (*task.stream.draws.normals, *task.stream.draws.uniforms))
             with ExitStack() as stack:
                 if i < n - 1:  # gradients are exchanged once, with the last micro-batch
@@ -307,7 +336,9 @@ class Loop:
     def _validated(self) -> dict[str, Any]:
         network = self.task.networks[self.task.averaged]
         with self.ema.swap(network), _evaluating(self.task.networks), torch.no_grad():
-            figures = self.task.validate(self.step, self._gather, self.accelerator.process_index, self.accelerator.num_processes)
+            figures = self.task.validate(
+                self.step, self._gather, self.accelerator.process_index, self.accelerator.num_processes
+            )
         return {f"validation/{k}": v for k, v in figures.items()}
 
     def _drawn(self) -> dict[str, Any]:
@@ -317,7 +348,11 @@ class Loop:
     def _finish(self) -> None:
         if self.run:
             self.run.clear_export()
-            with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
+            with (
+                self.ema.swap(self.task.networks[self.task.averaged]),
+                _evaluating(self.task.networks),
+                torch.no_grad(),
+            ):
                 self.task.export(self.run)
             self.run.status("done", self.step, self.config.steps)
         self.accelerator.wait_for_everyone()
@@ -336,7 +371,9 @@ class Loop:
 
 
 def _validation_failed(values: dict[str, Any]) -> bool:
-    return any(key.startswith("validation/") and isinstance(v, float) and not math.isfinite(v) for key, v in values.items())
+    return any(
+        key.startswith("validation/") and isinstance(v, float) and not math.isfinite(v) for key, v in values.items()
+    )
 
 
 @contextmanager

@@ -29,7 +29,12 @@ class Optimizers:
         self.networks, self.config, self.scaler = networks, config, scaler
         self.each = {
             name: torch.optim.AdamW(
-                network.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+                network.parameters(),
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                fused=True,
             )  # type: ignore[arg-type]
             for name, network in networks.items()
         }
@@ -47,7 +52,9 @@ class Optimizers:
             return torch.zeros((), device=parameters[0].device)
         if self.scaler is not None:
             self.scaler.unscale_(self.each[name])
-        return nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip is not None else math.inf).detach()
+        return nn.utils.clip_grad_norm_(
+            parameters, self.config.clip if self.config.clip is not None else math.inf
+        ).detach()
 
     def step(self, finite: Tensor) -> None:
         """Step all, or none of them where ``finite`` (a bool on the device) is false: fused AdamW decides there."""
@@ -59,4 +66,6 @@ class Optimizers:
             self.scaler.update()
 
     def _idle(self, name: str) -> bool:
-        return self.each[name].param_groups[0]["lr"] == 0.0 or all(p.grad is None for p in self.networks[name].parameters())
+        return self.each[name].param_groups[0]["lr"] == 0.0 or all(
+            p.grad is None for p in self.networks[name].parameters()
+        )

@@ -20,7 +20,9 @@ def accelerator_of(mixed_precision: str) -> Accelerator:
     except ValueError as error:
         raise ConfigError(f"train.mixed_precision {mixed_precision}: {' '.join(str(error).split())}") from None
     if mixed_precision != "no" and not accelerator.native_amp:  # accelerate would compute in float32
-        raise ConfigError(f"train.mixed_precision {mixed_precision} is not offered on {accelerator.device}: use no or bf16")
+        raise ConfigError(
+            f"train.mixed_precision {mixed_precision} is not offered on {accelerator.device}: use no or bf16"
+        )
     return accelerator
 
 

@@ -43,12 +43,16 @@ class Probe:
         self._draws_seen = True
         positions = [p for share in self._processes.gather(batch["position"].tolist()) for p in share]
         if len(set(positions)) < len(positions):
-            raise ProcessesDifferError("processes read the same positions of the training stream: is each started with a rank of its own?")
+            raise ProcessesDifferError(
+                "processes read the same positions of the training stream: is each started with a rank of its own?"
+            )
         for name in names:
             mine = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in batch[name]]
             digests = [digest for share in self._processes.gather(mine) for digest in share]
             if len(set(digests)) < len(digests):
-                raise ProcessesDifferError(f"the draws {name!r} repeat at different positions: they must depend on the position")
+                raise ProcessesDifferError(
+                    f"the draws {name!r} repeat at different positions: they must depend on the position"
+                )
 
     def gradients(self, networks: Mapping[str, nn.Module]) -> None:
         """After the first backward passes of a network, its gradients must be the same everywhere."""

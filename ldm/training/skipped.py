@@ -19,7 +19,9 @@ class SkipLog:
     ``run`` is None but on the main process, which writes ``skipped.jsonl``.
     """
 
-    def __init__(self, streams: Sequence[Stream], run: RunDirectory | None, say: Callable[[str], None], processes: Processes) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], run: RunDirectory | None, say: Callable[[str], None], processes: Processes
+    ) -> None:
         self.streams, self.run, self.say, self.processes = streams, run, say, processes
         self._told: set[Skipped] = set()  # by this process
         self._all: dict[Skipped, None] = {}  # by any
@@ -36,7 +38,9 @@ class SkipLog:
             return
         mine = [s for stream in self.streams for s in (*stream.source.skipped, *stream.skipped) if s not in self._told]
         self._told.update(mine)
-        new = [s for s in dict.fromkeys(s for share in self.processes.gather(mine) for s in share) if s not in self._all]
+        new = [
+            s for s in dict.fromkeys(s for share in self.processes.gather(mine) for s in share) if s not in self._all
+        ]
         self._all |= dict.fromkeys(new)
         if not new:
             return

@@ -114,7 +114,12 @@ def _finished(settings: Any, reporter: Reporter) -> bool:
 
     path, steps = Path(settings.run), settings.train.steps
     status = read_status(path)
-    if status is None or status.get("state") != "done" or status.get("step", 0) < steps or not (path / "model").is_dir():
+    if (
+        status is None
+        or status.get("state") != "done"
+        or status.get("step", 0) < steps
+        or not (path / "model").is_dir()
+    ):
         return False
     if own_rank() == 0:
         with RunDirectory(path) as run:

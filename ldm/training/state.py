@@ -34,7 +34,9 @@ class TrainingState:
         groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
         for name, network in self.task.networks.items():
             groups[f"model_{name}"] = network.state_dict()
-            groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], [n for n, _ in network.named_parameters()])
+            groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(
+                self.optimizers[name], [n for n, _ in network.named_parameters()]
+            )
         return groups
 
     def scalars(self, step: int) -> dict[str, Any]:
@@ -54,7 +56,9 @@ class TrainingState:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if hasattr(error, "exit_code"):
                 raise
-            raise CheckpointError(f"{folder / STATE}: is not the state of this training ({type(error).__name__}: {error})") from None
+            raise CheckpointError(
+                f"{folder / STATE}: is not the state of this training ({type(error).__name__}: {error})"
+            ) from None
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
             names = [n for n, _ in network.named_parameters()]

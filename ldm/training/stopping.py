@@ -11,7 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what schedulers send ahead of their limit; a closed terminal
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+)  # what schedulers send ahead of their limit; a closed terminal
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "elastic_launch")  # words of their command lines
 # Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a scheduler's likewise,
 # and the kernel tells of a launcher's end once for each of its threads.
@@ -34,7 +39,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the run outlives its terminal
+            if (
+                number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # nohup: the run outlives its terminal
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

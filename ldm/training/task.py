@@ -29,7 +29,9 @@ class Task(Protocol):
     """One stage of training: networks, data, and the contribution of one micro-batch."""
 
     networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
-    wrapped: dict[str, nn.Module]  # set by the loop: on the device, in DistributedDataParallel where several processes are
+    wrapped: dict[
+        str, nn.Module
+    ]  # set by the loop: on the device, in DistributedDataParallel where several processes are
     averaged: str  # the network that the EMA follows
     stream: Stream
     validation: Stream

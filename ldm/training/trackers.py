@@ -33,7 +33,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise ConfigError("train.trackers: tensorboard is not installed: pip install tensorboard, or leave it out") from None
+            raise ConfigError(
+                "train.trackers: tensorboard is not installed: pip install tensorboard, or leave it out"
+            ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -61,7 +63,11 @@ class WandB:
             file.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._image = wandb.Image
         self._run = wandb.init(
-            project="latent-diffusion", name=folder.name, dir=str(folder), id=file.read_text(encoding="utf-8"), resume="allow"
+            project="latent-diffusion",
+            name=folder.name,
+            dir=str(folder),
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
         )
         self._run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
 
@@ -132,4 +138,6 @@ def open_trackers(names: Sequence[str], folder: Path, step: int = 0) -> Trackers
 
 def _warn(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split())
-    warnings.warn(f"tracker {name} failed and is dropped, training continues: {type(error).__name__}: {reason}", stacklevel=3)
+    warnings.warn(
+        f"tracker {name} failed and is dropped, training continues: {type(error).__name__}: {reason}", stacklevel=3
+    )

@@ -69,7 +69,9 @@ def test_forward_decodes_mean_or_sample() -> None:
     with torch.no_grad():
         posterior = model.encode(image)
         assert torch.equal(model(image)[0], model.decode(posterior.mean))
-        assert torch.equal(model(image, noise)[0], model.decode(posterior.mean + torch.exp(posterior.logvar / 2) * noise))
+        assert torch.equal(
+            model(image, noise)[0], model.decode(posterior.mean + torch.exp(posterior.logvar / 2) * noise)
+        )
         assert not torch.allclose(model(image)[0], model(image, noise)[0])
 
 
@@ -164,7 +166,10 @@ def test_layout_round_trip(config: AutoencoderConfig) -> None:
     assert from_diffusers(layout) == config
     with torch.device("meta"):
         read = diffusers.AutoencoderKL.from_config(layout)
-    assert {k: v for k, v in layout.items() if k != "_diffusers_version"}.items() <= {**read.config, "_class_name": "AutoencoderKL"}.items()
+    assert {k: v for k, v in layout.items() if k != "_diffusers_version"}.items() <= {
+        **read.config,
+        "_class_name": "AutoencoderKL",
+    }.items()
     assert read.config.scaling_factor == 1.0
 
 
@@ -175,7 +180,10 @@ def test_layout_round_trip(config: AutoencoderConfig) -> None:
         ({"use_quant_conv": False}, "use_quant_conv is False"),
         ({"use_post_quant_conv": False}, "use_post_quant_conv"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "up_block_types .* mirror of down_block_types"),
-        ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}, "up_block_types .* mirror"),
+        (
+            {"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]},
+            "up_block_types .* mirror",
+        ),
         ({"down_block_types": ["DownBlock2D"] * 3}, "down_block_types"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types"),
         ({"out_channels": 1}, "out_channels 1 differs from in_channels 3"),

@@ -213,15 +213,21 @@ def alexnet() -> nn.Module:
 def light_file(network: nn.Module, path: Path) -> Path:
     """Save a state dict whose classifier, which LPIPS does not use, takes no room."""
     state = network.state_dict()
-    torch.save({k: torch.zeros(()).expand(v.shape) if k.startswith("classifier") else v for k, v in state.items()}, path)
+    torch.save(
+        {k: torch.zeros(()).expand(v.shape) if k.startswith("classifier") else v for k, v in state.items()}, path
+    )
     return path
 
 
-def test_perceptual_equals_lpips_with_the_same_weights(alexnet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perceptual_equals_lpips_with_the_same_weights(
+    alexnet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with warnings.catch_warnings(action="ignore"):  # lpips calls torchvision the old way
         reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     ours_in_order = [m for m in alexnet.get_submodule("features").modules() if isinstance(m, nn.Conv2d)]
-    for theirs, mine in zip((m for m in reference.net.modules() if isinstance(m, nn.Conv2d)), ours_in_order, strict=True):
+    for theirs, mine in zip(
+        (m for m in reference.net.modules() if isinstance(m, nn.Conv2d)), ours_in_order, strict=True
+    ):
         theirs.load_state_dict(mine.state_dict())
     a, b = torch.rand(2, 3, 40, 48) * 2 - 1, torch.rand(2, 3, 40, 48) * 2 - 1
     expected = reference(a, b).flatten()
@@ -235,7 +241,9 @@ def test_perceptual_equals_lpips_with_the_same_weights(alexnet: nn.Module, tmp_p
         assert loss.meaningful
         assert torch.allclose(loss(a, b), expected, rtol=1e-5)
     grey_a, grey_b = a[:, :1], b[:, :1]
-    assert torch.allclose(loss(grey_a, grey_b), reference(grey_a.repeat(1, 3, 1, 1), grey_b.repeat(1, 3, 1, 1)).flatten(), rtol=1e-5)
+    assert torch.allclose(
+        loss(grey_a, grey_b), reference(grey_a.repeat(1, 3, 1, 1), grey_b.repeat(1, 3, 1, 1)).flatten(), rtol=1e-5
+    )
 
 
 def test_perceptual_random_is_fixed_frozen_and_leaves_the_generator(perceptual: PerceptualLoss) -> None:
@@ -256,7 +264,9 @@ def test_perceptual_random_is_fixed_frozen_and_leaves_the_generator(perceptual: 
 
 def test_perceptual_refuses_bad_files(alexnet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"not found at .*hub/checkpoints/vgg16-397923af\.pth: .*lpips_weights.*random"):
+    with pytest.raises(
+        ValueError, match=r"not found at .*hub/checkpoints/vgg16-397923af\.pth: .*lpips_weights.*random"
+    ):
         PerceptualLoss("vgg", "torchvision")
     with pytest.raises(ValueError, match="not found at nowhere"):
         PerceptualLoss("alex", "nowhere.pth")

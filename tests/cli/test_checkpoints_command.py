@@ -23,7 +23,9 @@ def run(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
     train = {"checkpoint_every": 10, "keep_checkpoints": 2, "keep_every": 20}
-    (path / "config.yaml").write_text(yaml.safe_dump({"run": str(path), "data": {"source": "textures", "image_size": 32}, "train": train}))
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"run": str(path), "data": {"source": "textures", "image_size": 32}, "train": train})
+    )
     for step in (10, 20, 30, 40, 50):
         groups = {"model_unet": {"w": torch.full((1000,), float(step))}, "ema": {"w": torch.zeros(1000)}}
         save(path / "checkpoints", step, groups, {}, ScheduleConfig(), keep=9)
@@ -37,7 +39,9 @@ def listed(run: Path, capsys: Capture, *options: str) -> tuple[int, dict[str, An
 
 
 def tree(run: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(f.relative_to(run)): (f.read_bytes() if f.is_file() else b"", f.stat().st_mtime_ns) for f in run.rglob("*")}
+    return {
+        str(f.relative_to(run)): (f.read_bytes() if f.is_file() else b"", f.stat().st_mtime_ns) for f in run.rglob("*")
+    }
 
 
 def test_a_line_for_each(run: Path, capsys: Capture) -> None:
@@ -45,7 +49,12 @@ def test_a_line_for_each(run: Path, capsys: Capture) -> None:
     assert main(["checkpoints", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["10", "20", "30", "40", "50"]
-    assert "goes at the next save" in lines[0] and "multiple of 20" in lines[1] and "newest 2" in lines[2] and "newest 2" in lines[4]
+    assert (
+        "goes at the next save" in lines[0]
+        and "multiple of 20" in lines[1]
+        and "newest 2" in lines[2]
+        and "newest 2" in lines[4]
+    )
     assert [line.endswith("<- the next start") for line in lines] == [False] * 4 + [True]
     assert all("ema model_unet" in line and "intact" in line and " kB" in line for line in lines)
     assert main(["checkpoints", str(run), "--fast"]) == 0 and "sizes right" in capsys.readouterr().out
@@ -61,7 +70,13 @@ def test_a_flipped_byte_in_the_newest(run: Path, capsys: Capture) -> None:
     assert code == 4 and "step-00000050, is damaged: the next start takes" in error and "step-00000040" in error
     assert "ema.safetensors: its content does not match" in found["checkpoints"][-1]["problems"][0]
     assert found["next"] == str(resume.choose(run / "checkpoints")[0])
-    assert [row["held"] for row in found["checkpoints"]] == ["newest 2", "multiple of 20", "newest 2", "multiple of 20", "not counted"]
+    assert [row["held"] for row in found["checkpoints"]] == [
+        "newest 2",
+        "multiple of 20",
+        "newest 2",
+        "multiple of 20",
+        "not counted",
+    ]
     assert listed(run, capsys, "--fast")[0] == 0  # a flip does not change the size
     os.truncate(file, 10)
     code, found, _ = listed(run, capsys, "--fast")
@@ -76,13 +91,18 @@ def test_damage_to_an_older_one_is_listed_and_no_error(run: Path, capsys: Captur
 
 def test_left_overs_and_those_set_aside(run: Path, capsys: Capture) -> None:
     resume.set_aside(run / "checkpoints/step-00000030")
-    dead, living = run / "checkpoints/.tmp-step-00000060-99999999", run / f"checkpoints/.tmp-step-00000070-{os.getppid()}"
+    dead, living = (
+        run / "checkpoints/.tmp-step-00000060-99999999",
+        run / f"checkpoints/.tmp-step-00000070-{os.getppid()}",
+    )
     dead.mkdir()
     living.mkdir()
     (run / "checkpoints/step-00000030.bak").mkdir()
     assert main(["checkpoints", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and f"{dead}: left by a killed process" in lines[3] and f"{living}: being written" in lines[4]
+    assert (
+        len(lines) == 6 and f"{dead}: left by a killed process" in lines[3] and f"{living}: being written" in lines[4]
+    )
     assert "set-aside-1: set aside, 40, 50" in lines[5] and dead.is_dir()
 
 

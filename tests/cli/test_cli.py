@@ -45,23 +45,30 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip = ClipConfig(width=16, layers=1, heads=2, max_length=16, merges=8, patch_size=8, projection=8)
     tokenizer = train_tokenizer(["a red circle"], clip.merges, clip.max_length)
     text = from_clip(build_clip(clip, tokenizer, 32, 3), tokenizer)
-    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval())
+    codec = LatentCodec(
+        AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval()
+    )
     settings = configuration.build(
-        DiffusionTrainingConfig, {"run": f"{folder}/run", "autoencoder": f"{folder}/run", "text": f"{folder}/run", **RUN}
+        DiffusionTrainingConfig,
+        {"run": f"{folder}/run", "autoencoder": f"{folder}/run", "text": f"{folder}/run", **RUN},
     )
-    Pipeline(UNet(settings.unet, 4, 4, 16), ScheduleConfig(), "v", codec, text, 32, settings.sample, caption_dropout=0.1).save_pretrained(
-        folder / "run/model"
-    )
+    Pipeline(
+        UNet(settings.unet, 4, 4, 16), ScheduleConfig(), "v", codec, text, 32, settings.sample, caption_dropout=0.1
+    ).save_pretrained(folder / "run/model")
     configuration.save(settings, folder / "run/config.yaml")
     (folder / "run/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     small = UNetConfig((8,), 1, (), (1,), groups=4)
-    Pipeline(UNet(small, 3, 3, None), ScheduleConfig(num_steps=20), "eps", None, None, 8, SampleConfig(steps=1)).save_pretrained(
-        folder / "pixels"
-    )
+    Pipeline(
+        UNet(small, 3, 3, None), ScheduleConfig(num_steps=20), "eps", None, None, 8, SampleConfig(steps=1)
+    ).save_pretrained(folder / "pixels")
     (folder / "unfinished").mkdir()
     configuration.save(settings, folder / "unfinished/config.yaml")
     (folder / "run.yaml").write_text(yaml.safe_dump(configuration.to_dict(settings)))
-    tree = {"run": f"{folder}/stage1", "data": {"source": "textures", "image_size": 32, "size": 8}, "model": {"channels": [32, 32]}}
+    tree = {
+        "run": f"{folder}/stage1",
+        "data": {"source": "textures", "image_size": 32, "size": 8},
+        "model": {"channels": [32, 32]},
+    }
     (folder / "autoencoder.yaml").write_text(yaml.safe_dump(tree))
     (folder / "clip.yaml").write_text(yaml.safe_dump({"run": f"{folder}/clip", "data": RUN["data"]}))
     (folder / "broken.yaml").write_text("run: [1\n")
@@ -71,7 +78,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Run a command in the folder: its exit code, and what it wrote to stdout and stderr."""
     monkeypatch.chdir(here)
 
@@ -134,7 +143,9 @@ def test_there_is_a_script_for_each_command() -> None:
 
 def test_a_fault_in_a_script_is_one_line_and_its_code(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/train_ldm.py"), "missing.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "ldm train-ldm: no configuration file missing.yaml\n")
 
 
@@ -160,7 +171,10 @@ USAGE = [
     (["sample", "run", "--seed", "1.5"], "--seed"),
     (["sample", "run", "--guidance-scale", "big"], "--guidance-scale"),
     (["train-ldm"], "config"),
-    (["train-ldm", "ldm.yaml", "--from", "4", "train.lr=1", "--fast", "x=1"], "unrecognized arguments: train.lr=1 --fast x=1"),
+    (
+        ["train-ldm", "ldm.yaml", "--from", "4", "train.lr=1", "--fast", "x=1"],
+        "unrecognized arguments: train.lr=1 --fast x=1",
+    ),
     (["sample", "run", "--seed", "1", "seed=2"], "unrecognized arguments: seed=2"),
     (["evaluate", "run", "--images", "x"], "--images"),
 ]
@@ -173,7 +187,10 @@ SAMPLING = [
     (["--guidance-scale", "-1"], "guidance_scale must lie between"),
     (["--guidance-scale", "inf"], "guidance_scale must lie between"),
     (["--eta", "1.5"], "eta must lie between"),
-    (["--sampler", "dpmpp_2m", "--eta", "0.5"], "eta is for ddim and predictor_corrector, and dpmpp_2m does not read it"),
+    (
+        ["--sampler", "dpmpp_2m", "--eta", "0.5"],
+        "eta is for ddim and predictor_corrector, and dpmpp_2m does not read it",
+    ),
     (["--sampler", "euler", "--variance", "beta"], "variance is for ddpm, and euler does not read it"),
     (["--grid", "karass"], "grid must be one of trailing"),
     (["--seed", "-1"], "seed must lie between"),
@@ -228,11 +245,27 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
         (["train-autoencoder", "autoencoder.yaml", "train.steps=three"], 2, "train.steps must be an integer"),
         (["train-autoencoder", "autoencoder.yaml", "train.lr=-1"], 2, "train.lr must be at least"),
         (["train-autoencoder", "autoencoder.yaml", "steps"], 2, "key=value"),
-        (["train-autoencoder", "autoencoder.yaml", "data.image_size=33"], 2, "data.image_size 33 is not a multiple of 2"),
-        (["train-autoencoder", "autoencoder.yaml", "loss.gan=1", "data.image_size=16"], 2, "data.image_size: image 16×16 is too small"),
+        (
+            ["train-autoencoder", "autoencoder.yaml", "data.image_size=33"],
+            2,
+            "data.image_size 33 is not a multiple of 2",
+        ),
+        (
+            ["train-autoencoder", "autoencoder.yaml", "loss.gan=1", "data.image_size=16"],
+            2,
+            "data.image_size: image 16×16 is too small",
+        ),
         (["train-autoencoder", "run.yaml"], 2, "unknown key"),
-        (["train-autoencoder", "autoencoder.yaml", "data={source: folder, folder: nowhere, size: null}"], 3, "no folder nowhere"),
-        (["train-clip", "clip.yaml", "data.image_size=24", "model.patch_size=7"], 2, "data.image_size 24 is not a multiple of 7"),
+        (
+            ["train-autoencoder", "autoencoder.yaml", "data={source: folder, folder: nowhere, size: null}"],
+            3,
+            "no folder nowhere",
+        ),
+        (
+            ["train-clip", "clip.yaml", "data.image_size=24", "model.patch_size=7"],
+            2,
+            "data.image_size 24 is not a multiple of 7",
+        ),
         (["train-clip", "clip.yaml", "data.image_size=16", "model.patch_size=8"], 3, "image_size is 16"),
         (
             ["train-ldm", "run.yaml", "run=fresh", "autoencoder=nowhere"],
@@ -249,7 +282,9 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
         (["cache-latents", "missing.yaml"], 2, "no configuration file missing.yaml"),
     ],
 )
-def test_what_is_missing_or_wrong_is_one_line(run: Run, nothing_is_loaded: None, arguments: list[str], code: int, message: str) -> None:
+def test_what_is_missing_or_wrong_is_one_line(
+    run: Run, nothing_is_loaded: None, arguments: list[str], code: int, message: str
+) -> None:
     returned, _, err = run(*arguments)
     assert (returned, err.count("\n")) == (code, 1), err
     assert err.startswith(f"ldm {arguments[0]}: ") and message in err and "Traceback" not in err
@@ -281,7 +316,22 @@ def about(file: Path) -> dict[str, Any]:
 def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--prompt", "Ein roter Kreis: ○!", "--seed", "7", "--out", str(tmp_path / "out")]
     assert (
-        run("sample", "run", *options, "--count", "2", "--prompt", "", "--batch-size", "3", "--steps", "3", "--sampler", "dpmpp_2m")[0] == 0
+        run(
+            "sample",
+            "run",
+            *options,
+            "--count",
+            "2",
+            "--prompt",
+            "",
+            "--batch-size",
+            "3",
+            "--steps",
+            "3",
+            "--sampler",
+            "dpmpp_2m",
+        )[0]
+        == 0
     )
     assert sorted(f.name for f in out.iterdir()) == [
         "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png", "00002-empty.png", "00003-empty.png", "grid-00000.png",
@@ -305,7 +355,8 @@ def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Pat
     assert all((out / name).read_bytes() == content for name, content in before.items())
     assert about(out / "00004-ein-roter-kreis.png")["sampler"] == "ddim"  # the model's own again
     assert not np.array_equal(
-        np.asarray(Image.open(out / "00000-ein-roter-kreis.png")), np.asarray(Image.open(out / "00001-ein-roter-kreis.png"))
+        np.asarray(Image.open(out / "00000-ein-roter-kreis.png")),
+        np.asarray(Image.open(out / "00001-ein-roter-kreis.png")),
     )
 
 
@@ -314,7 +365,11 @@ def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Run, he
     facts = tmp_path / "model/ldm.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "caption_dropout": 0.0}))
     command = ["--prompt", "a red circle", "--steps", "1", "--out", str(tmp_path / "images")]
-    for model, scale, warns in ((tmp_path / "model", "3", True), (tmp_path / "model", "1", False), (here / "run", "3", False)):
+    for model, scale, warns in (
+        (tmp_path / "model", "3", True),
+        (tmp_path / "model", "1", False),
+        (here / "run", "3", False),
+    ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert run("sample", str(model), *command, "--guidance-scale", scale)[0] == 0
@@ -324,10 +379,25 @@ def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Run, he
 def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue star  \n", encoding="utf-8")
     for name, batch in (("a", "1"), ("b", "4"), ("c", "4")):
-        options = ["--prompts-file", str(tmp_path / "prompts.txt"), "--count", "2", "--seed", "5", "--size", "24", "--batch-size", batch]
+        options = [
+            "--prompts-file",
+            str(tmp_path / "prompts.txt"),
+            "--count",
+            "2",
+            "--seed",
+            "5",
+            "--size",
+            "24",
+            "--batch-size",
+            batch,
+        ]
         assert run("sample", "run", *options, "--out", str(tmp_path / name))[0] == 0
     names = sorted(f.name for f in (tmp_path / "a").iterdir())
-    assert len(names) == 5 and names == sorted(f.name for f in (tmp_path / "b").iterdir()) and "00002-a-blue-star.png" in names
+    assert (
+        len(names) == 5
+        and names == sorted(f.name for f in (tmp_path / "b").iterdir())
+        and "00002-a-blue-star.png" in names
+    )
     for name in names:
         a, b, c = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "abc")
         assert a.shape == b.shape and np.abs(a - b).max() <= 1 and np.array_equal(b, c)
@@ -337,8 +407,16 @@ def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Run, tmp
 
 def test_an_unconditional_model_needs_no_prompt(run: Run, tmp_path: Path) -> None:
     assert run("sample", "pixels", "--count", "3", "--out", str(tmp_path))[0] == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["00000-empty.png", "00001-empty.png", "00002-empty.png", "grid-00000.png"]
-    assert about(tmp_path / "00000-empty.png")["prompt"] == "" and Image.open(tmp_path / "00000-empty.png").size == (8, 8)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "00000-empty.png",
+        "00001-empty.png",
+        "00002-empty.png",
+        "grid-00000.png",
+    ]
+    assert about(tmp_path / "00000-empty.png")["prompt"] == "" and Image.open(tmp_path / "00000-empty.png").size == (
+        8,
+        8,
+    )
     code, _, err = run("sample", "pixels", "--steps", "21", "--out", str(tmp_path))
     assert code == 2 and "steps must lie between 1 and 20, got 21" in err  # the T of this model
 
@@ -357,7 +435,11 @@ def test_a_run_is_evaluated(run: Run, here: Path) -> None:
     assert code == 0, err
     report = json.loads((here / "run/report.json").read_text())
     seen = report["judge"]["single"]["seen"]["all"]
-    assert seen["n"] == 3 and 0 <= seen["low"] <= seen["accuracy"] + 1e-9 <= seen["high"] <= 1 and "judge.single.held_out.all" in out
+    assert (
+        seen["n"] == 3
+        and 0 <= seen["low"] <= seen["accuracy"] + 1e-9 <= seen["high"] <= 1
+        and "judge.single.held_out.all" in out
+    )
     assert report["settings"]["steps"] == 2 and len(report["tuned_on_seen"]) == len(GUIDANCE_SCALES)
     assert Image.open(here / "run/samples.png").size and Image.open(here / "run/curves.png").size
 
@@ -380,5 +462,7 @@ def test_one_of_several_processes_ends_without_tearing_down_the_interpreter() ->
         "import atexit, threading; from ldm.cli.main import exit_process; atexit.register(print, 'workers ended');"
         "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); exit_process(75)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (75, "said workers ended\n", "")

@@ -49,12 +49,19 @@ def paint(folder: Path, n: int = 40, suffix: str = "png", side: int = 40) -> lis
 
 
 def metadata(folder: Path, names: list[str], column: str = "text") -> None:
-    rows = [json.dumps({"file_name": name, column: f'picture "{i}" of {{many}}: #' + " ${x}" * (i < 3)}) for i, name in enumerate(names)]
+    rows = [
+        json.dumps({"file_name": name, column: f'picture "{i}" of {{many}}: #' + " ${x}" * (i < 3)})
+        for i, name in enumerate(names)
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
 def written(out: Path) -> dict[str, object]:
-    return {stage: config.load(cls, out / f"{stage}.yaml") for stage, cls in CLASSES.items() if (out / f"{stage}.yaml").exists()}
+    return {
+        stage: config.load(cls, out / f"{stage}.yaml")
+        for stage, cls in CLASSES.items()
+        if (out / f"{stage}.yaml").exists()
+    }
 
 
 def test_from_a_folder_to_samples_in_three_commands(run: Run, tmp_path: Path) -> None:
@@ -67,12 +74,19 @@ def test_from_a_folder_to_samples_in_three_commands(run: Run, tmp_path: Path) ->
     assert list(settings) == ["autoencoder", "clip", "ldm"]
     shares = {s.data.validation_fraction for s in settings.values()}  # type: ignore[attr-defined]
     assert shares == {0.2} and {s.data for s in settings.values()} == {settings["ldm"].data}  # type: ignore[attr-defined]
-    short = ["autoencoder.train.steps=3", "clip.train.steps=2", "clip.train.batch_size=8", "ldm.train.steps=2", "ldm.train.batch_size=4"]
+    short = [
+        "autoencoder.train.steps=3",
+        "clip.train.steps=2",
+        "clip.train.batch_size=8",
+        "ldm.train.steps=2",
+        "ldm.train.batch_size=4",
+    ]
     code, out, err = run("train", "configs/my-photos", *short)
     assert (code, err) == (0, ""), err
-    assert [read_status(tmp_path / p)["state"] for p in ("runs/my-photos/autoencoder", "runs/my-photos/text", "runs/my-photos")] == [
-        "done"
-    ] * 3  # type: ignore[index]
+    assert [
+        read_status(tmp_path / p)["state"]
+        for p in ("runs/my-photos/autoencoder", "runs/my-photos/text", "runs/my-photos")
+    ] == ["done"] * 3  # type: ignore[index]
     code, out, err = run("train", "configs/my-photos", *short)
     assert code == 0 and out.count("already trained") == 3
     code, out, err = run("sample", "runs/my-photos", "--prompt", "a picture", "--steps", "2", "--count", "2")
@@ -82,10 +96,14 @@ def test_from_a_folder_to_samples_in_three_commands(run: Run, tmp_path: Path) ->
 @pytest.mark.parametrize("captions", config.CAPTIONS)
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
 @pytest.mark.parametrize("grey", [False, True])
-def test_every_recipe_is_complete_and_its_networks_fit_together(tmp_path: Path, captions: str, machine: str, grey: bool) -> None:
+def test_every_recipe_is_complete_and_its_networks_fit_together(
+    tmp_path: Path, captions: str, machine: str, grey: bool
+) -> None:
     size = 64 if machine == "gpu" else 32
     given = {"text_column": 'a "b": #'} if captions == "metadata" else {}
-    data = DataConfig(folder='pho"tos: #1', captions=captions, image_size=size, image_channels=1 if grey else 3, **given)
+    data = DataConfig(
+        folder='pho"tos: #1', captions=captions, image_size=size, image_channels=1 if grey else 3, **given
+    )
     plan = recipe.Plan("mine", "configs/mine", data, 500, machine, 40, ('one: # "quoted"',))
     for name, text in recipe.write(plan).items():
         assert "$" not in text and "\t" not in text
@@ -100,7 +118,9 @@ def test_every_recipe_is_complete_and_its_networks_fit_together(tmp_path: Path, 
 
     stage1, stage2 = settings["autoencoder"], settings["ldm"]
     assert (
-        isinstance(stage1, AutoencoderTrainingConfig) and isinstance(stage2, DiffusionTrainingConfig) and stage2.autoencoder == stage1.run
+        isinstance(stage1, AutoencoderTrainingConfig)
+        and isinstance(stage2, DiffusionTrainingConfig)
+        and stage2.autoencoder == stage1.run
     )
     with torch.device("meta"):
         image = torch.zeros(1, data.image_channels, size, size)
@@ -129,14 +149,19 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
     paint(tmp_path / "plain", 20)
     rows = paint(tmp_path / "table", 20)
     with (tmp_path / "table/metadata.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file_name", "caption", "id"), *((name, "a, caption", i) for i, name in enumerate(rows))])
+        csv.writer(file).writerows(
+            [("file_name", "caption", "id"), *((name, "a, caption", i) for i, name in enumerate(rows))]
+        )
     said = {name: run("init", name) for name in ("sidecar", "classes", "plain", "table")}
     assert all(code == 0 for code, _, _ in said.values()), said
     layouts = {name: written(tmp_path / "configs" / name)["ldm"].data for name in said}  # type: ignore[attr-defined]
     assert {name: data.captions for name, data in layouts.items()} == {
         "sidecar": "sidecar", "classes": "class", "plain": "none", "table": "metadata",
     }  # fmt: skip
-    assert layouts["table"].text_column == "caption" and "no column `text` but `caption`: that one is read" in said["table"][1]
+    assert (
+        layouts["table"].text_column == "caption"
+        and "no column `text` but `caption`: that one is read" in said["table"][1]
+    )
     assert "captions are made from the 2 folder names (house-cat, red_fox" in said["classes"][1]
     assert "the model will be unconditional" in said["plain"][1] and not (tmp_path / "configs/plain/clip.yaml").exists()
     for wrong in ("metadata.json1", "captions.jsonl", "Metadata.jsonl", "metadata.tsv", "meta_data.csv"):
@@ -166,7 +191,9 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
         (["ruins"], 3, "ruins: none of 2 images and rows can be used, such as ruins/a.png: the file is empty"),
     ],
 )
-def test_what_cannot_be_looked_at_is_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+def test_what_cannot_be_looked_at_is_one_line(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
     (tmp_path / "file").touch()
     for folder in ("empty", "ruins"):
         (tmp_path / folder).mkdir()
@@ -189,12 +216,20 @@ def test_a_large_set_is_decoded_in_part_unless_asked(run: Run, tmp_path: Path, m
     code, out, _ = run("init", "photos")
     assert code == 0 and "decoded   10 of them, of the others the header alone" in out and "left out" not in out
     code, out, _ = run("init", "photos", "--out", "again", "--all")
-    assert code == 0 and "decoded" not in out.replace("cannot be decoded", "") and f"photos/{names[1]}: cannot be decoded" in out
+    assert (
+        code == 0
+        and "decoded" not in out.replace("cannot be decoded", "")
+        and f"photos/{names[1]}: cannot be decoded" in out
+    )
     assert "training stops where more than 1% is left out, and this is 2.5%" in out and "set max_skipped to 0.03" in out
-    assert [json.loads(line)["file"] for line in (tmp_path / "again/skipped.jsonl").read_text().splitlines()] == [f"photos/{names[1]}"]
+    assert [json.loads(line)["file"] for line in (tmp_path / "again/skipped.jsonl").read_text().splitlines()] == [
+        f"photos/{names[1]}"
+    ]
 
 
-def test_grey_images_make_grey_models_and_a_gpu_larger_ones(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grey_images_make_grey_models_and_a_gpu_larger_ones(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "grey").mkdir()
     for i in range(20):
         Image.new("L", (200 + i, 220)).save(tmp_path / f"grey/{i}.png")
@@ -210,14 +245,23 @@ def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tm
     assert run("init", "photos")[0] == 0
     for arguments, message in (
         (["nowhere"], "nowhere holds none of autoencoder.yaml, clip.yaml, ldm.yaml"),
-        (["configs/photos", "train.steps=3"], "override 'train.steps=3' must begin with a stage that is there: autoencoder., ldm."),
+        (
+            ["configs/photos", "train.steps=3"],
+            "override 'train.steps=3' must begin with a stage that is there: autoencoder., ldm.",
+        ),
         (["configs/photos", "clip.train.steps=3"], "must begin with a stage"),
-        (["configs/photos", "ldm.train.stesp=3"], "configs/photos/ldm.yaml: unknown key train.stesp: did you mean train.steps?"),
+        (
+            ["configs/photos", "ldm.train.stesp=3"],
+            "configs/photos/ldm.yaml: unknown key train.stesp: did you mean train.steps?",
+        ),
         (["configs/photos", "ldm.train.mixed_precision=bf16"], "train.mixed_precision is bf16 here and no there"),
     ):
         code, out, err = run("train", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
-    assert not (tmp_path / "runs").exists() and yaml.safe_load((tmp_path / "configs/photos/ldm.yaml").read_text())["text"] == "none"
+    assert (
+        not (tmp_path / "runs").exists()
+        and yaml.safe_load((tmp_path / "configs/photos/ldm.yaml").read_text())["text"] == "none"
+    )
 
 
 def test_a_second_look_tells_and_overwrites_nothing(run: Run, tmp_path: Path) -> None:
@@ -239,7 +283,11 @@ def test_nothing_is_written_among_the_images(run: Run, tmp_path: Path, monkeypat
     assert code == 2 and "runs would lie inside ., among the images" in err
     monkeypatch.chdir(tmp_path)
     code, _, err = run("train-autoencoder", "configs/photos/autoencoder.yaml", "run=photos/runs")
-    assert code == 2 and "run photos/runs lies inside data.folder photos" in err and len(list((tmp_path / "photos").iterdir())) == 20
+    assert (
+        code == 2
+        and "run photos/runs lies inside data.folder photos" in err
+        and len(list((tmp_path / "photos").iterdir())) == 20
+    )
 
 
 def test_the_next_line_can_be_pasted(run: Run, tmp_path: Path) -> None:

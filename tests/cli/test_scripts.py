@@ -14,7 +14,10 @@ from PIL import Image
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TRAIN = {"steps": 2, "batch_size": 4, "validation_size": 4, "trackers": []}
 DATA = {"source": "shapes", "image_size": 32, "size": 12}
-AUTOENCODER = {"model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False}, "train": TRAIN}
+AUTOENCODER = {
+    "model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False},
+    "train": TRAIN,
+}
 ADVERSARY = {"loss": {"gan": 0.5, "gan_start": 0, "disc_channels": 8, "disc_layers": 2}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny/autoencoder": {"run": "runs/tiny/autoencoder", "data": DATA, **AUTOENCODER},
@@ -45,17 +48,27 @@ CALLS: list[tuple[str, list[str], str]] = [  # script, arguments, a file that it
     ("train_classifier", ["classifier.yaml"], "runs/classifier/model/classifier/config.json"),
     ("sample", ["runs/tiny", "--prompt", "a small red circle on a white background", "--steps", "2"], "images"),
     ("evaluate", ["runs/tiny", "--images", "2", "--tune", "0"], "runs/tiny/report.json"),
-    ("sampler_report", ["runs/tiny", "--images", "1", "--steps", "2", "--samplers", "euler", "ddpm"], "runs/tiny/samplers.json"),
+    (
+        "sampler_report",
+        ["runs/tiny", "--images", "1", "--steps", "2", "--samplers", "euler", "ddpm"],
+        "runs/tiny/samplers.json",
+    ),
     ("report", ["runs/tiny"], "runs/tiny/report.html"),
     ("convert", ["runs/tiny", "tiny.safetensors", "--verify"], "tiny.safetensors"),
-    ("plot", ["reverse", "runs/tiny", "--prompt", "a small red circle on a white background"], "runs/tiny/plots/reverse.png"),
+    (
+        "plot",
+        ["reverse", "runs/tiny", "--prompt", "a small red circle on a white background"],
+        "runs/tiny/plots/reverse.png",
+    ),
     ("train_autoencoder", ["plain.yaml"], "runs/plain/status.json"),
     ("train_autoencoder", ["gan.yaml"], "runs/gan/status.json"),
     ("compare_autoencoders", ["runs/plain", "runs/gan"], "runs/comparison.png"),
 ]
 
 
-def test_every_script_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_script_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name, tree in CONFIGS.items():
         file = tmp_path / f"{name}.yaml"

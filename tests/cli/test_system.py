@@ -54,7 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "ldm.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     settings = configuration.load(DiffusionTrainingConfig, folder / "ldm.yaml")
     unet = UNet(UNetConfig((8,), 1, (), (1,), groups=4), 3, 3, None)
-    Pipeline(unet, ScheduleConfig(num_steps=20), "eps", None, None, 8, settings.sample).save_pretrained(folder / "run/model")
+    Pipeline(unet, ScheduleConfig(num_steps=20), "eps", None, None, 8, settings.sample).save_pretrained(
+        folder / "run/model"
+    )
     configuration.save(settings, folder / "run/config.yaml")
     for step in (2, 4):
         place = folder / f"run/checkpoints/step-{step:08d}"
@@ -129,7 +131,8 @@ def test_a_full_disk_is_one_line_with_path_and_reason_and_leaves_nothing_half_wr
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(
-        "ldm.evaluation.samplers.conformance.conformance", lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1}
+        "ldm.evaluation.samplers.conformance.conformance",
+        lambda *arguments: {"orders": {}, "samplers": {}, "floor": 0.0, "draws": 1},
     )
     monkeypatch.setattr("ldm.evaluation.samplers.plots.exact_table", lambda report: [])
     if name == "reproduce":
@@ -225,7 +228,10 @@ def test_the_fault_of_one_process_is_told_to_the_others_with_its_code() -> None:
         Processes(0, 2, gather).each(fail)
     with pytest.raises(ElsewhereError) as caught:
         Processes(1, 2, lambda mine: [told[0], mine]).each(lambda: None)
-    assert str(caught.value) == "process 0: /full/a.png: No space left on device" and caught.value.exit_code == exit_code(fault) == 2
+    assert (
+        str(caught.value) == "process 0: /full/a.png: No space left on device"
+        and caught.value.exit_code == exit_code(fault) == 2
+    )
 
 
 # files, replaced whole
@@ -281,7 +287,9 @@ def test_a_target_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None
         (["convert", "run", "ldm.yaml"], "ldm.yaml"),
     ],
 )
-def test_what_a_command_has_not_written_it_does_not_overwrite(here: Path, call: Call, arguments: list[str], file: str) -> None:
+def test_what_a_command_has_not_written_it_does_not_overwrite(
+    here: Path, call: Call, arguments: list[str], file: str
+) -> None:
     assert call("sample", "run", "--steps", "1", "--device", "cpu")[0] == 0
     next(Path("images").glob("*.png")).rename("drawn.png")
     for name in ("mine.html", "mine.svg", "mine.json", "taken/samplers.json"):
@@ -370,7 +378,9 @@ READERS = (
 
 @pytest.mark.parametrize("odd", [*ODD, "a folder"])
 def test_odd_files_of_a_run_are_one_line_or_passed_over(call: Call, monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
-    monkeypatch.setattr("ldm.evaluation.figures.schedules.schedules_page", lambda *arguments: type("P", (), {"save": lambda *a: None})())
+    monkeypatch.setattr(
+        "ldm.evaluation.figures.schedules.schedules_page", lambda *arguments: type("P", (), {"save": lambda *a: None})()
+    )
     shutil.copytree("run", "other")
     shutil.copytree("run", "intact")
     for file in FILES:
@@ -394,7 +404,9 @@ def test_a_status_of_the_wrong_type_is_named_where_it_is_needed(call: Call, name
     Path("run/status.json").write_text(json.dumps({"state": "failed", "step": 1, name: ["x"]}), encoding="utf-8")
     for command in (["status", "run"], ["train-ldm", "ldm.yaml", "run=run"]):
         code, _, error = call(*command)
-        assert code == 2 and error.count("\n") == 1 and f"status.json: {name} should be" in error and "delete it" in error, error
+        assert (
+            code == 2 and error.count("\n") == 1 and f"status.json: {name} should be" in error and "delete it" in error
+        ), error
 
 
 # text that is not text
@@ -415,7 +427,9 @@ def test_arguments_that_are_not_utf8_are_one_line(call: Call, arguments: list[st
 def shell(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
     given = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
-        [sys.executable, "-m", "ldm.cli.main", *arguments], env={**given, "PYTHONPATH": str(ROOT), **environment}, capture_output=True
+        [sys.executable, "-m", "ldm.cli.main", *arguments],
+        env={**given, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
     )
 
 
@@ -478,7 +492,9 @@ def test_a_closed_terminal_saves_as_a_request_to_stop_does(here: Path) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 75
     told = read_status(here / "new") or {}
-    assert told["state"] == "interrupted" and [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")] == [told["step"]]
+    assert told["state"] == "interrupted" and [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")] == [
+        told["step"]
+    ]
 
 
 def test_nohup_keeps_a_hang_up_ignored() -> None:
@@ -500,7 +516,9 @@ def test_nohup_keeps_a_hang_up_ignored() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["missing", "given and missing", "noise", "another network"])
-def test_lpips_weights_are_asked_for_before_anything_slow(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str) -> None:
+def test_lpips_weights_are_asked_for_before_anything_slow(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
+) -> None:
     def slow(*arguments: Any) -> Any:
         raise AssertionError("a network is made, or data read")
 

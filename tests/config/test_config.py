@@ -15,10 +15,18 @@ import torch
 import yaml
 
 from ldm import config
-from ldm.config import AutoencoderTrainingConfig, ClassifierTrainingConfig, ClipTrainingConfig, ConfigError, DiffusionTrainingConfig
+from ldm.config import (
+    AutoencoderTrainingConfig,
+    ClassifierTrainingConfig,
+    ClipTrainingConfig,
+    ConfigError,
+    DiffusionTrainingConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name != "accelerate")  # those: tests/training/test_processes.py
+SHIPPED = sorted(
+    f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name != "accelerate"
+)  # those: tests/training/test_processes.py
 
 AUTOENCODER = {"run": "r", "data": {"source": "textures", "image_size": 32}, "model": {"channels": [32, 32]}}
 CLIP = {"run": "r", "data": {"source": "shapes", "image_size": 32}}
@@ -126,7 +134,11 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (DiffusionTrainingConfig, ["data.source=folder"], "data.folder goes with source: folder"),
         (DiffusionTrainingConfig, ["data.folder=x"], "data.folder goes with source: folder"),
         (DiffusionTrainingConfig, ["data.source=digits"], "data.size is for procedural sources"),
-        (DiffusionTrainingConfig, ["data.source=shapes-two", "data.flip=true"], "data.flip must be false for shapes-two"),
+        (
+            DiffusionTrainingConfig,
+            ["data.source=shapes-two", "data.flip=true"],
+            "data.flip must be false for shapes-two",
+        ),
         (DiffusionTrainingConfig, ["data.crop=random"], "cache_latents cannot keep random crops"),
         (
             DiffusionTrainingConfig,
@@ -134,14 +146,30 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
             "objective.target eps says nothing of the image",
         ),
         (DiffusionTrainingConfig, ["data.size=null"], "cache_latents needs a finite set"),
-        (DiffusionTrainingConfig, ["train.batch_size=6", "train.micro_batch=4"], "train.batch_size 6 is not a multiple of micro_batch 4"),
-        (DiffusionTrainingConfig, ["unet.channels=[30,60,60,60]"], "unet.channels 30 is not a positive multiple of groups 32"),
+        (
+            DiffusionTrainingConfig,
+            ["train.batch_size=6", "train.micro_batch=4"],
+            "train.batch_size 6 is not a multiple of micro_batch 4",
+        ),
+        (
+            DiffusionTrainingConfig,
+            ["unet.channels=[30,60,60,60]"],
+            "unet.channels 30 is not a positive multiple of groups 32",
+        ),
         (DiffusionTrainingConfig, ["unet.attention_levels=[4]"], "unet.attention_levels: 4 is not a level of 4"),
         (DiffusionTrainingConfig, ["unet.heads=[2,2]"], "unet.heads must be one number or one per level (4)"),
         (DiffusionTrainingConfig, ["unet.heads=[3]"], "unet.heads: 3 does not divide channels 320"),
-        (DiffusionTrainingConfig, ["schedule.name=cosine", "schedule.beta_end=0.01"], "schedule.beta_start and beta_end have no meaning"),
+        (
+            DiffusionTrainingConfig,
+            ["schedule.name=cosine", "schedule.beta_end=0.01"],
+            "schedule.beta_start and beta_end have no meaning",
+        ),
         (AutoencoderTrainingConfig, ["data.image_size=33"], "data.image_size 33 is not a multiple of 2"),
-        (AutoencoderTrainingConfig, ["data.image_channels=1"], "data.image_channels is 1 but model.image_channels is 3"),
+        (
+            AutoencoderTrainingConfig,
+            ["data.image_channels=1"],
+            "data.image_channels is 1 but model.image_channels is 3",
+        ),
         (AutoencoderTrainingConfig, ["train.mixed_precision=fp16"], "use bf16"),
         (AutoencoderTrainingConfig, ["loss.l1=0"], "loss.l1, mse and lpips are all 0"),
         (AutoencoderTrainingConfig, ["loss.lpips_net=resnet"], "loss.lpips_net must be one of alex, vgg"),
@@ -149,16 +177,26 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (AutoencoderTrainingConfig, ["model.channels=[32]"], "levels"),
         (DiffusionTrainingConfig, ["unet.vector_dim=4"], "unet.vector_dim: captioned images give no such condition"),
         (DiffusionTrainingConfig, ["unet.num_labels=9"], "unet.num_labels: captioned images give no such condition"),
-        (DiffusionTrainingConfig, ["unet.sinusoidal_labels=true"], "unet.sinusoidal_labels: captioned images give no such condition"),
+        (
+            DiffusionTrainingConfig,
+            ["unet.sinusoidal_labels=true"],
+            "unet.sinusoidal_labels: captioned images give no such condition",
+        ),
         (DiffusionTrainingConfig, ["unet.vector_map=linear"], "unet.vector_map is for vector_dim"),
-        (DiffusionTrainingConfig, ["unet.concat_channels=1"], "unet.concat_channels: captioned images give no such condition"),
+        (
+            DiffusionTrainingConfig,
+            ["unet.concat_channels=1"],
+            "unet.concat_channels: captioned images give no such condition",
+        ),
         (ClipTrainingConfig, ["model.patch_size=5"], "data.image_size 32 is not a multiple of 5"),
         (ClipTrainingConfig, ["train.micro_batch=8"], "train.micro_batch must be null"),
         (ClipTrainingConfig, ["model.heads=3"], "model.width 128 is not a multiple of heads 3"),
         (ClipTrainingConfig, ["model.max_length=78"], "model.max_length must lie between 4 and 77"),
     ],
 )
-def test_settings_at_odds_with_each_other_are_named(tmp_path: Path, cls: type, overrides: list[str], message: str) -> None:
+def test_settings_at_odds_with_each_other_are_named(
+    tmp_path: Path, cls: type, overrides: list[str], message: str
+) -> None:
     assert message in fault(tmp_path, cls, *overrides)
 
 
@@ -185,13 +223,18 @@ def test_overrides_and_numbers(tmp_path: Path) -> None:
     assert settings.train.lr == 1e-4 and settings.train.clip is None and settings.data.flip is True
     assert settings.prompts == ("a b", "1e5") and settings.unet.heads == (4,)
     assert settings.train.weight_decay == 1.0 and isinstance(settings.train.weight_decay, float)
-    assert read(tmp_path, ClipTrainingConfig, text=yaml.safe_dump(CLIP) + "train: {lr: 1e-4}\n").train.lr == 1e-4  # in the file as well
+    assert (
+        read(tmp_path, ClipTrainingConfig, text=yaml.safe_dump(CLIP) + "train: {lr: 1e-4}\n").train.lr == 1e-4
+    )  # in the file as well
     assert read(tmp_path, ClipTrainingConfig, "train.steps=3", "train.steps=5").train.steps == 5  # the last one counts
 
 
 @pytest.mark.parametrize("cls", list(TREES))
 def test_save_and_load_give_the_same_object(tmp_path: Path, cls: type) -> None:
-    awkward = {"run": "true", "train": {"lr": 1e-10, "adam_eps": 1e-20, "clip": None, "betas": [0.5, 1e-7], "trackers": []}}
+    awkward = {
+        "run": "true",
+        "train": {"lr": 1e-10, "adam_eps": 1e-20, "clip": None, "betas": [0.5, 1e-7], "trackers": []},
+    }
     if cls is DiffusionTrainingConfig:
         awkward["prompts"] = ["1e-4", "null", "é ≤ 'q' \"d\": #", "", "-1", "a\nb"]
     settings = config.build(cls, {**TREES[cls], **awkward})
@@ -201,7 +244,8 @@ def test_save_and_load_give_the_same_object(tmp_path: Path, cls: type) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run=${oc.env:HOME}", "run=${train.seed}", "train.steps=${train.seed}", "prompts=['${x}']", "prompts=${x"]
+    "override",
+    ["run=${oc.env:HOME}", "run=${train.seed}", "train.steps=${train.seed}", "prompts=['${x}']", "prompts=${x"],
 )
 def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.setenv("HOME", "/secret")
@@ -209,7 +253,9 @@ def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "secret" not in message and "$" in message
     key, _, value = override.partition("=")
     if not key.startswith(("train", "prompts")):
-        assert "interpolation" in fault(tmp_path, DiffusionTrainingConfig, text=yaml.safe_dump({**DIFFUSION, key: value}))
+        assert "interpolation" in fault(
+            tmp_path, DiffusionTrainingConfig, text=yaml.safe_dump({**DIFFUSION, key: value})
+        )
 
 
 @pytest.mark.parametrize(
@@ -230,13 +276,22 @@ def test_interpolation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("run: a\n---\nrun: b\n", "cannot be read"),
         ("run: \x00\n", "cannot be read"),
         ("run: " + "[" * 50_000, "nested more than 20 deep"),
-        ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "with its aliases"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+            "with its aliases",
+        ),
         ("run: *nothing\n", "cannot be read"),
         ("run: &a [*a]\n", "recursive aliases"),
         ("run: a\ndata: {source: shapes}\ntrain: {steps: 1" + "0" * 5000 + "}\n", "cannot be read: Exceeds the limit"),
-        ("run: a\ndata: {source: shapes}\ntrain: {lr: 1" + "0" * 4000 + "}\n", "train.lr must be a number of at most 256 bits"),
+        (
+            "run: a\ndata: {source: shapes}\ntrain: {lr: 1" + "0" * 4000 + "}\n",
+            "train.lr must be a number of at most 256 bits",
+        ),
         ("run: a\ndata: {source: shapes}\ntrain: {steps: !!int x}\n", "cannot be read"),
-        ("run: a\ndata: {source: shapes}\ntrain: {steps: 2020-01-01}\n", "train.steps must be an integer, got '2020-01-01'"),
+        (
+            "run: a\ndata: {source: shapes}\ntrain: {steps: 2020-01-01}\n",
+            "train.steps must be an integer, got '2020-01-01'",
+        ),
         ("run: a\ndata: {source: shapes}\ntrain: {lr: '1e-4'}\n", "train.lr must be a number, got '1e-4'"),
         ("run: a\n? [b]\n: c\n", "cannot be read"),
         ("x" * 900 + ": a\n", "unknown key xxx"),
@@ -260,7 +315,8 @@ def test_a_mark_of_the_byte_order_aliases_merge_keys_and_numbers_with_an_exponen
 
 
 @pytest.mark.parametrize(
-    "override", ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"]
+    "override",
+    ["run=" + "[" * 5000, "train.steps=1" + "0" * 5000, "train.steps=!!int x", "train.lr=!!int", "=" * 50, "a.b.c.d=1"],
 )
 def test_odd_overrides_are_one_line(tmp_path: Path, override: str) -> None:
     assert len(fault(tmp_path, DiffusionTrainingConfig, override)) < 700
@@ -272,7 +328,11 @@ def test_every_size_and_count_has_an_upper_limit(value: int) -> None:
 
     def integers(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
         for name, hint in typing.get_type_hints(cls).items():
-            kinds = [kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if kind is not type(None)]
+            kinds = [
+                kind
+                for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint])
+                if kind is not type(None)
+            ]
             if dataclasses.is_dataclass(kinds[0]):
                 yield from integers(typing.cast(type, kinds[0]), (*path, name))
             elif kinds[0] is int or (typing.get_origin(kinds[0]) is tuple and typing.get_args(kinds[0])[0] is int):
@@ -338,7 +398,13 @@ def kind(file: Path) -> type:
     keys = yaml.safe_load(file.read_text()).keys()
     if "diffusion" in keys:
         return ClassifierTrainingConfig
-    return DiffusionTrainingConfig if "unet" in keys else AutoencoderTrainingConfig if "loss" in keys else ClipTrainingConfig
+    return (
+        DiffusionTrainingConfig
+        if "unet" in keys
+        else AutoencoderTrainingConfig
+        if "loss" in keys
+        else ClipTrainingConfig
+    )
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: str(f.relative_to(ROOT / "configs")))
@@ -354,7 +420,9 @@ def test_shipped_file_is_sound(file: Path) -> None:
             image = torch.zeros(1, settings.data.image_channels, settings.data.image_size, settings.data.image_size)
             assert AutoencoderKL(settings.model)(image)[0].shape == image.shape
             if settings.loss.gan > 0:
-                PatchDiscriminator(settings.model.image_channels, settings.loss.disc_channels, settings.loss.disc_layers)(image)
+                PatchDiscriminator(
+                    settings.model.image_channels, settings.loss.disc_channels, settings.loss.disc_layers
+                )(image)
         elif isinstance(settings, DiffusionTrainingConfig):
             from ldm.diffusion.condition import Condition
 
@@ -367,7 +435,9 @@ def test_shipped_file_is_sound(file: Path) -> None:
         elif isinstance(settings, ClassifierTrainingConfig):
             from ldm.models.classifier import NoisyClassifier
 
-            assert NoisyClassifier(settings.model, 4, 10)(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)).shape == (1, 10)
+            assert NoisyClassifier(settings.model, 4, 10)(
+                torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)
+            ).shape == (1, 10)
         else:
             from ldm.models.text import build_clip, train_tokenizer
 

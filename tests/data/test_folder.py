@@ -19,7 +19,9 @@ from ldm.errors import DataError
 
 def write(folder: Path, rows: list, images: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    (folder / "metadata.jsonl").write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     for i, row in enumerate(rows):
         if images and isinstance(row, dict):
             path = folder / row["file_name"]
@@ -66,7 +68,10 @@ def test_split_is_stable_under_adding_files_and_has_the_asked_share(tmp_path):
 def test_fingerprint_follows_what_determines_the_samples(tmp_path):
     base = opened(write(tmp_path / "a", rows(40))).fingerprint
     assert opened(write(tmp_path / "b", rows(40)[::-1])).fingerprint == base  # the order of the rows is not a fact
-    others = [opened(tmp_path / "a", image_channels=1).fingerprint, opened(tmp_path / "a", validation_fraction=0.2).fingerprint]
+    others = [
+        opened(tmp_path / "a", image_channels=1).fingerprint,
+        opened(tmp_path / "a", validation_fraction=0.2).fingerprint,
+    ]
     changed = rows(40)
     changed[3]["text"] = changed[5]["text"] = "another"
     others.append(opened(write(tmp_path / "c", changed)).fingerprint)
@@ -103,7 +108,9 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
     write(tmp_path, [GOOD, row])
     with pytest.raises(DataError, match=message) as caught:
         opened(tmp_path)
-    assert "\n" not in str(caught.value) and "1 of 2 cannot be used, more than data.max_skipped 0.01" in str(caught.value)
+    assert "\n" not in str(caught.value) and "1 of 2 cannot be used, more than data.max_skipped 0.01" in str(
+        caught.value
+    )
     tolerant = opened(tmp_path, max_skipped=0.5, validation_fraction=0.0)
     assert [r.file_name for r in tolerant.rows] == ["a.png"]
     (left_out,) = tolerant.skipped
@@ -112,7 +119,9 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
 
 def test_blank_lines_and_byte_order_marks_are_no_fault(tmp_path):
     write(tmp_path, [GOOD])
-    (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"file_name": "a.png", "text": "\xc3\xa4\xe2\x80\xa8"}\r\n\n')
+    (tmp_path / "metadata.jsonl").write_bytes(
+        b'\xef\xbb\xbf\r\n{"file_name": "a.png", "text": "\xc3\xa4\xe2\x80\xa8"}\r\n\n'
+    )
     assert opened(tmp_path, validation_fraction=0.0)[0].text == "ä\u2028"
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xe4"}\n')
     with pytest.raises(DataError, match=r"line 1 is not UTF-8 \(byte 0xe4\): save it as UTF-8"):
@@ -155,14 +164,17 @@ def everything(folder: Path, **settings) -> dict[str, str]:
 
 def test_csv_is_read_as_jsonl_is(tmp_path):
     paint(tmp_path, "a.png", "b.png")
-    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text,score\na.png,"one, ""two""\nthree",5\nb.png,ä,6\n', encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text(
+        '\ufefffile_name,text,score\na.png,"one, ""two""\nthree",5\nb.png,ä,6\n', encoding="utf-8"
+    )
     assert everything(tmp_path) == {"a.png": 'one, "two"\nthree', "b.png": "ä"}
     assert [row.columns for row in opened(tmp_path, validation_fraction=0.0).rows] == [{"score": "5"}, {"score": "6"}]
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x,y\nb.png\na.png,z\n")
     source = opened(tmp_path, validation_fraction=0.0, max_skipped=0.7)
     where = tmp_path / "metadata.csv"
     assert source.skipped == tuple(
-        Skipped(f"{where}:{n}", "has not the 2 fields of the first line: a caption that holds commas needs quotes") for n in (2, 3)
+        Skipped(f"{where}:{n}", "has not the 2 fields of the first line: a caption that holds commas needs quotes")
+        for n in (2, 3)
     )
     (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(DataError, match=r"has both metadata.jsonl and metadata.csv: keep one"):
@@ -174,7 +186,10 @@ def test_csv_is_read_as_jsonl_is(tmp_path):
     [
         ("file_name;text\na.png;x\n", r"metadata.csv: fields are separated by ';': save it with commas"),
         ("file_name\ttext\na.png\tx\n", r"fields are separated by '\\t'"),
-        ('file_name,text\na.png,x\nb.png,"a 5 tall\na.png,"y"\n', r"metadata.csv:3: the row that begins here is not CSV"),
+        (
+            'file_name,text\na.png,x\nb.png,"a 5 tall\na.png,"y"\n',
+            r"metadata.csv:3: the row that begins here is not CSV",
+        ),
         ("image,caption\na.png,x\n", r"metadata.csv:2: no file_name, only image, caption: rename image to file_name"),
         ("File_Name,text\na.png,x\n", r"no file_name, only File_Name, text: rename File_Name to file_name"),
         ("file_name,text\nsub\\a.png,x\n", r"no file 'sub.*a.png' in .*: write / for"),
@@ -190,7 +205,9 @@ def test_what_spreadsheets_write_is_named_with_the_fix(tmp_path, text, message):
 
 def test_blanks_in_the_first_line_and_line_ends_within_captions_are_read(tmp_path):
     paint(tmp_path, "a.png", "b.png")
-    (tmp_path / "metadata.csv").write_text('file_name, text\r\na.png,one\u2028two\r\nb.png,"x\r\ny"\r\n', encoding="utf-8", newline="")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name, text\r\na.png,one\u2028two\r\nb.png,"x\r\ny"\r\n', encoding="utf-8", newline=""
+    )
     assert everything(tmp_path) == {"a.png": "one\u2028two", "b.png": "x\ny"}
 
 
@@ -198,7 +215,8 @@ def test_a_caption_under_another_name_is_pointed_out_and_can_be_named(tmp_path):
     paint(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "Caption": "hello", "text_id": 3}\n')
     with pytest.raises(
-        DataError, match=r"no text, only file_name, Caption, text_id: rename Caption to text, or set data.text_column=Caption"
+        DataError,
+        match=r"no text, only file_name, Caption, text_id: rename Caption to text, or set data.text_column=Caption",
     ):
         opened(tmp_path)
     assert everything(tmp_path, text_column="Caption") == {"a.png": "hello"}
@@ -229,7 +247,10 @@ def test_class_folders_give_captions_from_templates(tmp_path):
     assert source.rows[1].columns == {"class": "red fox"}
     assert source.skipped == (Skipped(str(tmp_path / "loose.png"), "in no class folder"),)
     paint(tmp_path, "another/0.png")  # what an image is called does not depend on the others
-    again = {row.file_name: row.text for row in opened(tmp_path, captions="class", caption_templates=templates, max_skipped=0.5).rows}
+    again = {
+        row.file_name: row.text
+        for row in opened(tmp_path, captions="class", caption_templates=templates, max_skipped=0.5).rows
+    }
     assert all(texts[name] == text for name, text in again.items() if name in texts)
 
 

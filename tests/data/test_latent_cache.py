@@ -107,7 +107,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_module(network, folder / "vae/model/vae/diffusion_pytorch_model.safetensors")
     write_json(folder / "vae/model/vae/config.json", {**to_diffusers(network.config), "sample_size": 24})
     data = {"source": "shapes", "image_size": 24, "size": 24, "flip": True}
-    (folder / "ldm.yaml").write_text(json.dumps({"run": "run", "autoencoder": str(folder / "vae/model"), "text": "none", "data": data}))
+    (folder / "ldm.yaml").write_text(
+        json.dumps({"run": "run", "autoencoder": str(folder / "vae/model"), "text": "none", "data": data})
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "SHARD", 9)  # three shards
         patch.chdir(folder)
@@ -183,7 +185,15 @@ def test_latents_that_are_not_finite_are_refused_by_the_image(tmp_path: Path) ->
 
     network.encode = broken  # type: ignore[method-assign]
     with pytest.raises(cache.NonFiniteLatentsError, match="image 3 is not finite") as caught:
-        cache.write(tmp_path / "latents", cache.binding("abc", source, data), network, source, data, torch.device("cpu"), batch=4)
+        cache.write(
+            tmp_path / "latents",
+            cache.binding("abc", source, data),
+            network,
+            source,
+            data,
+            torch.device("cpu"),
+            batch=4,
+        )
     assert caught.value.exit_code == 5 and not list(tmp_path.iterdir())
 
 

@@ -60,7 +60,9 @@ def turned(path: Path) -> None:
 
 def moving(path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
-    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if path.suffix == ".webp" else {}))
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], **({"lossless": True} if path.suffix == ".webp" else {})
+    )
 
 
 def bomb(path: Path) -> None:
@@ -100,7 +102,11 @@ ROWS: list[tuple[str, str, str]] = [
     ("a missing file", '{"file_name": "gone.png", "text": "x"}', "no file 'gone.png'"),
     ("a path out of the folder", '{"file_name": "../outside.png", "text": "x"}', "leaves the folder"),
     ("an absolute path", '{"file_name": "/etc/hostname", "text": "x"}', "leaves the folder"),
-    ("a duplicate row", '{"file_name": "good/0.png", "text": "again"}', "file_name 'good/0.png' stands on line 1 already"),
+    (
+        "a duplicate row",
+        '{"file_name": "good/0.png", "text": "again"}',
+        "file_name 'good/0.png' stands on line 1 already",
+    ),
     ("a broken JSON line", '{"file_name": "good/1.png", "text": "x"', "not JSON"),
     ("a caption that is not text", '{"file_name": "good/2.png", "text": 5}', "text must be text, got 5"),
 ]
@@ -154,7 +160,11 @@ def test_each_file_is_read_rightly_or_left_out_by_name(folder: Path, name: str, 
     if isinstance(outcome, str):
         with pytest.raises(DataError) as caught:
             read(source, name)
-        assert str(caught.value).startswith(f"{folder / name}: ") and outcome in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            str(caught.value).startswith(f"{folder / name}: ")
+            and outcome in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
     else:
         image = read(source, name).image
         assert image.dtype == np.uint8 and image.shape[2] == 3 and outcome(image), image[4, ::4]
@@ -174,7 +184,9 @@ def encoder(folder: Path) -> TextEncoder:
     return from_clip(build_clip(config, tokenizer, 32, 3), tokenizer)
 
 
-@pytest.mark.parametrize(("number", "text", "cut"), [(i, c[1], c[2]) for i, c in enumerate(CAPTIONS)], ids=[c[0] for c in CAPTIONS])
+@pytest.mark.parametrize(
+    ("number", "text", "cut"), [(i, c[1], c[2]) for i, c in enumerate(CAPTIONS)], ids=[c[0] for c in CAPTIONS]
+)
 def test_each_caption_is_encoded_rightly(folder: Path, encoder: TextEncoder, number: int, text: str, cut: bool) -> None:
     sample = read(opened(folder), f"good/{10 + number}.png")
     assert sample.text == text
@@ -198,7 +210,9 @@ def test_the_survey_tells_all_of_it_and_changes_nothing(folder: Path) -> None:
     looked = leave_out_small(survey(folder), 32)
     refused = {str(folder / f[1]): f[3] for f in FILES if isinstance(f[3], str)}
     found = {s.file: s.reason for s in looked.skipped}
-    assert len(found) == len(looked.skipped) == len(refused) + len(ROWS) and looked.total == GOOD + len(FILES) + len(ROWS)
+    assert len(found) == len(looked.skipped) == len(refused) + len(ROWS) and looked.total == GOOD + len(FILES) + len(
+        ROWS
+    )
     assert {file: reason for file, reason in refused.items() if reason not in found[file]} == {}
     assert {f"{folder}/metadata.jsonl:{GOOD + len(FILES) + 1 + i}" for i in range(len(ROWS))} <= set(found)
     assert sum(h.turned for h in looked.headers) == 1 and sum(h.animated for h in looked.headers) == 2
@@ -210,7 +224,9 @@ def test_too_much_left_out_stops_with_one_line(folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         opened(folder, max_skipped=0.01)
     said = str(caught.value)
-    assert said.startswith(f"{folder}: {len(ROWS)} of {GOOD + len(FILES) + len(ROWS)} cannot be used, more than data.max_skipped 0.01")
+    assert said.startswith(
+        f"{folder}: {len(ROWS)} of {GOOD + len(FILES) + len(ROWS)} cannot be used, more than data.max_skipped 0.01"
+    )
     assert "metadata.jsonl:" in said and f"`ldm init {folder}` lists all" in said and "\n" not in said
 
 

@@ -35,7 +35,9 @@ ALL = [(objects, held_out) for objects in (1, 2) for held_out in (False, True)]
 
 
 def source(objects: int = 1, split: str = "train", side: int = 32, **settings) -> ShapesSource:
-    return ShapesSource(DataConfig(source="shapes" if objects == 1 else "shapes-two", image_size=side, **settings), split, objects)
+    return ShapesSource(
+        DataConfig(source="shapes" if objects == 1 else "shapes-two", image_size=side, **settings), split, objects
+    )
 
 
 def test_colours_are_named_once_and_far_apart():
@@ -152,7 +154,9 @@ def _check_relation(scene: Scene, side: int) -> None:
     first, second = scene.objects
     assert first.colour != second.colour
     dx, dy = second.x - first.x, second.y - first.y
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[scene.relation or ""]
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
+        scene.relation or ""
+    ]
     assert along > 2 * RADII[None] * side and along >= 3 * abs(across)
 
 
@@ -164,14 +168,20 @@ def test_every_permitted_position_occurs():
         seen[o.size] |= {("x", o.x), ("y", o.y)}
     for size in SIZES:
         assert margin(size, 32) <= 12
-        assert seen[size] == {(axis, v) for axis in "xy" for v in range(12, 20)}  # at most 4 pixels from the middle, 15.5
+        assert seen[size] == {
+            (axis, v) for axis in "xy" for v in range(12, 20)
+        }  # at most 4 pixels from the middle, 15.5
 
 
 @pytest.mark.parametrize("objects", [1, 2])
 def test_attributes_are_drawn_uniformly(objects):
     data = source(objects, split="validation")
     scenes = [data[i].truth for i in range(2000)]
-    for values in ([s.background for s in scenes], [s.objects[-1].colour for s in scenes], [s.objects[0].shape for s in scenes]):
+    for values in (
+        [s.background for s in scenes],
+        [s.objects[-1].colour for s in scenes],
+        [s.objects[0].shape for s in scenes],
+    ):
         counts = Counter(values)
         expected = len(values) / len(counts)
         assert all(abs(n - expected) < 6 * math.sqrt(expected) for n in counts.values())
@@ -209,7 +219,9 @@ def test_splits_draw_from_their_own(objects):
         allowed = set(combinations(objects, split == "held_out"))
         assert all(parse(data[i].text) in allowed for i in range(300))
     train, validation = (source(objects, split) for split in ("train", "validation"))
-    assert sum(train[i].truth == validation[i].truth for i in range(300)) <= 3  # by chance alone, where the two streams differ
+    assert (
+        sum(train[i].truth == validation[i].truth for i in range(300)) <= 3
+    )  # by chance alone, where the two streams differ
 
 
 def test_index_decides_the_sample_and_nothing_else():
@@ -256,7 +268,11 @@ def test_striped_scenes_say_so_and_show_the_background_between_their_stripes():
         (o,) = sample.truth.objects
         assert ("striped" in sample.text) == o.striped and sample.text == caption(sample.truth)
         found = parse(sample.text)
-        assert (found.background, found.objects[0].striped, found.objects[0].colour) == (sample.truth.background, o.striped, o.colour)
+        assert (found.background, found.objects[0].striped, found.objects[0].colour) == (
+            sample.truth.background,
+            o.striped,
+            o.colour,
+        )
         same = (sample.image == BACKGROUNDS[sample.truth.background]).all(-1).all(1)  # rows of background alone
         gaps = [bool(same[o.y + d]) for d in (-4, -3, 3, 4)]  # stripes are 4 pixels high, one across the middle
         assert all(gaps) == o.striped

@@ -32,7 +32,9 @@ def png(depth: int, kind: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) 
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + middle + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def tiff(data: bytes, bits: tuple[int, ...], photometric: int, order: str = "<", height: int = HEIGHT, **tags: Any) -> bytes:
+def tiff(
+    data: bytes, bits: tuple[int, ...], photometric: int, order: str = "<", height: int = HEIGHT, **tags: Any
+) -> bytes:
     """One strip. ``tags``: `t339=(2,)` and the like; all are SHORT but the offsets."""
     entries: dict[int, tuple[int, ...]] = {
         256: (WIDTH,), 257: (height,), 258: bits, 259: (1,), 262: (photometric,), 273: (8,), 277: (len(bits),), 278: (height,),
@@ -60,7 +62,11 @@ def packed(values: np.ndarray, bits: int) -> list[bytes]:
 def ramp(bits: int) -> np.ndarray:
     """[HEIGHT, WIDTH] over all of the range."""
     top = 2**bits - 1
-    return np.linspace(0, top, WIDTH * HEIGHT).round().astype(np.int64).reshape(HEIGHT, WIDTH) if bits > 2 else GRID % (top + 1)
+    return (
+        np.linspace(0, top, WIDTH * HEIGHT).round().astype(np.int64).reshape(HEIGHT, WIDTH)
+        if bits > 2
+        else GRID % (top + 1)
+    )
 
 
 GRID = np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
@@ -109,7 +115,9 @@ def test_a_transparent_colour_of_a_colour_png(tmp_path: Path) -> None:
         content = png(8, 2, rows, (b"tRNS", struct.pack(">HHH", *(int(part) | high for part in key))))
         agree(read(tmp_path, content, "rgb.png"), over(COLOURS, alpha))
     content = png(16, 2, packed(COLOURS * 257, 16), (b"tRNS", struct.pack(">HHH", *(key * 257).tolist())))
-    with pytest.raises(BadSample, match="16 bits a channel and one transparent colour"):  # Pillow keeps the higher eight alone
+    with pytest.raises(
+        BadSample, match="16 bits a channel and one transparent colour"
+    ):  # Pillow keeps the higher eight alone
         read(tmp_path, content, "rgb.png")
     agree(read(tmp_path, png(16, 2, packed(COLOURS * 257, 16)), "rgb.png"), COLOURS)
 
@@ -120,7 +128,11 @@ def test_a_palette_png_with_one_alpha_for_each_colour(tmp_path: Path, bits: int)
     palette, alphas = np.random.default_rng(0).integers(0, 256, (count, 3)), np.arange(count) * 7 % 256
     values = GRID % count
     content = png(
-        bits, 3, packed(values, bits), (b"PLTE", palette.astype(np.uint8).tobytes()), (b"tRNS", alphas.astype(np.uint8).tobytes())
+        bits,
+        3,
+        packed(values, bits),
+        (b"PLTE", palette.astype(np.uint8).tobytes()),
+        (b"tRNS", alphas.astype(np.uint8).tobytes()),
     )
     agree(read(tmp_path, content, "palette.png"), over(palette[values], alphas[values][..., None]), within=1.01)
 
@@ -160,12 +172,18 @@ def test_12_bits_are_scaled_by_4095(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "kind"), [(8, 2), (16, 2), (32, 1), (32, 2), (16, 3), (32, 3), (64, 3), (64, 1)], ids=lambda value: str(value)
+    ("bits", "kind"),
+    [(8, 2), (16, 2), (32, 1), (32, 2), (16, 3), (32, 3), (64, 3), (64, 1)],
+    ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_samples_with_a_sign_a_fraction_or_many_bits_are_left_out_by_name(tmp_path: Path, bits: int, kind: int, order: str) -> None:
+def test_samples_with_a_sign_a_fraction_or_many_bits_are_left_out_by_name(
+    tmp_path: Path, bits: int, kind: int, order: str
+) -> None:
     data = np.zeros(WIDTH * HEIGHT * bits // 8, np.uint8).tobytes()
-    with pytest.raises(BadSample, match=r"odd\.tif: .*(32 bits per channel|with a sign|a kind that is not read).*save it"):
+    with pytest.raises(
+        BadSample, match=r"odd\.tif: .*(32 bits per channel|with a sign|a kind that is not read).*save it"
+    ):
         read(tmp_path, tiff(data, (bits,), 1, order, t339=(kind,)), "odd.tif")
 
 
@@ -195,22 +213,35 @@ def test_grey_and_palette_with_alpha_in_a_tiff(tmp_path: Path) -> None:
     premultiplied = (grey * ALPHA + 127) // 255
 
     def written(first: np.ndarray, photometric: int, extra: int, **tags: Any) -> bytes:
-        return tiff(np.concatenate([first, ALPHA], -1).astype(np.uint8).tobytes(), (8, 8), photometric, t338=(extra,), **tags)
+        return tiff(
+            np.concatenate([first, ALPHA], -1).astype(np.uint8).tobytes(), (8, 8), photometric, t338=(extra,), **tags
+        )
 
     colour_map = tuple((palette.T * 257).ravel().tolist())
     agree(read(tmp_path, written(grey, 1, 0), "none.tif"), grey)
     agree(read(tmp_path, written(grey, 1, 2), "la.tif"), over(grey, ALPHA), within=1.01)
     agree(read(tmp_path, written(premultiplied, 1, 1), "la.tif"), over(grey, ALPHA), within=2.01)
-    agree(read(tmp_path, written(GRID[..., None], 3, 2, t320=colour_map), "pa.tif"), over(palette[GRID], ALPHA), within=1.01)
+    agree(
+        read(tmp_path, written(GRID[..., None], 3, 2, t320=colour_map), "pa.tif"),
+        over(palette[GRID], ALPHA),
+        within=1.01,
+    )
 
 
 def test_separate_planes(tmp_path: Path) -> None:
     planes = COLOURS.transpose(2, 0, 1)
     size = WIDTH * HEIGHT
-    content = tiff(planes.astype(np.uint8).tobytes(), (8, 8, 8), 2, t284=(2,), t273=(8, 8 + size, 8 + 2 * size), t279=(size,) * 3)
+    content = tiff(
+        planes.astype(np.uint8).tobytes(), (8, 8, 8), 2, t284=(2,), t273=(8, 8 + size, 8 + 2 * size), t279=(size,) * 3
+    )
     agree(read(tmp_path, content, "planes.tif"), COLOURS)
     content = tiff(
-        split16(planes * 257, "<"), (16,) * 3, 2, t284=(2,), t273=tuple(8 + 2 * size * i for i in range(3)), t279=(2 * size,) * 3
+        split16(planes * 257, "<"),
+        (16,) * 3,
+        2,
+        t284=(2,),
+        t273=tuple(8 + 2 * size * i for i in range(3)),
+        t279=(2 * size,) * 3,
     )
     with pytest.raises(BadSample, match="16 bits a channel in separate planes"):
         read(tmp_path, content, "planes.tif")
@@ -219,7 +250,9 @@ def test_separate_planes(tmp_path: Path) -> None:
 def test_luma_and_chroma_in_a_tiff(tmp_path: Path) -> None:
     """BT.601 of full range, as TIFF 6.0 has it by default."""
     y, cb, cr = COLOURS[..., 0] // 2 + 64, 128 + GRID % 32, 128 - GRID % 24
-    want = np.stack([y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)], -1)
+    want = np.stack(
+        [y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)], -1
+    )
     data = np.stack([y, cb, cr], -1).astype(np.uint8).tobytes()
     agree(read(tmp_path, tiff(data, (8, 8, 8), 6, t530=(1, 1)), "ycc.tif"), want.clip(0, 255), within=1.01)
     given: list[dict[str, Any]] = [{}, {"t530": (2, 2)}]
@@ -235,7 +268,9 @@ def test_lab_in_a_tiff(tmp_path: Path) -> None:
     fy = (light + 16) / 116
     f = np.stack([fy + a / 500, fy, fy - b / 200], -1)
     xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249]
-    to_rgb = np.array([[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]])
+    to_rgb = np.array(
+        [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    )
     linear = (xyz @ to_rgb.T).clip(0, 1)
     want = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     agree(read(tmp_path, tiff(lab.astype(np.uint8).tobytes(), (8, 8, 8), 8), "lab.tif"), want, within=3)
@@ -262,7 +297,9 @@ def test_alpha_of_other_formats(tmp_path: Path, name: str) -> None:
 def test_the_fourth_byte_of_a_bmp_is_alpha_where_its_header_says_so(tmp_path: Path, alpha: bool) -> None:
     pixels = np.concatenate([COLOURS[::-1, :, ::-1], ALPHA[::-1]], -1).astype(np.uint8).tobytes()
     masks = struct.pack("<LLLL", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-    header = struct.pack("<LllHHLLllLL", 108 if alpha else 40, WIDTH, HEIGHT, 1, 32, 3 if alpha else 0, len(pixels), 0, 0, 0, 0)
+    header = struct.pack(
+        "<LllHHLLllLL", 108 if alpha else 40, WIDTH, HEIGHT, 1, 32, 3 if alpha else 0, len(pixels), 0, 0, 0, 0
+    )
     header += masks + b"BGRs" + b"\0" * 48 if alpha else b""
     content = b"BM" + struct.pack("<LLL", 14 + len(header) + len(pixels), 0, 14 + len(header)) + header + pixels
     agree(read(tmp_path, content, "a.bmp"), over(COLOURS, ALPHA) if alpha else COLOURS, within=1.01)
@@ -283,7 +320,12 @@ def test_every_orientation(tmp_path: Path, name: str, turn: int) -> None:
 
 def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
     body = b"II*\0" + struct.pack("<LH", 8, len(entries))
-    return b"Exif\0\0" + body + b"".join(struct.pack("<HHL", *one[:3]) + one[3].ljust(4, b"\0") for one in entries) + b"\0" * 4
+    return (
+        b"Exif\0\0"
+        + body
+        + b"".join(struct.pack("<HHL", *one[:3]) + one[3].ljust(4, b"\0") for one in entries)
+        + b"\0" * 4
+    )
 
 
 TURNED = (0x0112, 3, 1, struct.pack("<H", 6))
@@ -313,7 +355,10 @@ def test_odd_exif_turns_by_the_one_tag_or_not_at_all(tmp_path: Path, name: str, 
 def samples(tmp_path: Path) -> dict[str, bytes]:
     """A small file of each format, with EXIF where it can have it."""
     image = Image.fromarray(COLOURS.astype(np.uint8))
-    files = {"a.tif": tiff(split16(ramp(16), "<"), (16,), 0), "b.png": png(4, 0, packed(ramp(4), 4), (b"tRNS", b"\0\3"))}
+    files = {
+        "a.tif": tiff(split16(ramp(16), "<"), (16,), 0),
+        "b.png": png(4, 0, packed(ramp(4), 4), (b"tRNS", b"\0\3")),
+    }
     for name in ("a.jpg", "a.png", "a.webp", "a.gif", "a.bmp"):
         options: dict[str, Any] = {} if name in ("a.gif", "a.bmp") else {"exif": exif(TURNED, (0x0131, 2, 4, b"abc\0"))}
         image.save(tmp_path / name, **options)
@@ -338,14 +383,27 @@ def test_whatever_stands_in_a_header_a_file_is_read_or_left_out(tmp_path: Path) 
 
 def test_whatever_pillow_raises_leaves_out_the_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    errors = (IndexError, TypeError, struct.error, OverflowError, SyntaxError, MemoryError, RecursionError, zlib.error, AssertionError)
+    errors = (
+        IndexError,
+        TypeError,
+        struct.error,
+        OverflowError,
+        SyntaxError,
+        MemoryError,
+        RecursionError,
+        zlib.error,
+        AssertionError,
+    )
     for place in ("PIL.Image.open", "PIL.PngImagePlugin.PngImageFile.load"):
         for error in errors:
 
             def fail(*arguments: object, error: type[Exception] = error, **named: object) -> None:
                 raise error
 
-            with monkeypatch.context() as patch, pytest.raises(BadSample, match=rf"a\.png: cannot be (opened|decoded): {error.__name__}$"):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(BadSample, match=rf"a\.png: cannot be (opened|decoded): {error.__name__}$"),
+            ):
                 patch.setattr(place, fail)
                 read_image(tmp_path / "a.png", 3)
 
@@ -371,8 +429,13 @@ def test_a_strip_that_would_grow_huge_is_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (3_000_000, 8)).save(tmp_path / "strip.png")  # 11 million pixels wide at a height of 32
     looked = leave_out_small(survey(tmp_path, "none"), 32)
     (left,) = looked.skipped
-    assert left.file == str(tmp_path / "strip.png") and "so long that it has 384000000 pixels at 32 pixels of height" in left.reason
-    source = FolderSource(DataConfig(folder=str(tmp_path), captions="none", image_size=32, validation_fraction=0.0), "train")
+    assert (
+        left.file == str(tmp_path / "strip.png")
+        and "so long that it has 384000000 pixels at 32 pixels of height" in left.reason
+    )
+    source = FolderSource(
+        DataConfig(folder=str(tmp_path), captions="none", image_size=32, validation_fraction=0.0), "train"
+    )
     assert [i for i, _ in readable(source)] == [0, 1, 2, 3]
 
 
@@ -383,4 +446,6 @@ def test_the_survey_remarks_on_what_is_read_as_it_is_and_looks_otherwise(tmp_pat
     looked = survey(tmp_path, "none")
     assert sum(h.profile for h in looked.headers) == sum(h.odd_exif for h in looked.headers) == 1
     (remark,) = [one for one in looked.remarks if "16 bits" in one]
-    assert remark.startswith("3 images of 16 bits, such as 1.png, stay below a quarter of white, as 10, 12 or 14 bits stored in 16 do")
+    assert remark.startswith(
+        "3 images of 16 bits, such as 1.png, stay below a quarter of white, as 10, 12 or 14 bits stored in 16 do"
+    )

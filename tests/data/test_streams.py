@@ -19,7 +19,16 @@ from autoencoder.posterior import DiagonalGaussian
 from ldm.config import ConfigError, DataConfig
 from ldm.data import latent_cache as cache
 from ldm.data import rng as streams
-from ldm.data.dataset import BatchPlan, RandomFields, Stream, batches, collate, plan_batch, scattered, validation_batches
+from ldm.data.dataset import (
+    BatchPlan,
+    RandomFields,
+    Stream,
+    batches,
+    collate,
+    plan_batch,
+    scattered,
+    validation_batches,
+)
 from ldm.data.sample import BadSample, Sample, Skipped, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
@@ -56,7 +65,9 @@ def values(image: torch.Tensor) -> np.ndarray:
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 # draws
@@ -89,7 +100,9 @@ def test_uniforms_are_uniform_across_positions() -> None:
 
 
 def test_a_draw_is_a_function_of_seed_name_and_position_alone() -> None:
-    keys = [(s, n, p) for s in (0, 1, 2**63 - 1) for n in ("eps", "posterior", "validation/eps") for p in (0, 1, 2, 10**12)]
+    keys = [
+        (s, n, p) for s in (0, 1, 2**63 - 1) for n in ("eps", "posterior", "validation/eps") for p in (0, 1, 2, 10**12)
+    ]
     first = {key: streams.normal(*key, (64,)) for key in keys}
     np.random.seed(1)  # the global generators have no part in it
     torch.manual_seed(1)
@@ -102,7 +115,10 @@ def test_a_draw_is_a_function_of_seed_name_and_position_alone() -> None:
 
 
 def test_positions_do_not_overlap_however_much_is_drawn() -> None:
-    raw = [streams.generator(0, name, p).bit_generator.random_raw(100_000) for name, p in (("eps", 0), ("eps", 1), ("t", 0))]
+    raw = [
+        streams.generator(0, name, p).bit_generator.random_raw(100_000)
+        for name, p in (("eps", 0), ("eps", 1), ("t", 0))
+    ]
     assert len(np.unique(np.concatenate(raw))) == 300_000  # 64 bits each: no chance of a coincidence
 
 
@@ -111,7 +127,12 @@ def test_order_is_a_permutation_in_each_epoch_and_another_in_the_next() -> None:
     epochs = [[order[e * n + i] for i in range(n)] for e in range(4)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [order[i] for i in (120, 3, 77, 3)] == [epochs[2][20], epochs[0][3], epochs[1][27], epochs[0][3]]  # any order of asking
+    assert [order[i] for i in (120, 3, 77, 3)] == [
+        epochs[2][20],
+        epochs[0][3],
+        epochs[1][27],
+        epochs[0][3],
+    ]  # any order of asking
     assert [streams.Order(8, 50)[i] for i in range(n)] != epochs[0]
     first = np.array([streams.Order(seed, 10)[0] for seed in range(2000)])  # each sample is first equally often
     assert ((np.bincount(first, minlength=10) - 200) ** 2 / 200).sum() < 27.9  # χ² with 9 degrees of freedom, 0.001
@@ -150,7 +171,12 @@ def stream(**changes: Any) -> Stream:
 
 def test_batches_do_not_depend_on_workers_split_or_start() -> None:
     whole = list(batches(stream(), BatchPlan(8, 8, 1, 0), 0, 3, workers=0))
-    assert len(whole) == 3 and whole[0]["eps"].shape == (8, 2, 3, 3) and whole[0]["t"].dtype == torch.float64 and len(whole[0]["text"]) == 8
+    assert (
+        len(whole) == 3
+        and whole[0]["eps"].shape == (8, 2, 3, 3)
+        and whole[0]["t"].dtype == torch.float64
+        and len(whole[0]["text"]) == 8
+    )
     for other, wanted in zip(batches(stream(), BatchPlan(8, 8, 1, 0), 0, 3, workers=2), whole, strict=True):
         assert same(other, wanted)
     assert same(next(iter(batches(stream(), BatchPlan(8, 8, 1, 0), 2, 3, workers=0))), whole[2])  # resumed at update 2
@@ -185,7 +211,9 @@ def test_flips_are_half_and_crops_even() -> None:
     pictures = [values(reading[p]["image"])[0] for p in range(4000)]
     flipped = np.array([row[0, 0] > row[0, 1] for row in pictures])
     left = np.array([row[0].min() for row in pictures])
-    assert all(np.array_equal(np.sort(row[0]), np.arange(low, low + 8)) for row, low in zip(pictures, left, strict=True))
+    assert all(
+        np.array_equal(np.sort(row[0]), np.arange(low, low + 8)) for row, low in zip(pictures, left, strict=True)
+    )
     assert abs(flipped.mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
     counts = np.bincount(left)
     assert len(counts) == 4 and ((counts - 1000) ** 2 / 1000).sum() < 16.3  # χ², 3 degrees of freedom, 0.001
@@ -249,7 +277,9 @@ def test_validation_is_in_order_in_the_middle_and_unmirrored() -> None:
 
 def test_validation_is_shared_out_once_and_stops_at_the_source() -> None:
     reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}), validation=True)
-    shares = [[p for positions, _ in validation_batches(reading, 100, 2, rank, 2) for p in positions] for rank in (0, 1)]
+    shares = [
+        [p for positions, _ in validation_batches(reading, 100, 2, rank, 2) for p in positions] for rank in (0, 1)
+    ]
     assert shares == [[0, 2, 4], [1, 3]]
     assert [positions for positions, _ in validation_batches(reading, 3, 2, 0, 1)] == [[0, 1], [2]]
 
@@ -341,7 +371,9 @@ def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
 def test_validation_has_substitutes_too_and_a_set_of_ruins_stops_the_run() -> None:
     stream = Stream(Holes(10), HOLES, 7, RandomFields({}), validation=True)
     texts = [stream[i]["text"] for i in range(10)]
-    assert [t for i, t in enumerate(texts) if i not in Holes.damaged] == [f"number {i}" for i in range(10) if i not in Holes.damaged]
+    assert [t for i, t in enumerate(texts) if i not in Holes.damaged] == [
+        f"number {i}" for i in range(10) if i not in Holes.damaged
+    ]
     assert len(texts) == 10 and [stream[i]["text"] for i in range(10)] == texts and len(stream.skipped) == 3
     ruins = Holes(2)
     ruins.damaged = frozenset({0, 1})  # type: ignore[misc]
@@ -380,9 +412,13 @@ def test_a_cached_stream_gives_what_the_image_stream_gives_and_never_the_same_no
         a, b = cached[position], direct[position]
         with torch.no_grad():
             moments = network.encode(b["image"][None]).moments[0]
-        torch.testing.assert_close(a["moments"], moments, rtol=1e-4, atol=1e-5)  # mirrored at the same positions as well
+        torch.testing.assert_close(
+            a["moments"], moments, rtol=1e-4, atol=1e-5
+        )  # mirrored at the same positions as well
         assert a["text"] == b["text"] and torch.equal(a["posterior"], b["posterior"])
-        latents.setdefault(a["text"], []).append(DiagonalGaussian.from_moments(a["moments"][None]).sample(a["posterior"][None]))
+        latents.setdefault(a["text"], []).append(
+            DiagonalGaussian.from_moments(a["moments"][None]).sample(a["posterior"][None])
+        )
     several = [drawn for drawn in latents.values() if len(drawn) >= 3]
     assert several and all(not torch.equal(x, y) for drawn in several for x, y in itertools.pairwise(drawn))
 
@@ -402,7 +438,9 @@ def test_a_cache_made_for_something_else_is_refused_by_name(tmp_path: Path, chan
         cache.LatentCache(tmp_path / "latents", {**bound, **change})
 
 
-def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "SHARD", 4)
     data, holes = DataConfig(source="shapes", image_size=24, size=10, flip=True), Holes(10, (24, 24))
     bound = cache.binding("abc", holes, data)
@@ -440,7 +478,9 @@ def test_no_cache_and_an_endless_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError("row 3"), OSError(28, "No space left on device")])
-def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
+def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(
+    tmp_path: Path, error: BaseException | type[BaseException]
+) -> None:
     _, _, bound = write(tmp_path / "latents")
     before = (tmp_path / "latents/cache.json").read_text()
 

@@ -75,7 +75,9 @@ def test_a_json_row_that_is_not_clear_is_left_out_by_its_line(tmp_path: Path, li
 
 def test_further_columns_may_hold_what_json_can(tmp_path: Path) -> None:
     paint(tmp_path, "a.png", "b.png")
-    numbers = '{"file_name": "a.png", "text": "a\\u2028b", "score": NaN, "more": [Infinity, 1e999, 1' + "0" * 4000 + "]}"
+    numbers = (
+        '{"file_name": "a.png", "text": "a\\u2028b", "score": NaN, "more": [Infinity, 1e999, 1' + "0" * 4000 + "]}"
+    )
     table(tmp_path, numbers, "", "  \t ", row("b.png", "x" * 300_000, deep=[[[[{}]]]]))
     source = opened(tmp_path)
     assert [source.text(i) for i in range(2)] == ["a\u2028b", "x" * 300_000] and not source.skipped
@@ -107,7 +109,11 @@ def test_a_csv_of_spreadsheets_and_data_frames(tmp_path: Path) -> None:
     for text in (content, content.replace("\r\n", "\n"), content.replace("\r\n", "\r")):
         (tmp_path / "metadata.csv").write_bytes(text.encode())
         source = opened(tmp_path)
-        assert [source.text(i) for i in range(3)] == ['one "two", three\nfour', "\u2028\x0c", long] and not source.skipped
+        assert [source.text(i) for i in range(3)] == [
+            'one "two", three\nfour',
+            "\u2028\x0c",
+            long,
+        ] and not source.skipped
         assert [r.columns for r in source.rows] == [{"": "0"}, {"": "1"}, {"": "2"}]
     (tmp_path / "metadata.csv").write_text("file_name,text,,\na.png,a,1,2\n")
     assert opened(tmp_path).rows[0].columns == {"column 3": "1", "column 4": "2"}
@@ -133,10 +139,19 @@ def test_where_both_forms_are_on_the_disk_the_exact_one_is_meant(tmp_path: Path)
     assert "but 2 whose names differ in their Unicode form alone" in left.reason
 
 
-def test_captions_beside_images_whatever_the_capitals_of_their_ending_and_the_form_of_their_name(tmp_path: Path) -> None:
+def test_captions_beside_images_whatever_the_capitals_of_their_ending_and_the_form_of_their_name(
+    tmp_path: Path,
+) -> None:
     paint(tmp_path, "A.PNG", "b.png", f"sub/{NFD}", "d.png", "e.png", "F.png")
     stem = Path(NFC).stem
-    for name, text in (("A.TXT", "a"), ("b.txt", "b"), ("b.TXT", "other"), (f"sub/{stem}.Txt", "c"), ("d.TXT", "1"), ("d.Txt", "2")):
+    for name, text in (
+        ("A.TXT", "a"),
+        ("b.txt", "b"),
+        ("b.TXT", "other"),
+        (f"sub/{stem}.Txt", "c"),
+        ("d.TXT", "1"),
+        ("d.Txt", "2"),
+    ):
         (tmp_path / name).write_text(text)
     (tmp_path / "e.txt").write_bytes("a fox".encode("utf-16-le"))
     (tmp_path / "f.txt").write_text("another image's")
@@ -155,12 +170,21 @@ def test_captions_in_capitals_alone_are_found_by_the_survey(tmp_path: Path) -> N
     paint(tmp_path, *(f"{i}.PNG" for i in range(9)))
     (tmp_path / "3.TXT").write_text("one caption")
     looked = survey(tmp_path)
-    assert looked.data.captions == "sidecar" and [r.text for r in looked.rows] == ["one caption"] and len(looked.skipped) == 8
+    assert (
+        looked.data.captions == "sidecar"
+        and [r.text for r in looked.rows] == ["one caption"]
+        and len(looked.skipped) == 8
+    )
 
 
 def test_the_survey_finds_the_captions_column_behind_odd_rows(tmp_path: Path) -> None:
     paint(tmp_path, "a.png", "b.png")
-    table(tmp_path, "{", row("a.png", "x\u2028y").replace('"text"', '"caption"'), row("b.png").replace('"text"', '"caption"'))
+    table(
+        tmp_path,
+        "{",
+        row("a.png", "x\u2028y").replace('"text"', '"caption"'),
+        row("b.png").replace('"text"', '"caption"'),
+    )
     assert survey(tmp_path).data.text_column == "caption"
     (tmp_path / "metadata.jsonl").unlink()
     table(tmp_path, 'file_name,"the, size",prompt', "a.png,1,x", "b.png,2,y", kind="csv")
@@ -170,11 +194,15 @@ def test_the_survey_finds_the_captions_column_behind_odd_rows(tmp_path: Path) ->
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_an_empty_split_names_a_share_that_works(tmp_path: Path, split: str) -> None:
     fraction = 0.5 if split == "train" else 0.0
-    names = [name for name in (f"{i}.png" for i in range(200)) if in_validation(name, 0.4) or not in_validation(name, 0.5)]
+    names = [
+        name for name in (f"{i}.png" for i in range(200)) if in_validation(name, 0.4) or not in_validation(name, 0.5)
+    ]
     names = [name for name in names if in_validation(name, 0.4)][:4] if split == "train" else names[:8]
     paint(tmp_path, *names)
     given = DataConfig(folder=str(tmp_path), captions="none", image_size=8, validation_fraction=fraction)
-    with pytest.raises(DataError, match=rf"the {split} split is empty.*set data\.validation_fraction=0\.\d+, or add images") as caught:
+    with pytest.raises(
+        DataError, match=rf"the {split} split is empty.*set data\.validation_fraction=0\.\d+, or add images"
+    ) as caught:
         open_source(given, split)
     works = float(str(caught.value).split("validation_fraction=")[1].split(",")[0])
     for each in ("train", "validation"):

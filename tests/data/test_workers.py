@@ -64,11 +64,23 @@ class Fatal(FolderSource):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("killed", r"data worker \d+ was killed (signal Killed) at {place}: most likely for want of memory: lower data.workers"),
+        (
+            "killed",
+            r"data worker \d+ was killed (signal Killed) at {place}: most likely for want of memory: lower data.workers",
+        ),
         ("ended", r"data worker \d+ ended at {place}: data.workers=0 shows why"),
-        ("bus", r"data worker \d+ was killed (signal Bus error) at {place}: most likely for want of shared memory (/dev/shm)"),
-        ("asleep", r"data worker \d+ has given nothing for 1 s (data.worker_timeout) at {place}: a file system that hangs"),
-        ("frozen", r"has given nothing for 1 s (data.worker_timeout)"),  # it may freeze before it has handed over the image before
+        (
+            "bus",
+            r"data worker \d+ was killed (signal Bus error) at {place}: most likely for want of shared memory (/dev/shm)",
+        ),
+        (
+            "asleep",
+            r"data worker \d+ has given nothing for 1 s (data.worker_timeout) at {place}: a file system that hangs",
+        ),
+        (
+            "frozen",
+            r"has given nothing for 1 s (data.worker_timeout)",
+        ),  # it may freeze before it has handed over the image before
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_one_line_with_its_place(photos: Path, how: str, said: str) -> None:
@@ -157,13 +169,15 @@ def test_after_a_killed_worker_the_same_command_goes_on(
     command = ["train-ldm", str(file), "data.workers=1", "data.worker_timeout=60"]
     assert main(command) == 3
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.match(r"ldm train-ldm: data worker \d+ was killed \(signal Killed\) at position 17: ", error)
+    assert error.count("\n") == 1 and re.match(
+        r"ldm train-ldm: data worker \d+ was killed \(signal Killed\) at position 17: ", error
+    )
     assert (read_status(tmp_path / "run") or {})["state"] == "failed" and multiprocessing.active_children() == []
     assert main([*command[:-1], "data.worker_timeout=90"]) == 0
     one, other = unet(tmp_path / "run"), unet(tmp_path / "straight")
-    assert all((one[key] == other[key]).all() for key in other) and [line["step"] for line in read_metrics(tmp_path / "run")] == [
-        *range(1, 7)
-    ]
+    assert all((one[key] == other[key]).all() for key in other) and [
+        line["step"] for line in read_metrics(tmp_path / "run")
+    ] == [*range(1, 7)]
 
 
 # a process of several
@@ -213,13 +227,17 @@ def processes_of(path: Path) -> list[str]:
         ),
     ],
 )  # fmt: skip
-def test_a_process_that_dies_or_hangs_ends_all_and_the_same_command_goes_on(file: Path, tmp_path: Path, hangs: bool, said: str) -> None:
+def test_a_process_that_dies_or_hangs_ends_all_and_the_same_command_goes_on(
+    file: Path, tmp_path: Path, hangs: bool, said: str
+) -> None:
     script = tmp_path / "fault.py"
     script.write_text(FAULT.replace("HANGS", str(hangs)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = ["train-ldm", str(file), "train.micro_batch=2", "train.rank_timeout=10"]
-    done = subprocess.run([*launcher, str(script), *command], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [*launcher, str(script), *command], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1
     assert re.findall("^ldm train-ldm.*$", done.stderr, re.MULTILINE) == [f"ldm train-ldm: {said}"]
     assert "ldm/training" not in done.stderr  # no traceback of ours

@@ -104,7 +104,9 @@ def test_fractional_steps_lie_between_in_lambda(schedule: Schedule) -> None:
     table = schedule.half_log_snr(torch.arange(1000))
     expected = torch.from_numpy(np.interp(t.numpy(), np.arange(1000), table.numpy()))
     torch.testing.assert_close(schedule.half_log_snr(t), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(
+        schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones(6, dtype=torch.float64)
+    )
     torch.testing.assert_close(schedule.time(schedule.half_log_snr(t)), t, rtol=0, atol=1e-8)
     assert schedule.time(torch.tensor([100.0, -100.0], dtype=torch.float64)).tolist() == [0, 999]
     with pytest.raises(ValueError, match="between −1 and 0"):
@@ -123,7 +125,9 @@ def test_zero_terminal_snr_as_printed(name: str) -> None:
     x0, eps = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
     assert torch.equal(zero.add_noise(x0, eps, last[None]), eps)
     for target_ in ("x0", "v"):  # the others say nothing of x_0 there
-        torch.testing.assert_close(to_x0(zero, target_, target(zero, target_, x0, eps, last[None]), eps, last[None]), x0)
+        torch.testing.assert_close(
+            to_x0(zero, target_, target(zero, target_, x0, eps, last[None]), eps, last[None]), x0
+        )
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0, 4.0])
@@ -134,7 +138,9 @@ def test_a_resolution_shift_moves_lambda(schedule: Schedule, ratio: float) -> No
     torch.testing.assert_close(moved.half_log_snr(t), schedule.half_log_snr(t) - math.log(ratio), rtol=1e-7, atol=1e-7)
     noise = moved.sigma(t) / moved.alpha(t) / ratio  # deviation of the mean of ratio² pixels
     torch.testing.assert_close(noise, schedule.sigma(t) / schedule.alpha(t), rtol=1e-6, atol=0)
-    assert torch.equal(Schedule.from_config(ScheduleConfig("cosine", shift=2.0)).betas, shifted(SCHEDULES["cosine"](1000), 2.0))
+    assert torch.equal(
+        Schedule.from_config(ScheduleConfig("cosine", shift=2.0)).betas, shifted(SCHEDULES["cosine"](1000), 2.0)
+    )
 
 
 def test_schedules_as_printed() -> None:
@@ -187,7 +193,11 @@ def test_noise_is_the_composition_of_single_steps(schedule: Schedule) -> None:
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         means.append(mean)
         variances.append(variance)
-    t, one, zero = torch.arange(1000), torch.ones(1000, 2, 3, dtype=torch.float64), torch.zeros(1000, 2, 3, dtype=torch.float64)
+    t, one, zero = (
+        torch.arange(1000),
+        torch.ones(1000, 2, 3, dtype=torch.float64),
+        torch.zeros(1000, 2, 3, dtype=torch.float64),
+    )
     expected = torch.tensor(means, dtype=torch.float64)[:, None, None].expand(-1, 2, 3)
     torch.testing.assert_close(schedule.add_noise(one, zero, t), expected, rtol=1e-10, atol=0)
     expected = torch.tensor(variances, dtype=torch.float64)[:, None, None].expand(-1, 2, 3)
@@ -234,7 +244,9 @@ def test_posterior_of_neighbours_as_printed(schedule: Schedule) -> None:
     """P1's own coefficients, at every t ≥ 1; at t = 0 the mean is x̂_0 and the variance 0."""
     t = torch.arange(1, 1000)
     bar, before, beta = schedule.alphas_cumprod[1:], schedule.alphas_cumprod[:-1], schedule.betas[1:]
-    torch.testing.assert_close(posterior_variance(schedule, t - 1, t), beta * (1 - before) / (1 - bar), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        posterior_variance(schedule, t - 1, t), beta * (1 - before) / (1 - bar), rtol=1e-8, atol=0
+    )
     x0, x_t = torch.randn(999, 2, dtype=torch.float64), torch.randn(999, 2, dtype=torch.float64)
     first, second = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
     torch.testing.assert_close(posterior_mean(schedule, x0, x_t, t - 1, t), first[:, None] * x0 + second[:, None] * x_t)
@@ -263,7 +275,9 @@ def test_reverse_mean_from_the_noise(schedule: Schedule, s: int, t: int) -> None
     torch.testing.assert_close(mean, posterior_mean(schedule, x0, x_t, s_, t_), rtol=1e-7, atol=1e-11 * scale)
     if t == s + 1:
         beta, bar = schedule.betas[t], schedule.alphas_cumprod[t]
-        torch.testing.assert_close(mean, (x_t - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt(), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(
+            mean, (x_t - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt(), rtol=1e-8, atol=1e-9
+        )
 
 
 def test_learned_variance_lies_between_its_ends(schedule: Schedule) -> None:
@@ -276,7 +290,9 @@ def test_learned_variance_lies_between_its_ends(schedule: Schedule) -> None:
         assert learned_log_variance(schedule, output, s_, t_).exp()[0].tolist() == pytest.approx(expected, rel=1e-7)
         if t == s + 1:
             assert large == pytest.approx(schedule.betas[t].item(), rel=1e-7)
-    first = learned_log_variance(schedule, torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor(-1), torch.tensor(0)).exp()[0]
+    first = learned_log_variance(
+        schedule, torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor(-1), torch.tensor(0)
+    ).exp()[0]
     assert first.tolist() == pytest.approx(
         [schedule.betas[0].item(), posterior_variance(schedule, torch.tensor(0), torch.tensor(1)).item()]
     )
@@ -293,7 +309,9 @@ def test_score_is_the_gradient_of_the_kernel(schedule: Schedule, name: str) -> N
     x_t = x_t.detach()
     actual = score(schedule, name, target(schedule, name, x0, eps, t), x_t, t)
     torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(from_x0(schedule, name, x0, x_t, t), target(schedule, name, x0, eps, t), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        from_x0(schedule, name, x0, x_t, t), target(schedule, name, x0, eps, t), rtol=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", TARGETS)

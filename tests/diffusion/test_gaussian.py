@@ -30,14 +30,18 @@ def test_the_diagonal_forms_are_those_of_torch() -> None:
     torch.testing.assert_close(gaussian.kl(mean, log_variance, other, other_log_variance), kl_divergence(ours, theirs))
     zero = torch.zeros(())
     standard = DiagonalGaussian(mean[None].float(), log_variance[None].float()).kl()
-    torch.testing.assert_close(gaussian.kl(mean.float(), log_variance.float(), zero, zero), standard[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gaussian.kl(mean.float(), log_variance.float(), zero, zero), standard[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_full_forms_are_those_of_torch() -> None:
     (x, mean, other), one, two = torch.randn(3, 6, 4, dtype=torch.float64), covariance(6), covariance(6)
     ours, theirs = MultivariateNormal(mean, one), MultivariateNormal(other, two)
     torch.testing.assert_close(gaussian.log_density_full(x, mean, one), ours.log_prob(x))
-    torch.testing.assert_close(gaussian.log_density_full(x, mean[0], one[0]), MultivariateNormal(mean[0], one[0]).log_prob(x))
+    torch.testing.assert_close(
+        gaussian.log_density_full(x, mean[0], one[0]), MultivariateNormal(mean[0], one[0]).log_prob(x)
+    )
     torch.testing.assert_close(gaussian.entropy_full(one), ours.entropy())
     torch.testing.assert_close(gaussian.kl_full(mean, one, other, two), kl_divergence(ours, theirs))
 
@@ -54,7 +58,9 @@ def test_a_small_kl_keeps_its_digits() -> None:
     """½(e^d − 1 − d) ≈ d²/4 for variances that nearly agree, here 2.5e-13 in float32."""
     d, zero = torch.tensor([1e-6]), torch.zeros(1)
     assert 0 <= gaussian.kl(zero, d, zero, zero).item() < 1e-12
-    assert gaussian.kl(zero.double(), d.double(), zero.double(), zero.double()).item() == pytest.approx(2.5e-13, rel=1e-2)
+    assert gaussian.kl(zero.double(), d.double(), zero.double(), zero.double()).item() == pytest.approx(
+        2.5e-13, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("bad", [[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.5], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
@@ -102,13 +108,17 @@ def exact(k: int, mean: float, std: float) -> float:
 @pytest.mark.parametrize("std", [1e-3, 0.01, 0.08, 1.0, 50.0])
 def test_tails_are_exact_and_their_gradients_finite(std: float, dtype: torch.dtype) -> None:
     """Means up to thousands of deviations away, where Φ itself is 0 or 1 in float64."""
-    cases = [(k, mean) for k in (0, 1, 100, 127, 128, 200, 254, 255) for mean in (-2.5, -1.0, -0.6, 0.0, 0.37, 1.0, 2.5)]
+    cases = [
+        (k, mean) for k in (0, 1, 100, 127, 128, 200, 254, 255) for mean in (-2.5, -1.0, -0.6, 0.0, 0.37, 1.0, 2.5)
+    ]
     x = torch.tensor([2 * k / 255 - 1 for k, _ in cases], dtype=dtype)
     mean = torch.tensor([m for _, m in cases], dtype=dtype, requires_grad=True)
     log_variance = torch.full_like(x, 2 * math.log(std)).requires_grad_()
     log_p = gaussian.discretised_log_probability(x, mean, log_variance)
     stds = (log_variance.detach().double() / 2).exp().tolist()
-    expected = torch.tensor([exact(k, m, s) for (k, _), m, s in zip(cases, mean.tolist(), stds, strict=True)], dtype=torch.float64)
+    expected = torch.tensor(
+        [exact(k, m, s) for (k, _), m, s in zip(cases, mean.tolist(), stds, strict=True)], dtype=torch.float64
+    )
     assert log_p.dtype == dtype and bool(log_p.isfinite().all())
     # the level of a pixel itself is rounded in float32: 6e-8 of a position that counts in units of std
     rtol, atol = (2e-5, 1e-5 + 3e-7 / std) if dtype == torch.float32 else (1e-9, 1e-9)
@@ -122,7 +132,9 @@ def test_gradients_are_difference_quotients(std: float) -> None:
     x = LEVELS[[0, 3, 90, 254, 255]]
     mean = torch.tensor([-0.8, 0.4, 0.1, 0.9, 1.2], dtype=torch.float64, requires_grad=True)
     log_variance = torch.full_like(x, 2 * math.log(std)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda m, v: gaussian.discretised_log_probability(x, m, v), (mean, log_variance), atol=1e-4, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda m, v: gaussian.discretised_log_probability(x, m, v), (mean, log_variance), atol=1e-4, rtol=1e-5
+    )
 
 
 def test_a_wide_gaussian_has_the_density_times_the_bin() -> None:

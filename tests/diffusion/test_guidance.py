@@ -62,7 +62,9 @@ def sample() -> Tensor:
 @pytest.mark.parametrize(("scale", "which"), [(1.0, COND), (0.0, NULL)])
 def test_one_and_zero_are_the_model_itself_in_one_evaluation(scale: float, which: Condition) -> None:
     model, x = Counted(), sample()
-    out = stack(model, scale=scale, rescale=0.7, weak=weaker, weak_scale=1.0)(x, AT)  # rescale and a scale of 1 change nothing
+    out = stack(model, scale=scale, rescale=0.7, weak=weaker, weak_scale=1.0)(
+        x, AT
+    )  # rescale and a scale of 1 change nothing
     assert len(model.calls) == 1 and len(model.calls[0]) == 3 and torch.equal(out, model(x, AT, which))
 
 
@@ -149,7 +151,9 @@ def test_dynamic_thresholding_is_imagens() -> None:
             at = p * (len(size) - 1)
             low = math.floor(at)
             q = max(1.0, float(size[low] + (at - low) * (size[min(low + 1, len(size) - 1)] - size[low])))
-            torch.testing.assert_close(one, torch.tensor([[[min(max(v, -q), q) / q for v in r] for r in c] for c in was.tolist()]).double())
+            torch.testing.assert_close(
+                one, torch.tensor([[[min(max(v, -q), q) / q for v in r] for r in c] for c in was.tolist()]).double()
+            )
     assert thresholded(x0, 0.9)[0].max() == 1 and thresholded(x0, 1.0).abs().amax((1, 2, 3)).tolist() == [1, 1, 1]
 
 
@@ -179,16 +183,26 @@ def test_autoguidance_takes_the_place_of_the_unconditional_model() -> None:
     x, model = sample(), Counted()
     strong, without, weak = model(x, AT, COND), model(x, AT, NULL), weaker(x, AT)
     torch.testing.assert_close(stack(model, weak=weaker, weak_scale=2.5)(x, AT), weak + 2.5 * (strong - weak))
-    torch.testing.assert_close(stack(model, scale=0.0, weak=weaker, weak_scale=2.5)(x, AT), weak + 2.5 * (without - weak))
+    torch.testing.assert_close(
+        stack(model, scale=0.0, weak=weaker, weak_scale=2.5)(x, AT), weak + 2.5 * (without - weak)
+    )
     both = stack(model, scale=3.0, weak=weaker, weak_scale=2.5)(x, AT)
     torch.testing.assert_close(both, strong + 2.0 * (strong - without) + 1.5 * (strong - weak))
     kept = stack(model, scale=3.0, weak=weaker, weak_scale=2.5, rescale=1.0)(x, AT)
-    torch.testing.assert_close(kept, both * strong.flatten(1).std(1).view(3, 1, 1, 1) / both.flatten(1).std(1).view(3, 1, 1, 1))
+    torch.testing.assert_close(
+        kept, both * strong.flatten(1).std(1).view(3, 1, 1, 1) / both.flatten(1).std(1).view(3, 1, 1, 1)
+    )
 
 
 def test_a_learned_variance_is_that_of_the_conditional_evaluation() -> None:
     x, model, half = sample(), Counted(outputs=2), Counted()
-    settings: dict[str, Any] = {"rescale": 0.5, "weak": weaker, "weak_scale": 2.0, "gradient": lambda x, t: x, "threshold": 0.9}
+    settings: dict[str, Any] = {
+        "rescale": 0.5,
+        "weak": weaker,
+        "weak_scale": 2.0,
+        "gradient": lambda x, t: x,
+        "threshold": 0.9,
+    }
     for scale, variance_of in ((3.0, COND), (1.0, COND), (0.0, NULL)):
         out = stack(model, scale=scale, learned_variance=True, **settings)(x, AT)
         assert out.shape == (3, 4, 4, 4) and torch.equal(out[:, 2:], model(x, AT, variance_of)[:, 2:])
@@ -202,16 +216,23 @@ def test_a_learned_variance_is_that_of_the_conditional_evaluation() -> None:
 def test_the_classifier_moves_the_score(target: str) -> None:
     x, model, gradient = sample().double(), Counted(), torch.randn(3, 2, 4, 4, dtype=torch.float64)
     before = Denoiser(SCHEDULE, target, stack(model, target=target))(x, torch.tensor(400))
-    after = Denoiser(SCHEDULE, target, stack(model, target=target, gradient=lambda x, t: 3 * gradient))(x, torch.tensor(400))
+    after = Denoiser(SCHEDULE, target, stack(model, target=target, gradient=lambda x, t: 3 * gradient))(
+        x, torch.tensor(400)
+    )
     torch.testing.assert_close(after.score, before.score + 3 * gradient)
-    torch.testing.assert_close(after.eps, before.eps - SCHEDULE.sigma(torch.tensor(400)) * 3 * gradient)  # G2 as printed
+    torch.testing.assert_close(
+        after.eps, before.eps - SCHEDULE.sigma(torch.tensor(400)) * 3 * gradient
+    )  # G2 as printed
 
 
 def test_no_signal_is_nothing_to_classify() -> None:
     schedule = Schedule.from_config(ScheduleConfig("cosine", zero_terminal_snr=True))
     for target in ("v", "x0"):
         at_end = moved_score(schedule, target, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([999]))
-        assert not at_end.any() and moved_score(schedule, target, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([998])).isfinite().all()
+        assert (
+            not at_end.any()
+            and moved_score(schedule, target, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([998])).isfinite().all()
+        )
 
 
 def test_the_gradient_is_that_of_the_log_probability() -> None:
@@ -219,7 +240,9 @@ def test_the_gradient_is_that_of_the_log_probability() -> None:
     weight, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     label = torch.tensor([0, 4, 2])
     with torch.no_grad():
-        found = classifier_gradient(lambda x, t: x @ weight.T + t[:, None] * torch.arange(5), label, 2.5)(x, torch.tensor([1, 2, 0]))
+        found = classifier_gradient(lambda x, t: x @ weight.T + t[:, None] * torch.arange(5), label, 2.5)(
+            x, torch.tensor([1, 2, 0])
+        )
     p = torch.softmax(x @ weight.T + torch.tensor([[1.0], [2.0], [0.0]]) * torch.arange(5), 1)
     torch.testing.assert_close(found, 2.5 * (weight[label] - p @ weight))
     assert not found.requires_grad
@@ -238,14 +261,27 @@ def one_step(beta: float, variance: str, form: str, target: str, weight: float =
         return torch.full_like(x_t, w_gradient)
 
     def mean(**options: Any) -> float:
-        guided = Guidance(model, Condition(), Condition(), schedule, target, gradient=gradient if form == "score" and options else None)
+        guided = Guidance(
+            model,
+            Condition(),
+            Condition(),
+            schedule,
+            target,
+            gradient=gradient if form == "score" and options else None,
+        )
         extra = {"mean_shift": mean_shift(gradient, schedule)} if form == "mean" and options else {}
         grid = torch.tensor([9.0, 8.0], dtype=torch.float64)
-        return float(ddpm(Denoiser(schedule, target, guided), x, grid, lambda i: torch.zeros_like(x), variance=variance, **extra))
+        return float(
+            ddpm(Denoiser(schedule, target, guided), x, grid, lambda i: torch.zeros_like(x), variance=variance, **extra)
+        )
 
     ratio, v = transition(schedule, s, t)
     small = v * (schedule.sigma(s) / schedule.sigma(t)).square()
-    return mean(guided=True) - mean(), w_gradient * float(v / ratio), w_gradient * float(v if variance == "beta" else small)
+    return (
+        mean(guided=True) - mean(),
+        w_gradient * float(v / ratio),
+        w_gradient * float(v if variance == "beta" else small),
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -263,7 +299,9 @@ def test_the_two_forms_agree_to_first_order_in_beta_only() -> None:
         score, mean = one_step(beta, "beta", "score", "eps")[0], one_step(beta, "beta", "mean", "eps")[0]
         assert score / beta == pytest.approx(1.4, rel=beta) and mean / beta == pytest.approx(1.4, rel=beta)
         shares.append((score - mean) / beta**2)
-    assert shares[-1] == pytest.approx(1.4 / 2, rel=0.02)  # w ∇ (1/√(1−β) − 1) → w ∇ β/2: a second order that does not vanish
+    assert shares[-1] == pytest.approx(
+        1.4 / 2, rel=0.02
+    )  # w ∇ (1/√(1−β) − 1) → w ∇ β/2: a second order that does not vanish
 
 
 def test_the_shift_of_the_mean_takes_the_learned_variance_and_the_last_step() -> None:
@@ -278,7 +316,8 @@ def test_the_shift_of_the_mean_takes_the_learned_variance_and_the_last_step() ->
         denoiser = Denoiser(schedule, "v", predict if learned else lambda x_t, t: torch.tanh(x_t), learned)
         grid = torch.tensor([9.0, -1.0], dtype=torch.float64)
         plain, moved = (
-            ddpm(denoiser, x, grid, lambda i: x, variance=variance, **extra) for extra in ({}, {"mean_shift": lambda x_t, t: 2 * x_t})
+            ddpm(denoiser, x, grid, lambda i: x, variance=variance, **extra)
+            for extra in ({}, {"mean_shift": lambda x_t, t: 2 * x_t})
         )
         square = said.log_variance(torch.tensor(-1)).exp() if learned else schedule.sigma(torch.tensor(9)).square()
         torch.testing.assert_close(moved - plain, square * 2 * x)
@@ -323,7 +362,9 @@ def conditions(n: int, k: int) -> tuple[Condition, Condition]:
 def test_the_exact_classifier_at_one_gives_the_conditional_score(t: int, k: int) -> None:
     n = 50
     x, at, (cond, null) = 1.5 * torch.randn(n, 2, dtype=torch.float64), torch.full((n,), t), conditions(n, k)
-    gradient = classifier_gradient(log_joint, torch.full((n,), k), 1.0)  # softmax of the joint is the posterior of the class
+    gradient = classifier_gradient(
+        log_joint, torch.full((n,), k), 1.0
+    )  # softmax of the joint is the posterior of the class
     out = Guidance(exact, cond, null, SCHEDULE, "eps", scale=0.0, gradient=gradient)(x, at)
     torch.testing.assert_close(out, exact(x, at, cond))
     assert not torch.allclose(exact(x, at, null), exact(x, at, cond), atol=0.05)
@@ -342,7 +383,9 @@ def test_exact_classifier_free_guidance_sharpens_the_class(gamma: float) -> None
     expected = -SCHEDULE.sigma(at)[:, None] * score_of(log_sharpened, x)
     torch.testing.assert_close(Guidance(exact, cond, null, SCHEDULE, "eps", scale=gamma)(x, at), expected)
     by_classifier = classifier_gradient(log_joint, torch.ones(n, dtype=torch.long), gamma)
-    torch.testing.assert_close(Guidance(exact, cond, null, SCHEDULE, "eps", scale=0.0, gradient=by_classifier)(x, at), expected)
+    torch.testing.assert_close(
+        Guidance(exact, cond, null, SCHEDULE, "eps", scale=0.0, gradient=by_classifier)(x, at), expected
+    )
 
 
 @pytest.mark.parametrize("kind", ["free", "score", "mean"])
@@ -354,13 +397,25 @@ def test_guidance_trades_spread_for_likelihood(kind: str) -> None:
     for scale in (1.0, 3.0, 8.0):
         gradient = classifier_gradient(log_joint, torch.full((n,), k), scale)
         guided = Guidance(
-            exact, cond, null, SCHEDULE, "eps", scale=scale if kind == "free" else 0.0, gradient=gradient if kind == "score" else None
+            exact,
+            cond,
+            null,
+            SCHEDULE,
+            "eps",
+            scale=scale if kind == "free" else 0.0,
+            gradient=gradient if kind == "score" else None,
         )
         if kind == "mean":
             generator = torch.Generator().manual_seed(1)
             options: dict[str, Any] = {"mean_shift": mean_shift(gradient, SCHEDULE), "variance": "beta"}
             noise = [torch.randn(n, 2, dtype=torch.float64, generator=generator) for _ in range(steps)]
-            out = ddpm(Denoiser(SCHEDULE, "eps", guided), x, GRIDS["trailing"](SCHEDULE, steps), lambda i, z=noise: z[i], **options)
+            out = ddpm(
+                Denoiser(SCHEDULE, "eps", guided),
+                x,
+                GRIDS["trailing"](SCHEDULE, steps),
+                lambda i, z=noise: z[i],
+                **options,
+            )
         else:
             out = ddim(Denoiser(SCHEDULE, "eps", guided), x, GRIDS["trailing"](SCHEDULE, steps), lambda i: x)
         likelihood.append(float(log_joint(out, torch.full((n,), -1)).log_softmax(1)[:, k].mean()))
@@ -373,11 +428,24 @@ def test_guidance_trades_spread_for_likelihood(kind: str) -> None:
 
 
 def test_conditions_join_and_map() -> None:
-    a = Condition(torch.zeros(1, 2, 3), torch.zeros(1, 4), torch.zeros(1, 1, 2, 2), (torch.zeros(1, 5), torch.zeros(1, 6)))
+    a = Condition(
+        torch.zeros(1, 2, 3), torch.zeros(1, 4), torch.zeros(1, 1, 2, 2), (torch.zeros(1, 5), torch.zeros(1, 6))
+    )
     b = a.map(lambda v: torch.cat([v, v]) + 1)
     joined = concatenate(a, b)
-    assert joined.context is not None and joined.vector is not None and joined.concat is not None and joined.control is not None
-    for part, width in ((joined.context, 6), (joined.vector, 4), (joined.concat, 4), (joined.control[0], 5), (joined.control[1], 6)):
+    assert (
+        joined.context is not None
+        and joined.vector is not None
+        and joined.concat is not None
+        and joined.control is not None
+    )
+    for part, width in (
+        (joined.context, 6),
+        (joined.vector, 4),
+        (joined.concat, 4),
+        (joined.control[0], 5),
+        (joined.control[1], 6),
+    ):
         assert part.flatten(1).tolist() == [[0.0] * width, [1.0] * width, [1.0] * width]
     assert concatenate(Condition(), Condition()) == Condition()
 

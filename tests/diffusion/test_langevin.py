@@ -54,7 +54,11 @@ def test_steps_without_end_keep_the_variance(dimensions: int) -> None:
 
 def test_song_s_step_is_ours_in_many_dimensions() -> None:
     """Algorithm 4's x + ε g + √(2ε) z, ε = 2 (r ‖z‖/‖g‖)², for the kernel's score, which is white noise over −s_t."""
-    t, z, eps = torch.tensor(300), torch.randn(3, 4_000, dtype=torch.float64), torch.randn(3, 4_000, dtype=torch.float64)
+    t, z, eps = (
+        torch.tensor(300),
+        torch.randn(3, 4_000, dtype=torch.float64),
+        torch.randn(3, 4_000, dtype=torch.float64),
+    )
     out = langevin_step(Denoiser(SCHEDULE, "eps", lambda *_: eps)(torch.zeros_like(z), t), z, 0.1)
     g = -eps / SCHEDULE.sigma(t)
     epsilon = 2 * (0.1 * z.norm() / g.norm()) ** 2
@@ -68,7 +72,9 @@ def test_without_steps_to_speak_of_the_predictor_is_ddim(eta: float, end: float)
     x, noise = torch.randn(4, 2, dtype=torch.float64), torch.randn(12, 4, 2, dtype=torch.float64)
     denoiser = MIXTURE.denoiser(SCHEDULE, "v")
     corrected = predictor_corrector(denoiser, x, grid, lambda i: noise[i], eta=eta, corrections=2, snr=1e-9)
-    torch.testing.assert_close(corrected, ddim(denoiser, x, grid, lambda i: noise[3 * i], eta=eta), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        corrected, ddim(denoiser, x, grid, lambda i: noise[3 * i], eta=eta), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_without_steps_to_speak_of_annealed_dynamics_keeps_x_over_alpha() -> None:
@@ -81,7 +87,9 @@ def test_without_steps_to_speak_of_annealed_dynamics_keeps_x_over_alpha() -> Non
     torch.testing.assert_close(clean, denoiser(out, grid[-1]).x0, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options", "per_step"), [(NAMES[0], {}, 5), (NAMES[1], {}, 1), (NAMES[1], {"eta": 1.0}, 2)])
+@pytest.mark.parametrize(
+    ("name", "options", "per_step"), [(NAMES[0], {}, 5), (NAMES[1], {}, 1), (NAMES[1], {"eta": 1.0}, 2)]
+)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_calls_and_draws(name: str, options: dict[str, float], per_step: int, steps: int) -> None:
     """As many calls as the registry says, each draw its own, none in the last step, one callback a step."""
@@ -98,7 +106,11 @@ def test_calls_and_draws(name: str, options: dict[str, float], per_step: int, st
     x, grid = torch.randn(2, 3), GRIDS["trailing"](SCHEDULE, steps)
     told = lambda i, sample, _: done.append((i, sample))  # noqa: E731
     out = SAMPLERS[name].function(Denoiser(SCHEDULE, "v", denoise), x, grid, noise, callback=told, **options)
-    assert len(calls) == SAMPLERS[name].calls(steps) and calls == sorted(calls, reverse=True) and set(calls) <= set(grid[:-1].tolist())
+    assert (
+        len(calls) == SAMPLERS[name].calls(steps)
+        and calls == sorted(calls, reverse=True)
+        and set(calls) <= set(grid[:-1].tolist())
+    )
     assert len(drawn) == len(set(drawn)) == per_step * (steps - 1)
     assert [i for i, _ in done] == list(range(steps)) and done[-1][1] is out and out.isfinite().all()
 
@@ -108,7 +120,11 @@ def test_impossible_settings_are_refused(options: dict[str, float]) -> None:
     for name in NAMES:
         with pytest.raises(ValueError, match="corrections must be at least 1 and snr above 0"):
             SAMPLERS[name].function(
-                Denoiser(SCHEDULE, "v", lambda x, t: x), torch.zeros(1, 1), torch.tensor([9.0, 3.0]), lambda i: i, **options
+                Denoiser(SCHEDULE, "v", lambda x, t: x),
+                torch.zeros(1, 1),
+                torch.tensor([9.0, 3.0]),
+                lambda i: i,
+                **options,
             )
 
 
@@ -134,4 +150,6 @@ def test_corrections_forget_a_wrong_start() -> None:
     for case in (Case("ddim", 1), Case("predictor_corrector", 1), Case("predictor_corrector", 1, {"corrections": 5})):
         (_, variance), _ = gaussian_moments(case, SCHEDULE, "v", grid, (float(alpha[0]) * 0.5, 2 * begin))
         found.append(variance / end)
-    assert found[0] == pytest.approx(2, abs=0.15) and found[1] < 0.8 * found[0] and found[2] == pytest.approx(1, abs=0.2), found
+    assert (
+        found[0] == pytest.approx(2, abs=0.15) and found[1] < 0.8 * found[0] and found[2] == pytest.approx(1, abs=0.2)
+    ), found

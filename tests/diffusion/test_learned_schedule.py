@@ -33,7 +33,9 @@ pytestmark = pytest.mark.usefixtures("seed")
 Function = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
-def made(num_steps: int = 1000, start: str = "cosine", ends: tuple[float, float] = (-10.0, 10.0), scale: float = 0.0) -> LearnedSchedule:
+def made(
+    num_steps: int = 1000, start: str = "cosine", ends: tuple[float, float] = (-10.0, 10.0), scale: float = 0.0
+) -> LearnedSchedule:
     """A table whose parameters are normal with standard deviation ``scale``, in float64 for finite differences."""
     learned = LearnedSchedule(ScheduleConfig("learned", num_steps, start=start, ends=ends)).double()
     for parameter in learned.parameters():
@@ -94,11 +96,15 @@ TARGETS = ("eps", "x0", "v", "score")
 def network(channels: int, outputs: int) -> Function:
     """A fixed smooth function of x_t and t, float64."""
     generator = torch.Generator().manual_seed(3)
-    inner, outer = (torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in ((channels, 16), (16, outputs)))
+    inner, outer = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in ((channels, 16), (16, outputs))
+    )
     return lambda x_t, t, cond: torch.tanh(x_t @ inner + t[:, None] / 100) @ outer
 
 
-def watched(schedule: Schedule, model: Function, x0: Tensor, eps: Tensor, t: Tensor, target: str = "eps") -> tuple[Tensor, Tensor]:
+def watched(
+    schedule: Schedule, model: Function, x0: Tensor, eps: Tensor, t: Tensor, target: str = "eps"
+) -> tuple[Tensor, Tensor]:
     seen = InputTap(model)
     seen(schedule.add_noise(x0, eps, t), t, Condition())
     return error_and_slope(schedule, target, seen, x0, eps, t)
@@ -110,7 +116,9 @@ def error(gamma: Tensor, model: Function, target: str, x0: Tensor, eps: Tensor, 
     a, s = bar.sqrt(), (1 - bar).sqrt()
     x_t = a * x0 + s * eps
     said = model(x_t, t, Condition())[:, : x0.shape[1]]
-    guess = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said, "score": (x_t + s * s * said) / a}[target]
+    guess = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said, "score": (x_t + s * s * said) / a}[
+        target
+    ]
     return (bar / (1 - bar) * (x0 - guess).square()).mean(1)
 
 
@@ -147,7 +155,9 @@ def by_differences(function: Callable[[], Tensor], parameter: Tensor, h: float =
     return gradient
 
 
-def gradients(learned: LearnedSchedule, model: Function, x0: Tensor, eps: Tensor, t: Tensor, pixels: bool = False) -> tuple[Tensor, Tensor]:
+def gradients(
+    learned: LearnedSchedule, model: Function, x0: Tensor, eps: Tensor, t: Tensor, pixels: bool = False
+) -> tuple[Tensor, Tensor]:
     """What training sends to the ends and to the interior."""
     loss, _ = schedule_loss(learned(), t, *watched(learned.schedule(), model, x0, eps, t), x0, eps, pixels)
     to_ends, to_interior = torch.autograd.grad(loss, (learned.ends, learned.increments))
@@ -160,7 +170,8 @@ def test_the_interior_descends_the_second_moment_of_the_estimator(start: str) ->
     t = torch.arange(40).repeat(5)
     x0, eps = torch.randn(2, 200, 5, dtype=torch.float64)
     expected = by_differences(
-        lambda: draws_of_the_terms(gammas(learned.schedule()), model, x0, eps, t).square().mean(), learned.increments.data
+        lambda: draws_of_the_terms(gammas(learned.schedule()), model, x0, eps, t).square().mean(),
+        learned.increments.data,
     )
     torch.testing.assert_close(gradients(learned, model, x0, eps, t)[1], expected, rtol=1e-5, atol=1e-7)
 
@@ -174,7 +185,9 @@ def test_with_many_steps_that_is_the_gradient_of_the_variance() -> None:
 
     t = torch.arange(1000).repeat(8)
     x0, eps = (torch.randn(8, 5, dtype=torch.float64).repeat_interleave(1000, 0) for _ in range(2))
-    expected = by_differences(lambda: draws_of_the_terms(gammas(learned.schedule()), model, x0, eps, t).var(), learned.increments.data)
+    expected = by_differences(
+        lambda: draws_of_the_terms(gammas(learned.schedule()), model, x0, eps, t).var(), learned.increments.data
+    )
     found = gradients(learned, model, x0, eps, t)[1]
     assert float((found - expected).norm()) < 0.02 * float(expected.norm())
 
@@ -194,7 +207,10 @@ def test_the_ends_descend_the_bound(pixels: bool) -> None:
         a, s = bar[0].sqrt(), (1 - bar[0]).sqrt()
         p = torch.distributions.Normal((a * x0 + s * eps) / a, s / a)
         if pixels:
-            above, below = torch.where(x0 > 0.999, 1.0, p.cdf(x0 + 1 / 255)), torch.where(x0 < -0.999, 0.0, p.cdf(x0 - 1 / 255))
+            above, below = (
+                torch.where(x0 > 0.999, 1.0, p.cdf(x0 + 1 / 255)),
+                torch.where(x0 < -0.999, 0.0, p.cdf(x0 - 1 / 255)),
+            )
             log_p = torch.log(above - below)
         else:
             log_p = p.log_prob(x0)
@@ -270,7 +286,13 @@ def trained(updates: int) -> LearnedSchedule:
         schedule = learned.schedule()
         x0, eps = drawn(32, generator)
         t = (torch.rand(32, generator=generator) * STEPS).long()
-        seen = watched(schedule, lambda x, t, c, held=schedule: exact(held.alpha(t)[:, None], held.sigma(t)[:, None], x), x0, eps, t)
+        seen = watched(
+            schedule,
+            lambda x, t, c, held=schedule: exact(held.alpha(t)[:, None], held.sigma(t)[:, None], x),
+            x0,
+            eps,
+            t,
+        )
         optimizer.zero_grad()
         (UNCLIPPED * schedule_loss(learned(), t, *seen, x0, eps, False)[0]).backward()
         torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
@@ -288,7 +310,9 @@ def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_opt
     best_variance, best_bound = variance_and_bound(optimum(first, last))
     print(f"variance {variance:.3f}, cosine {cosine_variance:.3f}, optimum {best_variance:.3f}")
     print(f"bound {bound:.4f}, cosine {cosine_bound:.4f}, optimum {best_bound:.4f}")
-    print(f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, ends now {first:.2f}, {last:.2f}")
+    print(
+        f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, ends now {first:.2f}, {last:.2f}"
+    )
     assert variance < 0.2 * cosine_variance and variance < 2.5 * best_variance
     assert bound < cosine_bound and bound < best_bound + 0.01
     assert bound < variance_and_bound(gammas(made(STEPS).schedule()))[1] - 0.12  # the ends have moved for the better
@@ -345,7 +369,9 @@ def test_a_run_exports_the_table_that_it_learned(run: Path) -> None:
     assert {"bound", "denoising_square", "gamma_min", "gamma_max", "grad_norm_schedule"} <= logged.keys()
 
 
-def test_a_run_cut_off_ends_as_if_nothing_had_happened(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cut_off_ends_as_if_nothing_had_happened(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = Stream.read
 
     def cut(self: Stream, position: int) -> Any:
@@ -377,7 +403,8 @@ def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: 
     task = DiffusionTask(chosen, lambda _: None)
     table = configuration.to_dict(saved(run).given())
     fixed = DiffusionTask(
-        configuration.build(DiffusionTrainingConfig, {**configuration.to_dict(chosen), "schedule": table}), lambda _: None
+        configuration.build(DiffusionTrainingConfig, {**configuration.to_dict(chosen), "schedule": table}),
+        lambda _: None,
     )
     assert task.learned is not None and fixed.learned is None and list(fixed.networks) == ["unet"]
     task.learned.load_state_dict(saved(run).state_dict())
@@ -422,7 +449,10 @@ def test_two_processes_learn_the_table_that_one_learns(run: Path, tmp_path: Path
     assert found.keys() == expected.keys() and {"schedule.ends", "schedule.increments"} <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
-    first, second = (load_file(tmp_path / f"{name}/run0/checkpoints/step-00000008/model_schedule.safetensors") for name in ("one", "two"))
+    first, second = (
+        load_file(tmp_path / f"{name}/run0/checkpoints/step-00000008/model_schedule.safetensors")
+        for name in ("one", "two")
+    )
     assert bool((first["increments"] != saved(run).increments).any())
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
@@ -435,7 +465,10 @@ def test_two_processes_learn_the_table_that_one_learns(run: Path, tmp_path: Path
         (["schedule.zero_terminal_snr=true"], "schedule.zero_terminal_snr has no meaning for a learned schedule"),
         (["schedule.beta_start=0.001"], "schedule.beta_start has no meaning for a learned schedule"),
         (["schedule.name=cosine"], "schedule.lr has no meaning for any but a learned schedule"),
-        (["schedule.name=cosine", "schedule.lr=0.003", "schedule.start=linear"], "schedule.start has no meaning for any but a learned"),
+        (
+            ["schedule.name=cosine", "schedule.lr=0.003", "schedule.start=linear"],
+            "schedule.start has no meaning for any but a learned",
+        ),
         (["schedule.start=sine"], "schedule.start"),
         (["schedule.ends=[10.0,-10.0]"], "schedule.ends must be"),
         (["schedule.lr=0.0"], "schedule.lr"),

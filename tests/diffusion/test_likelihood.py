@@ -107,7 +107,9 @@ def whole(denoiser: Denoiser, *variances: Variance, x0: Tensor | None = None) ->
     n = every.t.shape[1]
     rows = Steps(every.t.T.reshape(-1, 1), every.weight.T.reshape(-1, 1))
     x0 = data() if x0 is None else x0
-    found = bounds(denoiser, x0.repeat(n, 1), lambda _: OF_NOISE.repeat(n)[:, None].expand(-1, len(MEANS)), rows, variances)
+    found = bounds(
+        denoiser, x0.repeat(n, 1), lambda _: OF_NOISE.repeat(n)[:, None].expand(-1, len(MEANS)), rows, variances
+    )
     return [Bound(b.reconstruction[:9], b.prior[:9], every, b.denoising.reshape(n, 9).T) for b in found]
 
 
@@ -141,7 +143,9 @@ def test_another_reverse_variance_misses_by_the_closed_form_gap(target: str) -> 
         ratio = reverse_variance(schedule, t) / variance[:, None]
         missed = 0.5 * (ratio - 1 - ratio.log()).sum()
         (bound,) = whole(exact(schedule, target), name)
-        torch.testing.assert_close(expected(bound.total), ENTROPY + marginal_gap(schedule) + missed, rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(
+            expected(bound.total), ENTROPY + marginal_gap(schedule) + missed, rtol=1e-9, atol=1e-8
+        )
         assert missed > 0.01
 
 
@@ -155,7 +159,9 @@ def test_the_parts_are_the_closed_forms() -> None:
     torch.testing.assert_close(bound.total, bound.reconstruction + bound.prior + bound.denoising.sum(1))
     first = VARIANCES / (1 + snr[0] * VARIANCES)
     variance = schedule.betas[1] * (1 - schedule.alphas_cumprod[0]) / (1 - schedule.alphas_cumprod[1])
-    torch.testing.assert_close(expected(bound.reconstruction), 0.5 * (torch.log(2 * math.pi * variance) + first / variance).sum())
+    torch.testing.assert_close(
+        expected(bound.reconstruction), 0.5 * (torch.log(2 * math.pi * variance) + first / variance).sum()
+    )
 
 
 def test_the_prior_term_is_f4_and_torchs() -> None:
@@ -239,7 +245,10 @@ def test_drawn_steps_are_unbiased(schedule: Schedule) -> None:
 @pytest.mark.parametrize("last", [0.6, 1.0])
 def test_one_step_drawn_of_one_is_that_step(last: float) -> None:
     """T = 2, with signal at its last step and without: the same bound as all steps, finite."""
-    denoiser, x0 = exact(Schedule(torch.tensor([0.1, last])), "x0"), MEANS + VARIANCES.sqrt() * torch.randn(50, 3, dtype=torch.float64)
+    denoiser, x0 = (
+        exact(Schedule(torch.tensor([0.1, last])), "x0"),
+        MEANS + VARIANCES.sqrt() * torch.randn(50, 3, dtype=torch.float64),
+    )
     noise = torch.randn(2, 50, 3, dtype=torch.float64)
     for variance in ("posterior", "beta"):
         drawn, all_ = (
@@ -353,7 +362,9 @@ def test_the_gap_is_the_kl_of_the_joints(variance: str, x0: float) -> None:
     assert kl > 0.01
     assert log_p.item() + bound_at(x0, variance) == pytest.approx(kl.item(), rel=1e-8)
     n = 20_000
-    chain = draw_chain(SHORT, torch.full((n, 1), x0, dtype=torch.float64), lambda _: torch.randn(n, 1, dtype=torch.float64))
+    chain = draw_chain(
+        SHORT, torch.full((n, 1), x0, dtype=torch.float64), lambda _: torch.randn(n, 1, dtype=torch.float64)
+    )
     drawn = gap(Denoiser(SHORT, "x0", linear), chain, log_p.expand(n), variance)
     assert abs(drawn.mean() - kl) < 4 * drawn.std() / math.sqrt(n)
 
@@ -374,7 +385,9 @@ def test_pixels_are_given_probabilities() -> None:
     n = 2000
     x0 = levels[torch.randint(4, (n, 16))]
     steps = drawn_steps(schedule, torch.rand(n, 12, dtype=torch.float64))
-    (bound,) = bounds(Denoiser(schedule, "x0", predict), x0, lambda _: torch.randn_like(x0), steps, ["posterior"], pixels=True)
+    (bound,) = bounds(
+        Denoiser(schedule, "x0", predict), x0, lambda _: torch.randn_like(x0), steps, ["posterior"], pixels=True
+    )
     known = (bound.prior + bound.denoising.sum(1)) / (16 * math.log(2))  # what x_t at t = 0 says of x_0: all of it
     error = known.std() / math.sqrt(n)
     assert error < 0.03 and 2 - 4 * error < known.mean() < 2.1 + 4 * error
@@ -401,7 +414,9 @@ def test_the_autoencoders_bound_is_tight_for_its_own_posterior() -> None:
         if (shift, scale) == (0.0, 1.0):
             assert value == pytest.approx(log_p, abs=1e-5)
         else:
-            q, p = (Normal(m, math.sqrt(v)) for m, v in ((mean + shift, exact_variance_ * scale), (mean, exact_variance_)))
+            q, p = (
+                Normal(m, math.sqrt(v)) for m, v in ((mean + shift, exact_variance_ * scale), (mean, exact_variance_))
+            )
             assert value == pytest.approx(log_p - kl_divergence(q, p).item(), abs=1e-5)
 
 
@@ -564,10 +579,14 @@ class Shared(Processes):
 def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     run, latents = tmp_path_factory.mktemp("runs") / "run", request.param == "latents"
-    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 2, (4, 4), 1, 4)).eval().requires_grad_(False), 0.7, 0.1) if latents else None
-    Pipeline(tiny_unet(2 if latents else 3), ScheduleConfig("linear", STEPS, 1e-3, 0.5), "v", codec, None, 16).save_pretrained(
-        run / "model"
+    codec = (
+        LatentCodec(AutoencoderKL(AutoencoderConfig(3, 2, (4, 4), 1, 4)).eval().requires_grad_(False), 0.7, 0.1)
+        if latents
+        else None
     )
+    Pipeline(
+        tiny_unet(2 if latents else 3), ScheduleConfig("linear", STEPS, 1e-3, 0.5), "v", codec, None, 16
+    ).save_pretrained(run / "model")
     tree = {
         "run": str(run), "data": {"source": "textures", "image_size": 16, "size": 20}, "autoencoder": str(run) if latents else "none",
         "text": "none", "schedule": {"name": "linear", "num_steps": STEPS, "beta_start": 1e-3, "beta_end": 0.5},
@@ -591,12 +610,19 @@ def measured(
 
 
 def flat(report: dict[str, Any]) -> list[float]:
-    return [v for k, v in figures({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]}) if isinstance(v, float)]
+    return [
+        v
+        for k, v in figures({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]})
+        if isinstance(v, float)
+    ]
 
 
 def test_the_command_merges_its_figures_into_the_report(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (untrained / "report.json").write_text('{"judge": {"kept": 1}, "likelihood": "old"}')
-    assert main(["evaluate", str(untrained), "--likelihood", "--images", "5", "--timesteps", "4", "--batch-size", "2"]) == 0
+    assert (
+        main(["evaluate", str(untrained), "--likelihood", "--images", "5", "--timesteps", "4", "--batch-size", "2"])
+        == 0
+    )
     report = json.loads((untrained / "report.json").read_text())
     found = report["likelihood"]
     assert report["judge"] == {"kept": 1} and found["images"] == 5 and found["timesteps"] == 4
@@ -605,13 +631,20 @@ def test_the_command_merges_its_figures_into_the_report(untrained: Path, capsys:
     assert Image.open(untrained / "likelihood.png").size[0] > 600
     assert sum(found["parts"].values()) == pytest.approx(found["bits_per_dim"], rel=1e-9)
     assert sum(b["bits_per_dim"] for b in found["by_t"]) == pytest.approx(found["parts"]["denoising"], rel=1e-9)
-    assert [b["from"] for b in found["by_t"]] == list(range(1, STEPS)) and found["by_variance"][found["variance"]] == found["bits_per_dim"]
+    assert [b["from"] for b in found["by_t"]] == list(range(1, STEPS)) and found["by_variance"][
+        found["variance"]
+    ] == found["bits_per_dim"]
     if "terms" in found:
         terms = found["terms"]
         assert sum(terms.values()) == pytest.approx(found["bits_per_dim"], rel=1e-9)
         latent = terms["latent_reconstruction"] + terms["latent_prior"] + terms["latent_denoising"]
-        assert found["latent"]["dimensions"] == 2 * 8 * 8 and found["latent"]["bits_per_dim"] == pytest.approx(latent * 3 * 256 / 128)
-        assert terms["latent_prior"] == found["parts"]["prior"] and terms["latent_denoising"] == found["parts"]["denoising"]
+        assert found["latent"]["dimensions"] == 2 * 8 * 8 and found["latent"]["bits_per_dim"] == pytest.approx(
+            latent * 3 * 256 / 128
+        )
+        assert (
+            terms["latent_prior"] == found["parts"]["prior"]
+            and terms["latent_denoising"] == found["parts"]["denoising"]
+        )
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -620,7 +653,9 @@ def test_neither_batches_nor_processes_matter(untrained: Path) -> None:
     for other in (measured(untrained, batch=2), measured(untrained, processes=Shared(0, 1, lambda value: [value]))):
         assert flat(other) == pytest.approx(flat(whole_), rel=1e-4, abs=1e-6)
     assert flat(measured(untrained, seed=2)) != pytest.approx(flat(whole_), rel=1e-3)
-    assert measured(untrained, variance="posterior")["bits_per_dim"] == pytest.approx(whole_["by_variance"]["posterior"])
+    assert measured(untrained, variance="posterior")["bits_per_dim"] == pytest.approx(
+        whole_["by_variance"]["posterior"]
+    )
     assert measured(untrained, variance="beta")["bits_per_dim"] == pytest.approx(whole_["by_variance"]["beta"])
 
 
@@ -630,7 +665,9 @@ def test_figures_are_nats_over_the_images_dimensions(untrained: Path) -> None:
     config = configuration.load(DiffusionTrainingConfig, untrained / "config.yaml")
     pipe, found = Pipeline.from_pretrained(untrained, "cpu"), measured(untrained, timesteps=0, variance="beta")
     assert found["timesteps"] == STEPS - 1
-    rows = measure(pipe, open_source(config.data, "validation"), config.data, range(5), 0, ["beta"], found.get("decoder_std"), 1)
+    rows = measure(
+        pipe, open_source(config.data, "validation"), config.data, range(5), 0, ["beta"], found.get("decoder_std"), 1
+    )
     bits = np.array([sum(row.parts("beta").values()) for row in rows.values()]) / (768 * math.log(2))
     assert found["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
     assert found["error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(5), rel=1e-4)
@@ -662,7 +699,9 @@ def test_the_deviation_is_kept_with_the_model(untrained: Path) -> None:
         (["--images", "0"], "images must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_named(untrained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_named(
+    untrained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", str(untrained), "--likelihood", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -18,7 +18,15 @@ from torch.distributions import Normal, kl_divergence
 
 import ldm.config
 from ldm.cli.main import main
-from ldm.config import TARGETS, ConfigError, DiffusionTrainingConfig, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import (
+    TARGETS,
+    ConfigError,
+    DiffusionTrainingConfig,
+    ObjectiveConfig,
+    SampleConfig,
+    ScheduleConfig,
+    UNetConfig,
+)
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
@@ -72,7 +80,9 @@ def test_losses_of_the_targets_differ_by_the_snr(schedule: Schedule) -> None:
     torch.testing.assert_close(plain, (x0 - wrong).square().mean(1))
     snr, noise = schedule.snr(t), schedule.sigma(t).square()
     for name, factor in (("eps", snr), ("v", snr + 1), ("score", snr / noise)):
-        torch.testing.assert_close(errors(schedule, ObjectiveConfig(name), x0, eps, t, wrong), factor * plain, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            errors(schedule, ObjectiveConfig(name), x0, eps, t, wrong), factor * plain, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("weighting", OF_X0)
@@ -83,7 +93,9 @@ def test_a_weighting_is_one_objective_for_all_targets(schedule: Schedule, weight
     expected = errors(schedule, config, x0, eps, t, wrong)
     assert (expected > 0).all()
     for name in TARGETS:
-        torch.testing.assert_close(errors(schedule, replace(config, target=name), x0, eps, t, wrong), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            errors(schedule, replace(config, target=name), x0, eps, t, wrong), expected, rtol=1e-6, atol=0
+        )
 
 
 def test_weights_as_published(schedule: Schedule) -> None:
@@ -204,18 +216,27 @@ def test_the_hybrid_is_l1_and_a_thousandth_of_the_bound(steps: int, pixels: bool
     for i, k in enumerate(t.tolist()):
         bar, beta = schedule.alphas_cumprod[k], schedule.betas[k]
         before = schedule.alphas_cumprod[k - 1] if k else torch.tensor(1.0, dtype=torch.float64)
-        small = schedule.betas[max(k, 1)] * (1 - schedule.alphas_cumprod[max(k, 1) - 1]) / (1 - schedule.alphas_cumprod[max(k, 1)])
+        small = (
+            schedule.betas[max(k, 1)]
+            * (1 - schedule.alphas_cumprod[max(k, 1) - 1])
+            / (1 - schedule.alphas_cumprod[max(k, 1)])
+        )
         nu = (output[i] + 1) / 2
         p_std = (nu * beta.log() + (1 - nu) * small.log()).exp().sqrt()
         if k:
-            centre = lambda x: before.sqrt() * beta / (1 - bar) * x + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_t[i]  # noqa: B023, E731
+            centre = lambda x: (
+                before.sqrt() * beta / (1 - bar) * x + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_t[i]
+            )  # noqa: B023, E731
             nats = kl_divergence(Normal(centre(x0[i]), small.sqrt()), Normal(centre(mean[i]), p_std))
         elif pixels:
             low, high = ((x0[i] + edge - mean[i]) / p_std for edge in (-1 / 255, 1 / 255))
             low, high = low.where(x0[i] > -0.999, -math.inf), high.where(x0[i] < 0.999, math.inf)
             flip = low > 0
             low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
-            nats = -(torch.special.log_ndtr(high) + torch.log1p(-(torch.special.log_ndtr(low) - torch.special.log_ndtr(high)).exp()))
+            nats = -(
+                torch.special.log_ndtr(high)
+                + torch.log1p(-(torch.special.log_ndtr(low) - torch.special.log_ndtr(high)).exp())
+            )
         else:
             nats = -Normal(mean[i], p_std).log_prob(x0[i])
         bits.append(nats.mean() / math.log(2))
@@ -246,7 +267,9 @@ def test_on_gaussian_data_the_exact_reverse_variance_is_learned() -> None:
     steps, power = 6, 0.3
     schedule = Schedule.from_config(ScheduleConfig("linear", steps, 0.02, 0.6))
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(4))  # exact to the seventh power
-    t, i, j = (a.flatten() for a in torch.meshgrid(torch.arange(steps), torch.arange(4), torch.arange(4), indexing="ij"))
+    t, i, j = (
+        a.flatten() for a in torch.meshgrid(torch.arange(steps), torch.arange(4), torch.arange(4), indexing="ij")
+    )
     x0, eps, weight = power**0.5 * nodes[i, None], nodes[j, None], weights[i] * weights[j] / weights.sum() ** 2
     scale, output = (torch.zeros(steps, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     objective = Objective(ObjectiveConfig("x0", learned_variance=True, vlb_weight=0.1), schedule)
@@ -255,7 +278,9 @@ def test_on_gaussian_data_the_exact_reverse_variance_is_learned() -> None:
 
         def gradient(optimizer: torch.optim.Optimizer = optimizer) -> float:
             optimizer.zero_grad()
-            loss = objective.loss(lambda x_t, t, _: torch.cat([scale[t] * x_t, output[t]], dim=1), x0, eps, t, Condition())
+            loss = objective.loss(
+                lambda x_t, t, _: torch.cat([scale[t] * x_t, output[t]], dim=1), x0, eps, t, Condition()
+            )
             (weight * loss).sum().backward()
             return float((weight * loss).sum().detach())
 
@@ -351,7 +376,10 @@ def test_the_step_is_unbiased(name: str) -> None:
     objective, timesteps = Objective(ObjectiveConfig("v", "variational_beta"), schedule), Timesteps(name, steps, batch)
     if timesteps.history is not None:
         timesteps.history = filled(steps)
-    parameter, (x0, eps) = torch.linspace(-1, 1, steps, dtype=torch.float64, requires_grad=True), (randn(1, 3), randn(1, 3))
+    parameter, (x0, eps) = (
+        torch.linspace(-1, 1, steps, dtype=torch.float64, requires_grad=True),
+        (randn(1, 3), randn(1, 3)),
+    )
     model = lambda x_t, t, _: torch.tanh(parameter[t, None] * x_t) + parameter.sum()  # noqa: E731
 
     def loss(t: Tensor) -> Tensor:
@@ -377,7 +405,9 @@ def model(target: str = "v", learned: bool = True) -> Pipeline:
     unet = UNet(UNetConfig((16, 16), 1, (), (2,), groups=4), 3, 6 if learned else 3, None)
     for parameter in unet.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return Pipeline(unet.requires_grad_(False).eval(), ScheduleConfig("linear", 20), target, None, None, 8, SampleConfig("ddpm", 4))
+    return Pipeline(
+        unet.requires_grad_(False).eval(), ScheduleConfig("linear", 20), target, None, None, 8, SampleConfig("ddpm", 4)
+    )
 
 
 @pytest.mark.parametrize(("target", "learned"), [("v", True), ("score", True), ("score", False)])
@@ -434,7 +464,9 @@ def test_channels_of_a_folder(concat: int, learned: bool) -> None:
 
 def test_ddpm_takes_the_learned_variance_and_others_the_mean() -> None:
     pipe = model()
-    drawn = {v: next(pipe.sample(["", ""], SampleConfig("ddpm", 4, variance=v))) for v in (None, "learned", "posterior")}
+    drawn = {
+        v: next(pipe.sample(["", ""], SampleConfig("ddpm", 4, variance=v))) for v in (None, "learned", "posterior")
+    }
     assert torch.equal(drawn[None], drawn["learned"]) and not torch.equal(drawn["learned"], drawn["posterior"])
     means = model(learned=True)
     means.unet = HalfOnly(means.unet)  # type: ignore[assignment]
@@ -507,7 +539,9 @@ def test_validation_is_the_plain_loss_of_the_first_half(trained: Path) -> None:
     assert repr(figures[0]) == repr(figures[1])
 
 
-def test_a_run_cut_off_has_the_same_history_and_weights(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cut_off_has_the_same_history_and_weights(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = Stream.read
 
     def cut(self: Stream, position: int) -> Any:
@@ -575,11 +609,20 @@ def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(train
     [
         (["objective.target=eps", "schedule.zero_terminal_snr=true"], "objective.target eps .* predict v or x0"),
         (
-            ["objective.target=score", "schedule={name: given, num_steps: 2, betas: [0.5, 1.0], beta_start: null, beta_end: null}"],
+            [
+                "objective.target=score",
+                "schedule={name: given, num_steps: 2, betas: [0.5, 1.0], beta_start: null, beta_end: null}",
+            ],
             "objective.target score .* predict v or x0",
         ),
-        (["objective.learned_variance=false", "sample.variance=learned"], "sample.variance learned needs objective.learned_variance: true"),
-        (["objective.learned_variance=false", "objective.vlb_weight=0.1"], "objective.vlb_weight is for learned_variance: true"),
+        (
+            ["objective.learned_variance=false", "sample.variance=learned"],
+            "sample.variance learned needs objective.learned_variance: true",
+        ),
+        (
+            ["objective.learned_variance=false", "objective.vlb_weight=0.1"],
+            "objective.vlb_weight is for learned_variance: true",
+        ),
         (["objective.vlb_weight=0"], "objective.vlb_weight"),
         (["objective.timesteps=random"], "objective.timesteps"),
         (["objective.p2_gamma=0"], "objective.p2_gamma"),

@@ -57,7 +57,9 @@ def test_grids_are_those_of_diffusers(steps: int) -> None:
     for name in INTEGER_GRIDS:
         if name == "linspace" and steps == 1:
             continue  # theirs is then t = 0: clean data asked for from noise
-        theirs = diffusers.DDIMScheduler(timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0)
+        theirs = diffusers.DDIMScheduler(
+            timestep_spacing=name, steps_offset=1 if name == "leading" and steps < 1000 else 0
+        )
         theirs.set_timesteps(steps)
         assert GRIDS[name](SCHEDULES[1000], steps).tolist() == [*theirs.timesteps.tolist(), -1]
 
@@ -71,7 +73,9 @@ def test_grids_of_other_families_are_those_of_diffusers(steps: int) -> None:
     for name, spacing in (("linspace_positive", "linspace"), ("leading_positive", "leading")):
         theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=1)
         theirs.set_timesteps(steps)
-        assert (GRIDS[name](SCHEDULES[1000], steps)[:-1] - theirs.timesteps).abs().max() <= (name == "linspace_positive") * (steps % 2 == 0)
+        assert (GRIDS[name](SCHEDULES[1000], steps)[:-1] - theirs.timesteps).abs().max() <= (
+            name == "linspace_positive"
+        ) * (steps % 2 == 0)
     if steps > 1:
         euler = diffusers.EulerDiscreteScheduler(timestep_spacing="linspace")
         euler.set_timesteps(steps)
@@ -82,7 +86,13 @@ def test_a_grid_may_have_an_offset_and_end_at_the_first_noise() -> None:
     schedule = SCHEDULES[1000]
     assert make_grid("leading", schedule, 4).tolist() == [751, 501, 251, 1, -1]
     assert make_grid("leading", schedule, 4, offset=7, end_clean=False).tolist() == [757, 507, 257, 7, 0]
-    assert make_grid("leading", schedule, 4, offset=400).tolist() == [999, 749, 499, 249, -1]  # no more than there is room for
+    assert make_grid("leading", schedule, 4, offset=400).tolist() == [
+        999,
+        749,
+        499,
+        249,
+        -1,
+    ]  # no more than there is room for
     assert make_grid("trailing", schedule, 4, offset=7).tolist() == [999, 749, 499, 249, -1]  # it has none
     for name, offset in (("leading", 0), ("linspace", 1), ("karras", 1)):
         with pytest.raises(ValueError, match=f"{name} grid is t = 0 already"):
@@ -90,7 +100,9 @@ def test_a_grid_may_have_an_offset_and_end_at_the_first_noise() -> None:
 
 
 def test_published_grids() -> None:
-    assert [int(g[i]) for g in (GRIDS[n](SCHEDULES[1000], 20) for n in ("leading", "trailing", "linspace")) for i in (0, -2)] == [
+    assert [
+        int(g[i]) for g in (GRIDS[n](SCHEDULES[1000], 20) for n in ("leading", "trailing", "linspace")) for i in (0, -2)
+    ] == [
         951,
         1,
         999,
@@ -113,17 +125,25 @@ def test_karras_and_uniform_grids_are_their_formulas(kind: str, steps: int) -> N
         grid = GRIDS[name](schedule, steps)
         lam = schedule.half_log_snr(grid[:-1])
         even = of_lambda(schedule.half_log_snr(torch.linspace(999.0, 0.0, 2, dtype=torch.float64)))
-        torch.testing.assert_close(of_lambda(lam), torch.linspace(*even.tolist(), steps, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            of_lambda(lam), torch.linspace(*even.tolist(), steps, dtype=torch.float64), rtol=1e-9, atol=1e-9
+        )
         theirs = their_scheduler(diffusers.DPMSolverMultistepScheduler, schedule, config, "eps", **{option: True})
         theirs.set_timesteps(steps)
         torch.testing.assert_close(theirs.sigmas[:-1].double(), torch.exp(-lam), rtol=1e-6, atol=0)
-        assert (theirs.timesteps - grid[:-1]).abs().max() < (1 if kind == "cosine" else 0.5 + 1e-9)  # whole: cut, or rounded
-    theirs = their_scheduler(diffusers.EulerDiscreteScheduler, schedule, config, "eps", use_karras_sigmas=True, timestep_spacing="linspace")
+        assert (theirs.timesteps - grid[:-1]).abs().max() < (
+            1 if kind == "cosine" else 0.5 + 1e-9
+        )  # whole: cut, or rounded
+    theirs = their_scheduler(
+        diffusers.EulerDiscreteScheduler, schedule, config, "eps", use_karras_sigmas=True, timestep_spacing="linspace"
+    )
     theirs.set_timesteps(steps)
     assert (theirs.timesteps - GRIDS["karras"](schedule, steps)[:-1]).abs().max() < 1e-3  # fractional
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"annealed_langevin", "predictor_corrector"}))  # in test_langevin.py
+@pytest.mark.parametrize(
+    "name", sorted(set(SAMPLERS) - {"annealed_langevin", "predictor_corrector"})
+)  # in test_langevin.py
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333])
 def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) -> None:
     schedule, sampler = SCHEDULES[1000], SAMPLERS[name]
@@ -141,13 +161,22 @@ def test_a_sampler_calls_the_network_as_often_as_it_says(name: str, steps: int) 
 
     x = torch.randn(2, 3)
     kept = x.clone()
-    last = sampler.function(Denoiser(schedule, "v", denoise), x, grid, noise, callback=lambda i, sample, _: done.append((i, sample)))
-    assert len(calls) == sampler.calls(steps) and sorted(set(calls).intersection(grid.tolist()), reverse=True) == grid[:-1].tolist()
-    assert [i for i, _ in done] == list(range(steps)) and drawn == (list(range(steps - 1)) if sampler.stochastic else [])
+    last = sampler.function(
+        Denoiser(schedule, "v", denoise), x, grid, noise, callback=lambda i, sample, _: done.append((i, sample))
+    )
+    assert (
+        len(calls) == sampler.calls(steps)
+        and sorted(set(calls).intersection(grid.tolist()), reverse=True) == grid[:-1].tolist()
+    )
+    assert [i for i, _ in done] == list(range(steps)) and drawn == (
+        list(range(steps - 1)) if sampler.stochastic else []
+    )
     assert done[-1][1] is last and last.isfinite().all() and torch.equal(x, kept)
 
 
-CASES = [(schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in ("eps", "x0", "v")]  # theirs
+CASES = [
+    (schedule, name) for schedule in ("linear", "scaled_linear", "cosine") for name in ("eps", "x0", "v")
+]  # theirs
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -162,7 +191,9 @@ def test_ddim_is_diffusers(kind: str, name: str, eta: float) -> None:
         noise, denoise = torch.randn(steps, 3, 8, dtype=torch.float64), network(schedule, name)
         expected = x
         for i, t in enumerate(theirs.timesteps):
-            expected = theirs.step(denoise(expected, t.expand(3)), t, expected, eta=eta, variance_noise=noise[i]).prev_sample
+            expected = theirs.step(
+                denoise(expected, t.expand(3)), t, expected, eta=eta, variance_noise=noise[i]
+            ).prev_sample
         actual = ddim(Denoiser(schedule, name, denoise), x, trailing(steps), lambda i, z=noise: z[i], eta=eta)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
@@ -263,4 +294,7 @@ def test_inversion_comes_back() -> None:
     asked: list[float] = []
     recording = Denoiser(schedule, "eps", lambda x, t: (asked.append(t[0].item()), torch.full_like(x, 0.3))[1])
     ddim_inversion(recording, x, grid)
-    assert asked == [0.0, *grid[:-1].flip(0).tolist()[:-1]]  # at the step of the sample held; clean data as the first level
+    assert asked == [
+        0.0,
+        *grid[:-1].flip(0).tolist()[:-1],
+    ]  # at the step of the sample held; clean data as the first level

@@ -57,11 +57,15 @@ def grid_of(theirs: Any, schedule: Schedule, spacing: str, steps: int, end: floa
     """Our grid of a scheduler after set_timesteps: its whole t, or where it has Karras' levels, whose t it may round, ours."""
     t = theirs.timesteps.double()
     nodes = GRIDS[spacing](schedule, steps)[:-1]
-    if isinstance(theirs, diffusers.HeunDiscreteScheduler | diffusers.KDPM2DiscreteScheduler):  # they list a middle or an end as well
+    if isinstance(
+        theirs, diffusers.HeunDiscreteScheduler | diffusers.KDPM2DiscreteScheduler
+    ):  # they list a middle or an end as well
         t = torch.cat([t[:1], t[2::2]])
     if spacing == "karras":
         assert (t - nodes).abs().max() < 1
-    elif spacing == "trailing" or isinstance(theirs, VARIANCE_EXPLODING):  # the others space S + 1 nodes and leave out one
+    elif spacing == "trailing" or isinstance(
+        theirs, VARIANCE_EXPLODING
+    ):  # the others space S + 1 nodes and leave out one
         assert t.tolist() == nodes.tolist()
     else:
         nodes = t
@@ -153,7 +157,9 @@ def constructed(pair: str, kind: str, zero_terminal: bool) -> Any:
     """Their scheduler. Three of them work out a thousand steps when constructed, in seconds and for nothing."""
     cls, fixed = PAIRS[pair][2:4]
     with mock.patch.object(cls, "set_timesteps", lambda self, *_: setattr(self, "sigmas", torch.zeros(1))):
-        return their_scheduler(cls, process(kind, zero_terminal), ScheduleConfig(kind, zero_terminal_snr=zero_terminal), "eps", **fixed)
+        return their_scheduler(
+            cls, process(kind, zero_terminal), ScheduleConfig(kind, zero_terminal_snr=zero_terminal), "eps", **fixed
+        )
 
 
 def compare(
@@ -164,11 +170,17 @@ def compare(
     ours, chosen, cls, fixed, _, _ = PAIRS[pair]
     schedule, theirs = process(kind, zero_terminal), copy.deepcopy(constructed(pair, kind, zero_terminal))
     prediction = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[target]
-    layout = {"timestep_spacing": spacing} if spacing != "karras" else {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+    layout = (
+        {"timestep_spacing": spacing}
+        if spacing != "karras"
+        else {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+    )
     theirs.register_to_config(prediction_type=prediction, steps_offset=1, **layout, **settings)
     if zero_terminal:
         theirs.alphas_cumprod[-1] = schedule.least_signal
-    if cls is diffusers.DPMSolverSinglestepScheduler and spacing != "karras":  # it has one spacing of its own, and takes any
+    if (
+        cls is diffusers.DPMSolverSinglestepScheduler and spacing != "karras"
+    ):  # it has one spacing of its own, and takes any
         theirs.set_timesteps(timesteps=GRIDS[spacing](schedule, steps)[:-1].long().tolist())
     else:
         theirs.set_timesteps(steps)
@@ -183,7 +195,9 @@ def compare(
     elif fixed.get("algorithm_type") == "sde-dpmsolver++":
         step = {"variance_noise": noise}
     expected = followed(theirs, schedule, target, grid, x, **step)
-    return ours(Denoiser(schedule, target, network(schedule, target)), x, grid, noise, **chosen, **(options or {})), expected
+    return ours(
+        Denoiser(schedule, target, network(schedule, target)), x, grid, noise, **chosen, **(options or {})
+    ), expected
 
 
 def assert_same(found: tuple[Tensor, Tensor]) -> None:
@@ -222,7 +236,11 @@ def test_the_end_above_clean_data_is_that_of_diffusers(pair: str, lower: bool, m
     """At the smallest level of the schedule, with and without lower last orders, on both sides of 15 steps."""
     for steps in (6, 14, 15):
         settings = {"final_sigmas_type": "sigma_min", "lower_order_final": lower}
-        assert_same(compare(pair, "scaled_linear", "v", "trailing", steps, monkeypatch, options={"lower_final": lower}, **settings))
+        assert_same(
+            compare(
+                pair, "scaled_linear", "v", "trailing", steps, monkeypatch, options={"lower_final": lower}, **settings
+            )
+        )
 
 
 def test_euler_ends_above_clean_data_as_in_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +262,12 @@ def test_plms_is_that_of_diffusers(kind: str, clean: bool) -> None:
     schedule = process(kind)
     for spacing, steps in (("trailing", 2), ("trailing", 5), ("leading", 20), ("trailing", 25)):
         theirs = their_scheduler(
-            diffusers.PNDMScheduler, schedule, ScheduleConfig(kind), "eps", skip_prk_steps=True, timestep_spacing=spacing
+            diffusers.PNDMScheduler,
+            schedule,
+            ScheduleConfig(kind),
+            "eps",
+            skip_prk_steps=True,
+            timestep_spacing=spacing,
         )
         theirs.final_alpha_cumprod = schedule.alphas_cumprod[0] if not clean else torch.tensor(1.0, dtype=torch.float64)
         theirs.set_timesteps(steps)
@@ -255,7 +278,9 @@ def test_plms_is_that_of_diffusers(kind: str, clean: bool) -> None:
         for t in theirs.timesteps:
             expected = theirs.step(denoise(expected, t.expand(3)), int(t), expected).prev_sample
         assert len(theirs.timesteps) == SAMPLERS["plms"].calls(steps)
-        torch.testing.assert_close(plms(Denoiser(schedule, "eps", denoise), x, grid, drawn(steps, x)), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            plms(Denoiser(schedule, "eps", denoise), x, grid, drawn(steps, x)), expected, rtol=1e-6, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,7 +288,13 @@ def test_ddim_ends_where_stable_diffusion_does(kind: str) -> None:
     """set_alpha_to_one false: at ᾱ[0], for us a grid that ends at t = 0."""
     schedule = process(kind)
     theirs = their_scheduler(
-        diffusers.DDIMScheduler, schedule, ScheduleConfig(kind), "v", set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+        diffusers.DDIMScheduler,
+        schedule,
+        ScheduleConfig(kind),
+        "v",
+        set_alpha_to_one=False,
+        timestep_spacing="leading",
+        steps_offset=1,
     )
     theirs.final_alpha_cumprod = schedule.alphas_cumprod[0]
     theirs.set_timesteps(20)
@@ -273,7 +304,9 @@ def test_ddim_ends_where_stable_diffusion_does(kind: str) -> None:
     expected = x
     for t in theirs.timesteps:
         expected = theirs.step(denoise(expected, t.expand(3)), t, expected).prev_sample
-    torch.testing.assert_close(ddim(Denoiser(schedule, "v", denoise), x, grid, drawn(20, x)), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        ddim(Denoiser(schedule, "v", denoise), x, grid, drawn(20, x)), expected, rtol=1e-6, atol=1e-7
+    )
 
 
 # ---------------------------------------------------------------- each other
@@ -295,7 +328,10 @@ IDENTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         functools.partial(unipc, order=2, corrector=False, lower_final=False),
         functools.partial(dpmpp_2m, lower_final=False),
     ),
-    "UniP-3 is 3M": (functools.partial(unipc, order=3, corrector=False, lower_final=False), functools.partial(dpmpp_3m, lower_final=False)),
+    "UniP-3 is 3M": (
+        functools.partial(unipc, order=3, corrector=False, lower_final=False),
+        functools.partial(dpmpp_3m, lower_final=False),
+    ),
 }
 
 
@@ -393,7 +429,10 @@ def test_weights_of_adams_are_integrals() -> None:
 def test_a_sample_does_not_depend_on_those_beside_it(name: str) -> None:
     """Each alone, from its own noise, and all in one batch, one of them a hundred times as large."""
     schedule = process("linear")
-    x, noise = torch.randn(3, 2, dtype=torch.float64) * torch.tensor([[1.0], [100.0], [0.01]]), torch.randn(60, 3, 2, dtype=torch.float64)
+    x, noise = (
+        torch.randn(3, 2, dtype=torch.float64) * torch.tensor([[1.0], [100.0], [0.01]]),
+        torch.randn(60, 3, 2, dtype=torch.float64),
+    )
     denoiser, grid = Denoiser(schedule, "v", network(schedule, "v")), GRIDS["trailing"](schedule, 6)
     together = SAMPLERS[name].function(denoiser, x, grid, lambda i: noise[i])
     for k in range(3):
@@ -410,7 +449,9 @@ def test_a_process_of_two_steps_is_drawn_from(name: str) -> None:
             for steps in range(SAMPLERS[name].fewest, 3):
                 x = torch.randn(2, 3, dtype=torch.float64)
                 denoiser = Denoiser(schedule, "v", network(schedule, "v"))
-                assert SAMPLERS[name].function(denoiser, x, GRIDS[spacing](schedule, steps), drawn(12, x)).isfinite().all()
+                assert (
+                    SAMPLERS[name].function(denoiser, x, GRIDS[spacing](schedule, steps), drawn(12, x)).isfinite().all()
+                )
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -441,9 +482,15 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
         if name != "annealed_langevin" or replaced == 4:  # it scales what it continues with
             assert (asked[0] is given) if replaced < 4 else (out is given)
         expected = given
-        if not SAMPLERS[name].stochastic and name not in ("lms", "plms"):  # these two remember the slopes of what was replaced
+        if not SAMPLERS[name].stochastic and name not in (
+            "lms",
+            "plms",
+        ):  # these two remember the slopes of what was replaced
             for i in range(replaced + 1, 5):
-                expected = nodes.alpha[i + 1] * image + nodes.sigma[i + 1] * (expected - nodes.alpha[i] * image) / nodes.sigma[i]
+                expected = (
+                    nodes.alpha[i + 1] * image
+                    + nodes.sigma[i + 1] * (expected - nodes.alpha[i] * image) / nodes.sigma[i]
+                )
                 torch.testing.assert_close(told[i][1], expected)
 
 
@@ -451,7 +498,11 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
 def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]) -> None:
     """The network is asked about them, and they are not corrected: of one image, what follows depends on the last alone."""
     schedule, x = process("linear"), torch.randn(2, 3, dtype=torch.float64)
-    grid, start, image = GRIDS["trailing"](schedule, 5), [torch.randn_like(x) for _ in range(2)], torch.full_like(x, 0.3)
+    grid, start, image = (
+        GRIDS["trailing"](schedule, 5),
+        [torch.randn_like(x) for _ in range(2)],
+        torch.full_like(x, 0.3),
+    )
     asked: list[Tensor] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -471,9 +522,18 @@ def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_bad_grid_is_refused(name: str) -> None:
     schedule, x = process("linear"), torch.zeros(1, 2)
-    for nodes in ([math.nan, 5.0, -1.0], [9.0, math.nan, -1.0], [9.0, 5.0, math.nan], [5.0, 9.0, -1.0], [1000.0, 3.0, -1.0], [3.0]):
+    for nodes in (
+        [math.nan, 5.0, -1.0],
+        [9.0, math.nan, -1.0],
+        [9.0, 5.0, math.nan],
+        [5.0, 9.0, -1.0],
+        [1000.0, 3.0, -1.0],
+        [3.0],
+    ):
         with pytest.raises(ValueError, match="a grid must fall from at most 999 to at least −1, got"):
-            SAMPLERS[name].function(Denoiser(schedule, "v", network(schedule, "v")), x, torch.tensor(nodes), drawn(3, x))
+            SAMPLERS[name].function(
+                Denoiser(schedule, "v", network(schedule, "v")), x, torch.tensor(nodes), drawn(3, x)
+            )
 
 
 @pytest.mark.parametrize(
@@ -491,7 +551,9 @@ def test_a_bad_grid_is_refused(name: str) -> None:
 def test_a_bad_option_is_refused(solver: Callable[..., Tensor], options: dict[str, Any], message: str) -> None:
     schedule, x = process("linear"), torch.zeros(1, 2)
     with pytest.raises(ValueError, match=message):
-        solver(Denoiser(schedule, "v", network(schedule, "v")), x, GRIDS["trailing"](schedule, 1), drawn(1, x), **options)
+        solver(
+            Denoiser(schedule, "v", network(schedule, "v")), x, GRIDS["trailing"](schedule, 1), drawn(1, x), **options
+        )
 
 
 def test_too_few_steps_for_a_sampler_are_refused_before_sampling() -> None:
@@ -510,7 +572,12 @@ def check_ddim_calls(numbers: Iterable[int], schedule: Schedule) -> None:
 
     for steps in numbers:
         calls.clear()
-        ddim(Denoiser(schedule, "x0", denoise), torch.zeros(1, 1), GRIDS["trailing"](schedule, steps), drawn(0, torch.zeros(1)))
+        ddim(
+            Denoiser(schedule, "x0", denoise),
+            torch.zeros(1, 1),
+            GRIDS["trailing"](schedule, steps),
+            drawn(0, torch.zeros(1)),
+        )
         assert len(calls) == steps
 
 
@@ -523,6 +590,9 @@ def test_ddim_makes_as_many_calls_as_steps_for_every_number() -> None:
     """Half a million steps, in a process without the type checks, which make them ten times slower."""
     here = os.path.dirname(os.path.abspath(__file__))
     code = "import test_solvers as t; t.check_ddim_calls(range(1, 1001), t.process('scaled_linear')); print('all')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(here)), os.path.dirname(here), here])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(here)), os.path.dirname(here), here]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "all\n", done.stderr

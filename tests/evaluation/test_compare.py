@@ -19,10 +19,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos").mkdir()
     for i in range(10):
         Image.new("RGB", (32, 32), (20 * i, 0, 99)).save(folder / f"photos/{i}.png")
-    data = {"folder": str(folder / "photos"), "captions": "none", "image_size": 32, "validation_fraction": 0.3, "max_skipped": 0.5}
+    data = {
+        "folder": str(folder / "photos"),
+        "captions": "none",
+        "image_size": 32,
+        "validation_fraction": 0.3,
+        "max_skipped": 0.5,
+    }
     train = {**TRAIN, "steps": 1, "validate_every": 1, "checkpoint_every": 1}
     for kind, loss in (("plain", {}), ("gan", {**AUTOENCODER["loss"], "gan_start": 0})):
-        tree = {"run": str(folder / kind / "run"), "data": data, "model": AUTOENCODER["model"], "loss": loss, "train": train}
+        tree = {
+            "run": str(folder / kind / "run"),
+            "data": data,
+            "model": AUTOENCODER["model"],
+            "loss": loss,
+            "train": train,
+        }
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump(tree))
         assert main(["train-autoencoder", str(folder / f"{kind}.yaml")]) == 0
     return folder
@@ -33,12 +45,15 @@ def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatc
     assert main(["compare-autoencoders", "plain/run", "gan/run", "--out", "both.png"]) == 0
     figures = json.loads((runs / "both.json").read_text())
     assert list(figures) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
-    assert figures["plain/run"]["high_frequency"] is None and np.isfinite(figures["plain/run"]["psnr"])  # flat originals have none
+    assert figures["plain/run"]["high_frequency"] is None and np.isfinite(
+        figures["plain/run"]["psnr"]
+    )  # flat originals have none
     assert Image.open(runs / "both.png").width > 100
 
 
 @pytest.mark.parametrize(
-    ("out", "message"), [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, is there already")]
+    ("out", "message"),
+    [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, is there already")],
 )
 def test_what_is_there_is_not_overwritten(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str

@@ -16,7 +16,17 @@ from ldm.diffusion.samplers.registry import SAMPLERS, Sampler
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.samplers.conformance import reach, sliced_wasserstein
 from ldm.evaluation.samplers.on_a_run import LEVELS, cheapest, compare_samplers
-from ldm.evaluation.samplers.orders import CASES, GAUSSIAN, MIXTURE, Case, draws_noise, flow, gaussian_moments, order, uniform
+from ldm.evaluation.samplers.orders import (
+    CASES,
+    GAUSSIAN,
+    MIXTURE,
+    Case,
+    draws_noise,
+    flow,
+    gaussian_moments,
+    order,
+    uniform,
+)
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 
@@ -36,7 +46,9 @@ def test_order_of_convergence(name: str) -> None:
 
 
 def test_every_sampler_states_an_order() -> None:
-    assert {name: CASES[name].stated for name in SAMPLERS} == {name: sampler.order for name, sampler in SAMPLERS.items()}
+    assert {name: CASES[name].stated for name in SAMPLERS} == {
+        name: sampler.order for name, sampler in SAMPLERS.items()
+    }
     assert all(sampler.order > 0 for sampler in SAMPLERS.values())
 
 
@@ -45,7 +57,9 @@ def test_a_sampler_draws_noise_if_it_says_so(name: str) -> None:
     assert draws_noise(CASES[name]) == SAMPLERS[name].stochastic
 
 
-@pytest.mark.parametrize(("name", "kind", "target"), [pair for pair in PAIRS if pair[0] != "annealed_langevin"])  # in test_langevin.py
+@pytest.mark.parametrize(
+    ("name", "kind", "target"), [pair for pair in PAIRS if pair[0] != "annealed_langevin"]
+)  # in test_langevin.py
 def test_every_sampler_reaches_gaussian_data(name: str, kind: str, target: str) -> None:
     """From N(0, I) to clean data in 16 steps, every sampler on every schedule, each target with each of both somewhere.
 
@@ -63,7 +77,8 @@ def test_heun_and_plms_need_a_grid_with_a_shorter_first_step() -> None:
     schedule = Schedule.from_config(ScheduleConfig("cosine"))
     for name in ("heun", "plms"):
         found = {
-            g: gaussian_moments(CASES[name], schedule, "x0", GRIDS[g](schedule, 20))[0][1] ** 0.5 for g in ("trailing", "uniform_lambda")
+            g: gaussian_moments(CASES[name], schedule, "x0", GRIDS[g](schedule, 20))[0][1] ** 0.5
+            for g in ("trailing", "uniform_lambda")
         }
         assert found["trailing"] > 0.36 and found["uniform_lambda"] == pytest.approx(0.3, rel=0.12), found
 
@@ -87,7 +102,10 @@ def test_a_wrong_solver_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(len(grid) - 1):
             x0 = denoiser(x, grid[i]).x0
             data = x0 if before is None else x0 - (x0 - before) / 2
-            x = LINEAR.sigma(grid[i + 1]) / LINEAR.sigma(grid[i]) * x - LINEAR.alpha(grid[i + 1]) * torch.expm1(lam[i] - lam[i + 1]) * data
+            x = (
+                LINEAR.sigma(grid[i + 1]) / LINEAR.sigma(grid[i]) * x
+                - LINEAR.alpha(grid[i + 1]) * torch.expm1(lam[i] - lam[i + 1]) * data
+            )
             before = x0
         return x
 
@@ -146,7 +164,13 @@ def test_distances_on_a_model_are_those_of_its_images() -> None:
     pipe = Pipeline(unet, ScheduleConfig(num_steps=12), "v", None, None, 8, SampleConfig(guidance_scale=1.0, seed=3))
     seen: list[tuple[int, int]] = []
     report = compare_samplers(
-        pipe, ["", "", ""], ["ddim", "dpmpp_2m", "ddpm", "plms"], [1, 6, 12], 1e-6, 2, lambda done, total, _: seen.append((done, total))
+        pipe,
+        ["", "", ""],
+        ["ddim", "dpmpp_2m", "ddpm", "plms"],
+        [1, 6, 12],
+        1e-6,
+        2,
+        lambda done, total, _: seen.append((done, total)),
     )
     rows = {(row["sampler"], row["steps"]): row for row in report["rows"]}
     assert report["reference"]["steps"] == 12 and rows["ddim", 12]["rms"] == 0 and ("plms", 1) not in rows
@@ -154,23 +178,49 @@ def test_distances_on_a_model_are_those_of_its_images() -> None:
         torch.cat(list(pipe.sample([""] * 3, SampleConfig(name, n, 1.0, seed=3)))).clamp(-1, 1)
         for name, n in (("ddim", 12), ("dpmpp_2m", 6))
     ]
-    assert rows["dpmpp_2m", 6]["rms"] == pytest.approx(127.5 * (images[0] - images[1]).square().mean().sqrt().item(), rel=1e-5)
-    assert LEVELS == 127.5 and "rms" not in rows["ddpm", 6] and rows["ddpm", 6]["sliced_wasserstein"] > 0 and report["floor"] > 0
+    assert rows["dpmpp_2m", 6]["rms"] == pytest.approx(
+        127.5 * (images[0] - images[1]).square().mean().sqrt().item(), rel=1e-5
+    )
+    assert (
+        LEVELS == 127.5
+        and "rms" not in rows["ddpm", 6]
+        and rows["ddpm", 6]["sliced_wasserstein"] > 0
+        and report["floor"] > 0
+    )
     assert report["cheapest"] == rows["ddim", 12] and seen[-1][0] == seen[-1][1]
 
 
 def test_the_cheapest_is_counted_in_calls() -> None:
-    rows = [{"calls": 19, "rms": 1.0}, {"calls": 12, "rms": 2.0}, {"calls": 12, "rms": 1.5}, {"calls": 5, "rms": 9.0}, {"calls": 1}]
+    rows = [
+        {"calls": 19, "rms": 1.0},
+        {"calls": 12, "rms": 2.0},
+        {"calls": 12, "rms": 1.5},
+        {"calls": 5, "rms": 9.0},
+        {"calls": 1},
+    ]
     assert cheapest(rows, 2.0) == rows[2] and cheapest(rows, 1.2) == rows[0] and cheapest(rows, 0.5) is None
 
 
-def test_the_command_on_exact_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_on_exact_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ldm.evaluation.samplers.conformance.ORDER_STEPS", (5, 10))
-    assert main(["sampler-report", "--samplers", "euler", "euler_ancestral", "--steps", "3", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            ["sampler-report", "--samplers", "euler", "euler_ancestral", "--steps", "3", "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "out/samplers.json").read_text())
-    assert set(report["samplers"]) == {"euler", "euler_ancestral"} and (tmp_path / "out/samplers.png").stat().st_size > 10_000
+    assert (
+        set(report["samplers"]) == {"euler", "euler_ancestral"}
+        and (tmp_path / "out/samplers.png").stat().st_size > 10_000
+    )
     row = report["samplers"]["euler"]
-    assert row["measured"] == pytest.approx(math.log2(row["errors"][-2][2] / row["errors"][-1][2])) and row["reach"]["3"]["calls"] == 3
+    assert (
+        row["measured"] == pytest.approx(math.log2(row["errors"][-2][2] / row["errors"][-1][2]))
+        and row["reach"]["3"]["calls"] == 3
+    )
     assert "| euler           | 1        |" in capsys.readouterr().out
 
 

@@ -11,7 +11,20 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest
 
 from ldm.config import DataConfig
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, caption, coverage, draw, margin, stripe
+from ldm.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    RADII,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    coverage,
+    draw,
+    margin,
+    stripe,
+)
 from ldm.data.sources import open_source
 from ldm.evaluation.judges.digits import DigitJudge
 from ldm.evaluation.judges.shapes import ShapesJudge, agreement, proportion, score
@@ -106,7 +119,9 @@ def test_agreement_of_two_objects():
     swapped = agreement(reading, two(red, green, "right of"))
     assert swapped == {"background": True, "colours": True, "shapes": True, "relation": False, "all": False}
     assert not agreement(reading, two(red, green, "above"))["relation"]
-    crossed = agreement(reading, two(("red", "square"), ("green", "circle"), "left of"))  # colours bound to the wrong shapes
+    crossed = agreement(
+        reading, two(("red", "square"), ("green", "circle"), "left of")
+    )  # colours bound to the wrong shapes
     assert crossed == {"background": True, "colours": True, "shapes": False, "relation": True, "all": False}
     assert not agreement(reading, two(red, green, "left of", "black"))["all"]
 
@@ -127,7 +142,10 @@ def test_relation_follows_the_drawn_positions():
     red, blue = Object(None, "red", "star", 24, 10), Object(None, "blue", "ring", 20, 35)
     for scene in (Scene("beige", (red, blue), "above"), Scene("beige", (blue, red), "below")):
         (reading,) = judge.read(draw(scene, 48)[None])
-        assert agreement(reading, scene)["all"] and caption(reading) == "a red star above a blue ring on a beige background"
+        assert (
+            agreement(reading, scene)["all"]
+            and caption(reading) == "a red star above a blue ring on a beige background"
+        )
 
 
 def test_two_objects_are_read_in_two_colours():
@@ -198,7 +216,9 @@ def test_stripes_are_read(side: int = 32):
     images = np.stack([s.image for s in samples])
     judge = ShapesJudge(side, 1, striped=True)
     assert [reading.objects for reading in judge.read(images)] == [s.truth.objects for s in samples]
-    rows = [agreement(r, s.truth, striped=True) for r, s in zip(judge.read(spoil(images, 0.6, 0.03)), samples, strict=True)]
+    rows = [
+        agreement(r, s.truth, striped=True) for r, s in zip(judge.read(spoil(images, 0.6, 0.03)), samples, strict=True)
+    ]
     assert sum(row["stripes"] for row in rows) >= 0.99 * N and sum(row["all"] for row in rows) >= 0.97 * N
     plain = Scene("white", (Object("small", "red", "circle", 9, 9),))
     assert agreement(plain, stripe(plain), striped=True) == {

@@ -31,7 +31,9 @@ def plane() -> GaussianMixture:
     return GaussianMixture.of(tensor(0.2, 0.5, 0.3), tensor([-1.0, 0.5], [1.0, 1.0], [0.3, -1.5]), covariances)
 
 
-SKEW = tensor([1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5])  # its matrix of axes is not symmetric, as that of two by two may be
+SKEW = tensor(
+    [1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5]
+)  # its matrix of axes is not symmetric, as that of two by two may be
 
 
 def space() -> GaussianMixture:
@@ -80,7 +82,9 @@ def test_marginal_of_full_covariances_by_monte_carlo(alpha: float, sigma: float)
 
 
 @pytest.mark.parametrize(
-    "mixture", [line(), plane(), space(), GaussianMixture.points(torch.randn(5, 3))], ids=["line", "plane", "space", "points"]
+    "mixture",
+    [line(), plane(), space(), GaussianMixture.points(torch.randn(5, 3))],
+    ids=["line", "plane", "space", "points"],
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_score_is_the_gradient_and_tweedie_holds(mixture: GaussianMixture, level: tuple[float, float]) -> None:
@@ -88,7 +92,9 @@ def test_score_is_the_gradient_and_tweedie_holds(mixture: GaussianMixture, level
     alpha, sigma = at(*level)
     (gradient,) = torch.autograd.grad(mixture.log_density(x, alpha, sigma).sum(), x)
     torch.testing.assert_close(mixture.score(x, alpha, sigma), gradient)
-    torch.testing.assert_close(mixture.denoised(x, alpha, sigma), (x + sigma**2 * gradient) / alpha, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        mixture.denoised(x, alpha, sigma), (x + sigma**2 * gradient) / alpha, rtol=1e-8, atol=1e-8
+    )
 
 
 def test_points_are_a_softmax_over_the_set() -> None:
@@ -112,7 +118,9 @@ def test_draws_have_the_moments_and_the_classes() -> None:
     torch.testing.assert_close(torch.cov(mixed[of == 0].T), SKEW, rtol=0, atol=0.02)
     torch.testing.assert_close(torch.cov(mixed.T), space().moments()[1], rtol=0, atol=0.03)
     x_t, _ = mixture.draw(n, alpha=0.6, sigma=0.8)
-    torch.testing.assert_close(torch.cov(x_t.T), 0.36 * covariance + 0.64 * torch.eye(2, dtype=torch.float64), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        torch.cov(x_t.T), 0.36 * covariance + 0.64 * torch.eye(2, dtype=torch.float64), rtol=0.02, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", TARGETS)

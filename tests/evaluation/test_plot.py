@@ -64,16 +64,20 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip = ClipConfig(width=16, layers=1, heads=2, max_length=16, merges=8, patch_size=8, projection=8)
     tokenizer = train_tokenizer(PROMPTS, clip.merges, clip.max_length)
     text = from_clip(build_clip(clip, tokenizer, 32, 3), tokenizer)
-    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval())
+    codec = LatentCodec(
+        AutoencoderKL(AutoencoderConfig(channels=(8, 8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval()
+    )
     settings = configuration.build(DiffusionTrainingConfig, {"run": "run", "autoencoder": "run", "text": "run", **RUN})
     unet = UNet(settings.unet, 4, 4, 16)
     for parameter in unet.parameters():  # its last layer begins at 0
         parameter.data += 0.05 * torch.randn_like(parameter)
-    Pipeline(unet, ScheduleConfig("cosine"), "v", codec, text, 32, settings.sample, caption_dropout=0.1).save_pretrained(
-        folder / "run/model"
-    )
+    Pipeline(
+        unet, ScheduleConfig("cosine"), "v", codec, text, 32, settings.sample, caption_dropout=0.1
+    ).save_pretrained(folder / "run/model")
     configuration.save(settings, folder / "run/config.yaml")
-    pixels = Pipeline(UNet(settings.unet, 3, 3, None), ScheduleConfig(num_steps=20), "eps", None, None, 32, settings.sample)
+    pixels = Pipeline(
+        UNet(settings.unet, 3, 3, None), ScheduleConfig(num_steps=20), "eps", None, None, 32, settings.sample
+    )
     for name, source in (("pixels", "textures"), ("silent", "shapes")):
         pixels.save_pretrained(folder / name / "model")
         tree = {"run": name, "autoencoder": "none", "text": "none", **RUN, "data": {**RUN["data"], "source": source}}
@@ -104,7 +108,9 @@ def test_the_curves_are_the_schedules() -> None:
         expected = np.cumprod(1 - Schedule.from_config(ScheduleConfig(name, 50)).betas.numpy())
         np.testing.assert_allclose(bar, expected, rtol=1e-9)
         np.testing.assert_allclose(log_snr, np.log(expected / (1 - expected)), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(drawn[SCHEDULES.index("linear")][0], np.cumprod(1 - np.linspace(1e-4, 0.02, 50)), rtol=1e-9)
+    np.testing.assert_allclose(
+        drawn[SCHEDULES.index("linear")][0], np.cumprod(1 - np.linspace(1e-4, 0.02, 50)), rtol=1e-9
+    )
 
 
 def test_variants_stand_beside_their_schedule() -> None:
@@ -125,12 +131,20 @@ def test_equal_schedules_are_one_line_with_both_names() -> None:
 
 def test_a_strip_shows_one_noise_at_every_level() -> None:
     image, t = schedules.drawn_shape(), schedules.times(1000)
-    assert t.tolist() == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999] and schedules.times(4).tolist() == [0, 1, 2, 3]
+    assert t.tolist() == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999] and schedules.times(4).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     noises = []
     for name in ("linear", "cosine"):
         bar = np.cumprod(1 - Schedule.from_config(ScheduleConfig(name)).betas.numpy())[t.numpy()][:, None, None, None]
         noises.append(
-            (schedules.strip(Schedule.from_config(ScheduleConfig(name)), image, t).numpy() - np.sqrt(bar) * image.numpy())
+            (
+                schedules.strip(Schedule.from_config(ScheduleConfig(name)), image, t).numpy()
+                - np.sqrt(bar) * image.numpy()
+            )
             / np.sqrt(1 - bar)
         )
     together = np.concatenate(noises)
@@ -155,18 +169,27 @@ def test_the_forward_chain_of_a_two_stage_model(pipe: Pipeline) -> None:
     images, captions = chains.validation_images(DataConfig(source="shapes", image_size=32), 2)
     assert captions == [VALIDATION[0].text, VALIDATION[1].text]
     rows = chains.forward_chain(pipe, images, [100, 999], seed=0)
-    assert list(rows) == [chains.LATENT, chains.DECODED, chains.PIXELS] and {row.shape for row in rows.values()} == {(2, 3, 32, 32, 3)}
+    assert list(rows) == [chains.LATENT, chains.DECODED, chains.PIXELS] and {row.shape for row in rows.values()} == {
+        (2, 3, 32, 32, 3)
+    }
     assert np.array_equal(rows[chains.PIXELS][:, 0], np.stack([VALIDATION[0].image, VALIDATION[1].image]))
     assert pipe.codec is not None
     with torch.no_grad():
         there_and_back = pipe.codec.autoencoder(images)[0]
-    assert abs((there_and_back.clamp(-1, 1) + 1) * 127.5 - torch.from_numpy(rows[chains.DECODED][:, 0]).permute(0, 3, 1, 2)).max() <= 0.51
+    assert (
+        abs(
+            (there_and_back.clamp(-1, 1) + 1) * 127.5 - torch.from_numpy(rows[chains.DECODED][:, 0]).permute(0, 3, 1, 2)
+        ).max()
+        <= 0.51
+    )
     blocks = rows[chains.LATENT].reshape(2, 3, 8, 4, 8, 4, 3)
     assert (blocks == blocks[:, :, :, :1, :, :1]).all()  # one colour for each latent position
 
 
 def test_a_pixel_model_has_one_row(here: Path) -> None:
-    rows = chains.forward_chain(Pipeline.from_pretrained(here / "pixels", "cpu"), torch.zeros(1, 3, 32, 32), [0, 19], seed=0)
+    rows = chains.forward_chain(
+        Pipeline.from_pretrained(here / "pixels", "cpu"), torch.zeros(1, 3, 32, 32), [0, 19], seed=0
+    )
     assert [row.shape for row in rows.values()] == [(1, 3, 32, 32, 3)]
 
 
@@ -179,7 +202,9 @@ def test_the_reverse_chain_is_the_samplers(pipe: Pipeline, sampler: str) -> None
     assert pipe.codec is not None and torch.equal(pipe.codec.decode(chain.end), images)
     denoiser = pipe.denoiser(PROMPTS, settings)
     with torch.no_grad():
-        for t, x, x0 in zip(chain.t, chain.x, chain.x0, strict=True):  # the prediction stands under what it was made from
+        for t, x, x0 in zip(
+            chain.t, chain.x, chain.x0, strict=True
+        ):  # the prediction stands under what it was made from
             torch.testing.assert_close(denoiser(x, torch.tensor(t, dtype=torch.float64)).x0, x0, rtol=1e-4, atol=1e-4)
 
 
@@ -236,7 +261,10 @@ def redrawn(scale: float, captions: Sequence[str], numbers: Sequence[int]) -> It
 
 
 def swept(processes: Processes) -> tuple[list[sweep.Setting], np.ndarray]:
-    real = {text: np.stack([VALIDATION[i].image for i in where(text)[:4]]) for text in (VALIDATION.text(i) for i in range(3))}
+    real = {
+        text: np.stack([VALIDATION[i].image for i in where(text)[:4]])
+        for text in (VALIDATION.text(i) for i in range(3))
+    }
     return sweep.sweep(redrawn, [1.0, 2.0], real, 4, JUDGES["shapes"](32), processes)
 
 
@@ -304,7 +332,9 @@ def plot(*arguments: str | Path) -> int:
     return main(["plot", *map(str, arguments)])
 
 
-def test_every_plot_is_drawn(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_plot_is_drawn(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = here / "run"
     photo = tmp_path / "photo.png"
@@ -313,7 +343,18 @@ def test_every_plot_is_drawn(here: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert plot("schedules", run, "--names", "cosine", "--zero-terminal-snr", "--shift", "2", "--image", photo) == 0
     assert plot("forward", run, "--images", "2", "--times", "100", "0", "999") == 0
     assert plot("forward", here / "pixels", "--out", tmp_path / "forward.pdf") == 0
-    assert plot("reverse", run, *(word for prompt in PROMPTS for word in ("--prompt", prompt)), "--sampler", "ddim", "--steps", "9") == 0
+    assert (
+        plot(
+            "reverse",
+            run,
+            *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
+            "--sampler",
+            "ddim",
+            "--steps",
+            "9",
+        )
+        == 0
+    )
     assert plot("reverse", here / "pixels", "--columns", "2", "--out", tmp_path / "new/reverse.png") == 0
     assert plot("guidance", run, "--scales", "0", "1", "3", "--images", "9", "--steps", "1", "--seed", "4") == 0
     assert sorted(file.name for file in (run / "plots").iterdir()) == [
@@ -333,13 +374,22 @@ def test_every_plot_is_drawn(here: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_figures_of_a_sweep_are_those_of_the_pictures(here: Path, pipe: Pipeline, tmp_path: Path) -> None:
-    assert plot("guidance", here / "run", "--scales", "2", "--images", "9", "--steps", "1", "--out", tmp_path / "g.png") == 0
+    assert (
+        plot("guidance", here / "run", "--scales", "2", "--images", "9", "--steps", "1", "--out", tmp_path / "g.png")
+        == 0
+    )
     report = json.loads((tmp_path / "g.json").read_text())
-    assert (report["captions"], report["images_of_each"], report["images"]) == (2, 4, 8) and "root-mean-square" in report["diversity"]
+    assert (report["captions"], report["images_of_each"], report["images"]) == (
+        2,
+        4,
+        8,
+    ) and "root-mean-square" in report["diversity"]
     texts = [VALIDATION.text(0), VALIDATION.text(1)]
     captions = [text for text in texts for _ in range(4)]
     settings = dataclasses.replace(pipe.defaults, steps=1, guidance_scale=2.0)
-    images = np.stack([np.asarray(picture) for picture in pipe(captions, steps=1, guidance_scale=2.0)]).astype(float) / 255
+    images = (
+        np.stack([np.asarray(picture) for picture in pipe(captions, steps=1, guidance_scale=2.0)]).astype(float) / 255
+    )
     assert report["sampling"] == {k: v for k, v in to_dict(settings).items() if k != "guidance_scale"}
 
     def spread(group: np.ndarray) -> float:
@@ -382,7 +432,12 @@ def test_the_figures_of_a_sweep_are_those_of_the_pictures(here: Path, pipe: Pipe
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    here: Path, tmp_path: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"RUN": here / "run", "PIXELS": here / "pixels", "SILENT": here / "silent"}

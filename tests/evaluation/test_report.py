@@ -41,7 +41,25 @@ TRAIN = {
     "checkpoint_every": 6, "trackers": [],
 }  # fmt: skip
 VOID = {"meta", "img"}
-KNOWN = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "table", "tr", "td", "th", "nav", "a", "section", "div"}
+KNOWN = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "h3",
+    "table",
+    "tr",
+    "td",
+    "th",
+    "nav",
+    "a",
+    "section",
+    "div",
+}
 KNOWN |= {"figure", "figcaption", "img", "p", "ul", "ol", "li", "pre", "b"}
 
 
@@ -91,7 +109,9 @@ class Page(HTMLParser):
     def pictures(self, section: str) -> list[np.ndarray]:
         """The embedded pixels of a section, drawings left out."""
         found = (s.partition(",") for s in self.sources.get(section, []))
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for kind, _, data in found if "svg" not in kind]
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for kind, _, data in found if "svg" not in kind
+        ]
 
 
 def write(folder: Path, *arguments: str) -> Page:
@@ -124,11 +144,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip = {"width": 16, "layers": 1, "heads": 2, "max_length": 32, "merges": 8, "patch_size": 8, "projection": 8}
     trees: dict[str, dict[str, Any]] = {
         "autoencoder": {"model": model, "loss": loss},
-        "clip": {"model": clip, "data": {"source": "shapes-two", "image_size": 32, "size": 24}, "train": {**TRAIN, "steps": 2}},
-        "ldm": {"autoencoder": str(here / "autoencoder"), "text": "none", "unet": unet, "sample": {"steps": 2}, "prompts": [HOSTILE, "b"]},
+        "clip": {
+            "model": clip,
+            "data": {"source": "shapes-two", "image_size": 32, "size": 24},
+            "train": {**TRAIN, "steps": 2},
+        },
+        "ldm": {
+            "autoencoder": str(here / "autoencoder"),
+            "text": "none",
+            "unet": unet,
+            "sample": {"steps": 2},
+            "prompts": [HOSTILE, "b"],
+        },
     }
     for name, tree in trees.items():
-        (here / f"{name}.yaml").write_text(yaml.safe_dump({"run": str(here / name), "data": data, "train": TRAIN, **tree}))
+        (here / f"{name}.yaml").write_text(
+            yaml.safe_dump({"run": str(here / name), "data": data, "train": TRAIN, **tree})
+        )
         assert main([f"train-{name}", str(here / f"{name}.yaml")]) == 0
     return here
 
@@ -145,7 +177,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     def make(logged: list[dict[str, Any]] | None = None, status: dict[str, Any] | None = None, **settings: Any) -> Path:
         run = tmp_path / "run"
         (run / "samples").mkdir(parents=True)
-        tree = {"run": "x", "data": {"source": "shapes", "image_size": 32, "size": 8}, "autoencoder": "none", "text": "none", **settings}
+        tree = {
+            "run": "x",
+            "data": {"source": "shapes", "image_size": 32, "size": 8},
+            "autoencoder": "none",
+            "text": "none",
+            **settings,
+        }
         configuration.save(configuration.build(DiffusionTrainingConfig, tree), run / "config.yaml")
         if logged is not None:
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
@@ -184,8 +222,20 @@ def plotted(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[float], lis
 
 
 def test_every_section_is_there(pages: dict[str, Page]) -> None:
-    everything = ["curves", "pictures-over-time", "reconstructions", "figures", "throughput", "skipped-files", "configuration"]
-    for name, expected in {"autoencoder": everything, "ldm": everything, "clip": [s for s in everything if s != "reconstructions"]}.items():
+    everything = [
+        "curves",
+        "pictures-over-time",
+        "reconstructions",
+        "figures",
+        "throughput",
+        "skipped-files",
+        "configuration",
+    ]
+    for name, expected in {
+        "autoencoder": everything,
+        "ldm": everything,
+        "clip": [s for s in everything if s != "reconstructions"],
+    }.items():
         page = pages[name]
         assert [a["id"] for tag, a in page.elements if tag == "section"] == expected
         assert [a["href"] for tag, a in page.elements if tag == "a"] == [f"#{s}" for s in expected]
@@ -199,14 +249,18 @@ def test_the_head_says_what_run_this_is(pages: dict[str, Page], trained: Path) -
     assert rows["state"] == ["done"] and rows["updates"] == ["6 of 6"] and rows["global batch"] == ["4 images"]
     assert rows["wall time"] == [f"{status['seconds']:.1f} s, all resumes together"] and rows["model"] == ["exported"]
     weights = trained / "autoencoder/checkpoints/step-00000006"
-    counts = {n: sum(t.numel() for t in load_file(weights / f"model_{n}.safetensors").values()) for n in ("autoencoder", "discriminator")}
+    counts = {
+        n: sum(t.numel() for t in load_file(weights / f"model_{n}.safetensors").values())
+        for n in ("autoencoder", "discriminator")
+    }
     assert rows["parameters"] == [", ".join(f"{name} {count:,}" for name, count in counts.items())]
     assert [pages[n].rows("head")["command"][0] for n in ("clip", "ldm")] == ["ldm train-clip", "ldm train-ldm"]
     assert all(pages[n].rows("head")["model"] == ["exported"] for n in ("clip", "ldm"))
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(7.26, "7.3 s"), (59.96, "1 min 0 s"), (410.6, "6 min 51 s"), (3599.7, "1 h 0 min"), (9059, "2 h 30 min")]
+    ("seconds", "told"),
+    [(7.26, "7.3 s"), (59.96, "1 min 0 s"), (410.6, "6 min 51 s"), (3599.7, "1 h 0 min"), (9059, "2 h 30 min")],
 )
 def test_wall_time_is_readable(make_run: Callable[..., Path], seconds: float, told: str) -> None:
     run = make_run(status={"state": "done", "step": 1, "steps": 1, "seconds": seconds})
@@ -238,11 +292,16 @@ def test_whatever_training_logs_has_a_hint(pages: dict[str, Page], trained: Path
     assert all(HINTS[q] in pages[name].text["curves"] for q in logged - {"lpips", "loss_by_t"})
 
 
-def test_the_curves_are_the_lines_of_metrics_jsonl(trained: Path, plotted: dict[str, tuple[list[float], list[float]]]) -> None:
+def test_the_curves_are_the_lines_of_metrics_jsonl(
+    trained: Path, plotted: dict[str, tuple[list[float], list[float]]]
+) -> None:
     write(trained / "ldm", "--images", "0")
     logged = lines(trained / "ldm")
     for name in ("loss", "validation/loss", "lr", "grad_norm_unet", "updates_per_second"):
-        assert plotted[name] == ([line["step"] for line in logged if name in line], [line[name] for line in logged if name in line])
+        assert plotted[name] == (
+            [line["step"] for line in logged if name in line],
+            [line[name] for line in logged if name in line],
+        )
     assert plotted["validation/loss"][0] == [2, 4, 6] and "validation/loss_error" not in plotted
     by_t = {line["step"]: line["validation/loss_by_t"] for line in logged if "validation/loss_by_t" in line}
     for step in (2, 4, 6):
@@ -260,22 +319,31 @@ def test_the_first_the_middle_and_the_last_list_are_drawn(
 
 def test_training_and_validation_share_a_panel(trained: Path) -> None:
     found = {panel.quantity: panel for panel in panels.panels(record.scalar_series(lines(trained / "ldm")))}
-    assert list(found["loss"].lines) == ["loss", "validation/loss"] and list(found["loss"].errors) == ["validation/loss"]
+    assert list(found["loss"].lines) == ["loss", "validation/loss"] and list(found["loss"].errors) == [
+        "validation/loss"
+    ]
     assert "loss_error" not in found
     found = {panel.quantity: panel for panel in panels.panels(record.scalar_series(lines(trained / "autoencoder")))}
-    assert set(found["logits"].lines) == {"logits_real", "logits_fake"} and set(found["l1"].lines) == {"l1", "validation/l1"}
+    assert set(found["logits"].lines) == {"logits_real", "logits_fake"} and set(found["l1"].lines) == {
+        "l1",
+        "validation/l1",
+    }
     assert set(found["grad_norm"].lines) == {"grad_norm_autoencoder", "grad_norm_discriminator"}
     assert len(found["psnr_noise"].lines) == 3 and list(found["psnr"].lines) == ["validation/psnr"]
 
 
 @pytest.mark.parametrize("count", [5, 100])
-def test_the_standard_error_is_drawn_around_the_loss(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_the_standard_error_is_drawn_around_the_loss(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     bars: list[list[float]] = []
     bands: list[tuple[list[float], list[float]]] = []
     monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", lambda self, x, y, yerr, **_: bars.append(yerr))
     monkeypatch.setattr(matplotlib.axes.Axes, "fill_between", lambda self, x, low, high, **_: bands.append((low, high)))
     loss, error = [1 / k for k in range(1, count + 1)], [0.01 * k for k in range(1, count + 1)]
-    write(make_run([{"step": k + 1, "validation/loss": loss[k], "validation/loss_error": error[k]} for k in range(count)]))
+    write(
+        make_run([{"step": k + 1, "validation/loss": loss[k], "validation/loss_error": error[k]} for k in range(count)])
+    )
     if count == 5:
         assert bars == [error] and bands == []
     else:
@@ -288,7 +356,9 @@ def test_grids_come_in_order_of_updates(pages: dict[str, Page], trained: Path) -
     text = pages["autoencoder"].text["pictures-over-time"]
     assert re.findall(r"update (\d+) \(", text) == ["3", "6"]
     for step, shown in zip((3, 6), pages["autoencoder"].pictures("pictures-over-time"), strict=True):
-        np.testing.assert_array_equal(shown, np.asarray(Image.open(trained / f"autoencoder/samples/reconstructions-{step:08d}.png")))
+        np.testing.assert_array_equal(
+            shown, np.asarray(Image.open(trained / f"autoencoder/samples/reconstructions-{step:08d}.png"))
+        )
 
 
 def test_many_grids_are_thinned_evenly_first_and_last_kept(make_run: Callable[..., Path]) -> None:
@@ -341,7 +411,9 @@ def test_best_median_and_worst_are_what_they_are_called(pages: dict[str, Page], 
     n = len(decibels)
     order = sorted(range(n), key=lambda i: -decibels[i])
     text = pages[name].text["reconstructions"]
-    summary = re.search(r"of (\d+) validation images .* best (.+) dB, median (.+) dB, worst (.+) dB, mean (.+) dB\.", text)
+    summary = re.search(
+        r"of (\d+) validation images .* best (.+) dB, median (.+) dB, worst (.+) dB, mean (.+) dB\.", text
+    )
     assert summary is not None and int(summary[1]) == n and n > 18
     expected = [decibels[order[0]], float(np.median(decibels)), decibels[order[-1]], float(np.mean(decibels))]
     assert [float(v) for v in summary.groups()[1:]] == pytest.approx(expected, abs=0.0051)
@@ -373,7 +445,9 @@ def test_few_images_are_enough(exported: Path, images: int, shown: int) -> None:
 @pytest.mark.parametrize(
     ("damaged", "told"), [({1}, "of 3 validation images ranked"), ({0, 1, 2, 3}, "not one of 4 validation images can")]
 )
-def test_images_that_cannot_be_read_are_passed_over(exported: Path, monkeypatch: pytest.MonkeyPatch, damaged: set[int], told: str) -> None:
+def test_images_that_cannot_be_read_are_passed_over(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, damaged: set[int], told: str
+) -> None:
     whole = open_source(load_run(exported).data, "validation")
 
     class Damaged(type(whole)):  # type: ignore[misc]
@@ -385,21 +459,29 @@ def test_images_that_cannot_be_read_are_passed_over(exported: Path, monkeypatch:
     whole.__class__ = Damaged
     monkeypatch.setattr(reporting, "open_source", lambda data, split: whole)
     page = write(exported, "--images", "4")
-    assert told in page.text["reconstructions"] and len(page.pictures("reconstructions")) == (3 if len(damaged) == 1 else 0)
+    assert told in page.text["reconstructions"] and len(page.pictures("reconstructions")) == (
+        3 if len(damaged) == 1 else 0
+    )
 
 
-def test_reconstructions_that_are_not_there_are_one_sentence(trained: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_reconstructions_that_are_not_there_are_one_sentence(
+    trained: Path, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     run = make_run()
     assert "diffuses the pixels themselves" in write(run).text["reconstructions"]
     tree = configuration.to_dict(load_run(trained / "ldm"))
-    configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, "autoencoder": "gone"}), run / "config.yaml")
+    configuration.save(
+        configuration.build(DiffusionTrainingConfig, {**tree, "autoencoder": "gone"}), run / "config.yaml"
+    )
     assert "None: no autoencoder gone" in write(run).text["reconstructions"]
     data = {**tree["data"], "folder": str(tmp_path / "moved")}
     configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, "data": data}), run / "config.yaml")
     assert "None: no folder" in write(run).text["reconstructions"]
     (run / "config.yaml").write_text((trained / "autoencoder/config.yaml").read_text())
     page = write(run)
-    assert "let its training finish" in page.text["reconstructions"] and page.rows("head")["model"][0].startswith("not exported yet")
+    assert "let its training finish" in page.text["reconstructions"] and page.rows("head")["model"][0].startswith(
+        "not exported yet"
+    )
 
 
 # tables
@@ -409,7 +491,11 @@ def test_report_json_is_shown_with_its_intervals(make_run: Callable[..., Path]) 
     run = make_run()
     assert "Not evaluated yet" in write(run).text["figures"]
     share = {"accuracy": 0.875, "low": 0.75, "high": 0.9375, "n": 64}
-    told = {"judge": {"single": {"held_out": {"all": share}}}, "images": 64, "tuned_on_seen": [{"guidance_scale": 2.0, "all": 0.5}]}
+    told = {
+        "judge": {"single": {"held_out": {"all": share}}},
+        "images": 64,
+        "tuned_on_seen": [{"guidance_scale": 2.0, "all": 0.5}],
+    }
     (run / "report.json").write_text(json.dumps({**told, "autoencoder": {"psnr": 27.5}}))
     Image.new("RGB", (40, 30), "red").save(run / "samples.png")
     page = write(run)
@@ -441,7 +527,10 @@ def test_what_was_skipped_is_counted_grouped_and_listed(make_run: Callable[..., 
     page = write(run)
     text, listed = page.text["skipped-files"], page.tables["skipped-files"]
     assert "250 files were skipped" in text and "cannot be read: 3." in text and "50 more files are left out" in text
-    assert listed[1:3] == [["200", "truncated"], ["50", f"odd {HOSTILE}".replace("'x'", "'…'")]] and "more reasons" not in text
+    assert (
+        listed[1:3] == [["200", "truncated"], ["50", f"odd {HOSTILE}".replace("'x'", "'…'")]]
+        and "more reasons" not in text
+    )
     assert listed[4:] == [[row["file"], row["reason"]] for row in rows[:200]]
     (run / "skipped.jsonl").write_text("\n".join(json.dumps({"file": "a", "reason": f"no {i}"}) for i in range(25)))
     assert "5 more reasons are left out" in write(run).text["skipped-files"]
@@ -455,13 +544,18 @@ def test_a_file_name_that_is_no_text_can_be_written(make_run: Callable[..., Path
 
 def test_the_configuration_is_there_word_for_word(pages: dict[str, Page], trained: Path) -> None:
     for name, page in pages.items():
-        assert page.text["configuration"].strip() == "Configuration\n" + (trained / name / "config.yaml").read_text().strip()
+        assert (
+            page.text["configuration"].strip()
+            == "Configuration\n" + (trained / name / "config.yaml").read_text().strip()
+        )
 
 
 # what is null
 
 
-def test_nulls_are_gaps_counted_and_named(make_run: Callable[..., Path], plotted: dict[str, tuple[list[float], list[float]]]) -> None:
+def test_nulls_are_gaps_counted_and_named(
+    make_run: Callable[..., Path], plotted: dict[str, tuple[list[float], list[float]]]
+) -> None:
     logged = [{"step": k, "loss": None if k in (3, 4, 7) else k / 10, "validation/lpips": None} for k in range(1, 9)]
     logged[-1]["validation/loss_by_t"] = [None, *[0.5] * 9]
     text = write(make_run(logged)).text["curves"]
@@ -476,7 +570,9 @@ def test_nulls_are_gaps_counted_and_named(make_run: Callable[..., Path], plotted
 def test_a_run_of_nulls_alone_and_values_of_other_kinds(
     make_run: Callable[..., Path], plotted: dict[str, tuple[list[float], list[float]]]
 ) -> None:
-    page = write(make_run([{"step": 1, "loss": None, "note": "text", "flag": True, "validation/loss_by_t": [None] * 10}]))
+    page = write(
+        make_run([{"step": 1, "loss": None, "note": "text", "flag": True, "validation/loss_by_t": [None] * 10}])
+    )
     assert "loss: null in all 1 lines" in page.text["curves"] and page.rows("figures")["flag"] == ["true", "1"]
     assert plotted.keys() == {"update 1"}
 
@@ -489,7 +585,11 @@ def test_thinning_keeps_ends_extremes_and_gaps(seed: int) -> None:
     thinned = thin(points, 600)
     assert len(thinned) <= 900 and thinned[0] == points[0] and thinned[-1] == points[-1]
     assert {points[7777], points[12_345]} <= set(thinned) and [p[0] for p in thinned] == sorted(p[0] for p in thinned)
-    assert all(any(a <= k < a + 67 and math.isnan(v) for k, v in thinned) for a in range(0, 20_000, 67) if _gap(points[a : a + 67]))
+    assert all(
+        any(a <= k < a + 67 and math.isnan(v) for k, v in thinned)
+        for a in range(0, 20_000, 67)
+        if _gap(points[a : a + 67])
+    )
     assert thin(points[:600], 600) == points[:600]
 
 
@@ -534,14 +634,20 @@ def test_whatever_comes_from_files_is_text(make_run: Callable[..., Path], pages:
     page = write(hostile)
     assert "<b>run&" in page.text["head"] and page.rows("head")["state"] == [HOSTILE]
     assert page.rows("figures")[HOSTILE][0] == HOSTILE and page.rows("skipped-files")[HOSTILE] == [f"because {HOSTILE}"]
-    assert page.text["pictures-over-time"].count(HOSTILE) == 1 and "<script>-00000001.png" in page.text["pictures-over-time"]
+    assert (
+        page.text["pictures-over-time"].count(HOSTILE) == 1
+        and "<script>-00000001.png" in page.text["pictures-over-time"]
+    )
     for one in (page, *pages.values()):  # the captions of the trained runs are hostile too
         assert {tag for tag, _ in one.elements} <= KNOWN and one.text["configuration"].startswith("Configuration")
         assert all(
             set(a) <= {"class", "id", "href", "src", "alt", "width", "charset", "name", "content", "http-equiv", "lang"}
             for _, a in one.elements
         )
-    assert HOSTILE[:40] in pages["autoencoder"].text["reconstructions"] and HOSTILE in pages["ldm"].text["pictures-over-time"]
+    assert (
+        HOSTILE[:40] in pages["autoencoder"].text["reconstructions"]
+        and HOSTILE in pages["ldm"].text["pictures-over-time"]
+    )
 
 
 def test_text_is_escaped_and_markup_is_not() -> None:
@@ -552,7 +658,22 @@ def test_text_is_escaped_and_markup_is_not() -> None:
 
 def test_a_long_run_with_large_pictures_stays_small(make_run: Callable[..., Path]) -> None:
     random_ = np.random.default_rng(0)
-    names = ("loss", "l1", "kl", "grad_norm_a", "grad_norm_b", "lr", "a", "b", "c", "d", "e", "f", "validation/loss", "validation/kl")
+    names = (
+        "loss",
+        "l1",
+        "kl",
+        "grad_norm_a",
+        "grad_norm_b",
+        "lr",
+        "a",
+        "b",
+        "c",
+        "d",
+        "e",
+        "f",
+        "validation/loss",
+        "validation/kl",
+    )
     values = np.abs(random_.normal(1, 0.2, (3000, len(names))))
     run = make_run([{"step": k + 1, **dict(zip(names, map(float, row), strict=True))} for k, row in enumerate(values)])
     noise = Image.fromarray(random_.integers(0, 256, (512, 2048, 3), dtype=np.uint8))
@@ -575,20 +696,29 @@ def test_the_same_run_gives_the_same_bytes(trained: Path, tmp_path: Path) -> Non
 
 def test_a_run_that_has_only_begun(make_run: Callable[..., Path]) -> None:
     page = write(make_run(train={"steps": 40}))
-    assert page.rows("head")["state"] == ["no status yet: nothing has been logged"] and page.rows("head")["updates"] == ["0 of 40"]
+    assert page.rows("head")["state"] == ["no status yet: nothing has been logged"] and page.rows("head")[
+        "updates"
+    ] == ["0 of 40"]
     assert "No figures yet: the first come after update 40." in page.text["curves"]
     assert "None yet: the first come after update 40." in page.text["pictures-over-time"]
     assert (
-        "No figures yet." in page.text["figures"] and "throughput" not in page.text and "Nothing was skipped" in page.text["skipped-files"]
+        "No figures yet." in page.text["figures"]
+        and "throughput" not in page.text
+        and "Nothing was skipped" in page.text["skipped-files"]
     )
-    assert page.rows("head")["model"] == ["not exported yet: that follows the last update"] and "parameters" not in page.rows("head")
+    assert page.rows("head")["model"] == [
+        "not exported yet: that follows the last update"
+    ] and "parameters" not in page.rows("head")
 
 
 @pytest.mark.parametrize(
-    ("state", "told"), [("running", "running (or killed"), ("interrupted", "interrupted and saved"), ("failed", "failed: ")]
+    ("state", "told"),
+    [("running", "running (or killed"), ("interrupted", "interrupted and saved"), ("failed", "failed: ")],
 )
 def test_a_run_that_is_not_done(make_run: Callable[..., Path], state: str, told: str) -> None:
-    run = make_run([{"step": 5, "loss": 0.5}], {"state": state, "step": 7, "steps": 40, "seconds": 3.0}, train={"steps": 40})
+    run = make_run(
+        [{"step": 5, "loss": 0.5}], {"state": state, "step": 7, "steps": 40, "seconds": 3.0}, train={"steps": 40}
+    )
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 10, "lo')  # torn by a kill
     page = write(run)
@@ -620,7 +750,11 @@ def test_an_older_export_is_called_one(exported: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_left(
-    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    make_run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     run = make_run()
     monkeypatch.chdir(run.parent)
@@ -633,7 +767,12 @@ def test_what_is_wrong_is_one_line_and_nothing_is_left(
     before = sorted(Path().rglob("*"))
     assert main(["report", *arguments]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("ldm report: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert (
+        captured.out == ""
+        and captured.err.startswith("ldm report: ")
+        and captured.err.count("\n") == 1
+        and message in captured.err
+    )
     assert sorted(Path().rglob("*")) == before
 
 

@@ -57,7 +57,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 KINDS = st.lists(
     st.tuples(
-        st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 4), max_size=3), st.sampled_from(list(LAYOUTS)), st.booleans()
+        st.sampled_from(list(DTYPES.values())),
+        st.lists(st.integers(0, 4), max_size=3),
+        st.sampled_from(list(LAYOUTS)),
+        st.booleans(),
     ),
     min_size=1,
     max_size=5,
@@ -107,7 +110,9 @@ def test_what_we_write_both_libraries_read(folder: Path, kinds: Any, shard: int 
     metadata = {"ldm": '{"é": 1}', "about": "x"}
     file = write_tensors(folder / "a.safetensors", tensors, metadata, shard)
     archive = open_archive(find_weights(folder, "a"))
-    assert same(archive.tensors, tensors) and archive.metadata == {"format": "pt", **metadata} and archive.files[0] == file
+    assert (
+        same(archive.tensors, tensors) and archive.metadata == {"format": "pt", **metadata} and archive.files[0] == file
+    )
     theirs: Tensors = {}
     for part in archive.files[len(archive.files) > 1 :]:
         theirs |= safetensors.torch.load_file(part)
@@ -116,14 +121,18 @@ def test_what_we_write_both_libraries_read(folder: Path, kinds: Any, shard: int 
     assert all(tensor_hash(tensor) == tensor_hash(tensors[name]) for name, tensor in archive.tensors.items())
     written = {part.name: part.read_bytes() for part in archive.files}
     write_tensors(folder / "b/a.safetensors", dict(reversed(tensors.items())), dict(reversed(metadata.items())), shard)
-    assert written == {part.name: part.read_bytes() for part in (folder / "b").iterdir()}  # the content alone decides, and nothing is left
+    assert written == {
+        part.name: part.read_bytes() for part in (folder / "b").iterdir()
+    }  # the content alone decides, and nothing is left
     assert {part.name for part in folder.glob("a*")} - {"a.ckpt"} == written.keys()
 
 
 @settings(max_examples=25, deadline=None)
 @given(kinds=KINDS)
 def test_what_safetensors_wrote(folder: Path, kinds: Any) -> None:
-    tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in make(kinds).items()}
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in make(kinds).items()
+    }
     safetensors.torch.save_file(tensors, folder / "s.safetensors", {"format": "pt"})
     assert same(open_archive(folder / "s.safetensors").tensors, tensors)
     if len({tensor.dtype for tensor in tensors.values()}) == 1:
@@ -142,7 +151,9 @@ def test_a_file_that_does_not_align_its_tensors(tmp_path: Path) -> None:
         assert mapped.data_ptr() % 8 == pad
         torch.testing.assert_close(torch.nn.functional.conv2d(image, mapped), torch.nn.functional.conv2d(image, weight))
         torch.testing.assert_close(mapped.flatten(1) @ weight.flatten(1).T, weight.flatten(1) @ weight.flatten(1).T)
-        assert torch.equal(mapped.half().softmax(1), weight.half().softmax(1)) and tensor_hash(mapped) == tensor_hash(weight)
+        assert torch.equal(mapped.half().softmax(1), weight.half().softmax(1)) and tensor_hash(mapped) == tensor_hash(
+            weight
+        )
 
 
 def test_hash() -> None:
@@ -268,10 +279,22 @@ def test_which_weights_are_taken(tmp_path: Path) -> None:
     def found(variant: str | None = None, stem: str = "m") -> str:
         return find_weights(tmp_path, stem, variant).name
 
-    there("m.safetensors", "m.bin", "m.fp16.safetensors", "m.non_ema.safetensors", "m-00001-of-00002.safetensors", "config.json")
-    assert (found(), found("fp16"), found("non_ema")) == ("m.safetensors", "m.fp16.safetensors", "m.non_ema.safetensors")
+    there(
+        "m.safetensors",
+        "m.bin",
+        "m.fp16.safetensors",
+        "m.non_ema.safetensors",
+        "m-00001-of-00002.safetensors",
+        "config.json",
+    )
+    assert (found(), found("fp16"), found("non_ema")) == (
+        "m.safetensors",
+        "m.fp16.safetensors",
+        "m.non_ema.safetensors",
+    )
     with pytest.raises(
-        FolderError, match=r"no weights variant ema of m.safetensors: there is the plain one, variant fp16, variant non_ema"
+        FolderError,
+        match=r"no weights variant ema of m.safetensors: there is the plain one, variant fp16, variant non_ema",
     ):
         found("ema")
     there("m.fp16.safetensors", "m.non_ema.safetensors")
@@ -384,7 +407,9 @@ def test_a_damaged_safetensors_file(tmp_path: Path, data: bytes, words: str) -> 
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(FolderError) as error:
         open_archive(tmp_path / "m.safetensors")
-    assert words in str(error.value) and "m.safetensors" in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert words in str(error.value) and "m.safetensors" in str(error.value) and "\n" not in str(error.value), str(
+        error.value
+    )
 
 
 @settings(max_examples=120, deadline=None)
@@ -394,7 +419,11 @@ def test_a_damaged_safetensors_file(tmp_path: Path, data: bytes, words: str) -> 
 )
 def test_safetensors_of_other_bytes(folder: Path, edits: list[tuple[float, int]], cut: float | None) -> None:
     """We take nothing that their library refuses, and read the same where both take it."""
-    tensors = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.arange(3, dtype=torch.int64), "none": torch.zeros(0, 2)}
+    tensors = {
+        "weight": torch.arange(6.0).view(2, 3),
+        "bias": torch.arange(3, dtype=torch.int64),
+        "none": torch.zeros(0, 2),
+    }
     data = bytearray(safetensors.torch.save(tensors, {"format": "pt"}))
     header = int.from_bytes(data[:8], "little") + 8
     for place, byte in edits:
@@ -457,7 +486,11 @@ def test_a_torch_file_cut_or_changed_anywhere(tmp_path: Path, is_zip: bool) -> N
     if not is_zip:
         with pytest.raises(FolderError, match="1 bytes too long"):
             open_archive(file)
-    own = [place for place in (data.find(bits(tensor)[2]) for tensor in tensors.values()) for place in range(place, place + 48)]
+    own = [
+        place
+        for place in (data.find(bits(tensor)[2]) for tensor in tensors.values())
+        for place in range(place, place + 48)
+    ]
     generator = torch.Generator().manual_seed(0)
     for place in torch.randperm(len(data), generator=generator)[:120].tolist():
         changed = bytearray(data)
@@ -579,7 +612,10 @@ def test_tensors_that_repeat_the_same_bytes_are_bounded(tmp_path: Path) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(is_zip=st.booleans(), edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=3)), min_size=1, max_size=4))
+@given(
+    is_zip=st.booleans(),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=3)), min_size=1, max_size=4),
+)
 def test_torch_files_of_other_bytes(folder: Path, is_zip: bool, edits: list[tuple[float, bytes]]) -> None:
     file = folder / "fuzz.ckpt"
     save(file, is_zip)

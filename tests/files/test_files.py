@@ -15,12 +15,19 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 
 
 def test_lines_end_at_line_ends_alone() -> None:
-    assert lines("one\u2028still one\x0c\x85\r\ntwo\rthree\n\nfive") == ["one\u2028still one\x0c\x85", "two", "three", "", "five"]
+    assert lines("one\u2028still one\x0c\x85\r\ntwo\rthree\n\nfive") == [
+        "one\u2028still one\x0c\x85",
+        "two",
+        "three",
+        "",
+        "five",
+    ]
     assert lines("") == [] and lines("a\n") == ["a"]
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"), [(b"fine\ncaf\xe9\n", "line 2 is not UTF-8 (byte 0xe9): save it as UTF-8"), ("a".encode("utf-16"), "is UTF-16")]
+    ("content", "fault"),
+    [(b"fine\ncaf\xe9\n", "line 2 is not UTF-8 (byte 0xe9): save it as UTF-8"), ("a".encode("utf-16"), "is UTF-16")],
 )
 def test_another_encoding_is_named(tmp_path: Path, content: bytes, fault: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -48,7 +55,10 @@ def test_what_a_shell_passes_through_a_pipe_is_read() -> None:
 def test_a_link_to_itself_has_a_place(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "link").symlink_to("folder")
-    assert resolved(tmp_path / "loop") == tmp_path.resolve() / "loop" and resolved(tmp_path / "link") == tmp_path.resolve() / "folder"
+    assert (
+        resolved(tmp_path / "loop") == tmp_path.resolve() / "loop"
+        and resolved(tmp_path / "link") == tmp_path.resolve() / "folder"
+    )
 
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,11 @@ from ldm.files.tensors.pickled import Placeholder
 from ldm.files.tensors.unpickle import LIMIT, Unpickler
 
 ROOT = Path(__file__).resolve().parents[2]
-LEGACY = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}]
+LEGACY = [
+    0x1950A86A20F9469CFC6C,
+    1001,
+    {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
+]
 
 
 def load(data: bytes) -> Any:
@@ -46,7 +50,11 @@ def plant(file: Path, data: bytes, legacy: bool = False, **storages: bytes) -> P
         file.write_bytes(b"".join(pickle.dumps(value, 2) for value in LEGACY) + data + pickle.dumps([], 2))
         return file
     with zipfile.ZipFile(file, "w") as archive:
-        for name, content in {"data.pkl": data, "byteorder": b"little", **{f"data/{k}": v for k, v in storages.items()}}.items():
+        for name, content in {
+            "data.pkl": data,
+            "byteorder": b"little",
+            **{f"data/{k}": v for k, v in storages.items()},
+        }.items():
             archive.writestr(f"archive/{name}", content)
     return file
 
@@ -56,14 +64,18 @@ def refused(data: bytes, tmp_path: Path, *words: str) -> None:
     for legacy in (False, True):
         with pytest.raises(FolderError) as error:
             open_archive(plant(tmp_path / "model.ckpt", data, legacy))
-        assert all(word in str(error.value) for word in ("model.ckpt", *words)) and "\n" not in str(error.value), str(error.value)
+        assert all(word in str(error.value) for word in ("model.ckpt", *words)) and "\n" not in str(error.value), str(
+            error.value
+        )
 
 
 # what is read
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(-(2**50), 2**50), inner) | st.lists(inner).map(tuple),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text() | st.integers(-(2**50), 2**50), inner) | st.lists(inner).map(tuple)
+    ),
     max_leaves=12,
 )
 
@@ -71,7 +83,9 @@ PLAIN = st.recursive(
 @settings(max_examples=80, deadline=None)
 @given(value=PLAIN, protocol=st.sampled_from([2, 3, 4, 5]))
 def test_plain_values_are_those_of_python(value: Any, protocol: int) -> None:
-    def without_empty_bytes(x: Any) -> Any:  # protocol 2 calls bytes() for them: a placeholder, as any other type of Python
+    def without_empty_bytes(
+        x: Any,
+    ) -> Any:  # protocol 2 calls bytes() for them: a placeholder, as any other type of Python
         if x == b"" and protocol == 2:
             return b"?"
         if isinstance(x, (list, tuple)):
@@ -95,7 +109,9 @@ def test_containers_and_numbers_of_numpy(protocol: int) -> None:
     recursive.append(recursive)
     read = load(pickle.dumps(recursive, protocol))
     assert read[1] is read
-    others = load(pickle.dumps({"set": {1, 2}, "frozen": frozenset({3}), "none": type(None), "array": np.zeros(3)}, protocol))
+    others = load(
+        pickle.dumps({"set": {1, 2}, "frozen": frozenset({3}), "none": type(None), "array": np.zeros(3)}, protocol)
+    )
     assert all(isinstance(other, Placeholder) for other in others.values())
 
 
@@ -142,7 +158,10 @@ def test_a_checkpoint_of_lightning(tmp_path: Path, is_zip: bool, protocol: int) 
     with pytest.MonkeyPatch.context() as patch:
         lightning = _Lightning(patch)
         callback = lightning.make(
-            "pytorch_lightning.callbacks.model_checkpoint", best_model_score=torch.tensor(0.3), dirpath=Path("logs"), modes={"min", "max"}
+            "pytorch_lightning.callbacks.model_checkpoint",
+            best_model_score=torch.tensor(0.3),
+            dirpath=Path("logs"),
+            modes={"min", "max"},
         )
         about = lightning.make("omegaconf.base", ref_type=typing.Any, object_type=dict, optional=True, key=None)
         node = lightning.make("omegaconf.nodes", _metadata=about, _val=1e-4)
@@ -155,8 +174,13 @@ def test_a_checkpoint_of_lightning(tmp_path: Path, is_zip: bool, protocol: int) 
             "global_step": np.int64(470000),
             "pytorch-lightning_version": "1.4.2",
             "state_dict": network.state_dict(),
-            "callbacks": {type(callback): {"monitor": "val/loss", "best_model_score": np.float64(0.25)}, "other": callback},
-            "optimizer_states": [{"state": moments, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1, 2, 3]}]}],
+            "callbacks": {
+                type(callback): {"monitor": "val/loss", "best_model_score": np.float64(0.25)},
+                "other": callback,
+            },
+            "optimizer_states": [
+                {"state": moments, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1, 2, 3]}]}
+            ],
             "lr_schedulers": [{"base_lrs": [1e-4], "lr_lambdas": [{}], "_last_lr": np.ones(2)}],
             "hyper_parameters": hyper,
             "options": collections.defaultdict(dict, a={"device": torch.device("cpu"), "dtype": torch.float16}),
@@ -210,7 +234,9 @@ def beside() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", beside())
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_what_trainers_keep_beside_their_weights_is_swallowed(tmp_path: Path, name: str, protocol: int, monkeypatch: Any) -> None:
+def test_what_trainers_keep_beside_their_weights_is_swallowed(
+    tmp_path: Path, name: str, protocol: int, monkeypatch: Any
+) -> None:
     things = beside()[name]
     monkeypatch.setattr(Structured, "__module__", "__main__")  # where a training script has it
     monkeypatch.setattr(sys.modules["__main__"], "Structured", Structured, raising=False)
@@ -226,10 +252,17 @@ def test_what_trainers_keep_beside_their_weights_is_swallowed(tmp_path: Path, na
 def test_tensors_of_other_classes_are_tensors(tmp_path: Path) -> None:
     marked = torch.ones(2)
     marked.remark = "an attribute"  # type: ignore[attr-defined]
-    weights = {"p": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Buffer(torch.zeros(2)), "m": marked, "c": torch.ones(2) * 1j}
+    weights = {
+        "p": torch.nn.Parameter(torch.ones(3)),
+        "b": torch.nn.Buffer(torch.zeros(2)),
+        "m": marked,
+        "c": torch.ones(2) * 1j,
+    }
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     found = open_archive(tmp_path / "a.ckpt").tensors
-    assert all(torch.equal(found[name], tensor) and type(found[name]) is torch.Tensor for name, tensor in weights.items())
+    assert all(
+        torch.equal(found[name], tensor) and type(found[name]) is torch.Tensor for name, tensor in weights.items()
+    )
 
 
 def test_a_placeholder_among_the_weights(tmp_path: Path) -> None:
@@ -273,8 +306,14 @@ def payloads(sentinel: Path) -> dict[str, tuple[bytes, str]]:
         "open": (pickle.dumps(Run(open, str(sentinel), "w"), 2), "open"),
         "among the weights": (in_dict, "builtins.eval"),
         "a key": (pickle.dumps({"state_dict": {}, "x": {(1, Run(eval, write)): 2}}, 2), "builtins.eval"),
-        "getattr": (b"\x80\x02c__builtin__\ngetattr\ncos\nsystem\n" + text("__call__") + b"\x86R" + call + b".", "builtins.getattr"),
-        "dotted": (b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93" + call + b".", "torch.serialization.os.system"),
+        "getattr": (
+            b"\x80\x02c__builtin__\ngetattr\ncos\nsystem\n" + text("__call__") + b"\x86R" + call + b".",
+            "builtins.getattr",
+        ),
+        "dotted": (
+            b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93" + call + b".",
+            "torch.serialization.os.system",
+        ),
         "dotted in a known module": (
             b"\x80\x04\x8c\x0ctorch._utils\x8c\x11logging.os.system\x93" + call + b".",
             "torch._utils.logging.os.system",
@@ -314,7 +353,13 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
     assert pickle.loads(build(victim)) is Archive and Archive.planted == 1  # type: ignore[attr-defined]
     del Archive.planted  # type: ignore[attr-defined]
     refused(build(victim), tmp_path, "ldm.files.tensors.archive.Archive")
-    for target in (b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"]", b"K\x01"):
+    for target in (
+        b"ctorch\nFloatStorage\n",
+        b"ccollections\nOrderedDict\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"]",
+        b"K\x01",
+    ):
         refused(build(target), tmp_path, "a state set in a")
     refused(b"\x80\x02cnumpy\ndtype\n" + text("f8") + b"\x85R(K\x03" + text(">") + b"tb.", tmp_path, "byte order")
 
@@ -371,13 +416,20 @@ def test_what_no_weights_need_is_refused(tmp_path: Path, data: bytes, words: str
 def test_bombs(tmp_path: Path) -> None:
     bombs = {
         "an index of the memo": b"\x80\x02}r\xff\xff\xff\x7f.",
-        "a list of a list": b"\x80\x02]q\x00" + b"".join(b"](" + bytes([104, i]) * 9 + b"eq" + bytes([i + 1]) for i in range(40)) + b"0}.",
+        "a list of a list": b"\x80\x02]q\x00"
+        + b"".join(b"](" + bytes([104, i]) * 9 + b"eq" + bytes([i + 1]) for i in range(40))
+        + b"0}.",
     }
     for data in bombs.values():
         assert load(data) in ({}, [])  # in no more memory than they are long
     deep = b"\x80\x02}N" + b"\x85" * 30_000 + b"K\x01s."  # hashing such a tuple ends the process
     repeated = (
-        b"\x80\x02" + text("x" * 2**20) + b"q\x000c_codecs\nencode\nq\x010" + text("latin1") + b"q\x020(" + b"h\x01h\x00h\x02\x86R" * 100
+        b"\x80\x02"
+        + text("x" * 2**20)
+        + b"q\x000c_codecs\nencode\nq\x010"
+        + text("latin1")
+        + b"q\x020("
+        + b"h\x01h\x00h\x02\x86R" * 100
     )
     with pytest.raises(FolderError, match="a key that is a tuple"):
         load(deep)
@@ -390,14 +442,23 @@ def test_bombs(tmp_path: Path) -> None:
 def good(tmp_path: Path) -> tuple[bytes, bytes]:
     """The pickle and the storage of a small file of torch.save."""
     if not (tmp_path / "good.pt").exists():
-        torch.save({"state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(6.0)[1:4]}, "global_step": 3}, tmp_path / "good.pt")
+        torch.save(
+            {"state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(6.0)[1:4]}, "global_step": 3},
+            tmp_path / "good.pt",
+        )
     with zipfile.ZipFile(tmp_path / "good.pt") as archive:
         return archive.read("good/data.pkl"), archive.read("good/data/0")
 
 
 @settings(max_examples=150, deadline=None)
-@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.booleans()), min_size=1, max_size=4))
-def test_a_pickle_with_other_bytes(tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, int, bool]]) -> None:
+@given(
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.booleans()), min_size=1, max_size=4
+    )
+)
+def test_a_pickle_with_other_bytes(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, int, bool]]
+) -> None:
     """With the checksum put right: an error of ours, or tensors that lie in the file."""
     folder = tmp_path_factory.getbasetemp()
     original, storage = good(folder)
@@ -419,4 +480,6 @@ def test_a_pickle_with_other_bytes(tmp_path_factory: pytest.TempPathFactory, edi
 def test_the_reader_imports_nothing() -> None:
     """Not even Python's own reader of pickles, but for what torch brings."""
     for name in ("unpickle", "pickled", "torchfile", "archive"):
-        assert "pickle\n" not in (ROOT / f"ldm/files/tensors/{name}.py").read_text().replace("from ldm.files.tensors.unpickle", "")
+        assert "pickle\n" not in (ROOT / f"ldm/files/tensors/{name}.py").read_text().replace(
+            "from ldm.files.tensors.unpickle", ""
+        )

@@ -17,7 +17,16 @@ from diffusers.loaders import single_file_utils
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.single_files import openclip_file, prefixed, published, scheduler, text_config, text_part, unet_part, vae_part
+from support.single_files import (
+    openclip_file,
+    prefixed,
+    published,
+    scheduler,
+    text_config,
+    text_part,
+    unet_part,
+    vae_part,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -57,7 +66,10 @@ def same(a: Bundle, b: Bundle) -> bool:
     for name, part in a.parts.items():
         other = b.parts[name]
         assert part.tensors.keys() == other.tensors.keys()
-        assert all(t.dtype == other.tensors[key].dtype and torch.equal(t, other.tensors[key]) for key, t in part.tensors.items())
+        assert all(
+            t.dtype == other.tensors[key].dtype and torch.equal(t, other.tensors[key])
+            for key, t in part.tensors.items()
+        )
         assert part.config == other.config, name
     return (a.scheduler, a.tokenizer, a.extra) == (b.scheduler, b.tokenizer, b.extra)
 
@@ -104,7 +116,10 @@ UNET_NAMES = {  # of the published Stable Diffusion 1.5: name there, name in dif
 VAE_NAMES = {
     "encoder.conv_in.weight": ("encoder.conv_in.weight", (128, 3, 3, 3)),
     "encoder.down.0.block.1.norm2.weight": ("encoder.down_blocks.0.resnets.1.norm2.weight", (128,)),
-    "encoder.down.1.block.0.nin_shortcut.weight": ("encoder.down_blocks.1.resnets.0.conv_shortcut.weight", (256, 128, 1, 1)),
+    "encoder.down.1.block.0.nin_shortcut.weight": (
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+        (256, 128, 1, 1),
+    ),
     "encoder.down.2.downsample.conv.weight": ("encoder.down_blocks.2.downsamplers.0.conv.weight", (512, 512, 3, 3)),
     "encoder.mid.block_2.conv1.weight": ("encoder.mid_block.resnets.1.conv1.weight", (512, 512, 3, 3)),
     "encoder.mid.attn_1.norm.weight": ("encoder.mid_block.attentions.0.group_norm.weight", (512,)),
@@ -116,7 +131,10 @@ VAE_NAMES = {
     "encoder.conv_out.weight": ("encoder.conv_out.weight", (8, 512, 3, 3)),
     "decoder.up.3.block.2.conv2.weight": ("decoder.up_blocks.0.resnets.2.conv2.weight", (512, 512, 3, 3)),
     "decoder.up.3.upsample.conv.weight": ("decoder.up_blocks.0.upsamplers.0.conv.weight", (512, 512, 3, 3)),
-    "decoder.up.1.block.0.nin_shortcut.weight": ("decoder.up_blocks.2.resnets.0.conv_shortcut.weight", (256, 512, 1, 1)),
+    "decoder.up.1.block.0.nin_shortcut.weight": (
+        "decoder.up_blocks.2.resnets.0.conv_shortcut.weight",
+        (256, 512, 1, 1),
+    ),
     "decoder.up.0.block.0.nin_shortcut.bias": ("decoder.up_blocks.3.resnets.0.conv_shortcut.bias", (128,)),
     "decoder.norm_out.bias": ("decoder.conv_norm_out.bias", (128,)),
     "quant_conv.weight": ("quant_conv.weight", (8, 8, 1, 1)),
@@ -161,7 +179,9 @@ def test_names_and_shapes_of_stable_diffusion_1() -> None:
 
 
 def test_names_of_stable_diffusion_2() -> None:
-    config = unet_to_diffusers(UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024, 96)
+    config = unet_to_diffusers(
+        UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024, 96
+    )
     vocabulary = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 77}
     text = {**text_config(1024, 23, 16, "gelu", 4096), **vocabulary}
     tensors, _ = to_compvis(published(config, text), openclip=True)
@@ -181,10 +201,16 @@ def test_names_of_stable_diffusion_2() -> None:
         assert tuple(tensors["cond_stage_model.model." + name].shape) == shape, name
     assert size(tensors, "cond_stage_model.") == (4 + 23 * 12, 340_387_840)
     read = from_compvis(tensors, hints=Hints(prediction="v"))
-    assert read.parts[UNET].config == config and read.parts[TEXT].config == text and read.scheduler["prediction_type"] == "v_prediction"
+    assert (
+        read.parts[UNET].config == config
+        and read.parts[TEXT].config == text
+        and read.scheduler["prediction_type"] == "v_prediction"
+    )
     base = from_compvis(tensors, hints=Hints(prediction="eps"))
     assert (base.parts[UNET].config["sample_size"], base.scheduler["prediction_type"]) == (64, "epsilon")
-    assert base.parts[UNET].config["upcast_attention"] is False  # as published, which v2.1 (768) needs in half precision
+    assert (
+        base.parts[UNET].config["upcast_attention"] is False
+    )  # as published, which v2.1 (768) needs in half precision
 
 
 # ---------------------------------------------------------------- diffusers reads ours
@@ -192,14 +218,23 @@ def test_names_of_stable_diffusion_2() -> None:
 STRUCTURES = {
     "sd1": SD1,
     "sd2": SD2,
-    "inpainting": unet_to_diffusers(UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768, 64),
+    "inpainting": unet_to_diffusers(
+        UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768, 64
+    ),
     "vector": unet_to_diffusers(
-        UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)), 4, 4, 768, 64
+        UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)),
+        4,
+        4,
+        768,
+        64,
     ),
     "attention elsewhere": unet_to_diffusers(
         UNetConfig((32, 32, 64, 64), attention_levels=(1, 3), layers_per_level=1, heads=(2, 4, 8, 1)), 4, 4, 20, 64
     ),
-    "classes": {**unet_to_diffusers(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768, 64), "num_class_embeds": 10},
+    "classes": {
+        **unet_to_diffusers(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768, 64),
+        "num_class_embeds": 10,
+    },
 }
 
 
@@ -244,16 +279,22 @@ def test_a_file_opens_as_a_diffusers_pipeline(tmp_path: Path) -> None:
     unet = diffusers.UNet2DConditionModel.from_config({**SD1, "cross_attention_dim": 32})
     vae = diffusers.AutoencoderKL.from_config(vae_to_diffusers(KL8))
     ddim = diffusers.DDIMScheduler.from_config(scheduler())
-    pipe = diffusers.StableDiffusionPipeline(vae, text, tokenizer, unet, ddim, None, None, requires_safety_checker=False)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae, text, tokenizer, unet, ddim, None, None, requires_safety_checker=False
+    )
     pipe.save_pretrained(tmp_path / "folder")
     parts = {UNET: Part(dict(unet.config), unet.state_dict()), VAE: Part(dict(vae.config), vae.state_dict())}
     parts[TEXT] = Part(config, prefixed(text.state_dict()))
     tensors, metadata = to_compvis(Bundle(parts, dict(ddim.config)))
     save_file(tensors, tmp_path / "file.safetensors", metadata)
-    read = diffusers.StableDiffusionPipeline.from_single_file(str(tmp_path / "file.safetensors"), config=str(tmp_path / "folder"))
+    read = diffusers.StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "file.safetensors"), config=str(tmp_path / "folder")
+    )
     for a, b in ((pipe.unet, read.unet), (pipe.vae, read.vae), (pipe.text_encoder, read.text_encoder)):
         state = b.state_dict()
-        assert all(torch.equal(t, state[name]) for name, t in a.state_dict().items()) and len(state) == len(a.state_dict())
+        assert all(torch.equal(t, state[name]) for name, t in a.state_dict().items()) and len(state) == len(
+            a.state_dict()
+        )
 
 
 # ---------------------------------------------------------------- round trips
@@ -285,14 +326,19 @@ def any_model(draw: Callable[[st.SearchStrategy], Any]) -> Bundle:
         parts[VAE] = vae_part(vae, draw(st.floats(0.1, 10.0)))
     tokenizer: dict[str, bytes] = {}
     if draw(st.booleans()):
-        parts[TEXT] = text_part(text_config(context, draw(st.integers(1, 3)), 2, draw(st.sampled_from(["gelu", "quick_gelu"]))))
+        parts[TEXT] = text_part(
+            text_config(context, draw(st.integers(1, 3)), 2, draw(st.sampled_from(["gelu", "quick_gelu"])))
+        )
         tokenizer = {"vocab.json": draw(st.sampled_from(["", '{"ü": 1}'])).encode(), "merges.txt": b"#version: 0.2\n"}
-    schedule = ScheduleConfig(draw(st.sampled_from(sorted(SCHEDULES))), draw(st.integers(25, 30)), zero_terminal_snr=draw(st.booleans()))
+    schedule = ScheduleConfig(
+        draw(st.sampled_from(sorted(SCHEDULES))), draw(st.integers(25, 30)), zero_terminal_snr=draw(st.booleans())
+    )
     target = draw(st.sampled_from(["v", "x0"] if schedule.zero_terminal_snr else ["eps", "v", "x0"]))
     dtypes = np.random.default_rng(draw(st.integers(0, 9)))
     kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     mixed = {
-        name: Part(part.config, {key: t.to(kinds[dtypes.integers(4)]) for key, t in part.tensors.items()}) for name, part in parts.items()
+        name: Part(part.config, {key: t.to(kinds[dtypes.integers(4)]) for key, t in part.tensors.items()})
+        for name, part in parts.items()
     }
     return Bundle(mixed, scheduler_to_diffusers(schedule, target), tokenizer, {"format": 1, "null_caption": "\u2603"})
 
@@ -322,7 +368,11 @@ def test_pixel_models_with_and_without_a_learned_variance(given_channels: int, c
 @pytest.mark.parametrize("examples", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_round_trips(examples: int) -> None:
     checks = settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
     )
     checks(given(data=st.data())(round_trip))()
 
@@ -341,7 +391,10 @@ def round_trip(data: st.DataObject) -> None:
     if VAE not in bundle.parts and unet.get("learned_variance") and unet["in_channels"] != unet["out_channels"] / 2:
         return  # without an autoencoder nobody can tell a learned variance from concatenated channels
     guessed = from_compvis(tensors, {"format": "pt"}, hints=hints_for(bundle))
-    assert same(dataclasses.replace(guessed, scheduler=None), dataclasses.replace(bundle, scheduler=None, tokenizer={}, extra={}))
+    assert same(
+        dataclasses.replace(guessed, scheduler=None),
+        dataclasses.replace(bundle, scheduler=None, tokenizer={}, extra={}),
+    )
 
 
 # ---------------------------------------------------------------- OpenCLIP
@@ -355,7 +408,11 @@ def openclip_states(tensors: dict[str, Tensor], ids: Tensor, heads: int) -> Tens
     mask = torch.full((length, length), float("-inf")).triu(1)
     blocks = max(int(name.split(".")[2]) for name in tensors if name.startswith("transformer.")) + 1
     for block in range(blocks - 1):
-        own = {k.removeprefix(f"transformer.resblocks.{block}."): t for k, t in tensors.items() if f"resblocks.{block}." in k}
+        own = {
+            k.removeprefix(f"transformer.resblocks.{block}."): t
+            for k, t in tensors.items()
+            if f"resblocks.{block}." in k
+        }
         attention = nn.MultiheadAttention(width, heads, batch_first=True)
         attention.load_state_dict({k.removeprefix("attn."): t for k, t in own.items() if k.startswith("attn.")})
         h = F.layer_norm(x, (width,), own["ln_1.weight"], own["ln_1.bias"])
@@ -379,7 +436,10 @@ def test_openclip_gives_the_same_states() -> None:
         ours, expected = network(input_ids=ids).last_hidden_state, openclip_states(tensors, ids, 2)
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     unused = {name for name in tensors if ".resblocks.3." in name}
-    assert set(read.besides) == unused | {"cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"}
+    assert set(read.besides) == unused | {
+        "cond_stage_model.model.text_projection",
+        "cond_stage_model.model.logit_scale",
+    }
     written, metadata = to_compvis(read, openclip=True)
     assert written.keys() == tensors.keys() - read.besides.keys()
     assert all(torch.equal(t, tensors[name]) for name, t in written.items())
@@ -436,12 +496,16 @@ def test_published_tables_are_recognised(sd1: Bundle, dtype: torch.dtype) -> Non
     assert read.scheduler == scheduler() and set(read.besides) == set(TABLES)
 
 
-@pytest.mark.parametrize("schedule", [ScheduleConfig(name, 50) for name in sorted(SCHEDULES)] + [ScheduleConfig(zero_terminal_snr=True)])
+@pytest.mark.parametrize(
+    "schedule", [ScheduleConfig(name, 50) for name in sorted(SCHEDULES)] + [ScheduleConfig(zero_terminal_snr=True)]
+)
 def test_other_tables_are_taken_as_they_are(sd1: Bundle, schedule: ScheduleConfig) -> None:
     tensors, _ = to_compvis(dataclasses.replace(sd1, scheduler=scheduler("v", schedule)))
     read = from_compvis(tensors, hints=Hints(prediction="v"))
     assert read.scheduler is not None
-    torch.testing.assert_close(torch.tensor(read.scheduler["trained_betas"]), Schedule.from_config(schedule).betas.float())
+    torch.testing.assert_close(
+        torch.tensor(read.scheduler["trained_betas"]), Schedule.from_config(schedule).betas.float()
+    )
     assert set(TABLES) == set(read.besides)
 
 
@@ -453,7 +517,9 @@ def test_a_changed_table_is_refused(sd1: Bundle, name: str) -> None:
     for headers in ({}, metadata):
         with pytest.raises(FolderError, match=r"does not fit the schedule: at step \d+ it is") as caught:
             from_compvis({**tensors, name: table}, headers)
-        assert name in str(caught.value) or name == "betas"  # another beta is another schedule, which the next table does not fit
+        assert (
+            name in str(caught.value) or name == "betas"
+        )  # another beta is another schedule, which the next table does not fit
         with pytest.raises(FolderError, match=rf"tensor {name} "):
             from_compvis({**tensors, name: table[:-1]}, metadata)
 
@@ -462,7 +528,9 @@ def test_weights_of_the_bound_and_log_variances(sd1: Bundle) -> None:
     tensors, _ = to_compvis(sd1)
     bar = np.cumprod(1 - PUBLISHED_BETAS)
     with np.errstate(divide="ignore"):
-        bound = PUBLISHED_BETAS**2 / (2 * compvis_tables(PUBLISHED_BETAS)["posterior_variance"] * (1 - PUBLISHED_BETAS) * (1 - bar))
+        bound = PUBLISHED_BETAS**2 / (
+            2 * compvis_tables(PUBLISHED_BETAS)["posterior_variance"] * (1 - PUBLISHED_BETAS) * (1 - bar)
+        )
     bound[0] = bound[1]
     extra = {"lvlb_weights": torch.tensor(bound).float(), "logvar": torch.zeros(1000)}
     assert {"lvlb_weights", "logvar"} <= set(from_compvis(tensors | extra).besides)
@@ -475,7 +543,11 @@ def test_weights_of_the_bound_and_log_variances(sd1: Bundle) -> None:
 
 def with_ema(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As LitEma names them: the wrapper's parameters without dots."""
-    inside = {n.removeprefix("model.").replace(".", ""): t + 1 for n, t in tensors.items() if n.startswith("model.diffusion_model.")}
+    inside = {
+        n.removeprefix("model.").replace(".", ""): t + 1
+        for n, t in tensors.items()
+        if n.startswith("model.diffusion_model.")
+    }
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
     return tensors | {"model_ema." + name: t for name, t in inside.items()} | counters
 
@@ -494,7 +566,8 @@ def test_ema_or_raw(sd1: Bundle) -> None:
     assert "their EMA was taken" in ema.besides["model.diffusion_model.out.2.weight"]
     del both["model_ema.diffusion_modelout2bias"]
     with pytest.raises(
-        FolderError, match=r"model_ema\.diffusion_modelout2bias is missing: the EMA has no copy of model\.diffusion_model\.out"
+        FolderError,
+        match=r"model_ema\.diffusion_modelout2bias is missing: the EMA has no copy of model\.diffusion_model\.out",
     ):
         from_compvis(both, metadata)
     assert same(from_compvis(both, metadata, "raw"), sd1)
@@ -522,9 +595,15 @@ def test_autoencoder_alone(name: str, prefix: str) -> None:
     tensors, metadata = to_compvis(bundle)
     assert same(from_compvis(tensors, metadata), bundle)
     if name == "kl-f16":
-        assert tensors["encoder.down.4.attn.1.q.weight"].shape == (128, 128, 1, 1) and "decoder.up.4.attn.2.proj_out.bias" in tensors
+        assert (
+            tensors["encoder.down.4.attn.1.q.weight"].shape == (128, 128, 1, 1)
+            and "decoder.up.4.attn.2.proj_out.bias" in tensors
+        )
     file = {prefix + key: t for key, t in tensors.items()}
-    loss = {prefix + "loss.logvar": torch.zeros(()), prefix + "loss.discriminator.main.0.weight": torch.zeros(64, 3, 4, 4)}
+    loss = {
+        prefix + "loss.logvar": torch.zeros(()),
+        prefix + "loss.discriminator.main.0.weight": torch.zeros(64, 3, 4, 4),
+    }
     read = from_compvis(file | loss, hints=Hints(scale=scale))
     assert same(read, bundle) and set(read.besides) == set(loss)
     if scale is not None:
@@ -555,7 +634,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({U + "out.3.weight": torch.zeros(1)}),
         r"tensor model\.diffusion_model\.out\.3\.weight belongs to no part of the model: the nearest that does is .*\.out\.[02]\.weight",
     ),
-    "extra of nothing": (lambda t: t.update({"depth_model.x": torch.zeros(1)}), r"tensor depth_model\.x belongs to no part"),
+    "extra of nothing": (
+        lambda t: t.update({"depth_model.x": torch.zeros(1)}),
+        r"tensor depth_model\.x belongs to no part",
+    ),
     "missing": (
         renamed(U + "input_blocks.1.0.in_layers.0.bias", U + "input_blocks.1.0.in_layer.0.bias"),
         r"input_blocks\.1\.0\.in_layers\.0\.bias is missing \(there is .*\.input_blocks\.1\.0\.in_layer\.0\.bias\)",
@@ -564,7 +646,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.pop("first_stage_model.decoder.up.2.block.1.conv1.weight"),
         "block.1.conv1.weight is missing",
     ),
-    "missing in the text": (lambda t: t.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias"), "norm.bias is missing"),
+    "missing in the text": (
+        lambda t: t.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
+        "norm.bias is missing",
+    ),
     "missing first": (lambda t: t.pop(U + "input_blocks.0.0.weight"), r"input_blocks\.0\.0\.weight is missing"),
     "shape": (
         lambda t: t.update({U + "out.0.bias": torch.zeros(5)}),
@@ -574,7 +659,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({"first_stage_model.encoder.mid.attn_1.q.weight": torch.zeros(64, 64)}),
         r"attn_1\.q\.weight is \[64, 64\], its configuration says \[64, 64, 1, 1\]",
     ),
-    "dimensions": (lambda t: t.update({"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}), r"conv_in\.weight is \[3\]"),
+    "dimensions": (
+        lambda t: t.update({"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}),
+        r"conv_in\.weight is \[3\]",
+    ),
 }
 
 
@@ -647,7 +735,8 @@ def test_openclip_has_one_activation(sd1: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("missing", "out.weight is missing"), ("extra", "conv_ou.weight belongs"), ("shape", r"is \[1\]")]
+    ("kind", "message"),
+    [("missing", "out.weight is missing"), ("extra", "conv_ou.weight belongs"), ("shape", r"is \[1\]")],
 )
 def test_a_bundle_that_does_not_fit_together(sd1: Bundle, kind: str, message: str) -> None:
     tensors = dict(sd1.parts[UNET].tensors)

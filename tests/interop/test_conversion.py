@@ -37,7 +37,11 @@ from ldm.pipeline.codec import autoencoder_config, load_codec
 from ldm.pipeline.info import ModelInfo, load_unet
 
 ROOT = Path(__file__).resolve().parents[2]
-LOADERS: dict[str, Any] = {UNET: diffusers.UNet2DConditionModel, VAE: diffusers.AutoencoderKL, TEXT: transformers.CLIPTextModel}
+LOADERS: dict[str, Any] = {
+    UNET: diffusers.UNet2DConditionModel,
+    VAE: diffusers.AutoencoderKL,
+    TEXT: transformers.CLIPTextModel,
+}
 
 
 def stirred(module: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -122,7 +126,9 @@ def test_round_trips_are_bit_equal(seed: int, tmp_path: Path) -> None:
         for key, tensor in tensors.items():
             assert tensor_hash(tensor) == tensor_hash(after[key]), (name, key)
         original = LOADERS[name].from_pretrained(tmp_path / "theirs" / name).config
-        kept = {k: v for k, v in dict(original if name != TEXT else original.to_dict()).items() if not k.startswith("_")}
+        kept = {
+            k: v for k, v in dict(original if name != TEXT else original.to_dict()).items() if not k.startswith("_")
+        }
         config = dict(module.config if name != TEXT else module.config.to_dict())
         assert {k: config[k] for k in kept} == kept
     scheduler = json.loads((tmp_path / "back/scheduler/scheduler_config.json").read_text())
@@ -161,7 +167,9 @@ def test_sharded_weights_and_variants(tmp_path: Path) -> None:
     assert array(Pipeline.from_pretrained(tmp_path / "shards")(PROMPTS[:1], steps=2)).shape == (1, 16, 16, 3)
     for variant, dtype in (("fp16", torch.float16), ("non_ema", torch.float32)):
         for name, loader in LOADERS.items():
-            loader.from_pretrained(tmp_path / "whole" / name).to(dtype).save_pretrained(tmp_path / "whole" / name, variant=variant)
+            loader.from_pretrained(tmp_path / "whole" / name).to(dtype).save_pretrained(
+                tmp_path / "whole" / name, variant=variant
+            )
         for part in read_model(tmp_path / "whole", variant).parts.values():
             assert {t.dtype for t in part.tensors.values()} == {dtype}
         assert Pipeline.from_pretrained(tmp_path / "whole", variant=variant).unet.conv_in.weight.dtype == torch.float32
@@ -199,7 +207,9 @@ def test_the_old_names_of_the_autoencoders_attention(tmp_path: Path) -> None:
     save_file(old, file, metadata={"format": "pt"})
     read = read_model(tmp_path / "model").parts[VAE].tensors
     assert read.keys() == new.keys() and all(torch.equal(read[k], new[k]) for k in new)
-    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "model/vae").state_dict().keys() == new.keys()  # who also knows them
+    assert (
+        diffusers.AutoencoderKL.from_pretrained(tmp_path / "model/vae").state_dict().keys() == new.keys()
+    )  # who also knows them
 
 
 def test_an_inpainting_folder_opens_and_says_what_it_needs(tmp_path: Path) -> None:
@@ -207,9 +217,13 @@ def test_an_inpainting_folder_opens_and_says_what_it_needs(tmp_path: Path) -> No
     from ldm.models.unet import UNet
 
     pipe = make("eps")
-    pipe.unet = UNet(UNetConfig((32, 64), 1, (1,), (2,), groups=8, concat_channels=5), 4, 4, pipe.unet.context_dim).eval()
+    pipe.unet = UNet(
+        UNetConfig((32, 64), 1, (1,), (2,), groups=8, concat_channels=5), 4, 4, pipe.unet.context_dim
+    ).eval()
     pipe.save_pretrained(tmp_path / "model")
-    assert json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    assert (
+        json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    )
     diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model")
     assert again.unet.conv_in.weight.shape[1] == 9
@@ -249,14 +263,18 @@ def test_convert_and_inspect(model: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_scheduler_without_its_class_is_written_as_the_one_that_it_is_read_as(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     file = tmp_path / "model/scheduler/scheduler_config.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "_class_name"}))
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "_class_name"})
+    )
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--verify"]) == 0
     assert json.loads((tmp_path / "out/model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     assert scheduler.config["prediction_type"] == "v_prediction"
 
 
-def test_a_conversion_that_cannot_be_verified_leaves_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_that_cannot_be_verified_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(model, tmp_path / "model")
     file = tmp_path / "model/tokenizer/tokenizer.json"
     about = json.loads(file.read_text())
@@ -344,7 +362,11 @@ def test_a_broken_folder_is_one_line_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("there", "exists already"), ("file.safetensors", "exists already"), ("new.ckpt", "pickled files are read, never written")],
+    [
+        ("there", "exists already"),
+        ("file.safetensors", "exists already"),
+        ("new.ckpt", "pickled files are read, never written"),
+    ],
 )
 def test_nothing_is_overwritten_nor_pickled(
     model: Path, tmp_path: Path, target: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -393,10 +415,15 @@ def test_saving_into_the_folder_that_is_open(model: Path, tmp_path: Path) -> Non
     nn.init.zeros_(pipe.unet.conv_in.bias)
     pipe.save_pretrained(folder)
     again = Pipeline.from_pretrained(folder).unet.state_dict()
-    assert all(torch.equal(again[k], v) for k, v in before.items() if k != "conv_in.bias") and not again["conv_in.bias"].any()
+    assert (
+        all(torch.equal(again[k], v) for k, v in before.items() if k != "conv_in.bias")
+        and not again["conv_in.bias"].any()
+    )
 
 
-def test_a_checkpoint_of_compvis_through_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_compvis_through_the_command(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A .ckpt as others write it: no header of ours, EMA copies, counters; what it does not say is given."""
     tensors, _ = to_compvis(read_any(model))
     ema = {
@@ -425,16 +452,28 @@ def test_a_checkpoint_of_compvis_through_the_command(model: Path, tmp_path: Path
     file, folder = str(tmp_path / "model.ckpt"), str(tmp_path / "folder")
     assert main(["convert", file, folder]) == 2 and "give vae_groups" in capsys.readouterr().err
     assert main(["convert", file, folder, *say]) == 2
-    assert "holds no tokenizer" in (said := capsys.readouterr().err) and "--tokenizer" in said and not Path(folder).exists()
+    assert (
+        "holds no tokenizer" in (said := capsys.readouterr().err)
+        and "--tokenizer" in said
+        and not Path(folder).exists()
+    )
     assert main(["convert", file, folder, *say, "--tokenizer", str(model), "--verify"]) == 0
     said = capsys.readouterr().out
     assert "turned back" in said and "EMA" in said
     taken, raw = read_any(folder).parts[UNET].tensors, read_any(model).parts[UNET].tensors
     assert all(torch.equal(taken[k], v + 1) for k, v in raw.items())
-    assert main(["convert", file, str(tmp_path / "raw"), *say, "--tokenizer", str(model), "--weights", "raw", "--verify"]) == 0
+    assert (
+        main(["convert", file, str(tmp_path / "raw"), *say, "--tokenizer", str(model), "--weights", "raw", "--verify"])
+        == 0
+    )
     kept = read_any(tmp_path / "raw").parts[UNET].tensors
     assert all(torch.equal(kept[k], v) for k, v in raw.items())
-    assert main(["sample", str(tmp_path / "raw"), "--prompt", PROMPTS[0], "--steps", "2", "--out", str(tmp_path / "images")]) == 0
+    assert (
+        main(
+            ["sample", str(tmp_path / "raw"), "--prompt", PROMPTS[0], "--steps", "2", "--out", str(tmp_path / "images")]
+        )
+        == 0
+    )
     assert main(["sample", file, "--prompt", "x"]) == 2 and "ldm convert" in capsys.readouterr().err
 
 
@@ -444,7 +483,15 @@ def test_an_openclip_file_pads_with_token_0(model: Path, tmp_path: Path) -> None
     text = replace(bundle.parts[TEXT], config={**bundle.parts[TEXT].config, "hidden_act": "gelu"})
     tensors, _ = to_compvis(replace(bundle, parts={**bundle.parts, TEXT: text}), openclip=True)
     write_tensors(tmp_path / "model.safetensors", tensors)
-    sizes = {"heads": 2, "groups": 8, "vae_groups": 8, "image_size": 16, "text_heads": 2, "text_layers": 1, "text_act": "gelu"}
+    sizes = {
+        "heads": 2,
+        "groups": 8,
+        "vae_groups": 8,
+        "image_size": 16,
+        "text_heads": 2,
+        "text_layers": 1,
+        "text_act": "gelu",
+    }
     encoder = read_model(tmp_path / "model.safetensors", prediction="v", tokenizer=str(model), **sizes)
     ids = text_of(encoder, tmp_path).tokenize(["", PROMPTS[0]])[0]
     start, end = ids[0, :2].tolist()
@@ -479,7 +526,13 @@ def test_a_lora_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_a_wrong_call_is_one_line(
-    model: Path, tmp_path: Path, source: str, options: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    source: str,
+    options: list[str],
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(model, tmp_path / "model")
     shutil.copytree(model, tmp_path / "parts")

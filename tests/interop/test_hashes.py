@@ -63,7 +63,12 @@ def test_a_flipped_bit_is_one_line(folder: Path, part: str, capsys: pytest.Captu
     ):
         assert main(command) == 4
         said = capsys.readouterr()
-        assert str(file) in said.err and before[:12] in said.err and sha256(file)[:12] in said.err and said.err.count("\n") == 1
+        assert (
+            str(file) in said.err
+            and before[:12] in said.err
+            and sha256(file)[:12] in said.err
+            and said.err.count("\n") == 1
+        )
         assert "ldm.json" in said.err and said.out == "" and not (out.exists() and list(out.iterdir()))
     if part != UNET:
         with pytest.raises(FolderError, match="has changed"):  # as a configuration names it
@@ -79,13 +84,17 @@ def test_another_runs_autoencoder_is_one_line(folder: Path, tmp_path: Path) -> N
     shutil.rmtree(folder / VAE)
     (folder / VAE).symlink_to(tmp_path / "other" / VAE)
     for path in (folder, folder / VAE):
-        with pytest.raises(FolderError, match=r"has changed: its sha256 is \w{12}, and was \w{12} when it was written: bring back"):
+        with pytest.raises(
+            FolderError, match=r"has changed: its sha256 is \w{12}, and was \w{12} when it was written: bring back"
+        ):
             load_codec(path)
     load_codec(tmp_path / "other" / VAE)
     (folder / VAE).unlink()
     write_model(read_any(tmp_path / "other"), tmp_path / "shards", max_shard_bytes=50_000)
     shutil.copytree(tmp_path / "shards" / VAE, folder / VAE)  # a file of another name
-    with pytest.raises(FolderError, match=r"index\.json was not written with its folder, whose ldm\.json lists diffusion_pytorch_model"):
+    with pytest.raises(
+        FolderError, match=r"index\.json was not written with its folder, whose ldm\.json lists diffusion_pytorch_model"
+    ):
         Pipeline.from_pretrained(folder)
     Pipeline.from_pretrained(tmp_path / "shards")
     flip(next((tmp_path / "shards" / UNET).glob("*-00002-of-*")))
@@ -106,7 +115,9 @@ def test_a_part_alone_may_be_copied(folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_weights_beside_those_that_were_written_are_taken_by_name(folder: Path) -> None:
     tensors = load_file(folder / UNET / FILES[UNET])
-    save_file({k: v.half() for k, v in tensors.items()}, folder / UNET / FILES[UNET].replace(".", ".fp16."), {"format": "pt"})
+    save_file(
+        {k: v.half() for k, v in tensors.items()}, folder / UNET / FILES[UNET].replace(".", ".fp16."), {"format": "pt"}
+    )
     Pipeline.from_pretrained(folder, variant="fp16")
     flip(folder / UNET / FILES[UNET])
     with pytest.raises(FolderError, match="has changed"):
@@ -145,7 +156,9 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "_computed", {})
 
 
-def test_a_file_is_hashed_once_for_each_change(counted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_for_each_change(
+    counted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     for _ in range(3):
@@ -162,7 +175,9 @@ def test_a_file_is_hashed_once_for_each_change(counted: list[Path], tmp_path: Pa
     assert known.known_hash(file) == sha256(file) and len(counted) == 3
 
 
-def test_a_small_or_fresh_file_is_always_read(counted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_or_fresh_file_is_always_read(
+    counted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     monkeypatch.setattr(known, "SETTLED", 60.0)
@@ -174,7 +189,9 @@ def test_a_small_or_fresh_file_is_always_read(counted: list[Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"sha256": "0"}', b"\xff", b"[" * 100_000])
-def test_a_damaged_entry_is_no_entry(counted: list[Path], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_is_no_entry(
+    counted: list[Path], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     known.known_hash(file)
@@ -219,11 +236,15 @@ def test_several_processes_share_the_folder(tmp_path: Path) -> None:
     assert all(set(process.communicate()[0].splitlines()) == {expected} for process in started)
 
 
-def test_the_models_hash_reads_nothing_twice(counted: list[Path], written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_hash_reads_nothing_twice(
+    counted: list[Path], written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes = []
     for _ in range(2):
         forget(monkeypatch)
         hashes.append(Pipeline.from_pretrained(written, "cpu").hash)
     assert sorted(counted) == sorted(written / part / FILES[part] for part in (UNET, VAE, TEXT))
-    joined = hashlib.sha256("".join(sha256(written / part / FILES[part]) for part in (UNET, VAE, TEXT)).encode()).hexdigest()
+    joined = hashlib.sha256(
+        "".join(sha256(written / part / FILES[part]) for part in (UNET, VAE, TEXT)).encode()
+    ).hexdigest()
     assert hashes == [joined] * 2

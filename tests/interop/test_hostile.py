@@ -37,7 +37,10 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str = "inspect") -> str:
     """The one line that a command says of a folder."""
-    options = {"inspect": ["--no-hashes"], "sample": ["--prompt", "a", "--steps", "1", "--out", str(folder.parent / "o")]}[command]
+    options = {
+        "inspect": ["--no-hashes"],
+        "sample": ["--prompt", "a", "--steps", "1", "--out", str(folder.parent / "o")],
+    }[command]
     assert main([command, str(folder), *options]) in (2, 4)
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and not list((folder.parent / "o").glob("*.png"))
@@ -65,7 +68,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("file", JSON_FILES)
 @pytest.mark.parametrize("fault", BROKEN)
-def test_json_that_cannot_be_read_is_named(folder: Path, file: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_that_cannot_be_read_is_named(
+    folder: Path, file: str, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, words = BROKEN[fault]
     (folder / file).write_bytes(content)
     said = refused(folder, capsys)
@@ -127,7 +132,9 @@ WRONG: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "value", "words"), WRONG, ids=lambda value: value if isinstance(value, str) and len(value) < 30 else ""
+    ("file", "key", "value", "words"),
+    WRONG,
+    ids=lambda value: value if isinstance(value, str) and len(value) < 30 else "",
 )
 def test_a_value_of_another_type_or_size_is_named(
     folder: Path, file: str, key: str, value: Any, words: str, capsys: pytest.CaptureFixture[str]
@@ -146,7 +153,9 @@ DEFAULTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("defaults", "words"), DEFAULTS)
-def test_sampling_defaults_are_settings(folder: Path, defaults: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_defaults_are_settings(
+    folder: Path, defaults: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     about = json.loads((folder / "ldm.json").read_text())
     (folder / "ldm.json").write_text(json.dumps({**about, "defaults": {**about["defaults"], **defaults}}))
     assert words in refused(folder, capsys, "sample")
@@ -160,7 +169,9 @@ def test_sizes_of_real_networks_pass(written: Path) -> None:
     unet = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "transformer_layers_per_block": 1}
     check_sizes(UNET, {**unet, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}, tensors, "")
     check_sizes(TEXT, {"num_hidden_layers": 23, "vocab_size": 49408}, dict(list(tensors.items())[:372]), "")
-    check_sizes(VAE, {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}, dict(list(tensors.items())[:248]), "")
+    check_sizes(
+        VAE, {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}, dict(list(tensors.items())[:248]), ""
+    )
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -208,7 +219,9 @@ def test_settings_of_a_tokenizer_that_cannot_be_read(content: bytes) -> None:
         ({}, "weight_map should name"),
     ],
 )
-def test_an_index_of_shards(folder: Path, index: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_of_shards(
+    folder: Path, index: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / UNET / FILES[UNET]).unlink()
     (folder / UNET / f"{FILES[UNET]}.index.json").write_text(json.dumps(index))
     assert words in refused(folder, capsys)
@@ -227,7 +240,9 @@ def test_an_index_of_shards(folder: Path, index: dict[str, Any], words: str, cap
         ({"base": ["../model"], "base_sha256": "0"}, "whose weights have changed since it was trained"),
     ],
 )
-def test_a_loras_folder(folder: Path, tmp_path: Path, about: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loras_folder(
+    folder: Path, tmp_path: Path, about: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/lora.json").write_text(json.dumps(about))
     assert words in refused(tmp_path / "lora", capsys, "sample")
@@ -252,7 +267,9 @@ def test_a_loras_folder(folder: Path, tmp_path: Path, about: dict[str, Any], wor
     ],
 )
 def test_a_classifiers_folder(tmp_path: Path, key: str, value: Any, words: str) -> None:
-    info = ClassifierInfo(ClassifierConfig(channels=(8, 8), groups=4), ("a", "b"), {"a": 0, "b": 1}, 4, make().schedule_config, None)
+    info = ClassifierInfo(
+        ClassifierConfig(channels=(8, 8), groups=4), ("a", "b"), {"a": 0, "b": 1}, 4, make().schedule_config, None
+    )
     info.save(info.make(), tmp_path / "classifier")
     file = tmp_path / "classifier/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
@@ -260,7 +277,9 @@ def test_a_classifiers_folder(tmp_path: Path, key: str, value: Any, words: str) 
         read_classifier(tmp_path)
 
 
-def test_the_header_of_a_single_file_is_read_as_strictly(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_header_of_a_single_file_is_read_as_strictly(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from ldm.files.tensors.archive import open_archive

@@ -126,7 +126,9 @@ def test_a_merge_into_half_precision_rounds_once(pipe: Pipeline) -> None:
 def test_targets_are_ends_of_names(pipe: Pipeline) -> None:
     assert all(".attn2.to_k" in name for name in named_layers(pipe.unet, ("attn2.to_k",)))
     assert named_layers(pipe.unet, ("conv_in",)) == ["conv_in"]
-    with pytest.raises(ConfigError, match=r"train.lora.targets: no .* layer of the U-Net is called to_w: did you mean to_"):
+    with pytest.raises(
+        ConfigError, match=r"train.lora.targets: no .* layer of the U-Net is called to_w: did you mean to_"
+    ):
         named_layers(pipe.unet, ("to_q", "to_w"))
 
 
@@ -136,7 +138,9 @@ def test_targets_are_ends_of_names(pipe: Pipeline) -> None:
 def test_what_is_written_is_read(pipe: Pipeline, tmp_path: Path) -> None:
     loras = both(pipe)
     network = pipe.unet
-    sizes = {name: (1 + i % 3, float(2 + i % 2)) for i, name in enumerate(changeable(network))}  # ranks and α that differ
+    sizes = {
+        name: (1 + i % 3, float(2 + i % 2)) for i, name in enumerate(changeable(network))
+    }  # ranks and α that differ
     loras[UNET] = Lora(network, sizes)
     write_lora(loras, tmp_path / FILE)
     same(read_lora(tmp_path, networks(pipe)), as_written(loras))
@@ -152,7 +156,11 @@ def test_what_diffusers_writes_is_read(written: Path, pipe: Pipeline, tmp_path: 
     for part, (network, targets) in pairs.items():
         rank, alpha = next((c.rank, c.alpha) for c in loras[part].changes.values())
         network.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # type: ignore[arg-type]
-        held = {name.replace(".default", "").removeprefix(TOWER): p for name, p in network.named_parameters() if ".lora_" in name}
+        held = {
+            name.replace(".default", "").removeprefix(TOWER): p
+            for name, p in network.named_parameters()
+            if ".lora_" in name
+        }
         for name, value in loras[part].state_dict().items():
             held[name].data.copy_(value)
     states = {part: peft.get_peft_model_state_dict(network) for part, (network, _) in pairs.items()}
@@ -239,7 +247,10 @@ def test_a_folder_of_peft_is_read_with_its_scaling(written: Path, pipe: Pipeline
 
 def test_a_linear_layer_and_a_1x1_convolution_stand_for_each_other(pipe: Pipeline, tmp_path: Path) -> None:
     lora = changed(pipe.unet, ("proj_in", "to_q"))
-    flat = {f"unet.{k}": v.flatten(1) if "proj_in" in k else v[:, :, None, None].contiguous() for k, v in lora.state_dict().items()}
+    flat = {
+        f"unet.{k}": v.flatten(1) if "proj_in" in k else v[:, :, None, None].contiguous()
+        for k, v in lora.state_dict().items()
+    }
     save_file(flat, tmp_path / FILE)
     found = read_lora(tmp_path, networks(pipe))[UNET]
     assert all(torch.equal(found.state_dict()[name], value) for name, value in lora.state_dict().items())
@@ -250,7 +261,9 @@ def test_pictures_are_those_of_diffusers(written: Path, pipe: Pipeline, tmp_path
     """Two LoRAs of U-Net and text encoder, by our files, live, in a call, merged, and by diffusers."""
     plain = pictures(pipe)
     write_lora(both(pipe), tmp_path / "one" / FILE)
-    mixed = Lora(pipe.unet, {name: (1 + i % 3, 1.0 + i % 2) for i, name in enumerate(named_layers(pipe.unet, ("to_v", "conv2")))})
+    mixed = Lora(
+        pipe.unet, {name: (1 + i % 3, 1.0 + i % 2) for i, name in enumerate(named_layers(pipe.unet, ("to_v", "conv2")))}
+    )
     for parameter in mixed.parameters():
         parameter.data.normal_(std=0.2)
     write_lora({UNET: mixed}, tmp_path / "two" / FILE)
@@ -343,7 +356,9 @@ def test_a_path_may_have_a_scale(entry: str, pair: tuple[str, float]) -> None:
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def broken(pipe: Pipeline, change: Callable[[dict[str, Tensor]], Any], header: dict[str, Any] | None = None) -> Callable[[Path], Path]:
+def broken(
+    pipe: Pipeline, change: Callable[[dict[str, Tensor]], Any], header: dict[str, Any] | None = None
+) -> Callable[[Path], Path]:
     tensors = {f"unet.{name}": value.contiguous() for name, value in changed(pipe.unet, ("to_q",)).state_dict().items()}
     change(tensors)
 
@@ -408,10 +423,14 @@ def test_files_that_are_no_lora(pipe: Pipeline, tmp_path: Path) -> None:
     assert "no LoRA " in said(tmp_path / "nowhere")
     assert f"holds no LoRA: expected {FILE}" in said(tmp_path)
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(print))
-    assert "holds a pickle that torch.save did not write" in said(tmp_path) == said(tmp_path / "pytorch_lora_weights.bin")
+    assert (
+        "holds a pickle that torch.save did not write" in said(tmp_path) == said(tmp_path / "pytorch_lora_weights.bin")
+    )
     (tmp_path / "pytorch_lora_weights.bin").unlink()
     (tmp_path / FILE).write_bytes(b"short")
     assert "should be safetensors and holds nothing that is known: not opened" in said(tmp_path)
     (tmp_path / FILE).unlink()
-    save_file({"base_model.model.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, tmp_path / "adapter_model.safetensors"
+    )
     assert "adapter_config.json is missing" in said(tmp_path)

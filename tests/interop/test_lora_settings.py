@@ -54,7 +54,9 @@ def adapter(written: Path, folder: Path, **settings: Any) -> torch.Tensor:
         warnings.simplefilter("ignore")  # of settings that peft does not take for linear layers
         wrapped: Any = peft.get_peft_model(network, peft.LoraConfig(**{"target_modules": TARGETS, **SIZE, **settings}))
     trained = [
-        p for name, p in wrapped.named_parameters() if "lora_" in name or "modules_to_save" in name or (p.requires_grad and "bias" in name)
+        p
+        for name, p in wrapped.named_parameters()
+        if "lora_" in name or "modules_to_save" in name or (p.requires_grad and "bias" in name)
     ]
     for parameter in trained:
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -92,7 +94,9 @@ PLAIN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", PLAIN, ids=[" ".join(map(str, case)) or "default" for case in PLAIN])
-def test_a_plain_lora_is_what_peft_computes(written: Path, pipe: Pipeline, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_plain_lora_is_what_peft_computes(
+    written: Path, pipe: Pipeline, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     plain = out(pipe.unet)
     expected = adapter(written, tmp_path, **settings)
     pipe.load_lora(tmp_path)
@@ -104,21 +108,27 @@ STARTS = ["pissa", "pissa_niter_4", "olora", "OLoRA", "loftq"]
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_start_that_was_taken_out_of_the_base_is_refused(written: Path, pipe: Pipeline, tmp_path: Path, start: str) -> None:
+def test_a_start_that_was_taken_out_of_the_base_is_refused(
+    written: Path, pipe: Pipeline, tmp_path: Path, start: str
+) -> None:
     """With how to save it; so converted, it is what peft computes."""
     if start == "loftq":  # quantises the base with a library that is not here
         adapter(written, tmp_path / "own")
         set_config(tmp_path / "own", init_lora_weights=start, loftq_config={"loftq_bits": 4})
     else:
         adapter(written, tmp_path / "own", init_lora_weights=start, target_modules=["to_q", "to_v"])
-    with pytest.raises(FolderError, match=f"init_lora_weights in its settings is '{start}': .*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        FolderError, match=f"init_lora_weights in its settings is '{start}': .*path_initial_model_for_weight_conversion"
+    ):
         pipe.load_lora(tmp_path / "own")
 
 
 def test_an_adapter_that_was_converted_is_what_peft_computes(written: Path, pipe: Pipeline, tmp_path: Path) -> None:
     """As the refusal says it."""
     network: Any = diffusers.UNet2DConditionModel.from_pretrained(written / "unet")
-    wrapped: Any = peft.get_peft_model(network, peft.LoraConfig(**SIZE, target_modules=["to_q"], init_lora_weights="pissa"))
+    wrapped: Any = peft.get_peft_model(
+        network, peft.LoraConfig(**SIZE, target_modules=["to_q"], init_lora_weights="pissa")
+    )
     wrapped.peft_config["default"].init_lora_weights = True  # else the next line takes the start out once more
     wrapped.save_pretrained(tmp_path / "start")
     wrapped.peft_config["default"].init_lora_weights = "pissa"
@@ -141,13 +151,18 @@ REFUSED: list[dict[str, Any]] = [
     {"bias": "lora_only", "target_modules": ["to_out.0"]},
     {"modules_to_save": ["conv_in"]},
     {"kasa_config": peft.tuners.lora.config.KasaConfig(), "target_modules": ["to_q"]},
-    {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(target_modules_bd_a=["to_q"], nblocks=2), "target_modules": ["to_q"]},
+    {
+        "use_bdlora": peft.tuners.lora.config.BdLoraConfig(target_modules_bd_a=["to_q"], nblocks=2),
+        "target_modules": ["to_q"],
+    },
     {"alora_invocation_tokens": [1, 2], "target_modules": ["to_q"], "task_type": "CAUSAL_LM"},
 ]
 
 
 @pytest.mark.parametrize("settings", REFUSED, ids=[next(iter(case)) for case in REFUSED])
-def test_what_is_more_than_a_lora_is_refused_by_name(written: Path, pipe: Pipeline, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_what_is_more_than_a_lora_is_refused_by_name(
+    written: Path, pipe: Pipeline, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     plain, name = out(pipe.unet), next(iter(settings))
     if name == "alora_invocation_tokens":  # peft's model needs the tokens to compute
         adapter(written, tmp_path)
@@ -191,20 +206,32 @@ def test_other_values_are_refused_by_name(saved: Path, tmp_path: Path, name: str
 
 def test_every_setting_of_peft_is_known_here_or_refused_when_it_is_set() -> None:
     """A field that a new release adds is none of those that are ignored."""
-    known = {*lora_settings.READ, *lora_settings.IGNORED, *lora_settings.KINDS, "init_lora_weights", "peft_type", "bias"}
+    known = {
+        *lora_settings.READ,
+        *lora_settings.IGNORED,
+        *lora_settings.KINDS,
+        "init_lora_weights",
+        "peft_type",
+        "bias",
+    }
     assert {field.name for field in fields(peft.LoraConfig)} - known == set()
     defaults = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
     assert lora_settings.settings_of("unet", {f"unet.{key}": value for key, value in defaults.items()}, "x")["r"] == 8
 
 
 def test_settings_of_another_model_are_refused(saved: Path, pipe: Pipeline, tmp_path: Path) -> None:
-    tensors = {key.replace("base_model.model.", "unet."): value for key, value in load_file(saved / "adapter_model.safetensors").items()}
+    tensors = {
+        key.replace("base_model.model.", "unet."): value
+        for key, value in load_file(saved / "adapter_model.safetensors").items()
+    }
     save_file(tensors, tmp_path / FILE, {METADATA: json.dumps({"transformer.r": 4})})
     with pytest.raises(FolderError, match=r"transformer\.r in its settings is of neither unet nor text_encoder"):
         pipe.load_lora(tmp_path / FILE)
 
 
-def test_keys_of_peft_need_its_settings_whatever_the_file_is_called(written: Path, pipe: Pipeline, tmp_path: Path) -> None:
+def test_keys_of_peft_need_its_settings_whatever_the_file_is_called(
+    written: Path, pipe: Pipeline, tmp_path: Path
+) -> None:
     """α is in adapter_config.json alone: without it the scale would be guessed."""
     expected = adapter(written, tmp_path)
     other = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "my_lora.safetensors")
@@ -216,9 +243,22 @@ def test_keys_of_peft_need_its_settings_whatever_the_file_is_called(written: Pat
         pipe.load_lora(other)
 
 
-def test_the_command_line_says_it_in_one_line(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_it_in_one_line(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter(written, tmp_path / "a", modules_to_save=["conv_in"])
-    command = ["sample", str(written), "--lora", str(tmp_path / "a"), "--prompt", "x", "--steps", "2", "--device", "cpu"]
+    command = [
+        "sample",
+        str(written),
+        "--lora",
+        str(tmp_path / "a"),
+        "--prompt",
+        "x",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, "--out", str(tmp_path / "o")]) == 4
     error = capsys.readouterr().err
     assert "modules_to_save in its settings is ['conv_in']: a layer trained and saved whole is not offered" in error

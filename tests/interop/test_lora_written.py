@@ -104,7 +104,10 @@ def by_diffusers(file: Path, written: Path) -> dict[str, dict[str, Tensor]]:
     opened.fuse_lora()
     opened.unload_lora_weights()
     text = getattr(opened.text_encoder, "text_model", opened.text_encoder)
-    return {part: {n: layer.weight.double() for n, layer in changeable(net).items()} for part, net in ((UNET, opened.unet), (TEXT, text))}
+    return {
+        part: {n: layer.weight.double() for n, layer in changeable(net).items()}
+        for part, net in ((UNET, opened.unet), (TEXT, text))
+    }
 
 
 def equal(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -124,10 +127,18 @@ def test_the_scale_is_right_for_readers_that_know_no_alpha(written: Path, pipe: 
     equal(by_diffusers(tmp_path / FILE, written), expected)
     pipe.load_lora(tmp_path, SCALE)
     pipe.merge_lora()
-    equal({part: {n: layer.weight.double() for n, layer in changeable(net).items()} for part, net in networks(pipe).items()}, expected)
+    equal(
+        {
+            part: {n: layer.weight.double() for n, layer in changeable(net).items()}
+            for part, net in networks(pipe).items()
+        },
+        expected,
+    )
 
 
-def test_the_layout_of_kohya_is_read_by_its_readers_and_by_diffusers(written: Path, pipe: Pipeline, tmp_path: Path) -> None:
+def test_the_layout_of_kohya_is_read_by_its_readers_and_by_diffusers(
+    written: Path, pipe: Pipeline, tmp_path: Path
+) -> None:
     loras = mixed(pipe)
     file = tmp_path / "kohya.safetensors"
     write_lora(loras, file, "kohya")
@@ -136,10 +147,18 @@ def test_the_layout_of_kohya_is_read_by_its_readers_and_by_diffusers(written: Pa
     equal(by_diffusers(file, written), expected)
     alphas = {float(value) for key, value in load_file(file).items() if key.endswith(".alpha")}
     with safe_open(file, "pt") as opened:
-        assert METADATA not in opened.metadata() and len(alphas) == 1  # diffusers gives layers the wrong ones where they differ
+        assert (
+            METADATA not in opened.metadata() and len(alphas) == 1
+        )  # diffusers gives layers the wrong ones where they differ
     pipe.load_lora(file, SCALE)
     pipe.merge_lora()
-    equal({part: {n: layer.weight.double() for n, layer in changeable(net).items()} for part, net in networks(pipe).items()}, expected)
+    equal(
+        {
+            part: {n: layer.weight.double() for n, layer in changeable(net).items()}
+            for part, net in networks(pipe).items()
+        },
+        expected,
+    )
 
 
 @pytest.mark.parametrize("stem", ["lora_te_", "lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."])
@@ -154,18 +173,26 @@ def test_keys_of_a_text_encoder_may_lack_its_prefix(pipe: Pipeline, tmp_path: Pa
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / "x.safetensors")  # type: ignore[union-attr,operator]
     found = read_lora(tmp_path / "x.safetensors", networks(pipe))
     assert list(found) == [TEXT] and found[TEXT].changes.keys() == lora.changes.keys()
-    assert all(torch.equal(found[TEXT].changes[name].matrix(), change.matrix()) for name, change in lora.changes.items())
+    assert all(
+        torch.equal(found[TEXT].changes[name].matrix(), change.matrix()) for name, change in lora.changes.items()
+    )
 
 
 @pytest.mark.parametrize("stem", ["diffusion_model.", "lora_unet_"])
-def test_names_of_a_file_in_the_layout_of_compvis_are_read(written: Path, pipe: Pipeline, tmp_path: Path, stem: str) -> None:
+def test_names_of_a_file_in_the_layout_of_compvis_are_read(
+    written: Path, pipe: Pipeline, tmp_path: Path, stem: str
+) -> None:
     """As ComfyUI writes them: each layer is known by its weight in the single file that `ldm convert` writes."""
     assert main(["convert", str(written), str(tmp_path / "single.safetensors")]) == 0
     prefix = "model.diffusion_model."
     single = {key: value for key, value in load_file(tmp_path / "single.safetensors").items() if key.startswith(prefix)}
     tensors: dict[str, Tensor] = {}
     for name, layer in changeable(pipe.unet).items():
-        (key,) = (key for key, value in single.items() if value.shape == layer.weight.shape and torch.equal(value, layer.weight))
+        (key,) = (
+            key
+            for key, value in single.items()
+            if value.shape == layer.weight.shape and torch.equal(value, layer.weight)
+        )
         plain = key.removeprefix(prefix).removesuffix(".weight")
         there = stem + (plain if stem.endswith(".") else plain.replace(".", "_"))
         lora = Lora(pipe.unet, {name: (2, 2.0)})
@@ -176,13 +203,17 @@ def test_names_of_a_file_in_the_layout_of_compvis_are_read(written: Path, pipe: 
     expected = {key.removeprefix("expected "): tensors.pop(key) for key in list(tensors) if key.startswith("expected ")}
     save_file(tensors, tmp_path / "x.safetensors")
     found = read_lora(tmp_path / "x.safetensors", networks(pipe))[UNET].changes
-    assert found.keys() == expected.keys() and all(torch.equal(found[name].matrix(), value) for name, value in expected.items())
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name].matrix(), value) for name, value in expected.items()
+    )
 
 
 # ---------------------------------------------------------------- ldm convert
 
 
-def test_a_run_becomes_a_file_of_kohya_and_back(written: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_becomes_a_file_of_kohya_and_back(
+    written: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lora = {UNET: changed(pipe.unet, ALL)}
     run, file, back = tmp_path / "run", tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
     write_lora(lora, run / "model" / FILE)
@@ -208,15 +239,25 @@ def test_half_precision_is_rounded_and_what_it_cannot_hold_is_refused(
     next(iter(lora[UNET].changes.values())).lora_A.weight.data[0, 0] = 1e6  # type: ignore[index]
     write_lora(lora, tmp_path / "c.safetensors")
     assert main(["convert", str(tmp_path / "c.safetensors"), str(tmp_path / "d.safetensors"), *convert]) == 4
-    assert "1 of 96 numbers that are not finite" in capsys.readouterr().err and not (tmp_path / "d.safetensors").exists()
+    assert (
+        "1 of 96 numbers that are not finite" in capsys.readouterr().err and not (tmp_path / "d.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["LORA", "x.safetensors"], 2, "is a LoRA, no model of its own: .*rewrite it by `ldm convert --lora-layout`"),
-        (["LORA", "x.safetensors", "--lora-layout", "kohya"], 2, "does not say which model it changes: give --lora-base"),
-        (["LORA", "x", "--lora-layout", "kohya", "--lora-base", "MODEL"], 2, "--lora-layout writes one file: end DST in .safetensors"),
+        (
+            ["LORA", "x.safetensors", "--lora-layout", "kohya"],
+            2,
+            "does not say which model it changes: give --lora-base",
+        ),
+        (
+            ["LORA", "x", "--lora-layout", "kohya", "--lora-base", "MODEL"],
+            2,
+            "--lora-layout writes one file: end DST in .safetensors",
+        ),
         (["LORA", "x.safetensors", "--lora-layout", "kohya", "--openclip"], 2, "without --shard-size and --openclip"),
         (["LORA", "LORA", "--lora-layout", "kohya", "--lora-base", "MODEL"], 2, "exists already"),
         (["MODEL", "x.safetensors", "--lora-layout", "kohya", "--lora-base", "MODEL"], 4, "holds no LoRA: expected"),
@@ -249,7 +290,18 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_drawn(
     name = next(name for name in tensors if key in name)
     tensors[name][0, 0] = value
     save_file(tensors, tmp_path / "a" / FILE)
-    command = ["sample", str(written), "--lora", str(tmp_path / "a"), "--prompt", "x", "--steps", "2", "--device", "cpu"]
+    command = [
+        "sample",
+        str(written),
+        "--lora",
+        str(tmp_path / "a"),
+        "--prompt",
+        "x",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, "--out", str(tmp_path / "o")]) == 4
     error = capsys.readouterr().err
     assert f"{name} holds 1 of 96 numbers that are not finite" in error and error.count("\n") == 1
@@ -265,7 +317,9 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_drawn(
         (lambda t: t.to(torch.int8), "holds int8, which are not weights"),
     ],
 )
-def test_changes_that_overflow_and_tensors_of_other_kinds_are_named(pipe: Pipeline, tmp_path: Path, change: Any, said: str) -> None:
+def test_changes_that_overflow_and_tensors_of_other_kinds_are_named(
+    pipe: Pipeline, tmp_path: Path, change: Any, said: str
+) -> None:
     """Each tensor may be finite and the product not."""
     write_lora({UNET: changed(pipe.unet, ("to_q",))}, tmp_path / FILE)
     save_file({name: change(tensor) for name, tensor in load_file(tmp_path / FILE).items()}, tmp_path / FILE)
@@ -286,6 +340,9 @@ def test_an_alpha_of_the_header_that_is_no_number_is_named(pipe: Pipeline, tmp_p
 def test_a_model_is_not_taken_for_a_lora(tmp_path: Path, pipe: Pipeline) -> None:
     network = nn.Linear(2, 2)
     stir(network, 0.1)
-    save_file({f"model.diffusion_model.{name}": value for name, value in network.state_dict().items()}, tmp_path / "x.safetensors")
+    save_file(
+        {f"model.diffusion_model.{name}": value for name, value in network.state_dict().items()},
+        tmp_path / "x.safetensors",
+    )
     with pytest.raises(FolderError, match=r"x\.safetensors is not a LoRA: none of its tensors has the name of one"):
         pipe.load_lora(tmp_path / "x.safetensors")

@@ -34,14 +34,26 @@ PUBLISHED = {  # Stable Diffusion's, of a quarter of its steps: KDPM2DiscreteSch
 }  # fmt: skip
 SOURCES: dict[str, dict[str, Any]] = {  # what is exchanged: with keys that the other classes must not obey, or must
     "DDIMScheduler": {"set_alpha_to_one": False, "clip_sample": True, "timestep_spacing": "trailing"},
-    "DDPMScheduler": {"variance_type": "fixed_small_log", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "DDPMScheduler": {
+        "variance_type": "fixed_small_log",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    },
     "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": False},
-    "EulerDiscreteScheduler": {"timestep_spacing": "leading", "final_sigmas_type": "sigma_min", "timestep_type": "continuous"},
+    "EulerDiscreteScheduler": {
+        "timestep_spacing": "leading",
+        "final_sigmas_type": "sigma_min",
+        "timestep_type": "continuous",
+    },
     "EulerAncestralDiscreteScheduler": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "HeunDiscreteScheduler": {"use_karras_sigmas": True, "clip_sample": True},
     "KDPM2DiscreteScheduler": {"prediction_type": "v_prediction"},
     "LMSDiscreteScheduler": {"prediction_type": "sample", "timestep_spacing": "leading"},
-    "DPMSolverMultistepScheduler": {"solver_order": 3, "final_sigmas_type": "sigma_min", "algorithm_type": "sde-dpmsolver++"},
+    "DPMSolverMultistepScheduler": {
+        "solver_order": 3,
+        "final_sigmas_type": "sigma_min",
+        "algorithm_type": "sde-dpmsolver++",
+    },
     "UniPCMultistepScheduler": {"solver_type": "bh2", "lower_order_final": True, "timestep_spacing": "trailing"},
 }
 
@@ -86,7 +98,11 @@ def whole_times(layout: dict[str, Any]) -> str:
     if not settings(layout).get("use_karras_sigmas"):
         return "none"
     name = layout["_class_name"]
-    return {"KDPM2DiscreteScheduler": "nodes", "DPMSolverMultistepScheduler": "all", "UniPCMultistepScheduler": "all"}.get(name, "none")
+    return {
+        "KDPM2DiscreteScheduler": "nodes",
+        "DPMSolverMultistepScheduler": "all",
+        "UniPCMultistepScheduler": "all",
+    }.get(name, "none")
 
 
 def compare(layout: dict[str, Any]) -> str | None:
@@ -133,7 +149,9 @@ def test_an_exchanged_scheduler_draws_as_diffusers_does(source: str, target: str
         assert missing is None or (missing.startswith(target) and any(f"{key} " in missing for key in refused)), missing
 
 
-@pytest.mark.parametrize("name", [name for name in READS if name != "PNDMScheduler"])  # its default has a start of Runge and Kutta
+@pytest.mark.parametrize(
+    "name", [name for name in READS if name != "PNDMScheduler"]
+)  # its default has a start of Runge and Kutta
 def test_what_a_file_leaves_out_is_the_default_of_its_class(name: str) -> None:
     for layout in ({"_class_name": name}, {"_class_name": name, **PUBLISHED}):
         assert compare(layout) is None
@@ -143,17 +161,26 @@ def test_what_a_file_leaves_out_is_the_default_of_its_class(name: str) -> None:
 def test_the_tables_of_keys_are_those_of_the_classes(name: str) -> None:
     cls = getattr(diffusers, name)
     signature = {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items() if key != "self"}
-    hidden = {key for key in ("sigma_min", "sigma_max") if key in READS[name] and f"self.config.{key}" in inspect.getsource(cls)}
+    hidden = {
+        key
+        for key in ("sigma_min", "sigma_max")
+        if key in READS[name] and f"self.config.{key}" in inspect.getsource(cls)
+    }
     assert READS[name] == signature | dict.fromkeys(hidden - signature.keys())
 
 
 def test_no_default_of_a_class_with_a_beta_schedule_is_refused_for_its_keys() -> None:
     """Of all schedulers of diffusers: the process is read, or none is offered, and that is said."""
     for name in sorted(dir(diffusers)):
-        signature = inspect.signature(getattr(diffusers, name).__init__).parameters if name.endswith("Scheduler") else {}
+        signature = (
+            inspect.signature(getattr(diffusers, name).__init__).parameters if name.endswith("Scheduler") else {}
+        )
         if name.startswith("Flax") or "beta_schedule" not in signature:
             continue
-        layout = {"_class_name": name, **{key: p.default for key, p in signature.items() if key not in ("self", "kwargs")}}
+        layout = {
+            "_class_name": name,
+            **{key: p.default for key, p in signature.items() if key not in ("self", "kwargs")},
+        }
         if "snr_shift_scale" in signature:
             with pytest.raises(ConfigError, match=f"a {name} has no β of a noise schedule"):
                 scheduler_from_diffusers(layout)
@@ -168,21 +195,41 @@ def test_no_default_of_a_class_with_a_beta_schedule_is_refused_for_its_keys() ->
 @pytest.mark.parametrize(
     ("name", "changes", "refused"),
     [
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, "timestep_spacing = leading"),
+        (
+            "EulerDiscreteScheduler",
+            {"use_karras_sigmas": True, "timestep_spacing": "leading"},
+            "timestep_spacing = leading",
+        ),
         ("HeunDiscreteScheduler", {"use_karras_sigmas": True, "sigma_max": 9.0}, "sigma_max = 9.0"),
         ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, None),
         ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}, None),
         ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": None}, None),
         ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, None),
-        ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, "final_sigmas_type = sigma_min"),
+        (
+            "UniPCMultistepScheduler",
+            {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+            "final_sigmas_type = sigma_min",
+        ),
         ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, None),
         ("UniPCMultistepScheduler", {"solver_type": "midpoint"}, None),  # taken for bh2
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type = bh1"),
-        ("DPMSolverMultistepScheduler", {"solver_type": "bh2", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"}, None),
+        (
+            "DPMSolverMultistepScheduler",
+            {"solver_type": "bh2", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"},
+            None,
+        ),
         ("DPMSolverMultistepScheduler", {"solver_order": 1}, None),
         ("DPMSolverMultistepScheduler", {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, None),
-        ("DPMSolverMultistepScheduler", {"euler_at_final": True, "lower_order_final": False}, None),  # it ends at clean data
-        ("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}, "euler_at_final = True"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"euler_at_final": True, "lower_order_final": False},
+            None,
+        ),  # it ends at clean data
+        (
+            "DPMSolverMultistepScheduler",
+            {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+            "euler_at_final = True",
+        ),
         ("DPMSolverMultistepScheduler", {"solver_order": 3, "lower_order_final": False}, "lower_order_final = False"),
         ("DPMSolverMultistepScheduler", {"variance_type": "learned_range"}, "variance_type = learned_range"),
         ("DDPMScheduler", {"variance_type": "fixed_large"}, "timestep_spacing = leading"),
@@ -190,16 +237,28 @@ def test_no_default_of_a_class_with_a_beta_schedule_is_refused_for_its_keys() ->
         ("DDPMScheduler", {"variance_type": None}, None),  # as exchanged for a DPMSolverMultistepScheduler
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "variance_type = fixed_large_log"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, None),
-        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "prediction_type = v_prediction"),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+            "prediction_type = v_prediction",
+        ),
         ("EulerDiscreteScheduler", {"prediction_type": "original_sample"}, None),
         ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}, None),  # does not read it
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "timestep_spacing = linspace"),
-        ("PNDMScheduler", {"prediction_type": "v_prediction", "skip_prk_steps": True}, "prediction_type = v_prediction"),
+        (
+            "PNDMScheduler",
+            {"prediction_type": "v_prediction", "skip_prk_steps": True},
+            "prediction_type = v_prediction",
+        ),
     ],
 )
 def test_a_key_is_obeyed_where_its_class_reads_it(name: str, changes: dict[str, Any], refused: str | None) -> None:
     missing = compare({"_class_name": name, **PUBLISHED, **changes})
-    assert missing is None if refused is None else missing is not None and f"{name} with {refused} is not offered" in missing
+    assert (
+        missing is None
+        if refused is None
+        else missing is not None and f"{name} with {refused} is not offered" in missing
+    )
 
 
 def test_zero_terminal_snr_is_that_of_classes_that_rescale() -> None:
@@ -245,12 +304,20 @@ def test_values_of_wrong_types_are_one_line(key: str, value: Any, message: str) 
 def test_switches_are_true_or_false() -> None:
     with pytest.raises(ConfigError, match="set_alpha_to_one must be true or false, got 'false'"):
         sampler_from_diffusers({"_class_name": "DDIMScheduler", "set_alpha_to_one": "false"})
-    assert sampler_from_diffusers({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": None})[0]["grid"] == "linspace_fractional"
+    assert (
+        sampler_from_diffusers({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": None})[0]["grid"]
+        == "linspace_fractional"
+    )
 
 
 def test_processes_of_classes_without_our_steps_are_those_of_diffusers() -> None:
     for name in PROCESSES:
-        if hasattr(diffusers, name) and name not in ("UnCLIPScheduler", "DPMSolverSDEScheduler"):  # the latter needs torchsde
-            schedule = Schedule.from_config(scheduler_from_diffusers({"_class_name": name, "beta_schedule": "linear"})[0])
+        if hasattr(diffusers, name) and name not in (
+            "UnCLIPScheduler",
+            "DPMSolverSDEScheduler",
+        ):  # the latter needs torchsde
+            schedule = Schedule.from_config(
+                scheduler_from_diffusers({"_class_name": name, "beta_schedule": "linear"})[0]
+            )
             theirs = getattr(diffusers, name)(beta_schedule="linear").alphas_cumprod
             assert torch.allclose(schedule.alphas_cumprod.float(), theirs, rtol=1e-4), name

@@ -19,7 +19,9 @@ from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers.schedulers import sampler_from_diffusers, scheduler_from_diffusers, scheduler_to_diffusers
 from ldm.pipeline import Pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # of diffusers with numpy 2
 STEPS = 12
 PUBLISHED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 DETERMINISTIC: dict[str, dict[str, Any]] = {  # class and settings → sampler, grid and end that they mean here
@@ -33,7 +35,12 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {  # class and settings → sampler, 
     "UniPCMultistepScheduler": {},
 }
 NOISY_END = {"trained_betas": [0.03] + [1e-3] * 999, "set_alpha_to_one": False}  # noise of t = 0 that shows
-VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler")
+VARIANCE_EXPLODING = (
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +67,21 @@ def difference(folder: Path, name: str, settings: dict[str, Any], **call: Any) -
     ours, pipeline = Pipeline.from_pretrained(folder), theirs(folder)
     start = noise(3, len(PROMPTS))
     if name in VARIANCE_EXPLODING and pipeline.scheduler.config.timestep_spacing != "leading":
-        pipeline.scheduler.set_timesteps(STEPS)  # they start from σ times noise, which is less than their own marginal, √(σ² + 1)
+        pipeline.scheduler.set_timesteps(
+            STEPS
+        )  # they start from σ times noise, which is less than their own marginal, √(σ² + 1)
         start = start * float((pipeline.scheduler.sigmas.max() ** 2 + 1) ** 0.5 / pipeline.scheduler.init_noise_sigma)
     expected = array(pipeline(PROMPTS, latents=start, num_inference_steps=STEPS, guidance_scale=2.0).images)
     return int(abs(array(ours(PROMPTS, steps=STEPS, guidance_scale=2.0, seed=3, **call)) - expected).max())
 
 
 # but for linspace of the first two: theirs then step to t − T//S, which is not a node of their grid
-SPACINGS = [(name, s) for i, name in enumerate(DETERMINISTIC) for s in ("leading", "trailing", "linspace") if i > 1 or s != "linspace"]
+SPACINGS = [
+    (name, s)
+    for i, name in enumerate(DETERMINISTIC)
+    for s in ("leading", "trailing", "linspace")
+    if i > 1 or s != "linspace"
+]
 
 
 @pytest.mark.parametrize(("name", "spacing"), SPACINGS)
@@ -80,7 +94,10 @@ def test_a_folder_draws_as_its_scheduler_says(written: Path, name: str, spacing:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        (
+            "DDIMScheduler",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        ),
         ("DDIMScheduler", {"trained_betas": np.linspace(1e-4, 0.03, 600).tolist(), "num_train_timesteps": 600}),
         ("DDIMScheduler", {"prediction_type": "sample", "timestep_spacing": "leading"}),
         ("DDIMScheduler", {"clip_sample": False, **NOISY_END}),
@@ -112,9 +129,21 @@ def test_the_settings_matter(written: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "sampler"),
     [
-        ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "linspace"}, {"sampler": "ddpm", "variance": "beta"}),
-        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, {"sampler": "euler_ancestral", "grid": "trailing"}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {"sampler": "dpmpp_2m_sde", "grid": "linspace_positive"}),
+        (
+            "DDPMScheduler",
+            {"variance_type": "fixed_large", "timestep_spacing": "linspace"},
+            {"sampler": "ddpm", "variance": "beta"},
+        ),
+        (
+            "EulerAncestralDiscreteScheduler",
+            {"timestep_spacing": "trailing"},
+            {"sampler": "euler_ancestral", "grid": "trailing"},
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++"},
+            {"sampler": "dpmpp_2m_sde", "grid": "linspace_positive"},
+        ),
         ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {"sampler": "unipc", "end_clean": False}),
         ("EulerDiscreteScheduler", {}, {"sampler": "euler", "grid": "linspace_fractional", "end_clean": True}),
         ("DDPMScheduler", {"timestep_spacing": "linspace"}, {"sampler": "ddpm", "grid": "linspace"}),
@@ -159,7 +188,8 @@ def test_an_unknown_key_is_refused_with_the_nearest() -> None:
         scheduler_from_diffusers({"prediction_type": "flow"})
     with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler has no β of a noise schedule"):
         scheduler_from_diffusers(
-            dict(diffusers.FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+            dict(diffusers.FlowMatchEulerDiscreteScheduler().config)
+            | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
         )
     with pytest.raises(ConfigError, match="3 trained_betas, but num_train_timesteps is 1000"):
         scheduler_from_diffusers({"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 1000})
@@ -169,7 +199,10 @@ def test_every_class_of_diffusers_that_is_read_knows_its_own_keys() -> None:
     """No default configuration of theirs is refused for its keys."""
     for name in (*DETERMINISTIC, "DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler"):
         layout = {key: value for key, value in getattr(diffusers, name)().config.items() if not key.startswith("_")}
-        for given in (layout, {"beta_schedule": layout["beta_schedule"]}):  # absent keys take the defaults of their class
+        for given in (
+            layout,
+            {"beta_schedule": layout["beta_schedule"]},
+        ):  # absent keys take the defaults of their class
             schedule, _ = scheduler_from_diffusers({"_class_name": name, **given})
             table = Schedule.from_config(schedule).alphas_cumprod
             assert torch.allclose(table.float(), getattr(diffusers, name)().alphas_cumprod, rtol=1e-4), name
@@ -180,7 +213,11 @@ def test_our_defaults_are_written_so_that_diffusers_takes_them() -> None:
     layout = scheduler_to_diffusers(ScheduleConfig("scaled_linear"), "v", sample)
     fields, _ = sampler_from_diffusers(layout)
     assert SampleConfig(**fields) == sample
-    assert set(fields) <= {"sampler", "grid", "grid_offset", "end_clean"} and fields["sampler"] in SAMPLERS and fields["grid"] in GRIDS
+    assert (
+        set(fields) <= {"sampler", "grid", "grid_offset", "end_clean"}
+        and fields["sampler"] in SAMPLERS
+        and fields["grid"] in GRIDS
+    )
     assert LATENT[0] == 4
 
 
@@ -209,7 +246,10 @@ def test_a_prediction_of_noise_is_not_asked_where_no_signal_is_left(
         assert main(["sample", str(written), *out]) == 2 and message in capsys.readouterr().err
         assert main(["plot", "reverse", str(written), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
         assert message in capsys.readouterr().err
-        for command in (["inspect", str(written), "--no-hashes"], ["convert", str(written), str(tmp_path / "copy.safetensors")]):
+        for command in (
+            ["inspect", str(written), "--no-hashes"],
+            ["convert", str(written), str(tmp_path / "copy.safetensors")],
+        ):
             assert main(command) == 0
             assert "predicts eps where its schedule leaves no signal" in capsys.readouterr().out, command
         pictures = pipe(PROMPTS, grid="leading", **sampling)

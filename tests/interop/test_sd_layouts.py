@@ -93,7 +93,11 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 def plain(layout: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a config.json, one value for all levels written as such."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in layout.items() if not key.startswith("_")}
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in layout.items()
+        if not key.startswith("_")
+    }
     uniform = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
     return {key: value[0] if key in uniform and isinstance(value, list) else value for key, value in values.items()}
 
@@ -195,7 +199,10 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         ({"rank": None}, "unet: unknown key rank of a UNet2DConditionModel"),
         ({"addition_embed_type": "text_time"}, r"unet: addition_embed_type = 'text_time' cannot .*Stable Diffusion XL"),
         ({"num_attention_heads": 8}, r"unet: num_attention_heads = 8 cannot .*attention_head_dim"),
-        ({"class_embeddings_concat": True}, "unet: class_embeddings_concat = True cannot be expressed here, only False"),
+        (
+            {"class_embeddings_concat": True},
+            "unet: class_embeddings_concat = True cannot be expressed here, only False",
+        ),
         ({"only_cross_attention": [False, True]}, "unet: only_cross_attention"),
         ({"dual_cross_attention": True}, "unet: dual_cross_attention"),
         ({"time_cond_proj_dim": 256}, "unet: time_cond_proj_dim"),
@@ -216,21 +223,31 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         ({"block_out_channels": 8}, "unet: block_out_channels is missing, or no list"),
         ({"class_embed_type": "sum"}, "unet: class_embed_type 'sum'"),
         ({"class_embed_type": "projection"}, "unet: projection_class_embeddings_input_dim is missing"),
-        ({"class_embed_type": "identity", "num_class_embeds": 4}, "unet: num_class_embeds = 4 has no meaning with .*'identity'"),
-        ({"projection_class_embeddings_input_dim": 4}, "unet: projection_class_embeddings_input_dim = 4 has no meaning with .*None"),
+        (
+            {"class_embed_type": "identity", "num_class_embeds": 4},
+            "unet: num_class_embeds = 4 has no meaning with .*'identity'",
+        ),
+        (
+            {"projection_class_embeddings_input_dim": 4},
+            "unet: projection_class_embeddings_input_dim = 4 has no meaning with .*None",
+        ),
         ({"num_class_embeds": 0}, "unet.num_labels must lie between 1"),
     ],
 )
 def test_unet_settings_beyond_ours_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
     layout = json.loads(json.dumps(SMALL))
-    unet_from_diffusers({**layout, "only_cross_attention": [False, False], "sample_size": None, "num_attention_heads": None})
+    unet_from_diffusers(
+        {**layout, "only_cross_attention": [False, False], "sample_size": None, "num_attention_heads": None}
+    )
     with pytest.raises(ConfigError, match=message) as caught:
         unet_from_diffusers({**layout, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_side_of_the_sample() -> None:
-    assert [sample_side(layout) for layout in ({}, {"sample_size": None}, {"sample_size": 96}, {"sample_size": [32, 32]})] == [
+    assert [
+        sample_side(layout) for layout in ({}, {"sample_size": None}, {"sample_size": 96}, {"sample_size": [32, 32]})
+    ] == [
         64,
         64,
         96,
@@ -245,7 +262,9 @@ def test_one_class_embedding_at_most() -> None:
         UNetConfig(vector_dim=3, num_labels=4)
     with pytest.raises(ConfigError, match="vector_map is for vector_dim"):
         UNetConfig(vector_map="linear")
-    with pytest.raises(ConfigError, match=r"vector_dim must be 1280 \(4 · channels\[0\]\) for vector_map identity, got 3"):
+    with pytest.raises(
+        ConfigError, match=r"vector_dim must be 1280 \(4 · channels\[0\]\) for vector_map identity, got 3"
+    ):
         UNetConfig(vector_dim=3, vector_map="identity")
     with pytest.raises(ConfigError, match="vector_map must be one of mlp, linear, identity"):
         UNetConfig(vector_dim=3, vector_map="none")
@@ -332,7 +351,12 @@ def test_autoencoder_settings_go_there_and_back(name: str) -> None:
     """All but what is the pipeline's to say: the scale, and the size of a tile."""
     layout = dict(diffusers.AutoencoderKL(**VAES[name][0]).config)
     scale, shift = latent_scale(layout)
-    back = {**to_diffusers(from_diffusers(layout)), "scaling_factor": scale, "shift_factor": shift or None, "sample_size": 32}
+    back = {
+        **to_diffusers(from_diffusers(layout)),
+        "scaling_factor": scale,
+        "shift_factor": shift or None,
+        "sample_size": 32,
+    }
     assert plain(diffusers.AutoencoderKL.from_config(back).config) == plain(layout)
 
 
@@ -344,7 +368,10 @@ def test_autoencoder_settings_go_there_and_back(name: str) -> None:
         ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, r"latents_mean is \[0.1.*only None can be expressed"),
         ({"latents_std": [1, 1, 1, 1]}, "latents_std"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
-        ({"scale_factor": None}, "unknown key 'scale_factor' in the config of an AutoencoderKL: did you mean 'scaling_factor'"),
+        (
+            {"scale_factor": None},
+            "unknown key 'scale_factor' in the config of an AutoencoderKL: did you mean 'scaling_factor'",
+        ),
         ({"latent_channels": "4"}, "latent_channels is '4': expected a whole number from 1"),
         ({"layers_per_block": 0}, "layers_per_block is 0"),
     ],
@@ -357,8 +384,15 @@ def test_autoencoder_settings_beyond_ours_are_refused_in_one_line(change: dict[s
 
 def test_an_absent_setting_has_the_default_of_diffusers() -> None:
     """What a config.json leaves out, taken one by one from their signature, changes nothing."""
-    two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (64, 64)}
-    for cls, read_, given in ((diffusers.UNet2DConditionModel, unet_from_diffusers, {}), (diffusers.AutoencoderKL, from_diffusers, two)):
+    two = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (64, 64),
+    }
+    for cls, read_, given in (
+        (diffusers.UNet2DConditionModel, unet_from_diffusers, {}),
+        (diffusers.AutoencoderKL, from_diffusers, two),
+    ):
         arguments: Any = inspect.signature(cls.__init__).parameters
         defaults = {name: p.default for name, p in arguments.items() if name != "self"} | given
         least = {name: defaults[name] for name in two}
@@ -368,9 +402,17 @@ def test_an_absent_setting_has_the_default_of_diffusers() -> None:
 
 
 def test_the_latent_scale_has_diffusers_defaults() -> None:
-    assert latent_scale({}) == (0.18215, 0.0) and latent_scale({"scaling_factor": 1, "shift_factor": None}) == (1.0, 0.0)
+    assert latent_scale({}) == (0.18215, 0.0) and latent_scale({"scaling_factor": 1, "shift_factor": None}) == (
+        1.0,
+        0.0,
+    )
     assert latent_scale({"scaling_factor": 0.36, "shift_factor": -0.5}) == (0.36, -0.5)
-    for key, value in (("scaling_factor", None), ("scaling_factor", 0.0), ("scaling_factor", "1"), ("shift_factor", float("nan"))):
+    for key, value in (
+        ("scaling_factor", None),
+        ("scaling_factor", 0.0),
+        ("scaling_factor", "1"),
+        ("shift_factor", float("nan")),
+    ):
         with pytest.raises(ConfigError, match=f"{key} is {value!r}: expected a finite number"):
             latent_scale({key: value})
 
@@ -386,8 +428,16 @@ def saved_tower(folder: Path, layers: int = 3, shard: str = "1GB", **change: Any
     save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "tokenizer/tokenizer.json").unlink()
     written = folder / "tokenizer/tokenizer_config.json"
-    written.write_text(json.dumps({**json.loads(written.read_text()), "pad_token": "!", "model_max_length": 77}))  # as SD 2's
-    tower = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2, "projection_dim": 8}
+    written.write_text(
+        json.dumps({**json.loads(written.read_text()), "pad_token": "!", "model_max_length": 77})
+    )  # as SD 2's
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
     config = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **{**tower, **change})
     model: Any = transformers.CLIPTextModel(config).eval()
     stir(model)
@@ -409,8 +459,14 @@ def states(weights: Mapping[str, Tensor], ids: Tensor, layers: int, heads: int, 
         "self_attn.out_proj": "self_attn.out_proj",
     }
     for i in range(layers):
-        own = {key.removeprefix(f"encoder.layers.{i}."): value for key, value in w.items() if key.startswith(f"encoder.layers.{i}.")}
-        layer = nn.TransformerEncoderLayer(x.shape[2], heads, own["mlp.fc1.bias"].numel(), 0.0, activation, 1e-5, True, True, device="meta")
+        own = {
+            key.removeprefix(f"encoder.layers.{i}."): value
+            for key, value in w.items()
+            if key.startswith(f"encoder.layers.{i}.")
+        }
+        layer = nn.TransformerEncoderLayer(
+            x.shape[2], heads, own["mlp.fc1.bias"].numel(), 0.0, activation, 1e-5, True, True, device="meta"
+        )
         state = {f"{mine}.{kind}": own[f"{its}.{kind}"] for mine, its in names.items() for kind in ("weight", "bias")}
         for kind in ("weight", "bias"):
             state[f"self_attn.in_proj_{kind}"] = torch.cat([own[f"self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
@@ -434,7 +490,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("shard", ["1GB", "8KB"])
-def test_text_states_are_those_of_the_published_tower(change: dict[str, Any], activation: Any, shard: str, tmp_path: Path) -> None:
+def test_text_states_are_those_of_the_published_tower(
+    change: dict[str, Any], activation: Any, shard: str, tmp_path: Path
+) -> None:
     theirs = saved_tower(tmp_path, shard=shard, **change)
     assert (tmp_path / "text_encoder/model.safetensors.index.json").is_file() == (shard == "8KB")
     ours = read_text(tmp_path)
@@ -449,7 +507,9 @@ def test_text_states_are_those_of_the_published_tower(change: dict[str, Any], ac
     for key, value in theirs.config.to_dict().items():
         if key not in ("_name_or_path", "transformers_version"):
             assert again.config.to_dict()[key] == value, key
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
+    )
 
 
 def test_a_tokenizer_of_two_files_is_that_of_one(tmp_path: Path) -> None:
@@ -470,8 +530,16 @@ def test_half_precision_and_a_text_tower_nested_in_a_whole_clip(tmp_path: Path) 
     half = read_text(tmp_path)
     assert half.model.dtype == torch.float32
     file = tmp_path / "text_encoder/config.json"
-    tower = json.loads(file.read_text()) | {"use_cache": True, "torchscript": False, "num_beams": 1, "pruned_heads": {}, "dropout": 0.0}
-    file.write_text(json.dumps({"model_type": "clip", "text_config": tower, "vision_config": {}, "logit_scale_init_value": 2.6592}))
+    tower = json.loads(file.read_text()) | {
+        "use_cache": True,
+        "torchscript": False,
+        "num_beams": 1,
+        "pruned_heads": {},
+        "dropout": 0.0,
+    }
+    file.write_text(
+        json.dumps({"model_type": "clip", "text_config": tower, "vision_config": {}, "logit_scale_init_value": 2.6592})
+    )
     assert torch.equal(read_text(tmp_path).encode(CAPTIONS), half.encode(CAPTIONS))
     ids = half.tokenize(CAPTIONS)[0]
     with torch.no_grad():
@@ -487,8 +555,16 @@ def test_half_precision_and_a_text_tower_nested_in_a_whole_clip(tmp_path: Path) 
         ("text_encoder/config.json", {"num_hidden_layers": 2}, "layers.2.* belongs to no layer"),
         ("text_encoder/config.json", {"num_hidden_layers": "3"}, "num_hidden_layers"),
         ("text_encoder/config.json", {"num_attention_heads": 3}, "hidden size"),
-        ("text_encoder/config.json", {"vocab_size": 49408}, r"token_embedding.* is \[526, 16\], config.json says \[49408, 16\]"),
-        ("tokenizer/merges.txt", None, r"tokenizer holds no tokenizer.*merges\.txt \(vocab\.json alone is half of one\)"),
+        (
+            "text_encoder/config.json",
+            {"vocab_size": 49408},
+            r"token_embedding.* is \[526, 16\], config.json says \[49408, 16\]",
+        ),
+        (
+            "tokenizer/merges.txt",
+            None,
+            r"tokenizer holds no tokenizer.*merges\.txt \(vocab\.json alone is half of one\)",
+        ),
         ("tokenizer/vocab.json", None, r"holds no tokenizer.*\(merges\.txt alone is half of one\)"),
         ("tokenizer/vocab.json", {"another</w>": 526}, "tokens but the text encoder"),
         ("tokenizer/vocab.json", "{", "tokenizer: "),
@@ -561,7 +637,9 @@ def share_weights(ours: nn.Module, theirs: nn.Module) -> None:
     ours.to_empty(device="cpu")
     stir(ours)
     theirs.load_state_dict(ours.state_dict(), assign=True)
-    pairs = zip(ours.parameters(), (dict(theirs.named_parameters())[key] for key, _ in ours.named_parameters()), strict=True)
+    pairs = zip(
+        ours.parameters(), (dict(theirs.named_parameters())[key] for key, _ in ours.named_parameters()), strict=True
+    )
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
 
 
@@ -584,11 +662,14 @@ def test_published_networks_have_their_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", [TEXT_1, TEXT_2])
 def test_published_text_encoders_have_their_parameters(name: str) -> None:
     with torch.device("meta"):
-        assert count(transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name][0]))) == PUBLISHED[name][1]
+        assert (
+            count(transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name][0]))) == PUBLISHED[name][1]
+        )
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "context_dim"), [("sd1/ldm.yaml", UNET_1, 768), ("sd2/ldm.yaml", UNET_2, 1024), ("sd1/autoencoder.yaml", "vae", None)]
+    ("file", "name", "context_dim"),
+    [("sd1/ldm.yaml", UNET_1, 768), ("sd2/ldm.yaml", UNET_2, 1024), ("sd1/autoencoder.yaml", "vae", None)],
 )
 def test_shipped_configurations_have_the_published_sizes(file: str, name: str, context_dim: int | None) -> None:
     path = ROOT / "configs" / file
@@ -633,7 +714,9 @@ def test_published_autoencoder_in_full() -> None:
 def test_published_text_encoder_in_full(name: str, activation: Any, tmp_path: Path) -> None:
     """Written by transformers, read by us; its states are those of transformers' own model and of torch's layers."""
     tokenizer = transformers.CLIPTokenizer(
-        vocab={**{f"token {i}": i for i in range(49406)}, "<|startoftext|>": 49406, "<|endoftext|>": 49407}, merges=[], model_max_length=77
+        vocab={**{f"token {i}": i for i in range(49406)}, "<|startoftext|>": 49406, "<|endoftext|>": 49407},
+        merges=[],
+        model_max_length=77,
     )
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     with torch.device("meta"):

@@ -48,7 +48,9 @@ def opened(file: Path, tensors: Tensors, **hints: Any) -> Bundle:
 def same(one: Bundle, other: Bundle, *parts: str) -> bool:
     return all(
         one.parts[part].tensors.keys() == other.parts[part].tensors.keys()
-        and all(torch.equal(tensor, other.parts[part].tensors[name]) for name, tensor in one.parts[part].tensors.items())
+        and all(
+            torch.equal(tensor, other.parts[part].tensors[name]) for name, tensor in one.parts[part].tensors.items()
+        )
         for part in parts
     )
 
@@ -59,12 +61,16 @@ def start(prefix: str, without: str = "") -> Callable[[str], str]:
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "DistributedDataParallel": start("module."),
-    "DistributedDataParallel of the U-Net": lambda name: name.replace("model.diffusion_model.", "model.diffusion_model.module."),
+    "DistributedDataParallel of the U-Net": lambda name: name.replace(
+        "model.diffusion_model.", "model.diffusion_model.module."
+    ),
     "torch.compile": start("_orig_mod."),
     "torch.compile of each part": lambda name: name.replace("stage_model.", "stage_model._orig_mod.").replace(
         "diffusion_model.", "diffusion_model._orig_mod."
     ),
-    "FSDP": lambda name: name.replace("diffusion_model.", "diffusion_model._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "FSDP": lambda name: name.replace(
+        "diffusion_model.", "diffusion_model._fsdp_wrapped_module._checkpoint_wrapped_module."
+    ),
     "a trainer's model": start("model."),
     "a trainer's own name": start("trainer.generator."),
     "both": start("module.model._orig_mod."),
@@ -87,7 +93,11 @@ def test_two_tensors_of_one_name_are_refused(whole: Tensors) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "unet.", "module."])
 def test_a_unet_alone(prefix: str, model: Bundle, whole: Tensors, tmp_path: Path) -> None:
-    alone = {start(prefix, "model.diffusion_model.")(name): t for name, t in whole.items() if name.startswith("model.diffusion_model.")}
+    alone = {
+        start(prefix, "model.diffusion_model.")(name): t
+        for name, t in whole.items()
+        if name.startswith("model.diffusion_model.")
+    }
     bundle = opened(tmp_path / "a.safetensors", alone)
     assert bundle.parts.keys() == {UNET} and same(bundle, model, UNET)
 
@@ -117,7 +127,10 @@ def test_an_autoencoder_alone_in_both_forms(prefix: str, form: str, model: Bundl
     "spelling",
     [
         ("cond_stage_model.model.", "cond_stage_model."),  # merges that lost a part of the prefix
-        ("cond_stage_model.model.transformer.resblocks.", "cond_stage_model.model.encoder.resblocks."),  # written from names without
+        (
+            "cond_stage_model.model.transformer.resblocks.",
+            "cond_stage_model.model.encoder.resblocks.",
+        ),  # written from names without
         ("cond_stage_model.model.transformer.resblocks.", "cond_stage_model.model.encoder.layers."),  # text_model.
     ],
 )
@@ -131,10 +144,15 @@ def test_openclip_towers_without_a_part_of_their_prefix(spelling: tuple[str, str
 
 
 def test_numbers_of_positions_without_a_text_encoder(whole: Tensors, tmp_path: Path) -> None:
-    for name in ("cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.transformer.embeddings.position_ids"):
+    for name in (
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.transformer.embeddings.position_ids",
+    ):
         left = {key: tensor for key, tensor in whole.items() if not key.startswith("cond_stage_model.")}
         bundle = opened(tmp_path / "a.safetensors", {**left, name: torch.arange(7)[None]})
-        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.besides}.values()), "") + str(bundle.besides)
+        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.besides}.values()), "") + str(
+            bundle.besides
+        )
         assert TEXT in opened(tmp_path / "b.safetensors", {**whole, name: torch.arange(7)[None]}).parts
 
 
@@ -143,49 +161,82 @@ def test_numbers_of_positions_without_a_text_encoder(whole: Tensors, tmp_path: P
 one = torch.zeros(1)
 _UNET_NAMES = ("input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight")
 OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
-    "SDXL": (["conditioner.embedders.0.transformer.text_model.x", "conditioner.embedders.1.model.ln_final.bias"], "Stable Diffusion XL:"),
+    "SDXL": (
+        ["conditioner.embedders.0.transformer.text_model.x", "conditioner.embedders.1.model.ln_final.bias"],
+        "Stable Diffusion XL:",
+    ),
     "refiner": (["conditioner.embedders.0.model.ln_final.bias"], "the refiner of Stable Diffusion XL"),
-    "XL U-Net": ({"label_emb.0.0.weight": torch.zeros(1, 2816), "input_blocks.0.0.weight": one}, "the U-Net of Stable Diffusion XL"),
+    "XL U-Net": (
+        {"label_emb.0.0.weight": torch.zeros(1, 2816), "input_blocks.0.0.weight": one},
+        "the U-Net of Stable Diffusion XL",
+    ),
     "SD 3": (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
     "SD 3 alone": (["joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
     "Flux": (["double_blocks.0.img_attn.norm.key_norm.scale"], "Flux"),
     "Flux of diffusers": (["transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"], "a diffusion transformer"),
     "VQ": (["encoder.conv_in.weight", "decoder.conv_in.weight", "quantize.embedding.weight"], "a VQ autoencoder"),
-    "LDM of VQ": (["first_stage_model.quantize.embedding.weight", "model.diffusion_model.out.2.weight"], "a VQ autoencoder"),
+    "LDM of VQ": (
+        ["first_stage_model.quantize.embedding.weight", "model.diffusion_model.out.2.weight"],
+        "a VQ autoencoder",
+    ),
     "BERT": (["cond_stage_model.transformer.token_emb.weight"], "latent diffusion's first text-to-image model"),
-    "classes": (["cond_stage_model.embedding.weight", "first_stage_model.quantize.embedding.weight"], "a class-conditional"),
+    "classes": (
+        ["cond_stage_model.embedding.weight", "first_stage_model.quantize.embedding.weight"],
+        "a class-conditional",
+    ),
     "SVD": (
         ["model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight", "conditioner.embedders.0.open_clip.x"],
         "a video model",
     ),
-    "ControlNet": (["control_model.input_blocks.0.0.weight", "control_model.input_hint_block.0.weight"], "a ControlNet"),
+    "ControlNet": (
+        ["control_model.input_blocks.0.0.weight", "control_model.input_hint_block.0.weight"],
+        "a ControlNet",
+    ),
     "ControlNet alone": ([*_UNET_NAMES, "input_hint_block.0.weight"], "a ControlNet"),
-    "ControlNet of diffusers": (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"], "a ControlNet"),
+    "ControlNet of diffusers": (
+        ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"],
+        "a ControlNet",
+    ),
     "T2I-Adapter": (["body.0.block1.weight", "conv_in.weight"], "a T2I-Adapter"),
     "textual inversion": ({"emb_params": torch.zeros(2, 768)}, "a textual inversion"),
     "textual inversion by token": ({"<cat>": torch.zeros(768)}, "a textual inversion"),
     "textual inversion of XL": ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "a textual inversion"),
-    "EMA": (["model_ema.diffusion_modelinput_blocks00weight", "model_ema.decay"], "the EMA of a U-Net without the U-Net"),
+    "EMA": (
+        ["model_ema.diffusion_modelinput_blocks00weight", "model_ema.decay"],
+        "the EMA of a U-Net without the U-Net",
+    ),
     "U-Net of diffusers": (["down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"], "a U-Net in diffusers' names"),
     "text encoder": (["text_model.encoder.layers.0.layer_norm1.bias"], "a text encoder alone"),
     "T5": (["encoder.block.0.layer.0.SelfAttention.k.weight"], "a T5 text encoder"),
     "optimizer": (["state.0.exp_avg", "state.0.exp_avg_sq"], "the state of an optimizer"),
     "16 channels": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder without quant_conv"),
-    "video": ({"encoder.conv_in.weight": torch.zeros(1, 1, 1, 1, 1), "quant_conv.weight": one}, "an autoencoder of videos"),
-    "images": (["embedder.model.visual.proj", "model.diffusion_model.out.2.weight"], "a model that is conditioned on images"),
+    "video": (
+        {"encoder.conv_in.weight": torch.zeros(1, 1, 1, 1, 1), "quant_conv.weight": one},
+        "an autoencoder of videos",
+    ),
+    "images": (
+        ["embedder.model.visual.proj", "model.diffusion_model.out.2.weight"],
+        "a model that is conditioned on images",
+    ),
     "IP-Adapter": (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
 }
 
 
 @pytest.mark.parametrize("wrapped", ["", "module."])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_file_of_another_kind_is_said_to_be_that(name: str, wrapped: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_another_kind_is_said_to_be_that(
+    name: str, wrapped: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For every command that opens a model, in one line, with the exit code of a model that is not opened."""
     names, kind = OTHERS[name]
     tensors = names if isinstance(names, dict) else dict.fromkeys(names, one)
     file = tmp_path / "other.safetensors"
     save_file({wrapped + key: tensor.clone() for key, tensor in tensors.items()}, file)
-    for command in (["inspect", str(file)], ["convert", str(file), str(tmp_path / "out")], ["sample", str(file), "--prompt", "a"]):
+    for command in (
+        ["inspect", str(file)],
+        ["convert", str(file), str(tmp_path / "out")],
+        ["sample", str(file), "--prompt", "a"],
+    ):
         assert main(command) == 4
         said = capsys.readouterr().err
         assert f"{file} is {kind}" in said and said.count("\n") == 1, said
@@ -194,7 +245,12 @@ def test_a_file_of_another_kind_is_said_to_be_that(name: str, wrapped: str, tmp_
 
 
 def test_a_lora_is_said_to_be_one(tmp_path: Path) -> None:
-    for name in ("lora_unet_mid_block.alpha", "unet.x.lora_A.weight", "lycoris_x.hada_w1_a", "diffusion_model.out.2.lokr_w1"):
+    for name in (
+        "lora_unet_mid_block.alpha",
+        "unet.x.lora_A.weight",
+        "lycoris_x.hada_w1_a",
+        "diffusion_model.out.2.lokr_w1",
+    ):
         save_file({name: one}, tmp_path / "a.safetensors")
         with pytest.raises(ConfigError, match="is a LoRA, no model of its own: draw with it by"):
             read_file(tmp_path / "a.safetensors")
@@ -206,7 +262,10 @@ def test_a_lora_is_said_to_be_one(tmp_path: Path) -> None:
         ({"state": {0: {"exp_avg": one}}, "param_groups": [{"lr": 1.0}]}, "the state of an optimizer"),
         ({"optimizer": {"state": {}, "param_groups": []}, "epoch": 3}, "the state of an optimizer"),
         ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(2, 768)}}, "a textual inversion"),
-        ({"string_to_param": torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.zeros(2, 768))})}, "a textual inversion"),
+        (
+            {"string_to_param": torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.zeros(2, 768))})},
+            "a textual inversion",
+        ),
         ({"image_proj": {"a": one}, "ip_adapter": {"b": one}}, "an IP-Adapter"),
         ({"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3}, "holds no tensors"),
         ({"model": {"a": one}, "ema": {"a": one}}, "holds no state_dict: its tensors are under model, ema"),

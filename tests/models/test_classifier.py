@@ -17,7 +17,15 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
 from ldm.cli.main import main
-from ldm.config import ClassifierConfig, ClassifierTrainingConfig, ConfigError, DataConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import (
+    ClassifierConfig,
+    ClassifierTrainingConfig,
+    ConfigError,
+    DataConfig,
+    SampleConfig,
+    ScheduleConfig,
+    UNetConfig,
+)
 from ldm.data.dataset import Stream, collate, scattered
 from ldm.data.digits import caption
 from ldm.data.sources import open_source
@@ -39,7 +47,11 @@ TRAIN = {
     "sample_every": 6, "checkpoint_every": 2, "trackers": [],
 }  # fmt: skip
 DATA = {"source": "digits", "image_size": 16, "image_channels": 1}
-TREE: dict[str, Any] = {"data": DATA, "model": {"channels": [8, 16], "layers_per_level": 1, "groups": 4}, "train": TRAIN}
+TREE: dict[str, Any] = {
+    "data": DATA,
+    "model": {"channels": [8, 16], "layers_per_level": 1, "groups": 4},
+    "train": TRAIN,
+}
 THREE = caption(3)
 
 
@@ -61,7 +73,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Diffusion models of latents and of pixels (untrained), others that do not fit them, and a classifier of each of the first two."""
     folder = tmp_path_factory.mktemp("here")
     torch.manual_seed(0)
-    made = [LatentCodec(AutoencoderKL(AutoencoderConfig(1, 4, (8, 8), 1, 4, mid_attention=False)).eval()) for _ in range(2)]
+    made = [
+        LatentCodec(AutoencoderKL(AutoencoderConfig(1, 4, (8, 8), 1, 4, mid_attention=False)).eval()) for _ in range(2)
+    ]
     pipeline(made[0]).save_pretrained(folder / "latents")
     codec = Pipeline.from_pretrained(folder / "latents").codec
     pipeline(codec).save_pretrained(folder / "weak")
@@ -112,7 +126,9 @@ def test_the_classifier_averages_over_the_image() -> None:
 # training
 
 
-def test_a_run_cut_off_ends_as_if_nothing_had_happened(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cut_off_ends_as_if_nothing_had_happened(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Stream.read
 
     def cut(self: Stream, position: int) -> Any:
@@ -134,7 +150,9 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(here: Path, tmp_path: Pat
     assert one == two and [line["step"] for line in one] == [1, 2, 3, 4, 5, 6]
     last = one[-1]
     assert len(last["validation/accuracy_by_t"]) == 10
-    assert last["validation/accuracy"] == pytest.approx(np.mean(last["validation/accuracy_by_t"]))  # two images in each tenth
+    assert last["validation/accuracy"] == pytest.approx(
+        np.mean(last["validation/accuracy_by_t"])
+    )  # two images in each tenth
 
 
 def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +175,9 @@ def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: py
 
 def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
     """Image by image: t from its part of 1…T, −log softmax at the digit, and whether it is the likeliest."""
-    task = ClassifierTask(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml", ["train.validation_size=43"]), print)
+    task = ClassifierTask(
+        configuration.load(ClassifierTrainingConfig, here / "pixels.yaml", ["train.validation_size=43"]), print
+    )
     schedule, parts, found = task.schedule, scattered(list(range(43)), 43), []
     with torch.no_grad():
         task.classifier.linear.weight *= 20
@@ -211,7 +231,9 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
         ("diffusion=nowhere", "no run or model folder nowhere"),
     ],
 )
-def test_what_does_not_fit_is_one_line(here: Path, override: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(
+    here: Path, override: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["train-classifier", str(here / "latents.yaml"), f"run={tmp_path}/run", override]) in (2, 4)
     assert message in capsys.readouterr().err
 
@@ -266,8 +288,14 @@ def test_autoguidance_of_a_model_with_itself_changes_nothing(here: Path, pipe: P
         ({"autoguidance": "longer"}, "autoguidance .*longer: its schedule has 30 steps, this model's 20"),
         ({"autoguidance": "eps"}, "autoguidance .*eps: its target is eps, this model's is v"),
         ({"classifier": "of-pixels"}, r"classifier .*of-pixels: its latents have 1 channels \(pixels\)"),
-        ({"classifier": "of-latents", "prompt": "a 3"}, "the classifier knows no 'a 3', only: a handwritten digit eight, "),
-        ({"classifier": "of-latents", "classifier_form": "mean", "sampler": "ddim"}, "take sampler ddpm, not ddim, or form score"),
+        (
+            {"classifier": "of-latents", "prompt": "a 3"},
+            "the classifier knows no 'a 3', only: a handwritten digit eight, ",
+        ),
+        (
+            {"classifier": "of-latents", "classifier_form": "mean", "sampler": "ddim"},
+            "take sampler ddpm, not ddim, or form score",
+        ),
         ({"dynamic_threshold": 0.9}, "dynamic_threshold is for models of pixels"),
         ({"classifier_scale": 3.0}, "classifier_scale is for classifier: name one, or leave it out"),
         ({"autoguidance_scale": 3.0}, "autoguidance_scale is for autoguidance: name one, or leave it out"),
@@ -304,7 +332,9 @@ def test_pixel_models_are_thresholded(here: Path) -> None:
     assert max(sizes[0]) > 1.5 and max(sizes[1]) <= 1 + 1e-5
 
 
-def test_the_command_line_draws_and_the_picture_says_how(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_draws_and_the_picture_says_how(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     guided = ["--classifier", str(here / "of-latents"), "--classifier-scale", "4", "--classifier-form", "mean"]
     more = [
         "--guidance-interval",
@@ -331,7 +361,9 @@ def test_the_command_line_draws_and_the_picture_says_how(here: Path, tmp_path: P
 
 
 def test_captions_of_several_templates_are_one_class() -> None:
-    info = ClassifierInfo(ClassifierConfig(), ("cat", "dog"), {"a cat": 0, "a dog": 1, "one dog": 1}, 4, ScheduleConfig(), None)
+    info = ClassifierInfo(
+        ClassifierConfig(), ("cat", "dog"), {"a cat": 0, "a dog": 1, "one dog": 1}, 4, ScheduleConfig(), None
+    )
     assert [info.label(c) for c in ("a cat", "a dog", "one dog")] == [0, 1, 1]
 
 
@@ -351,7 +383,15 @@ def test_the_sweep_measures_what_the_pipeline_draws(
 
     monkeypatch.setattr(Pipeline, "sample", counted)
     classifier = str(here / "of-latents")
-    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", classifier, "--out", str(tmp_path / "p.png")]
+    arguments = [
+        "plot",
+        "classifier",
+        str(here / "latents"),
+        "--classifier",
+        classifier,
+        "--out",
+        str(tmp_path / "p.png"),
+    ]
     assert main([*arguments, "--images", "29", "--steps", "2", "--scales", "40", "0", "80"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert sum(" right " in line and line.endswith("n = 20") for line in said) == 9
@@ -375,11 +415,16 @@ def test_the_sweep_measures_what_the_pipeline_draws(
         assert [row["scale"] for row in of["scales"]] == [40, 0, 80], name
         for k, row in enumerate(of["scales"]):
             guided = {"classifier": classifier, "classifier_scale": row["scale"], **settings} if row["scale"] else {}
-            images = [np.asarray(i) for i in pipe(twice, sampler="ddpm", steps=2, guidance_scale=0.0, seed=0, batch_size=20, **guided)]
+            images = [
+                np.asarray(i)
+                for i in pipe(twice, sampler="ddpm", steps=2, guidance_scale=0.0, seed=0, batch_size=20, **guided)
+            ]
             grey = np.stack(images).reshape(20, 16, 16, -1)[..., :1]
             right = sum(caption(d) == c for d, c in zip(judge.read(grey), twice, strict=True))
             varied = np.mean([distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
-            assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(varied, rel=1e-6)
+            assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(
+                varied, rel=1e-6
+            )
             found.add(row["diversity"])
             for c in range(5):  # 64 pixels each, the first of its caption, 2 apart
                 y, x = BELOW + 2 * HEADER + 66 * k, EDGE + 66 + v * (5 * 66 - 2 + 24) + 66 * c
@@ -388,7 +433,15 @@ def test_the_sweep_measures_what_the_pipeline_draws(
 
 
 def test_a_sweep_without_zero_and_one_of_zero_alone(here: Path, tmp_path: Path) -> None:
-    arguments = ["plot", "classifier", str(here / "latents"), "--classifier", str(here / "of-latents"), "--out", str(tmp_path / "p.png")]
+    arguments = [
+        "plot",
+        "classifier",
+        str(here / "latents"),
+        "--classifier",
+        str(here / "of-latents"),
+        "--out",
+        str(tmp_path / "p.png"),
+    ]
     for scale in ("0", "2"):
         assert main([*arguments, "--images", "20", "--steps", "1", "--scales", scale]) == 0
         report = json.loads((tmp_path / "p.json").read_text())

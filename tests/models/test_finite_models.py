@@ -60,7 +60,9 @@ def plant(folder: Path, part: str, value: float) -> str:
     return name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.int64]
+)
 @pytest.mark.parametrize("value", [0.0, NAN, INF, -INF, 5e4])
 def test_numbers_are_told_from_what_is_none(dtype: torch.dtype, value: float) -> None:
     """As torch.isfinite does it for each element, wherever it stands, and in views that are not contiguous."""
@@ -78,7 +80,9 @@ def test_numbers_are_told_from_what_is_none(dtype: torch.dtype, value: float) ->
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("part", [UNET, VAE, TEXT])
-def test_a_weight_that_is_no_number_is_named_at_opening(folder: Path, part: str, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_that_is_no_number_is_named_at_opening(
+    folder: Path, part: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = plant(folder, part, value)
     with pytest.raises(FolderError) as raised:
         Pipeline.from_pretrained(folder)
@@ -123,7 +127,9 @@ def test_inspect_reports_them_and_verify_fails(folder: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("options", [[], ["--verify"], ["--dtype", "bf16"]])
 @pytest.mark.parametrize("target", ["new", "new.safetensors"])
-def test_convert_refuses_them(folder: Path, target: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_refuses_them(
+    folder: Path, target: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     name = plant(folder, VAE, INF)
     assert main(["convert", str(folder), str(folder.parent / target), *options]) == 4
     assert name in capsys.readouterr().err and not (folder.parent / target).exists()
@@ -193,7 +199,9 @@ def test_half_precision_that_overflows_says_what_to_take(written: Path, monkeypa
 
 def test_guides_are_named(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make()
-    info = ClassifierInfo(ClassifierConfig(channels=(8, 8), groups=4), ("a", "b"), {"a": 0, "b": 1}, 4, pipe.schedule_config, None)
+    info = ClassifierInfo(
+        ClassifierConfig(channels=(8, 8), groups=4), ("a", "b"), {"a": 0, "b": 1}, 4, pipe.schedule_config, None
+    )
     network = info.make().requires_grad_(False).eval()
     monkeypatch.setattr(pipe._guides, "classifier", lambda *_: (info, network))
     monkeypatch.setattr(network, "forward", spoil(network.forward, 2))
@@ -207,11 +215,16 @@ def test_guides_are_named(written: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pipe(["a"], steps=3, autoguidance="weak")
 
 
-def test_the_command_writes_no_picture(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_command_writes_no_picture(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from ldm.models.unet import UNet
 
     monkeypatch.setattr(UNet, "forward", spoil(UNet.forward, 2))
-    assert main(["sample", str(written), "--prompt", "a", "--count", "2", "--steps", "3", "--out", str(tmp_path / "o")]) == 5
+    assert (
+        main(["sample", str(written), "--prompt", "a", "--count", "2", "--steps", "3", "--out", str(tmp_path / "o")])
+        == 5
+    )
     said = capsys.readouterr().err
     assert "the U-Net's prediction at step 2 of 3 is not finite" in said and said.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.png"))
@@ -224,7 +237,9 @@ def test_a_preview_that_is_none_does_not_end_the_training(tmp_path: Path) -> Non
 
     with RunDirectory(tmp_path / "run") as run:
         recorder = Recorder(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
-        with pytest.warns(UserWarning, match=r"no pictures from update 3 on, training continues: NonFiniteError: pixels of a picture"):
+        with pytest.warns(
+            UserWarning, match=r"no pictures from update 3 on, training continues: NonFiniteError: pixels of a picture"
+        ):
             recorder.pictures(3, lambda: {"samples": to_uint8(torch.full((1, 3, 2, 2), NAN))[0]})
         assert not list((tmp_path / "run").rglob("*.png"))
         recorder.pictures(4, lambda: {"samples": to_uint8(torch.zeros(1, 3, 2, 2))[0]})

@@ -82,7 +82,9 @@ def openai_bytes() -> list[str]:
 def test_an_untrained_state_is_its_words_own(tokenizer: CLIPTokenizer) -> None:
     """Stage 2 tells captions apart by the states of single words: context must not drown them."""
     torch.manual_seed(0)
-    encoder = from_clip(build_clip(ClipConfig(width=128, layers=2, heads=2, max_length=12), tokenizer, 16, 1), tokenizer)
+    encoder = from_clip(
+        build_clip(ClipConfig(width=128, layers=2, heads=2, max_length=12), tokenizer, 16, 1), tokenizer
+    )
     words = ["red", "green", "blue", "circle", "square", "star"]
     alone, within = encoder.encode(words)[:, 1], encoder.encode([f"a teal {word} above" for word in words])[:, 3]
     similarity = torch.nn.functional.cosine_similarity(alone[:, None], within[None], dim=-1)
@@ -96,7 +98,11 @@ def test_vocabulary_has_openai_layout(tokenizer: CLIPTokenizer) -> None:
     assert tokens[256:512] == [b + "</w>" for b in openai_bytes()]
     assert len(tokens) == len(tokenizer) == 512 + CONFIG.merges + 2
     assert tokens[-2:] == ["<|startoftext|>", "<|endoftext|>"]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (len(tokens) - 2, len(tokens) - 1, len(tokens) - 1)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        len(tokens) - 2,
+        len(tokens) - 1,
+        len(tokens) - 1,
+    )
 
 
 def pair_counts(words: dict[tuple[str, ...], int]) -> dict[tuple[str, str], int]:
@@ -167,10 +173,21 @@ def test_empty_caption_is_start_end_padding(encoder: TextEncoder) -> None:
 
 
 def test_long_captions_are_cut_and_counted(encoder: TextEncoder) -> None:
-    captions = ["red " * 500, "a red star", "red " * (CONFIG.max_length - 2), "red " * (CONFIG.max_length - 1), UNICODE[4]]
+    captions = [
+        "red " * 500,
+        "a red star",
+        "red " * (CONFIG.max_length - 2),
+        "red " * (CONFIG.max_length - 1),
+        UNICODE[4],
+    ]
     ids, truncated = encoder.tokenize(captions)
     reference = encoder.tokenizer(
-        captions, padding="max_length", truncation=True, max_length=CONFIG.max_length, split_special_tokens=True, return_tensors="pt"
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=CONFIG.max_length,
+        split_special_tokens=True,
+        return_tensors="pt",
     )
     assert torch.equal(ids, reference["input_ids"])
     assert truncated == 3
@@ -238,7 +255,9 @@ def test_whole_clip_in_one_folder_and_half_precision(encoder: TextEncoder, clip:
     assert torch.allclose(half.encode(["a star"]), encoder.encode(["a star"]), atol=2e-2)
 
 
-def test_hub_name_goes_through_one_safe_download(encoder: TextEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_goes_through_one_safe_download(
+    encoder: TextEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     asked: list[tuple[str, list[str]]] = []
@@ -298,7 +317,9 @@ def break_folder(folder: Path, fault: str) -> None:
         ("wider", r"mlp.fc1.* is \[.*\], config.json says"),
     ],
 )
-def test_faulty_folders_are_refused_in_one_line(folder: Path, fault: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_faulty_folders_are_refused_in_one_line(
+    folder: Path, fault: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     break_folder(folder, fault)
     with pytest.raises(FolderError, match=message) as raised:
         read_text(folder)
@@ -311,7 +332,9 @@ def test_name_that_is_neither_folder_nor_hub_model(tmp_path: Path) -> None:
         read_text(tmp_path / "absent")
 
 
-def test_pooled_output_is_at_the_first_end_of_text(clip: CLIPModel, tokenizer: CLIPTokenizer, encoder: TextEncoder) -> None:
+def test_pooled_output_is_at_the_first_end_of_text(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, encoder: TextEncoder
+) -> None:
     captions = ["a red star", "a blue square above a teal circle", ""]
     ids, _ = encoder.tokenize(captions)
     ends = [len(tokenizer(c)["input_ids"]) - 1 for c in captions]
@@ -335,8 +358,15 @@ def test_clip_takes_any_channels_and_its_sizes_from_the_config(tokenizer: CLIPTo
     model = build_clip(CONFIG, tokenizer, image_size=8, image_channels=channels)
     assert model.get_image_features(torch.zeros(2, channels, 8, 8)).pooler_output.shape == (2, CONFIG.projection)
     for tower in (model.config.text_config, model.config.vision_config):
-        assert (tower.hidden_size, tower.intermediate_size, tower.num_hidden_layers, tower.attention_dropout) == (32, 128, 2, 0.0)
-    assert model.config.vision_config.patch_size == 4 and model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)
+        assert (tower.hidden_size, tower.intermediate_size, tower.num_hidden_layers, tower.attention_dropout) == (
+            32,
+            128,
+            2,
+            0.0,
+        )
+    assert model.config.vision_config.patch_size == 4 and model.logit_scale.exp().item() == pytest.approx(
+        1 / 0.07, rel=1e-3
+    )
     with pytest.raises(ValueError, match="image size 10 is not a multiple of the patch size 4"):
         build_clip(CONFIG, tokenizer, image_size=10, image_channels=channels)
 
@@ -428,7 +458,9 @@ def test_relations_swap() -> None:
     assert swap_relation("a red star left of a blue square") == "a red star right of a blue square"
     assert swap_relation("a star Above a leftover") == "a star below a leftover"
     assert swap_relation("a left of b right of c, d below e") == "a right of b left of c, d above e"
-    assert swap_relation("a red star") is None and swap_relation("the left officer") is None and swap_relation("") is None
+    assert (
+        swap_relation("a red star") is None and swap_relation("the left officer") is None and swap_relation("") is None
+    )
 
 
 def test_left_right_accuracy_compares_cosines() -> None:

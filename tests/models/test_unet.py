@@ -89,7 +89,9 @@ def test_the_layout_is_read_back(name: str) -> None:
     theirs = diffusers.UNet2DConditionModel.from_config(layout)
     for text in (json.dumps(layout), theirs.to_json_string()):  # as we write it, and as they do
         found, *rest = unet_from_diffusers(json.loads(text))
-        assert [found.heads[i if len(found.heads) > 1 else 0] for i in range(levels)] == list(config.heads * levels)[:levels]
+        assert [found.heads[i if len(found.heads) > 1 else 0] for i in range(levels)] == list(config.heads * levels)[
+            :levels
+        ]
         assert {**vars(found), "heads": config.heads} == vars(config) and tuple(rest) == expected[1:]
 
 
@@ -120,7 +122,12 @@ def test_published_architectures_are_read() -> None:
         "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     }  # fmt: skip
-    assert unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768}) == (UNetConfig(), 4, 4, 768)
+    assert unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768}) == (
+        UNetConfig(),
+        4,
+        4,
+        768,
+    )
     assert unet_from_diffusers({**common, "attention_head_dim": 4, "cross_attention_dim": 768})[0].heads == (4,)
     two = {
         "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False, "use_linear_projection": True,
@@ -209,7 +216,9 @@ def test_control_is_added_to_the_skips_and_the_middle(name: str) -> None:
     extra = {"down_block_additional_residuals": control[:-1], "mid_block_additional_residual": control[-1]}
     assert_close(actual, call_theirs(theirs, x, t, cond, **extra))
     middle_alone = ours(x, t, Condition(cond.context, cond.vector, cond.concat, (*zero[:-1], control[-1])))
-    assert_close(middle_alone, call_theirs(theirs, x, t, cond, **{**extra, "down_block_additional_residuals": zero[:-1]}))
+    assert_close(
+        middle_alone, call_theirs(theirs, x, t, cond, **{**extra, "down_block_additional_residuals": zero[:-1]})
+    )
     assert (actual - plain).abs().max() > 1e-2 and (middle_alone - plain).abs().max() > 1e-2
     with pytest.raises(ValueError, match=f"control holds {len(zero) - 1} residuals, not {len(zero)}"):
         ours(x, t, Condition(cond.context, cond.vector, cond.concat, control[1:]))

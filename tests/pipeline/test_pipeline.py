@@ -50,7 +50,10 @@ def test_the_index_is_a_stable_diffusion_pipeline(written: Path) -> None:
     vae = json.loads((written / "vae/config.json").read_text())
     assert vae["scaling_factor"] == 1.0 and vae["sample_size"] == 16
     opened = theirs(written)
-    assert isinstance(opened.scheduler, diffusers.DDIMScheduler) and opened.scheduler.config.prediction_type == "v_prediction"
+    assert (
+        isinstance(opened.scheduler, diffusers.DDIMScheduler)
+        and opened.scheduler.config.prediction_type == "v_prediction"
+    )
     assert opened.scheduler.config.timestep_spacing == "trailing"
     assert len(opened.tokenizer) == opened.text_encoder.config.vocab_size
     # nothing is rewritten on opening
@@ -70,7 +73,11 @@ def test_diffusers_draws_the_same_pictures(
         ours, folder = dataclasses.replace(pipe, target=target), tmp_path / "model"
         ours.save_pretrained(folder)
     expected = theirs(folder)(
-        PROMPTS, latents=noise(7, 4), num_inference_steps=steps, guidance_scale=scale, negative_prompt=[negative] * 4 if negative else None
+        PROMPTS,
+        latents=noise(7, 4),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        negative_prompt=[negative] * 4 if negative else None,
     )
     actual = ours(PROMPTS, steps=steps, guidance_scale=scale, negative_prompt=negative, seed=7, sampler="ddim")
     a, b = array(actual), array(expected.images)
@@ -96,9 +103,16 @@ def test_prompt_guidance_and_negative_prompt_matter(pipe: Pipeline) -> None:
 def test_reading_gives_the_model_that_was_written(pipe: Pipeline, written: Path) -> None:
     again = Pipeline.from_pretrained(written)
     assert array(again(PROMPTS, seed=3)).tolist() == array(pipe(PROMPTS, seed=3)).tolist()
-    assert again.defaults == pipe.defaults and again.caption_dropout == 0.1 and again.target == "v" and again.sample_size == 16
+    assert (
+        again.defaults == pipe.defaults
+        and again.caption_dropout == 0.1
+        and again.target == "v"
+        and again.sample_size == 16
+    )
     assert again.schedule_config.num_steps == 1000 and again.hash == pipe.hash != ""
-    assert array(Pipeline.from_pretrained(written.parent)(PROMPTS[:1])).tolist() == array(pipe(PROMPTS[:1])).tolist()  # a run
+    assert (
+        array(Pipeline.from_pretrained(written.parent)(PROMPTS[:1])).tolist() == array(pipe(PROMPTS[:1])).tolist()
+    )  # a run
 
 
 def test_a_folder_written_by_diffusers_opens_here(pipe: Pipeline, written: Path, tmp_path: Path) -> None:
@@ -145,8 +159,12 @@ def test_a_picture_depends_on_its_number_alone(pipe: Pipeline, monkeypatch: pyte
 
     def draw(numbers: list[int], batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
         seen.clear()
-        images = torch.cat(list(pipe.sample([PROMPTS[i] for i in numbers], settings, batch_size=batch_size, indices=numbers)))
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().int().numpy(), [torch.cat(parts) for parts in zip(*seen, strict=True)]
+        images = torch.cat(
+            list(pipe.sample([PROMPTS[i] for i in numbers], settings, batch_size=batch_size, indices=numbers))
+        )
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().int().numpy(), [
+            torch.cat(parts) for parts in zip(*seen, strict=True)
+        ]
 
     whole, noises = draw([0, 1, 2, 3], 16)
     assert len(noises) == 4 and torch.equal(noises[0][1], torch.from_numpy(streams.normal(11, "sample/x_T", 1, LATENT)))
@@ -181,7 +199,11 @@ def test_a_first_step_too_long_for_a_sampler_is_told() -> None:
         warnings.simplefilter("error")
         list(told.sample(PROMPTS[:1], SampleConfig("heun", 5, grid="karras")))
         list(told.sample(PROMPTS[:1], SampleConfig("dpmpp_2m", 5)))
-        list(dataclasses.replace(model, schedule_config=ScheduleConfig("scaled_linear")).sample(PROMPTS[:1], SampleConfig("heun", 5)))
+        list(
+            dataclasses.replace(model, schedule_config=ScheduleConfig("scaled_linear")).sample(
+                PROMPTS[:1], SampleConfig("heun", 5)
+            )
+        )
 
 
 KINDS = [(True, True), (True, False), (False, True), (False, False)]
@@ -201,10 +223,17 @@ def test_every_kind_of_model_draws_with_every_sampler(codec: bool, text: bool, t
     assert ((again.codec is None), (again.text is None)) == (not codec, not text)
 
 
-@pytest.mark.parametrize("extra", [{"vector_dim": 3}, {"num_labels": 3}, {"sinusoidal_labels": True}, {"concat_channels": 2}])
+@pytest.mark.parametrize(
+    "extra", [{"vector_dim": 3}, {"num_labels": 3}, {"sinusoidal_labels": True}, {"concat_channels": 2}]
+)
 def test_a_further_condition_carries_our_name(extra: dict[str, Any], tmp_path: Path) -> None:
     plain = make(codec=True, text=True, steps=12)
-    unet = UNet(dataclasses.replace(plain.unet.config, **extra), plain.unet.in_channels, plain.unet.out_channels, plain.unet.context_dim)
+    unet = UNet(
+        dataclasses.replace(plain.unet.config, **extra),
+        plain.unet.in_channels,
+        plain.unet.out_channels,
+        plain.unet.context_dim,
+    )
     model = dataclasses.replace(plain, unet=unet)
     with pytest.raises(ConfigError, match=r"with a vector, label or concatenated condition cannot be expressed"):
         model.save_pretrained(tmp_path / "refused", for_diffusers=True)
@@ -212,10 +241,14 @@ def test_a_further_condition_carries_our_name(extra: dict[str, Any], tmp_path: P
     assert json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "LatentDiffusionPipeline"
 
 
-@pytest.mark.parametrize(("codec", "text", "lacking"), [(False, True, "pixel"), (True, False, "unconditional"), (False, False, "pixel")])
+@pytest.mark.parametrize(
+    ("codec", "text", "lacking"), [(False, True, "pixel"), (True, False, "unconditional"), (False, False, "pixel")]
+)
 def test_what_diffusers_cannot_express_says_so(codec: bool, text: bool, lacking: str, tmp_path: Path) -> None:
     model = make(codec=codec, text=text, steps=12)
-    with pytest.raises(ConfigError, match=rf"without .*{lacking}.* cannot be expressed as a diffusers StableDiffusionPipeline"):
+    with pytest.raises(
+        ConfigError, match=rf"without .*{lacking}.* cannot be expressed as a diffusers StableDiffusionPipeline"
+    ):
         model.save_pretrained(tmp_path / "refused", for_diffusers=True)
     assert not (tmp_path / "refused").exists()
     model.save_pretrained(tmp_path / "model")
@@ -240,7 +273,9 @@ def test_autoguidance_starts_where_classifier_free_guidance_does(written: Path, 
         x_t, t = torch.randn(2, *LATENT), torch.full((2,), 500)
         with torch.no_grad():
             said = weak.weak(pipe, str(written), PROMPTS[:2], settings)(x_t, t)
-            expected, other = (pipe.unet(x_t, t, pipe.condition(given)) for given in (captions, ["a green square on white"] * 2))
+            expected, other = (
+                pipe.unet(x_t, t, pipe.condition(given)) for given in (captions, ["a green square on white"] * 2)
+            )
         torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(said, other, rtol=1e-3, atol=1e-4)
 
@@ -263,7 +298,9 @@ def test_guidance_without_caption_dropout_warns(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.18215, None), (0.3611, 0.1159)])
-def test_a_foreign_autoencoder_keeps_its_scale_and_shift(pipe: Pipeline, folder: Path, scale: float, shift: float | None) -> None:
+def test_a_foreign_autoencoder_keeps_its_scale_and_shift(
+    pipe: Pipeline, folder: Path, scale: float, shift: float | None
+) -> None:
     torch.manual_seed(5)
     vae: Any = diffusers.AutoencoderKL(
         3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (16, 32), 1, latent_channels=4, norm_num_groups=8, sample_size=16,
@@ -282,7 +319,13 @@ def test_a_foreign_autoencoder_keeps_its_scale_and_shift(pipe: Pipeline, folder:
     if shift is None:  # a StableDiffusionPipeline leaves the shift out
         expected = theirs(folder)(PROMPTS, latents=noise(0, 4), num_inference_steps=5, guidance_scale=3.0).images
         assert abs(array(opened(PROMPTS)) - array(expected)).max() <= 1
-        assert abs(array(opened(PROMPTS)) - array(dataclasses.replace(opened, codec=LatentCodec(codec.autoencoder))(PROMPTS))).max() > 1
+        assert (
+            abs(
+                array(opened(PROMPTS))
+                - array(dataclasses.replace(opened, codec=LatentCodec(codec.autoencoder))(PROMPTS))
+            ).max()
+            > 1
+        )
     opened.save_pretrained(folder.parent / "again")
     written_out = json.loads((folder.parent / "again/vae/config.json").read_text())
     assert (written_out["scaling_factor"], written_out["shift_factor"]) == (scale, shift)
@@ -320,12 +363,20 @@ def test_numbers_must_fit_the_prompts(pipe: Pipeline) -> None:
         next(pipe.sample(PROMPTS[:2], pipe.defaults, indices=[0, 1, 2]))
 
 
-UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [(UNET, "mid_block.attentions.0.proj_in.bias"), (VAE, "quant_conv.weight"), (TEXT, "text_model.final_layer_norm.weight")],
+    [
+        (UNET, "mid_block.attentions.0.proj_in.bias"),
+        (VAE, "quant_conv.weight"),
+        (TEXT, "text_model.final_layer_norm.weight"),
+    ],
 )
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
 def test_tensors_that_do_not_fit_are_named(folder: Path, file: str, name: str, fault: str) -> None:
@@ -334,7 +385,10 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, file: str, name: str, f
     if fault == "shape":
         tensors[name] = torch.cat([tensor, tensor])
     elif fault == "extra":
-        tensors |= {name: tensor, (name := name.replace(".weight", ".wait").replace(".bias", ".buyers")): tensor.clone()}
+        tensors |= {
+            name: tensor,
+            (name := name.replace(".weight", ".wait").replace(".bias", ".buyers")): tensor.clone(),
+        }
     save_file(tensors, folder / file, metadata={"format": "pt"})
     with pytest.raises(FolderError) as caught:
         Pipeline.from_pretrained(folder)
@@ -357,7 +411,9 @@ def test_a_missing_file_is_named(folder: Path, file: str) -> None:
     assert path.name in str(caught.value) and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("file", [UNET, VAE, TEXT, "model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "ldm.json"])
+@pytest.mark.parametrize(
+    "file", [UNET, VAE, TEXT, "model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "ldm.json"]
+)
 def test_a_file_cut_short_is_named(folder: Path, file: str) -> None:
     path = folder / file
     path.write_bytes(path.read_bytes()[:100])

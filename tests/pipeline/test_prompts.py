@@ -70,7 +70,9 @@ OF_THE_CALL: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [*WRONG, *OF_THE_CALL], ids=lambda value: None if isinstance(value, str) else "-".join(value)
+    ("arguments", "message"),
+    [*WRONG, *OF_THE_CALL],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
 def test_an_argument_of_another_type_is_named(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
@@ -144,7 +146,9 @@ def test_prompts_are_texts(pipe: Pipeline, prompts: Any, message: str) -> None:
 
 
 def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
-    plain = array(pipe(PROMPTS[:2], seed=3, steps=2, guidance_scale=2.0, size=16, batch_size=2, guidance_interval=(0.0, 5.0)))
+    plain = array(
+        pipe(PROMPTS[:2], seed=3, steps=2, guidance_scale=2.0, size=16, batch_size=2, guidance_interval=(0.0, 5.0))
+    )
     others = array(
         pipe(
             np.array(PROMPTS[:2]), seed=np.int64(3), steps=torch.tensor(2), guidance_scale=np.float32(2), size=np.uint8(16),
@@ -185,7 +189,9 @@ def test_a_cut_prompt_is_one_warning() -> None:
         pipe([LONG, "short", "x " * 16], steps=1, negative_prompt="y " * 15, batch_size=1)
     (message,) = [str(warning.message) for warning in caught]
     assert message.startswith("the text encoder takes 14 tokens: prompt 'a small red") and "ça va'" in message
-    assert "its last 2 tokens are dropped: 'x x'" in message and "negative prompt 'y y" in message and "\n" not in message
+    assert (
+        "its last 2 tokens are dropped: 'x x'" in message and "negative prompt 'y y" in message and "\n" not in message
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe([LONG], steps=1)  # said before
@@ -198,7 +204,10 @@ def test_a_cut_prompt_is_one_warning() -> None:
 
 def test_the_command_says_what_it_drops(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "red square " * 100 + "a blue circle"
-    assert main(["sample", str(written), "--prompt", prompt, "--count", "2", "--steps", "1", "--out", str(tmp_path / "o")]) == 0
+    assert (
+        main(["sample", str(written), "--prompt", prompt, "--count", "2", "--steps", "1", "--out", str(tmp_path / "o")])
+        == 0
+    )
     said = capsys.readouterr().err
     assert said.count("warning:") == 1 and said.count("\n") == 1 and "a blue circle'" in said
     assert main(["sample", str(written), "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "o")]) == 0
@@ -213,12 +222,35 @@ def test_a_file_of_prompts_is_read_as_every_text(written: Path, tmp_path: Path) 
     drawn = {}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content.encode())
-        command = ["sample", str(written), "--prompts-file", str(tmp_path / f"{name}.txt"), "--steps", "1", "--out", str(tmp_path / name)]
+        command = [
+            "sample",
+            str(written),
+            "--prompts-file",
+            str(tmp_path / f"{name}.txt"),
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert main(command) == 0
         drawn[name] = [np.asarray(Image.open(file)).tolist() for file in sorted((tmp_path / name).glob("0*.png"))]
     assert len(drawn["plain"]) == 2 and drawn["plain"] == drawn["bom"] == drawn["old"]
     (tmp_path / "one.txt").write_text("a\u2028red\u0085 square\n", encoding="utf-8")
-    assert main(["sample", str(written), "--prompts-file", str(tmp_path / "one.txt"), "--steps", "1", "--out", str(tmp_path / "1")]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(written),
+                "--prompts-file",
+                str(tmp_path / "one.txt"),
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "1"),
+            ]
+        )
+        == 0
+    )
     assert len(list((tmp_path / "1").glob("*.png"))) == 1
 
 

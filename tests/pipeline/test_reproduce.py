@@ -48,7 +48,9 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained run as `run`; a variant of its weights, a weaker model, a LoRA, a classifier of its latents; a model of pixels."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
-    save_file(stir(here / "run/model" / UNET_FILE, 0.1), here / "run/model/unet/diffusion_pytorch_model.other.safetensors")
+    save_file(
+        stir(here / "run/model" / UNET_FILE, 0.1), here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
+    )
     forget_hashes(shutil.copytree(here / "run/model", here / "weak"))
     save_file(stir(here / "weak" / UNET_FILE, 0.1), here / "weak" / UNET_FILE)
     shutil.copytree(here / "run/model/vae", here / "eyes")
@@ -86,7 +88,9 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def call(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
     """Run a command in the folder: its exit code, and what it wrote to stdout (0, 1) or stderr."""
     monkeypatch.chdir(place)
 
@@ -106,7 +110,11 @@ Call = Callable[..., tuple[int, str]]
 
 def drawn(call: Call, out: Path, *options: str, model: str = "run") -> list[Path]:
     """What `ldm sample` wrote: the pictures, then the grid if there is one."""
-    given = options if model == "pixels" or "--prompts-file" in options or "--prompt" in options else ("--prompt", PROMPT, *options)
+    given = (
+        options
+        if model == "pixels" or "--prompts-file" in options or "--prompt" in options
+        else ("--prompt", PROMPT, *options)
+    )
     assert call("sample", model, *given, "--out", str(out))[0] == 0
     return sorted(out.glob("*.png"))
 
@@ -237,7 +245,11 @@ def test_a_model_that_changed_beside_its_weights(
 
 @pytest.mark.parametrize(
     ("option", "file"),
-    [("lora", "style.safetensors"), ("autoguidance", f"weak/{UNET_FILE}"), ("classifier", "judge/classifier/classifier.safetensors")],
+    [
+        ("lora", "style.safetensors"),
+        ("autoguidance", f"weak/{UNET_FILE}"),
+        ("classifier", "judge/classifier/classifier.safetensors"),
+    ],
 )
 def test_a_guide_that_changed_is_named(call: Call, place: Path, tmp_path: Path, option: str, file: str) -> None:
     picture = drawn(call, tmp_path, *CASES[option])[0]
@@ -251,9 +263,13 @@ def test_a_guide_that_changed_is_named(call: Call, place: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("option", "old"), [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge")], ids=["lora", "weak", "judge"]
+    ("option", "old"),
+    [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge")],
+    ids=["lora", "weak", "judge"],
 )
-def test_a_guide_that_moved_is_named_and_must_be_the_same(call: Call, place: Path, tmp_path: Path, option: str, old: str) -> None:
+def test_a_guide_that_moved_is_named_and_must_be_the_same(
+    call: Call, place: Path, tmp_path: Path, option: str, old: str
+) -> None:
     picture = drawn(call, tmp_path, *CASES[option])[0]
     new = tmp_path / f"new-{old}"
     (place / old).rename(new)
@@ -305,7 +321,11 @@ def test_versions_and_device_are_told(call: Call, plain: dict[str, Path], tmp_pa
 def test_a_picture_of_an_older_ldm(call: Call, tmp_path: Path) -> None:
     *_, grid = files = drawn(call, tmp_path, "--count", "3")
     for number, file in enumerate(files):
-        about = {name: value for name, value in said(file).items() if name not in ("path", "variant", "parts", "others", "drawn")}
+        about = {
+            name: value
+            for name, value in said(file).items()
+            if name not in ("path", "variant", "parts", "others", "drawn")
+        }
         old = resaved(file, tmp_path / f"old-{number}.png", about)
         code, error = call("reproduce", old)
         assert code == 2 and "does not say where its model" in error and "name it with --model" in error

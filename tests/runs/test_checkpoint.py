@@ -24,7 +24,10 @@ CONFIG = ScheduleConfig()  # any dataclass will do
 
 def tensors(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
     return {
-        "model": {"a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(int(value))), "b": torch.tensor(value)},
+        "model": {
+            "a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(int(value))),
+            "b": torch.tensor(value),
+        },
         "ema": {"a.weight": torch.full((3, 4), value, dtype=torch.bfloat16)},
         "empty": {},
     }
@@ -32,7 +35,9 @@ def tensors(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
 
 def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
     return a.keys() == b.keys() and all(
-        a[g].keys() == b[g].keys() and all(a[g][n].dtype == b[g][n].dtype and torch.equal(a[g][n], b[g][n]) for n in a[g]) for g in a
+        a[g].keys() == b[g].keys()
+        and all(a[g][n].dtype == b[g][n].dtype and torch.equal(a[g][n], b[g][n]) for n in a[g])
+        for g in a
     )
 
 
@@ -114,7 +119,9 @@ def test_the_same_step_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), "safetensors"])
-def test_full_disk_is_one_error_and_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: object) -> None:
+def test_full_disk_is_one_error_and_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: object
+) -> None:
     good = save(tmp_path, 1, tensors(), {}, CONFIG)
 
     def fail(named: dict[str, Tensor], file: Path) -> None:
@@ -196,7 +203,9 @@ def test_stale_folders_of_the_dead_go_and_of_the_living_stay(tmp_path: Path) -> 
 
 def network() -> tuple[nn.Module, list[str]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3), nn.Linear(4, 4)).to(
+        memory_format=torch.channels_last
+    )
     return model, [name for name, _ in model.named_parameters()]
 
 
@@ -216,7 +225,13 @@ def test_optimizer_continues_bit_for_bit(tmp_path: Path, fused: bool, stop: int)
     model, names = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     updates(model, optimizer, 0, stop)
-    path = save(tmp_path, stop, {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, names)}, {}, CONFIG)
+    path = save(
+        tmp_path,
+        stop,
+        {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, names)},
+        {},
+        CONFIG,
+    )
     assert len(load(path)[0]["optimizer"]) == {0: 0, 3: 12, 8: 18}[stop]
     updates(model, optimizer, stop, 12)
 

@@ -23,15 +23,26 @@ START = {
     "time": "2026-01-01T00:00:00+00:00", "step": 0, "processes": 1, "device": "cpu", "python": "3.11.7", "torch": "2.15.0",
     "accelerate": "1.15.0", "ldm": "0.1.0", "commit": "a" * 40, "dirty": False, "arguments": ["train-ldm", "a.yaml"],
 }  # fmt: skip
-METRICS = [{"step": 1, "loss": 1.0, "updates_per_second": 3.0}, {"step": 2, "loss": 0.5, "validation/loss_by_t": [0.25, 0.125]}]
+METRICS = [
+    {"step": 1, "loss": 1.0, "updates_per_second": 3.0},
+    {"step": 2, "loss": 0.5, "validation/loss_by_t": [0.25, 0.125]},
+]
 REPORT = {"judge": {"all": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 10}}, "seconds": {"train": 3}, "images": 10}
 
 
 def make(path: Path, **given: Any) -> Path:
     """A run as its files tell it."""
-    tree = {"run": str(path), "data": {"source": "shapes", "size": 24}, "autoencoder": "a", "text": "t", "sample": {"steps": 4}}
+    tree = {
+        "run": str(path),
+        "data": {"source": "shapes", "size": 24},
+        "autoencoder": "a",
+        "text": "t",
+        "sample": {"steps": 4},
+    }
     path.mkdir()
-    configuration.save(configuration.build(DiffusionTrainingConfig, {**tree, **given.get("config", {})}), path / "config.yaml")
+    configuration.save(
+        configuration.build(DiffusionTrainingConfig, {**tree, **given.get("config", {})}), path / "config.yaml"
+    )
     data = {"images": 24, "train": "1f", "validation": "2f", **given.get("data", {})}
     for step in (1, 2):
         folder = path / f"checkpoints/step-{step:08d}"
@@ -80,7 +91,11 @@ def test_two_equal_runs_have_no_difference(tmp_path: Path, diff: Diff) -> None:
 
 
 DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("configuration", {"config": {"caption_dropout": 0.2, "sample": {"steps": 5}}}, ["caption_dropout 0.1 → 0.2", "sample.steps 4 → 5"]),
+    (
+        "configuration",
+        {"config": {"caption_dropout": 0.2, "sample": {"steps": 5}}},
+        ["caption_dropout 0.1 → 0.2", "sample.steps 4 → 5"],
+    ),
     ("configuration", {"config": {"init": "weights"}}, ["init null → weights"]),
     ("configuration", {"config": {"prompts": ["a", "b"]}}, ["prompts [] → [a, b]"]),
     ("data", {"data": {"images": 25, "train": "3f"}}, ["images 24 → 25", "train 1f → 3f"]),
@@ -91,13 +106,21 @@ DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
         ["torch 2.15.0 → 2.16.0", "device cpu → H200", "processes 1 → 8"],
     ),
     ("results", {"metrics": [{"step": 2, "loss": 0.5000000000000001}]}, ["loss 0.5 → 0.50000000000000011"]),
-    ("results", {"metrics": [{"step": 3, "loss": None, "new": 0.1}]}, ["update 2 → 3", "loss 0.5 → null", "new – → 0.1"]),
+    (
+        "results",
+        {"metrics": [{"step": 3, "loss": None, "new": 0.1}]},
+        ["update 2 → 3", "loss 0.5 → null", "new – → 0.1"],
+    ),
     (
         "results",
         {"metrics": [{"step": 2, "validation/loss_by_t": [0.25, 1 / 3]}]},
         ["validation/loss_by_t [0.25, 0.125] → [0.25, 0.333333]"],
     ),
-    ("report", {"report": {"judge": {"all": {"accuracy": 0.75}}, "images": 11}}, ["judge.all 0.5 → 0.75", "images 10 → 11"]),
+    (
+        "report",
+        {"report": {"judge": {"all": {"accuracy": 0.75}}, "images": 11}},
+        ["judge.all 0.5 → 0.75", "images 10 → 11"],
+    ),
     (
         "status",
         {"status": {"state": "failed", "code": 5, "reason": "not finite"}},
@@ -107,7 +130,9 @@ DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("subject", "given", "rows"), DIFFERENT)
-def test_what_differs_is_listed(tmp_path: Path, diff: Diff, subject: str, given: dict[str, Any], rows: list[str]) -> None:
+def test_what_differs_is_listed(
+    tmp_path: Path, diff: Diff, subject: str, given: dict[str, Any], rows: list[str]
+) -> None:
     a, b = make(tmp_path / "a"), make(tmp_path / "b", **given)
     assert diff(a, b) == {**EQUAL, subject: rows}
     assert diff(b, a)[subject] != rows and len(diff(b, a)[subject]) == len(rows)
@@ -124,13 +149,21 @@ def test_what_only_one_has_recorded(tmp_path: Path, diff: Diff) -> None:
     for run in (a, b):
         for name in ("checkpoints", "starts.jsonl", "metrics.jsonl", "report.json", "status.json", "skipped.jsonl"):
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
-    assert diff(a, b) == {subject: ["no difference" if subject == "configuration" else "neither has recorded any"] for subject in EQUAL}
+    assert diff(a, b) == {
+        subject: ["no difference" if subject == "configuration" else "neither has recorded any"] for subject in EQUAL
+    }
 
 
 def test_two_models(tmp_path: Path, diff: Diff) -> None:
     torch.manual_seed(0)
     pipe = Pipeline(
-        UNet(UNetConfig((8,), 1, (), (1,), groups=4), 3, 3, None), ScheduleConfig(num_steps=20), "x0", None, None, 16, SampleConfig(steps=2)
+        UNet(UNetConfig((8,), 1, (), (1,), groups=4), 3, 3, None),
+        ScheduleConfig(num_steps=20),
+        "x0",
+        None,
+        None,
+        16,
+        SampleConfig(steps=2),
     )
     pipe.save_pretrained(tmp_path / "a")
     pipe.save_pretrained(tmp_path / "b")
@@ -138,7 +171,9 @@ def test_two_models(tmp_path: Path, diff: Diff) -> None:
     pipe.unet.conv_in.weight.data += 1
     dataclasses.replace(pipe, target="eps").save_pretrained(tmp_path / "b")
     found = diff(tmp_path / "a", tmp_path / "b")
-    assert len(found["unet"]) == 1 and found["unet"][0].startswith("sha256 ") and found["process"] == ["target x0 → eps"]
+    assert (
+        len(found["unet"]) == 1 and found["unet"][0].startswith("sha256 ") and found["process"] == ["target x0 → eps"]
+    )
     assert found["ldm.json"] == ["no difference"]
 
 

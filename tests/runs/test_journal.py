@@ -72,7 +72,9 @@ def test_what_a_full_disk_does_not_take_is_written_once_it_does(tmp_path: Path, 
                 run.skip([Skipped(f"{episode}.png", "damaged")])
                 run.picture("grid", first, PICTURE)
                 run.picture("grid", first + 1, PICTURE)
-                assert (tmp_path / "metrics.jsonl").stat().st_size == whole + 7 and steps_of(tmp_path) == list(range(1, first))
+                assert (tmp_path / "metrics.jsonl").stat().st_size == whole + 7 and steps_of(tmp_path) == list(
+                    range(1, first)
+                )
                 assert len(told) == 1 + 2 * episode
             record(run, range(first + 2, first + 3))
             assert len(told) == 2 + 2 * episode
@@ -81,7 +83,10 @@ def test_what_a_full_disk_does_not_take_is_written_once_it_does(tmp_path: Path, 
     assert text.startswith(before) and [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, 9))
     assert (read_status(tmp_path) or {})["step"] == 8
     assert read_skipped(tmp_path) == ([("0.png", "damaged"), ("1.png", "damaged")], 0)
-    assert sorted(f.name for f in (tmp_path / "samples").iterdir()) == ["grid-00000004.png", "grid-00000007.png"]  # the newest
+    assert sorted(f.name for f in (tmp_path / "samples").iterdir()) == [
+        "grid-00000004.png",
+        "grid-00000007.png",
+    ]  # the newest
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples/grid-00000007.png")), PICTURE)
     reason = os.strerror(errno.EFBIG)
     assert told == [
@@ -122,7 +127,9 @@ def file(tmp_path: Path) -> Path:
     """A tiny training of pixels, without text."""
     file = tmp_path / "ldm.yaml"
     file.write_text(
-        yaml.safe_dump({"run": str(tmp_path / "run"), "autoencoder": "none", "text": "none", **DIFFUSION, "caption_dropout": 0.0})
+        yaml.safe_dump(
+            {"run": str(tmp_path / "run"), "autoencoder": "none", "text": "none", **DIFFUSION, "caption_dropout": 0.0}
+        )
     )
     return file
 

@@ -21,12 +21,17 @@ def updates(folder: Path) -> list[int]:
     return [step_of(path) for path in steps(folder)]
 
 
-def test_from_an_earlier_checkpoint_a_run_ends_as_before(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_an_earlier_checkpoint_a_run_ends_as_before(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stages.folder / "autoencoder", run)
     assert stages.train("autoencoder", "--from", "4", f"run={run}") == 0
     out = capsys.readouterr().out
-    assert "resuming from update 4" in out and f"set aside in {run}/checkpoints/set-aside-1: the checkpoints of update 6" in out
+    assert (
+        "resuming from update 4" in out
+        and f"set aside in {run}/checkpoints/set-aside-1: the checkpoints of update 6" in out
+    )
     assert updates(run / "checkpoints") == [4, 6] and updates(run / "checkpoints/set-aside-1") == [6]
     for file in (stages.folder / "autoencoder/checkpoints/step-00000006").glob("*.safetensors"):
         assert file.read_bytes() == (run / "checkpoints/step-00000006" / file.name).read_bytes()
@@ -35,7 +40,9 @@ def test_from_an_earlier_checkpoint_a_run_ends_as_before(stages: Stages, tmp_pat
     assert capsys.readouterr().err.endswith("there are 4, 6\n") and updates(run / "checkpoints") == [4, 6]
 
 
-def test_a_run_without_one_intact_checkpoint_is_left_as_it_is(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_one_intact_checkpoint_is_left_as_it_is(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stages.folder / "autoencoder", run)
     (run / "status.json").unlink()
@@ -51,7 +58,9 @@ def test_a_run_without_one_intact_checkpoint_is_left_as_it_is(stages: Stages, tm
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 7))
 
 
-def test_half_written_checkpoints_are_removed_at_the_start(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_written_checkpoints_are_removed_at_the_start(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stages.folder / "autoencoder", run)
     half = run / "checkpoints/.tmp-step-00000005-99999999"  # no process has so large a number
@@ -82,7 +91,10 @@ def test_a_resume_with_another_frozen_model_is_refused_by_name(
         weights.write_bytes(content)
         write_hashes(held, [weights])  # as another training would
         assert stages.train("ldm", f"run={run}") == 4
-        assert f"{changed} {stages.folder}/{again}: its weights have changed since this run began" in capsys.readouterr().err
+        assert (
+            f"{changed} {stages.folder}/{again}: its weights have changed since this run began"
+            in capsys.readouterr().err
+        )
     finally:
         shutil.rmtree(held)
         shutil.copytree(tmp_path / "held", held)
@@ -109,7 +121,10 @@ def test_by_default_training_stops_at_a_failing_save(
     failing_at(monkeypatch, 4)
     assert stages.train("autoencoder", f"run={tmp_path}/run") == 4
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "step-00000004: the checkpoint could not be written: No space left on device" in error
+    assert (
+        error.count("\n") == 1
+        and "step-00000004: the checkpoint could not be written: No space left on device" in error
+    )
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed"

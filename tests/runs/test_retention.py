@@ -24,7 +24,10 @@ CONFIG = ScheduleConfig()
 
 
 def written(folder: Path, *updates: int, **retention: Any) -> list[Path]:
-    return [save(folder, step, {"model": {"w": torch.full((4,), float(step))}}, {"step": step}, CONFIG, **retention) for step in updates]
+    return [
+        save(folder, step, {"model": {"w": torch.full((4,), float(step))}}, {"step": step}, CONFIG, **retention)
+        for step in updates
+    ]
 
 
 def updates(folder: Path) -> list[int]:
@@ -47,7 +50,12 @@ def test_multiples_of_keep_every_stay_for_good_and_do_not_count(tmp_path: Path) 
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sets(st.integers(1, 60), min_size=1), st.integers(2, 4), st.none() | st.integers(2, 9), st.sets(st.integers(1, 60)))
+@given(
+    st.sets(st.integers(1, 60), min_size=1),
+    st.integers(2, 4),
+    st.none() | st.integers(2, 9),
+    st.sets(st.integers(1, 60)),
+)
 def test_retention_in_general(
     tmp_path_factory: pytest.TempPathFactory, there: set[int], keep: int, every: int | None, broken: set[int]
 ) -> None:
@@ -102,7 +110,9 @@ def test_more_digits_are_more(tmp_path: Path) -> None:
 def test_where_none_is_intact_a_run_does_not_begin_anew(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         flip(path)
-    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*put back"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*put back"
+    ):
         choose(tmp_path)
 
 
@@ -110,7 +120,11 @@ def test_the_one_that_was_asked_for_or_none(tmp_path: Path) -> None:
     folder, other = tmp_path / "run/checkpoints", tmp_path / "other/checkpoints"
     one, two, _ = written(folder, 1, 2, 3, keep=3)
     (foreign,) = written(other, 2)
-    assert choose(folder, "2") == (two, []) and choose(folder, str(one)) == (one, []) and choose(folder, f"{two}/") == (two, [])
+    assert (
+        choose(folder, "2") == (two, [])
+        and choose(folder, str(one)) == (one, [])
+        and choose(folder, f"{two}/") == (two, [])
+    )
     flip(two)
     for asked, message in (
         ("2", r"asked for is damaged: .*sha256"),
@@ -177,7 +191,11 @@ def test_all_take_what_the_main_one_chooses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "seen", "message"),
     [
-        ("check", ["manifest.json: cannot be read"], "manifest.json: cannot be read: every process must see the run's folder"),
+        (
+            "check",
+            ["manifest.json: cannot be read"],
+            "manifest.json: cannot be read: every process must see the run's folder",
+        ),
         ("file_hash", "another", "is another checkpoint than on the main process"),
     ],
 )

@@ -61,7 +61,9 @@ def test_a_run_may_have_any_name_and_two(tmp_path: Path) -> None:
     place.mkdir()
     (tmp_path / "link").symlink_to(place, target_is_directory=True)
     file = place / "ldm é.yaml"
-    file.write_text(yaml.safe_dump({"run": str(tmp_path / "link/erster Lauf"), **tree}, allow_unicode=True), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump({"run": str(tmp_path / "link/erster Lauf"), **tree}, allow_unicode=True), encoding="utf-8"
+    )
     assert main(["train-ldm", str(file), "train.checkpoint_every=1"]) == 0
     run = place / "erster Lauf"
     assert (read_status(run) or {})["state"] == "done" and (run / "model/model_index.json").is_file()
@@ -100,7 +102,14 @@ def test_config_is_saved_and_may_change_where_learning_does_not(tmp_path: Path) 
     with RunDirectory(tmp_path) as run:
         run.start(config())
         assert load(AutoencoderTrainingConfig, tmp_path / "config.yaml") == config()
-        harmless = config(train__log_every=3, train__trackers=[], data__workers=4, train__micro_batch=8, train__steps=20, run="elsewhere")
+        harmless = config(
+            train__log_every=3,
+            train__trackers=[],
+            data__workers=4,
+            train__micro_batch=8,
+            train__steps=20,
+            run="elsewhere",
+        )
         run.start(harmless)
         assert load(AutoencoderTrainingConfig, tmp_path / "config.yaml") == harmless
 
@@ -170,7 +179,10 @@ def test_faulty_status_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"status\.json cannot be read"):
         RunDirectory(tmp_path)
     (tmp_path / "status.json").unlink()
-    with RunDirectory(tmp_path) as run, pytest.raises(ValueError, match="state must be one of"):  # and the lock was let go
+    with (
+        RunDirectory(tmp_path) as run,
+        pytest.raises(ValueError, match="state must be one of"),
+    ):  # and the lock was let go
         run.status("asleep", 0, 1)
 
 

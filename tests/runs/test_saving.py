@@ -67,7 +67,9 @@ def test_what_does_not_fit_is_not_begun(small_disk: Path, monkeypatch: pytest.Mo
 def test_a_disk_that_fills_up_while_it_is_written(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(small_disk, 1, tensors(200_000), {}, CONFIG)
     usage = shutil.disk_usage(small_disk)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=10**9))  # another writer takes it meanwhile
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=10**9)
+    )  # another writer takes it meanwhile
     refused(small_disk, r"No space left.*1\.6 MB are needed, 1\.0 GB are free")
 
 
@@ -110,7 +112,9 @@ def test_an_old_one_that_cannot_be_deleted_is_another_message(tmp_path: Path, mo
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(shelf, "remove", fail)
-    with pytest.raises(CheckpointError, match=r"step-00000003: is written, but an older one could not be deleted: Permission denied"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000003: is written, but an older one could not be deleted: Permission denied"
+    ):
         save(tmp_path, 3, tensors(), {}, CONFIG)
     assert newest_valid(tmp_path)[0] == tmp_path / "step-00000003"
 
@@ -134,15 +138,25 @@ def test_each_save_is_copied_before_it_returns(tmp_path: Path) -> None:
 
 def test_memory_of_the_copy_is_used_again_where_it_fits(tmp_path: Path) -> None:
     first = checkpoint.snapshot({"m": {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3)}})
-    given = {"m": {"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.float64), "c": torch.zeros(1, 3), "d": torch.zeros(2)}}
+    given = {
+        "m": {
+            "a": torch.zeros(3),
+            "b": torch.zeros(3, dtype=torch.float64),
+            "c": torch.zeros(1, 3),
+            "d": torch.zeros(2),
+        }
+    }
     second = checkpoint.snapshot(given, first)["m"]
     assert second["a"].data_ptr() == first["m"]["a"].data_ptr()
     assert (
-        all(torch.equal(second[n], t) and second[n].dtype == t.dtype for n, t in given["m"].items()) and second.keys() == given["m"].keys()
+        all(torch.equal(second[n], t) and second[n].dtype == t.dtype for n, t in given["m"].items())
+        and second.keys() == given["m"].keys()
     )
 
 
-def test_two_writes_never_overlap_and_an_update_waits_for_none_but_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_writes_never_overlap_and_an_update_waits_for_none_but_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, begun, go, active = writer.write, threading.Event(), threading.Event(), []
 
     def slow(*arguments: Any) -> Path:
@@ -164,7 +178,9 @@ def test_two_writes_never_overlap_and_an_update_waits_for_none_but_the_one_befor
         assert background.saved == 1 and len(shelf.steps(tmp_path)) >= 1
 
 
-def test_an_error_comes_out_at_the_next_call_and_saving_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_comes_out_at_the_next_call_and_saving_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     background = BackgroundWriter(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
@@ -186,7 +202,9 @@ def test_going_on_warns_each_time_but_a_wait_always_raises(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         background.submit(20, tensors(), {}, CONFIG)
-        with pytest.warns(UserWarning, match=r"step-00000020.*No space left.*; 10 updates since 10 are not saved; training continues"):
+        with pytest.warns(
+            UserWarning, match=r"step-00000020.*No space left.*; 10 updates since 10 are not saved; training continues"
+        ):
             background.submit(30, tensors(), {}, CONFIG)
         with pytest.raises(CheckpointError, match=r"step-00000030.*No space left"):
             background.wait()
@@ -195,16 +213,23 @@ def test_going_on_warns_each_time_but_a_wait_always_raises(tmp_path: Path, monke
     assert background.saved == 40
 
 
-def test_the_first_checkpoint_is_told_and_a_slow_one_is_warned_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_checkpoint_is_told_and_a_slow_one_is_warned_about_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(stopping, "SLOW", -1.0)
     background = BackgroundWriter(tmp_path, say=said.append)
     background.submit(1, tensors(), {}, CONFIG)
     assert background._thread is not None
     background._thread.join()
-    with pytest.warns(UserWarning, match=r"launchers kill a process 30 s after.*--shutdown-timeout=\d+.*TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    with pytest.warns(
+        UserWarning,
+        match=r"launchers kill a process 30 s after.*--shutdown-timeout=\d+.*TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+    ):
         background.poll()
-    assert len(said) == 1 and "48 bytes, copied in 0.0 s, written in" in said[0] and "48 bytes of host memory" in said[0]
+    assert (
+        len(said) == 1 and "48 bytes, copied in 0.0 s, written in" in said[0] and "48 bytes of host memory" in said[0]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         background.submit(2, tensors(), {}, CONFIG)
@@ -261,8 +286,14 @@ def test_an_interrupt_ends_the_wait_for_the_write(tmp_path: Path, stuck: dict[st
     assert not stuck["ended"].is_set()
 
 
-def test_what_ended_the_training_is_not_hidden_by_a_failing_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ended_the_training_is_not_hidden_by_a_failing_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.warns(UserWarning, match="No space left"), pytest.raises(ZeroDivisionError), BackgroundWriter(tmp_path) as background:
+    with (
+        pytest.warns(UserWarning, match="No space left"),
+        pytest.raises(ZeroDivisionError),
+        BackgroundWriter(tmp_path) as background,
+    ):
         background.submit(1, tensors(), {}, CONFIG)
         raise ZeroDivisionError

@@ -94,7 +94,9 @@ def seconds_of(path: Path) -> str:
         ),
     ],
 )  # fmt: skip
-def test_how_a_run_ended(tmp_path: Path, status: Status, state: str, error: BaseException | None, code: int, line: str) -> None:
+def test_how_a_run_ended(
+    tmp_path: Path, status: Status, state: str, error: BaseException | None, code: int, line: str
+) -> None:
     run = ended(tmp_path / "run", state, error, 5, 10)
     (run / "checkpoints/step-00000011").mkdir()  # no manifest: not whole
     returned, said = status(run)
@@ -120,7 +122,10 @@ def test_waiting_ends_with_the_process_at_work(tmp_path: Path, monkeypatch: pyte
 def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> None:
     path = ended(tmp_path / "run", "interrupted", Interrupted("stopped"))
     with RunDirectory(path) as run:
-        assert status(path) == (0, f"{path}: running, update 12 of 100 (12 %), 0 s, no checkpoint\n")  # being started again
+        assert status(path) == (
+            0,
+            f"{path}: running, update 12 of 100 (12 %), 0 s, no checkpoint\n",
+        )  # being started again
         run.status("running", 13, 100)
         assert "running, update 13 of 100 (13 %)" in status(path)[1]
         assert held(path) and held(path)
@@ -136,24 +141,35 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
 
 def test_looking_changes_nothing(tmp_path: Path, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     def state() -> dict[str, Any]:
-        return {str(f.relative_to(tmp_path)): (f.stat().st_mtime_ns, f.read_bytes() if f.is_file() else b"") for f in tmp_path.rglob("*")}
+        return {
+            str(f.relative_to(tmp_path)): (f.stat().st_mtime_ns, f.read_bytes() if f.is_file() else b"")
+            for f in tmp_path.rglob("*")
+        }
 
     for path in (ended(tmp_path / "locked", "running"), ended(tmp_path / "copied", "running")):
         if path.name == "copied":
             (path / ".lock").unlink()
         before, opened, real = state(), [], os.open
 
-        def watched(file: Any, flags: int, *rest: Any, opened: list[int] = opened, real: Any = real, **more: Any) -> int:
+        def watched(
+            file: Any, flags: int, *rest: Any, opened: list[int] = opened, real: Any = real, **more: Any
+        ) -> int:
             opened.append(flags)
             return real(file, flags, *rest, **more)
 
         monkeypatch.setattr(os, "open", watched)
         assert status(path)[0] == 1
         monkeypatch.undo()
-        assert state() == before and opened and not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) for flags in opened)
+        assert (
+            state() == before
+            and opened
+            and not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) for flags in opened)
+        )
 
 
-def test_where_locks_cannot_be_seen_nothing_is_claimed(tmp_path: Path, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_locks_cannot_be_seen_nothing_is_claimed(
+    tmp_path: Path, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = ended(tmp_path / "run", "running")
 
     def without(*arguments: Any) -> None:
@@ -187,13 +203,20 @@ def test_a_run_killed_before_its_first_status(tmp_path: Path, status: Status, st
         run.start(stages.settings("clip"))
         assert status(tmp_path) == (0, f"{tmp_path}: running, before its first update, no checkpoint\n")
     code, said = status(tmp_path)
-    assert code == 1 and "killed at before" not in said and "killed before its first update" in said and "from the beginning" in said
+    assert (
+        code == 1
+        and "killed at before" not in said
+        and "killed before its first update" in said
+        and "from the beginning" in said
+    )
 
 
 # real runs
 
 
-def test_every_start_leaves_a_line(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status) -> None:
+def test_every_start_leaves_a_line(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status
+) -> None:
     """Interrupted after an update, then killed by its own fault, then to the end."""
     path, update, count = tmp_path / "run", Loop._update, [0]
     monkeypatch.setattr(sys, "argv", ["ldm", "train-clip", "clip.yaml", "run=ünï"])
@@ -211,7 +234,9 @@ def test_every_start_leaves_a_line(stages: Stages, tmp_path: Path, monkeypatch: 
     with (path / "starts.jsonl").open("a") as stream:
         stream.write('{"torn')
     assert stages.train("clip", f"run={path}") == 5 == status(path)[0]
-    assert "failed at update 1 of 3 (33 %)" in status(path)[1] and status(path)[1].endswith("exit code 5: made to fail\n")
+    assert "failed at update 1 of 3 (33 %)" in status(path)[1] and status(path)[1].endswith(
+        "exit code 5: made to fail\n"
+    )
     assert stages.train("clip", f"run={path}") == 0 == status(path)[0]
     assert status(path)[1] == f"{path}: done, update 3 of 3 (100 %), {seconds_of(path)}, last checkpoint at update 3\n"
     lines = read_starts(path)
@@ -227,10 +252,15 @@ def test_every_start_leaves_a_line(stages: Stages, tmp_path: Path, monkeypatch: 
         assert (line["python"], line["torch"]) == (platform.python_version(), torch.__version__)
         assert (line["accelerate"], line["ldm"]) == (accelerate.__version__, ldm.__version__)
         assert line["arguments"] == ["train-clip", "clip.yaml", "run=ünï"]
-        assert platform.node() not in json.dumps({k: v for k, v in line.items() if k != "arguments"}) or not platform.node()
+        assert (
+            platform.node() not in json.dumps({k: v for k, v in line.items() if k != "arguments"})
+            or not platform.node()
+        )
 
 
-def test_a_start_that_fails_before_training(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status) -> None:
+def test_a_start_that_fails_before_training(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status
+) -> None:
     """Its fault is told and its update kept; a configuration that is refused leaves the run as it was."""
     path = Path(shutil.copytree(stages.folder / "clip", tmp_path / "run"))
     (path / "status.json").write_text('{"state": "interrupted", "step": 2, "steps": 3, "seconds": 7.0}')
@@ -260,7 +290,9 @@ def test_a_start_that_fails_before_training(stages: Stages, tmp_path: Path, monk
     assert stages.train("clip", f"run={tmp_path / 'new'}") == 3 and not (tmp_path / "new").exists()
 
 
-def test_a_disk_without_room_for_a_line_stops_nothing(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_without_room_for_a_line_stops_nothing(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run/starts.jsonl").mkdir(parents=True)
     assert stages.train("clip", f"run={tmp_path / 'run'}") == 0
     assert "starts.jsonl could not be written: Is a directory" in capsys.readouterr().out
@@ -268,7 +300,9 @@ def test_a_disk_without_room_for_a_line_stops_nothing(stages: Stages, tmp_path: 
 
 def git(folder: Path, *arguments: str) -> str:
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    return subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
@@ -285,11 +319,19 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     git(tmp_path, "commit", "-qm", "one")
     commit = git(tmp_path, "rev-parse", "HEAD")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))  # as a hook sets it
-    assert len(commit) == 40 and starts.checkout(tmp_path) == {"commit": commit, "dirty": False}  # the user's own files are no code
+    assert len(commit) == 40 and starts.checkout(tmp_path) == {
+        "commit": commit,
+        "dirty": False,
+    }  # the user's own files are no code
     assert starts.checkout(inside) == unknown  # installed into somebody's repository
     index = (tmp_path / ".git/index").read_bytes()
-    os.utime(tmp_path / "ldm/x.py", (1, 1))  # git would write its index anew, and a commit of the user meanwhile would fail
-    assert starts.checkout(tmp_path) == {"commit": commit, "dirty": False} and (tmp_path / ".git/index").read_bytes() == index
+    os.utime(
+        tmp_path / "ldm/x.py", (1, 1)
+    )  # git would write its index anew, and a commit of the user meanwhile would fail
+    assert (
+        starts.checkout(tmp_path) == {"commit": commit, "dirty": False}
+        and (tmp_path / ".git/index").read_bytes() == index
+    )
     (tmp_path / "ldm/y.py").write_text("2\n")
     assert starts.checkout(tmp_path) == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", "")

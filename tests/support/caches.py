@@ -16,7 +16,9 @@ FLIPPING = DataConfig(source="shapes", image_size=24, size=10, flip=True)
 
 def autoencoder() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(AutoencoderConfig(latent_channels=2, channels=(8, 8), layers_per_level=1, groups=4, mid_attention=False)).eval()
+    return AutoencoderKL(
+        AutoencoderConfig(latent_channels=2, channels=(8, 8), layers_per_level=1, groups=4, mid_attention=False)
+    ).eval()
 
 
 def write(folder: Path, data: DataConfig = FLIPPING, **options: Any) -> tuple[AutoencoderKL, Any, dict[str, Any]]:

@@ -29,7 +29,9 @@ def make_loop(tmp_path: Path) -> Iterator[Callable[..., Loop]]:
     made: list[Loop] = []
 
     def make(task: Any, settings: Any, **changes: Any) -> Loop:
-        made.append(Loop(task, replace(settings.train, **changes), settings, str(tmp_path / f"run{len(made)}"), 0, Silent()))
+        made.append(
+            Loop(task, replace(settings.train, **changes), settings, str(tmp_path / f"run{len(made)}"), 0, Silent())
+        )
         return made[-1]
 
     yield make
@@ -38,7 +40,9 @@ def make_loop(tmp_path: Path) -> Iterator[Callable[..., Loop]]:
         loop.run.close()
 
 
-def at_position(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[int], bool], act: Callable[[dict[str, Any]], None]) -> None:
+def at_position(
+    monkeypatch: pytest.MonkeyPatch, wanted: Callable[[int], bool], act: Callable[[dict[str, Any]], None]
+) -> None:
     """Let ``act`` see each training sample whose position is ``wanted``."""
     original = Stream.read
 

@@ -18,7 +18,12 @@ from ldm.distributed.processes import Processes
 HERE = Path(__file__).resolve().parent
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "1",
+    "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
+}
 
 
 def torchrun(processes: int) -> list[str]:
@@ -26,7 +31,9 @@ def torchrun(processes: int) -> list[str]:
 
 
 def started(launcher: list[str], *arguments: str) -> str:
-    done = subprocess.run([*launcher, str(HERE / "ranks.py"), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        [*launcher, str(HERE / "ranks.py"), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr
     return done.stdout
@@ -67,7 +74,9 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return main(list(arguments))
 
         monkeypatch.setattr("ldm.distributed.launch.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
-        monkeypatch.setattr("ldm.training.stages.diffusion.launched", lambda cpu=False: (here.processes, torch.device("cpu")))
+        monkeypatch.setattr(
+            "ldm.training.stages.diffusion.launched", lambda cpu=False: (here.processes, torch.device("cpu"))
+        )
         return side_by_side(count, run)
 
     return call

@@ -59,7 +59,9 @@ def write_model(folder: Path) -> Path:
     unet = UNet(UNetConfig((16, 32), 1, (1,), (2,), groups=8), 4, 4, 32)
     stir(unet, 0.05)
     stir(codec.autoencoder, 0.05)
-    pipe = Pipeline(unet, ScheduleConfig(), "v", codec, from_clip(clip, tokenizer), 16, SampleConfig(steps=5, guidance_scale=3.0))
+    pipe = Pipeline(
+        unet, ScheduleConfig(), "v", codec, from_clip(clip, tokenizer), 16, SampleConfig(steps=5, guidance_scale=3.0)
+    )
     pipe.save_pretrained(folder, for_diffusers=True)
     return folder
 
@@ -88,7 +90,11 @@ def both(pipe: Pipeline) -> dict[str, Lora]:
 
 def inputs(n: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(n, 4, 8, 8, generator=generator), torch.tensor([3, 700])[:n], torch.randn(n, 5, 32, generator=generator)
+    return (
+        torch.randn(n, 4, 8, 8, generator=generator),
+        torch.tensor([3, 700])[:n],
+        torch.randn(n, 5, 32, generator=generator),
+    )
 
 
 def out(network: nn.Module) -> Tensor:
@@ -120,11 +126,19 @@ def theirs(folder: Path, *loras: tuple[Path, float]) -> np.ndarray:
 
 def plain_keys(loras: dict[str, Lora]) -> dict[str, Tensor]:
     """diffusers' keys in peft's words."""
-    return {f"{part}.{TOWER if part == TEXT else ''}{name}": v for part, lora in loras.items() for name, v in lora.state_dict().items()}
+    return {
+        f"{part}.{TOWER if part == TEXT else ''}{name}": v
+        for part, lora in loras.items()
+        for name, v in lora.state_dict().items()
+    }
 
 
 def alphas(loras: dict[str, Lora]) -> dict[str, float]:
-    return {f"{part}.{TOWER if part == TEXT else ''}{n}": c.alpha for part, lora in loras.items() for n, c in lora.changes.items()}
+    return {
+        f"{part}.{TOWER if part == TEXT else ''}{n}": c.alpha
+        for part, lora in loras.items()
+        for n, c in lora.changes.items()
+    }
 
 
 def same(found: dict[str, Lora], expected: dict[str, Lora]) -> None:
@@ -134,7 +148,9 @@ def same(found: dict[str, Lora], expected: dict[str, Lora]) -> None:
         mine = found[part].state_dict()
         assert mine.keys() == lora.state_dict().keys()
         assert all(torch.equal(mine[name], value) for name, value in lora.state_dict().items())
-        assert {n: (c.rank, c.alpha) for n, c in found[part].changes.items()} == {n: (c.rank, c.alpha) for n, c in lora.changes.items()}
+        assert {n: (c.rank, c.alpha) for n, c in found[part].changes.items()} == {
+            n: (c.rank, c.alpha) for n, c in lora.changes.items()
+        }
 
 
 def as_written(loras: dict[str, Lora]) -> dict[str, Lora]:

@@ -42,16 +42,32 @@ def text_encoder() -> TextEncoder:
     return from_clip(clip, tokenizer)
 
 
-def make(target: str = "v", *, codec: bool = True, text: bool = True, steps: int = 1000, channels: tuple[int, ...] = (32, 64)) -> Pipeline:
+def make(
+    target: str = "v", *, codec: bool = True, text: bool = True, steps: int = 1000, channels: tuple[int, ...] = (32, 64)
+) -> Pipeline:
     torch.manual_seed(0)
     encoder = text_encoder() if text else None
     latent = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 4, (16, 32), 1, 8))) if codec else None
-    unet = UNet(UNetConfig(channels, 1, (1,), (2,), groups=8), 4 if codec else 3, 4 if codec else 3, encoder.width if encoder else None)
+    unet = UNet(
+        UNetConfig(channels, 1, (1,), (2,), groups=8),
+        4 if codec else 3,
+        4 if codec else 3,
+        encoder.width if encoder else None,
+    )
     stir(unet, 0.05)
     if latent:
         stir(latent.autoencoder, 0.05)
     defaults = SampleConfig(steps=5, guidance_scale=3.0)
-    return Pipeline(unet, ScheduleConfig(num_steps=steps), target, latent, encoder, 16, defaults, caption_dropout=0.1 if text else None)
+    return Pipeline(
+        unet,
+        ScheduleConfig(num_steps=steps),
+        target,
+        latent,
+        encoder,
+        16,
+        defaults,
+        caption_dropout=0.1 if text else None,
+    )
 
 
 @pytest.fixture(scope="module")

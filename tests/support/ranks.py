@@ -63,14 +63,18 @@ def watch(loop: Loop, updates: tuple[int, ...]) -> tuple[dict[str, torch.Tensor]
 
     def record(batch: Any, update: int, backward: Any) -> Any:
         for i, position in enumerate(batch["position"].tolist()):
-            row = [v[i].numpy().tobytes().hex() if isinstance(v, torch.Tensor) else v[i] for _, v in sorted(batch.items())]
+            row = [
+                v[i].numpy().tobytes().hex() if isinstance(v, torch.Tensor) else v[i] for _, v in sorted(batch.items())
+            ]
             draws[position] = hashlib.sha256(json.dumps(row).encode()).hexdigest()
         return micro_step(batch, update, backward)
 
     def keep(name: str) -> Any:
         if loop.step in updates:
             parameters = loop.task.networks[name].named_parameters()
-            gradients.update({f"{loop.step}.{name}.{key}": p.grad.clone() for key, p in parameters if p.grad is not None})
+            gradients.update(
+                {f"{loop.step}.{name}.{key}": p.grad.clone() for key, p in parameters if p.grad is not None}
+            )
         return norm(name)
 
     loop.optimizers.norm, loop.task.micro_step = keep, record  # type: ignore[method-assign]
@@ -82,7 +86,12 @@ def train(jobs: Path) -> None:
     for job in [Job(**{**fields, "gradients": tuple(fields["gradients"])}) for fields in json.loads(jobs.read_text())]:
         out = Path(job.out)
         launched()[0].each(lambda job=job: None if int(os.environ.get("RANK", 0)) else copied(job))
-        loop = made(job.command, job.config, out / "run", f"train.micro_batch={'null' if job.micro_batch is None else job.micro_batch}")
+        loop = made(
+            job.command,
+            job.config,
+            out / "run",
+            f"train.micro_batch={'null' if job.micro_batch is None else job.micro_batch}",
+        )
         assert loop.step == job.at
         gradients, draws = watch(loop, job.gradients)
         loop.train()

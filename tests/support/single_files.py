@@ -33,7 +33,9 @@ def vae_part(config: AutoencoderConfig, scale: float = 0.18215, meta: bool = Fal
     return Part({**vae_to_diffusers(config), "scaling_factor": scale}, tensors)
 
 
-def text_config(width: int = 768, layers: int = 2, heads: int = 12, act: str = "quick_gelu", inner: int = 8) -> dict[str, Any]:
+def text_config(
+    width: int = 768, layers: int = 2, heads: int = 12, act: str = "quick_gelu", inner: int = 8
+) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 40, "hidden_size": width,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 7,
@@ -50,7 +52,10 @@ def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def text_part(config: dict[str, Any], meta: bool = False) -> Part:
     with torch.device("meta"):
         state = prefixed(CLIPTextModel(CLIPTextConfig(**config)).state_dict())
-    return Part(config, {name: t if meta else torch.randn(t.shape) for name, t in state.items() if not name.endswith("position_ids")})
+    return Part(
+        config,
+        {name: t if meta else torch.randn(t.shape) for name, t in state.items() if not name.endswith("position_ids")},
+    )
 
 
 def scheduler(target: str = "eps", schedule: ScheduleConfig | None = None) -> dict[str, Any]:
@@ -60,7 +65,11 @@ def scheduler(target: str = "eps", schedule: ScheduleConfig | None = None) -> di
 
 def published(unet: dict[str, Any], text: dict[str, Any]) -> Bundle:
     """Without numbers."""
-    parts = {UNET: unet_part(unet, meta=True), VAE: vae_part(AutoencoderConfig(), meta=True), TEXT: text_part(text, meta=True)}
+    parts = {
+        UNET: unet_part(unet, meta=True),
+        VAE: vae_part(AutoencoderConfig(), meta=True),
+        TEXT: text_part(text, meta=True),
+    }
     return Bundle(parts, scheduler())
 
 

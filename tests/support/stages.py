@@ -16,7 +16,15 @@ TRAIN = {
 AUTOENCODER = {
     "data": {"source": "textures", "image_size": 32, "size": 24},
     "model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False},
-    "loss": {"kl": 1e-3, "gan": 0.5, "gan_start": 2, "gan_ramp": 3, "disc_channels": 8, "disc_layers": 2, "disc_lr": 5e-4},
+    "loss": {
+        "kl": 1e-3,
+        "gan": 0.5,
+        "gan_start": 2,
+        "gan_ramp": 3,
+        "disc_channels": 8,
+        "disc_layers": 2,
+        "disc_lr": 5e-4,
+    },
     "train": TRAIN,
 }
 CLIP = {
@@ -50,5 +58,7 @@ class Stages:
         return main([f"train-{name}", str(self.folder / f"{name}.yaml"), *overrides])
 
     def settings(self, name: str, *overrides: str) -> Any:
-        cls = {"autoencoder": AutoencoderTrainingConfig, "clip": ClipTrainingConfig, "ldm": DiffusionTrainingConfig}[name]
+        cls = {"autoencoder": AutoencoderTrainingConfig, "clip": ClipTrainingConfig, "ldm": DiffusionTrainingConfig}[
+            name
+        ]
         return configuration.load(cls, self.folder / f"{name}.yaml", list(overrides))

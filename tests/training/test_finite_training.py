@@ -30,7 +30,13 @@ from ldm.training.stages.autoencoder import AutoencoderTask
 
 __all__ = ["make_loop"]  # a fixture
 
-LEARNED = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0, "schedule": {"name": "learned", "num_steps": 100}}
+LEARNED = {
+    **DIFFUSION,
+    "autoencoder": "none",
+    "text": "none",
+    "caption_dropout": 0.0,
+    "schedule": {"name": "learned", "num_steps": 100},
+}
 
 
 def updates(run: Path) -> list[int]:
@@ -60,14 +66,19 @@ def test_large_numbers_are_finite_and_others_are_named(dtype: torch.dtype) -> No
     assert not_finite(state, scalars) == "the averaged weights (a) are"
 
 
-def test_every_group_of_a_checkpoint_is_looked_at_on_every_process(stages: Stages, make_loop: Callable[..., Loop]) -> None:
+def test_every_group_of_a_checkpoint_is_looked_at_on_every_process(
+    stages: Stages, make_loop: Callable[..., Loop]
+) -> None:
     settings = stages.settings("autoencoder")
     loop = make_loop(AutoencoderTask(settings), settings)
     for name, network in loop.task.networks.items():
         sum(p.sum() for p in network.parameters()).backward()  # type: ignore[union-attr]
         loop.optimizers.each[name].step()
     groups = loop.state.tensors()
-    assert set(groups) == {"ema", *(f"{kind}_{name}" for kind in ("model", "optimizer") for name in ("autoencoder", "discriminator"))}
+    assert set(groups) == {
+        "ema",
+        *(f"{kind}_{name}" for kind in ("model", "optimizer") for name in ("autoencoder", "discriminator")),
+    }
     loop.step = 1
     for named in groups.values():
         tensor = next(t for t in named.values() if t.is_floating_point())
@@ -95,11 +106,22 @@ def configurations(stages: Stages) -> dict[str, list[str]]:
             noise = np.random.default_rng(i).integers(0, 128, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(noise + 127 * (label == "light")).save(folder / f"photos/{label}/{i}.png")
     own = {"autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip", "init": f"{folder}/ldm"}
-    photos = {"source": "folder", "folder": f"{folder}/photos", "captions": "class", "image_size": 32, "validation_fraction": 0.3}
+    photos = {
+        "source": "folder",
+        "folder": f"{folder}/photos",
+        "captions": "class",
+        "image_size": 32,
+        "validation_fraction": 0.3,
+    }
     trees: dict[str, dict[str, Any]] = {
         "lora": {**DIFFUSION, **own, "train": {**TRAIN, "lora": {"rank": 2}}},
         "learned": LEARNED,
-        "classifier": {"data": photos, "diffusion": f"{folder}/ldm", "model": {"channels": [8, 8], "groups": 4}, "train": TRAIN},
+        "classifier": {
+            "data": photos,
+            "diffusion": f"{folder}/ldm",
+            "model": {"channels": [8, 8], "groups": 4},
+            "train": TRAIN,
+        },
     }
     for name, tree in trees.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": str(folder / name), **tree}), encoding="utf-8")
@@ -115,10 +137,25 @@ def rate_at(monkeypatch: pytest.MonkeyPatch, update: int, rate: float) -> None:
 
 @pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm", "lora", "learned", "classifier"])
 def test_weights_that_a_finite_gradient_makes_infinite_end_the_run(
-    configurations: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    configurations: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     rate_at(monkeypatch, 4, 1e39)
-    assert main([*configurations[name], f"run={tmp_path}/run", "train.steps=9", "train.checkpoint_every=4", "train.validate_every=9"]) == 5
+    assert (
+        main(
+            [
+                *configurations[name],
+                f"run={tmp_path}/run",
+                "train.steps=9",
+                "train.checkpoint_every=4",
+                "train.validate_every=9",
+            ]
+        )
+        == 5
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "are not finite after update 5 (after update 4 all was finite)" in error
     assert updates(tmp_path / "run") == [4] and not (tmp_path / "run/model").exists()
@@ -141,7 +178,9 @@ def test_weights_broken_by_the_last_updates_are_not_exported(
     assert not (tmp_path / "run/model").exists() and updates(tmp_path / "run") == []
 
 
-def test_skipped_updates_push_out_no_checkpoint(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_updates_push_out_no_checkpoint(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = [f"run={tmp_path}/run", "train.checkpoint_every=1", "train.steps=20"]
     with monkeypatch.context() as patch:
         at_position(patch, lambda p: p >= 4 * 5, lambda sample: sample["image"].fill_(math.nan))

@@ -67,7 +67,9 @@ def test_a_loss_that_is_not_finite_skips_the_update_though_its_gradients_are(
     monkeypatch.setattr(loop.task, "micro_step", infinite)
     loop._update(feed)
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(loop), strict=True))
-    assert all(bool(torch.isfinite(p.grad).all()) for p in loop.task.networks["unet"].parameters() if p.grad is not None)
+    assert all(
+        bool(torch.isfinite(p.grad).all()) for p in loop.task.networks["unet"].parameters() if p.grad is not None
+    )
 
 
 def test_a_network_is_not_stepped_where_another_broke(
@@ -84,11 +86,15 @@ def test_a_network_is_not_stepped_where_another_broke(
     handle = next(loop.task.networks["discriminator"].parameters()).register_hook(lambda gradient: gradient * math.nan)
     figures = loop._update(feed)
     handle.remove()
-    assert math.isnan(float(figures["grad_norm_discriminator"])) and math.isfinite(float(figures["grad_norm_autoencoder"]))
+    assert math.isnan(float(figures["grad_norm_discriminator"])) and math.isfinite(
+        float(figures["grad_norm_autoencoder"])
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(loop), strict=True)) and loop.task.state() == weight
 
 
-def test_the_loss_scale_of_float16_falls_and_nothing_else_changes(stages: Stages, make_loop: Callable[..., Loop]) -> None:
+def test_the_loss_scale_of_float16_falls_and_nothing_else_changes(
+    stages: Stages, make_loop: Callable[..., Loop]
+) -> None:
     settings = stages.settings("ldm")
     plain, scaled = (make_loop(DiffusionTask(settings, lambda _: None), settings) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # pyright: ignore[reportPrivateImportUsage]
@@ -120,7 +126,10 @@ def test_an_incident_holds_what_its_update_had(
         at_position(patch, lambda p: p == 4 * 4 + 2, break_image)  # a checkpoint follows update 4
         assert stages.train("autoencoder", f"run={tmp_path}/run", "train.keep_checkpoints=9") == 0
         place = tmp_path / "run/incidents/update-00000004"
-        assert f"update 4 was not finite and changed nothing: `ldm replay {place}` names the module" in capsys.readouterr().out
+        assert (
+            f"update 4 was not finite and changed nothing: `ldm replay {place}` names the module"
+            in capsys.readouterr().out
+        )
         incident, weights = incidents.read(place)
         assert (incident.update, list(incident.positions)) == (4, [16, 17, 18, 19])
         saved = tmp_path / "run/checkpoints/step-00000004"
@@ -138,7 +147,9 @@ def test_an_incident_holds_what_its_update_had(
     assert "all of update 4 is finite here (it was split 1 × 2" in capsys.readouterr().err
 
 
-def test_a_run_with_an_incident_resumes_as_if_it_had_not_stopped(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_an_incident_resumes_as_if_it_had_not_stopped(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_position(monkeypatch, lambda p: p == 4 * 1, break_image)
     assert stages.train("autoencoder", f"run={tmp_path}/one") == 0
     with monkeypatch.context() as patch:
@@ -192,7 +203,11 @@ def test_the_module_whose_weights_are_broken_is_named(
     loop = make_loop(DiffusionTask(settings, lambda _: None), settings)
     assert loop.run
     loop.run.start(settings)
-    name = next(n for n, m in loop.task.networks["unet"].named_modules() if n.startswith("mid_block") and isinstance(m, nn.Conv2d))
+    name = next(
+        n
+        for n, m in loop.task.networks["unet"].named_modules()
+        if n.startswith("mid_block") and isinstance(m, nn.Conv2d)
+    )
     with torch.no_grad():
         loop.task.networks["unet"].get_submodule(name).weight[0, 0] = 3e38  # type: ignore[index]
     loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
@@ -273,11 +288,22 @@ def test_a_slow_validation_or_grid_is_warned_about_once(
     assert stages.train("ldm", f"run={tmp_path}/run", "train.validate_every=2", "train.sample_every=3") == 0
     said = capsys.readouterr().err.splitlines()
     for what in ("a validation", "drawing samples"):
-        assert len([line for line in said if line.startswith(f"warning: {what} took 0 s, and launchers kill a process 30 s after")]) == 1
+        assert (
+            len(
+                [
+                    line
+                    for line in said
+                    if line.startswith(f"warning: {what} took 0 s, and launchers kill a process 30 s after")
+                ]
+            )
+            == 1
+        )
 
 
 @pytest.mark.parametrize("when", ["differing", "within a step"])
-def test_what_may_be_wrong_is_not_saved(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_what_may_be_wrong_is_not_saved(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     def fail(self: Any, *arguments: Any) -> Any:
         if (self.step if when == "differing" else arguments[0]) == 3:
             raise ProcessesDifferError("two models") if when == "differing" else RuntimeError("lost device")

@@ -33,8 +33,16 @@ SCALE = 4.0 / 2  # α/r of the LoRA
 def runs(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned U-Net (`whole`) and a LoRA of it (`lora`), each trained once without interruption."""
     folder = tmp_path_factory.mktemp("initial")
-    for name, more in (("whole", {}), ("lora", {"lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v", "conv1"]}})):
-        tree = {**DIFFUSION, "autoencoder": f"{stages.folder}/autoencoder", "text": f"{stages.folder}/clip", "init": f"{stages.folder}/ldm"}
+    for name, more in (
+        ("whole", {}),
+        ("lora", {"lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v", "conv1"]}}),
+    ):
+        tree = {
+            **DIFFUSION,
+            "autoencoder": f"{stages.folder}/autoencoder",
+            "text": f"{stages.folder}/clip",
+            "init": f"{stages.folder}/ldm",
+        }
         tree["train"] = {**TRAIN, **more, "lr": 5e-3}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": str(folder / name), **tree}))
         assert train(folder, name) == 0
@@ -82,7 +90,9 @@ def test_a_lora_trains_its_own_parameters_alone_and_checkpoints_are_small(stages
     assert held["model_unet"].keys() == held["ema"].keys() and all(".lora_" in name for name in held["model_unet"])
     numbers = sum(v.numel() for v in held["model_unet"].values())
     assert numbers < 0.15 * sum(p.numel() for p in base.unet.parameters())
-    assert sum(v.numel() for v in held["optimizer_unet"].values()) == 2 * numbers + len(held["model_unet"])  # two moments and the step
+    assert sum(v.numel() for v in held["optimizer_unet"].values()) == 2 * numbers + len(
+        held["model_unet"]
+    )  # two moments and the step
     written = load_file(runs / "lora/model" / FILE)
     assert {name.removeprefix("unet."): value for name, value in written.items()}.keys() == held["ema"].keys()
     for name, value in written.items():  # the average, α/r in B
@@ -101,7 +111,9 @@ def test_validation_sees_the_lora(runs: Path) -> None:
         lora = task.networks["unet"]
         lora.load_state_dict(load_file(runs / f"lora/checkpoints/step-{STEPS:08d}/ema.safetensors"))
         trained = task.validate(0, lambda x: x, 0, 1)["loss"]
-    logged = [json.loads(line) for line in (runs / "lora/metrics.jsonl").read_text().splitlines()][-1]["validation/loss"]
+    logged = [json.loads(line) for line in (runs / "lora/metrics.jsonl").read_text().splitlines()][-1][
+        "validation/loss"
+    ]
     assert trained == pytest.approx(logged, rel=1e-6) and abs(base - trained) > 1e-6
 
 
@@ -119,12 +131,15 @@ def test_half_a_base_stays_half_where_autocast_computes(stages: Stages, runs: Pa
     save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         task = DiffusionTask(_with(load_run(runs / "lora"), init=str(half), mixed_precision=precision), Silent())
-        assert {p.dtype for p in task.unet.parameters()} == {dtype} and {p.dtype for p in task.networks["unet"].parameters()} == {
-            torch.float32
-        }
+        assert {p.dtype for p in task.unet.parameters()} == {dtype} and {
+            p.dtype for p in task.networks["unet"].parameters()
+        } == {torch.float32}
     AcceleratorState._reset_state(True)  # one precision for each process
     try:
-        assert train(runs, "lora", f"run={tmp_path}/run", f"init={half}", "train.mixed_precision=bf16", "train.steps=2") == 0
+        assert (
+            train(runs, "lora", f"run={tmp_path}/run", f"init={half}", "train.mixed_precision=bf16", "train.steps=2")
+            == 0
+        )
     finally:
         AcceleratorState._reset_state(True)
     assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run/model" / FILE).values())
@@ -185,7 +200,10 @@ def refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("unet.channels=[16,32]",), "unet.channels: [16, 16] in init {init}, [16, 32] in this configuration: they must be equal"),
+        (
+            ("unet.channels=[16,32]",),
+            "unet.channels: [16, 16] in init {init}, [16, 32] in this configuration: they must be equal",
+        ),
         (("unet.heads=[4]",), "unet.heads: [2, 2] in init"),
         (("unet.attention_levels=[0,1]",), "unet.attention_levels: [1] in init"),
         (("unet.linear_projection=true",), "unet.linear_projection: False in init"),
@@ -201,7 +219,13 @@ def refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
 )
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_what_differs_from_the_given_model_is_named(
-    runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, overrides: tuple[str, ...], said: str
+    runs: Path,
+    stages: Stages,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    overrides: tuple[str, ...],
+    said: str,
 ) -> None:
     assert said.format(init=f"{stages.folder}/ldm") in refused(runs, tmp_path, capsys, name, *overrides)
 
@@ -213,7 +237,9 @@ def retrained(folder: Path, name: str) -> None:
     write_hashes(folder, [file])
 
 
-def test_another_autoencoder_is_refused(runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_autoencoder_is_refused(
+    runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = Path(shutil.copytree(stages.folder / "autoencoder", tmp_path / "other"))
     retrained(other / "model", "vae/diffusion_pytorch_model.safetensors")
     assert "autoencoder: sha256: " in refused(runs, tmp_path, capsys, "whole", f"autoencoder={other}")
@@ -228,7 +254,9 @@ def test_another_text_encoder_is_refused_to_a_lora_alone(
     assert train(runs, "whole", f"run={tmp_path}/run", f"text={other}", "train.steps=1") == 0
 
 
-def test_a_rescaled_schedule_is_for_whole_training(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rescaled_schedule_is_for_whole_training(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(runs, "whole", f"run={tmp_path}/run", "schedule.shift=2", "train.steps=1") == 0
     assert "has other ᾱ_t" in refused(runs, tmp_path, capsys, "lora", "schedule.shift=2")
 
@@ -240,7 +268,10 @@ def test_a_rescaled_schedule_is_for_whole_training(runs: Path, tmp_path: Path, c
         (("train.lora.rank=0",), "train.lora.rank must lie between 1"),
         (("train.lora.alpha=0",), "train.lora.alpha must be"),
         (("train.lora.targets=[]",), "train.lora.targets must name at least one layer"),
-        (("train.lora.targets=[to_w]",), "train.lora.targets: no linear or convolutional layer of the U-Net is called to_w"),
+        (
+            ("train.lora.targets=[to_w]",),
+            "train.lora.targets: no linear or convolutional layer of the U-Net is called to_w",
+        ),
         (("train.lora.rnk=2",), "unknown key train.lora.rnk: did you mean train.lora.rank?"),
         (("sample.lora=[x]",), "sample.lora is for drawing"),
     ],
@@ -252,7 +283,9 @@ def test_settings_of_a_lora_are_checked(
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "clip"])
-def test_other_commands_train_no_lora(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_other_commands_train_no_lora(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     assert stages.train(name, f"run={tmp_path}/run", "train.lora.rank=2") == 2
     assert "train.lora is for train-ldm: leave it out" in capsys.readouterr().err
 
@@ -266,9 +299,14 @@ def test_a_lora_is_no_initial_model(runs: Path, tmp_path: Path, capsys: pytest.C
 # ---------------------------------------------------------------- other commands on such a run
 
 
-def test_the_run_is_sampled_reported_and_bounded(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_is_sampled_reported_and_bounded(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Path(shutil.copytree(runs / "lora", tmp_path / "copy/lora"))  # the base is found where it was
-    assert main(["sample", str(run), "--prompt", "a small red circle on a white background", "--out", str(tmp_path / "o")]) == 0
+    assert (
+        main(["sample", str(run), "--prompt", "a small red circle on a white background", "--out", str(tmp_path / "o")])
+        == 0
+    )
     assert main(["report", str(run), "--images", "2"]) == 0
     page = (run / "report.html").read_text()
     assert "exported" in page and "not exported yet" not in page

@@ -33,7 +33,13 @@ def photos(folder: Path, shade: int = 0) -> None:
 
 def trees(here: Path, base: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """Of each kind of training that names something: its command and configuration, all it names below ``here`` and ``base``."""
-    data = {"source": "folder", "folder": f"{here}/photos", "captions": "class", "image_size": 32, "validation_fraction": 0.3}
+    data = {
+        "source": "folder",
+        "folder": f"{here}/photos",
+        "captions": "class",
+        "image_size": 32,
+        "validation_fraction": 0.3,
+    }
     own = {"autoencoder": f"{here}/autoencoder", "text": f"{here}/clip"}
     train = {**TRAIN, "steps": 4}
     ldm = {**DIFFUSION, "data": data, **own, "train": train}
@@ -86,7 +92,12 @@ def disturb(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["whole", "lora", "classifier"])
 def test_a_run_continues_where_all_that_it_names_has_moved(
-    here: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    here: Path,
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
@@ -129,17 +140,32 @@ def test_what_is_not_the_same_elsewhere_is_refused_with_the_reason(
     assert error.count("\n") == 1 and f"{key} " in error and str(there) in error
     assert ("other images or captions" if changed == "photos" else "other weights: sha256 ") in error
     assert (run / "config.yaml").read_bytes() == before
-    assert main([*arguments, f"{key}={there}/{changed}", "train.lr=0.5"]) == 2  # with another setting nothing is looked at
+    assert (
+        main([*arguments, f"{key}={there}/{changed}", "train.lr=0.5"]) == 2
+    )  # with another setting nothing is looked at
     assert "train.lr" in capsys.readouterr().err
 
 
-def test_a_finished_lora_whose_base_has_moved_is_exported_with_its_new_place(here: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_finished_lora_whose_base_has_moved_is_exported_with_its_new_place(
+    here: Path, straight: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight / "straight-lora", run)
     shutil.copytree(here / "ldm", tmp_path / "elsewhere")
     reference = json.loads((run / "model/lora.json").read_text(encoding="utf-8"))
     (run / "model/lora.json").write_text(json.dumps({**reference, "base": ["../../gone", "/gone"]}), encoding="utf-8")
-    draw = ["sample", str(run), "--prompt", "dark", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "images")]
+    draw = [
+        "sample",
+        str(run),
+        "--prompt",
+        "dark",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "images"),
+    ]
     assert main(draw) == 4
     assert main(run_of("lora", run, here, tmp_path / "elsewhere")) == 0
     assert main(draw) == 0
@@ -164,7 +190,9 @@ def test_a_run_without_checkpoint_cannot_say_what_it_had(
 # other circumstances
 
 
-def test_another_number_of_threads_is_recorded_and_warned_about(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_number_of_threads_is_recorded_and_warned_about(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = []
     for threads, steps in ((1, 1), (2, 2), (2, 3)):
         torch.set_num_threads(threads)
@@ -183,6 +211,8 @@ def test_another_number_of_threads_is_recorded_and_warned_about(stages: Stages, 
 
 def test_what_else_may_move_the_last_bits_is_named() -> None:
     now = {"ldm": "0.1.0", "torch": "2.15", "device": "cpu", "device_name": "AVX2", "threads": 1}
-    assert starts.changed(None, now) is None and starts.changed({}, now) is None and starts.changed(dict(now), now) is None
+    assert (
+        starts.changed(None, now) is None and starts.changed({}, now) is None and starts.changed(dict(now), now) is None
+    )
     line = starts.changed({**now, "torch": "2.14", "device_name": "AVX512"}, now)
     assert line == "not as when the checkpoint was written: torch 2.14 → 2.15, processor AVX512 → AVX2"

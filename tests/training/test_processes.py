@@ -73,7 +73,9 @@ def test_a_failure_on_one_is_a_failure_on_all(failing: int, error: Exception) ->
     for caught in raised[:failing] + raised[failing + 1 :]:
         assert isinstance(caught, ElsewhereError) and caught.exit_code == getattr(error, "exit_code", None)
         known = f"process {failing}: row 3"
-        assert str(caught) == known if isinstance(error, DataError) else "in step" in str(caught)  # the traceback of the other
+        assert (
+            str(caught) == known if isinstance(error, DataError) else "in step" in str(caught)
+        )  # the traceback of the other
 
 
 def test_one_process_alone_raises_what_was_raised() -> None:
@@ -103,7 +105,20 @@ def assert_same_pictures(one: Path, other: Path) -> None:
         assert about(one / name) == about(other / name)
 
 
-SAMPLING = ["--prompt", "a red circle", "--prompt", "a blue star", "--count", "2", "--sampler", "ddpm", "--steps", "3", "--seed", "5"]
+SAMPLING = [
+    "--prompt",
+    "a red circle",
+    "--prompt",
+    "a blue star",
+    "--count",
+    "2",
+    "--sampler",
+    "ddpm",
+    "--steps",
+    "3",
+    "--seed",
+    "5",
+]
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])  # four images
@@ -123,7 +138,10 @@ def test_who_draws_an_image_changes_neither_its_noise_nor_its_file(
     monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
     for processes, out in ((1, "one"), (count, "many")):
         noises.append({})
-        assert launch(processes, "sample", str(stages.folder / "ldm"), *SAMPLING, "--out", str(tmp_path / out)) == [0] * processes
+        assert (
+            launch(processes, "sample", str(stages.folder / "ldm"), *SAMPLING, "--out", str(tmp_path / out))
+            == [0] * processes
+        )
     one, many = noises
     assert one.keys() == many.keys() and {n for name, n in one if name == "x_T"} == {0, 1, 2, 3}
     assert all(torch.equal(one[key], many[key]) for key in one)
@@ -170,11 +188,16 @@ def test_a_report_does_not_depend_on_how_many_make_it(
 
     monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
     monkeypatch.setattr("ldm.evaluation.figures.plots.curves", lambda *arguments: written.append("curves"))
-    monkeypatch.setattr("ldm.evaluation.figures.plots.captioned", lambda images, captions, *rest, **more: shown.append((images, captions)))
+    monkeypatch.setattr(
+        "ldm.evaluation.figures.plots.captioned",
+        lambda images, captions, *rest, **more: shown.append((images, captions)),
+    )
     for count in (1, 3, 8):
         assert launch(count, "evaluate", str(run), *EVALUATION) == [0] * count
         reports.append(report(run))
-        assert sorted(drawn) == sorted([*((1000, i) for i in range(14)), *[(1001, i) for i in range(3)] * 5])  # two splits of 7, 5 scales
+        assert sorted(drawn) == sorted(
+            [*((1000, i) for i in range(14)), *[(1001, i) for i in range(3)] * 5]
+        )  # two splits of 7, 5 scales
         drawn.clear()
     assert reports[0] == reports[1] == reports[2] and len(written) == len(shown) == 3
     assert reports[0]["judge"]["single"]["held_out"]["all"]["n"] == 7 and len(reports[0]["tuned_on_seen"]) == 5
@@ -193,7 +216,10 @@ def test_a_cache_is_the_same_to_the_last_bit(
 ) -> None:
     monkeypatch.setattr(cache, "SHARD", 5)  # 24 images: five shards, the last with four
     for processes, run in ((1, "one"), (count, "many")):
-        assert launch(processes, "cache-latents", str(stages.folder / "ldm.yaml"), f"run={tmp_path / run}") == [0] * processes
+        assert (
+            launch(processes, "cache-latents", str(stages.folder / "ldm.yaml"), f"run={tmp_path / run}")
+            == [0] * processes
+        )
     one = contents(tmp_path / "one/latents")
     assert one == contents(tmp_path / "many/latents") and len(one) == 5 + 2
     assert [f.name for f in (tmp_path / "many").iterdir()] == ["latents"]
@@ -226,18 +252,42 @@ SILENT = "another process has not answered for 5 s: it hangs, or its work takes 
     ("rank", "error", "code", "err", "waits"),
     [
         (0, ConfigError("wrong"), 2, "ldm sample: wrong\n", 0),
-        (1, ConfigError("wrong"), 2, "ldm sample (process 1): wrong\n", 1),  # had the main one failed too, this would not be reached
+        (
+            1,
+            ConfigError("wrong"),
+            2,
+            "ldm sample (process 1): wrong\n",
+            1,
+        ),  # had the main one failed too, this would not be reached
         (1, Interrupted("saved"), 75, "", 0),
         (0, Interrupted("saved"), 75, "ldm sample: saved\n", 0),
         (1, ElsewhereError("process 0: wrong", 3), 3, "", 0),
         (1, ElsewhereError("process 0: Traceback", None), 1, "", 0),
         (0, RuntimeError("Connection closed by peer [::1]"), 1, f"ldm sample: {GONE}\n", 0),
-        (0, RuntimeError("unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"), 1, f"ldm sample: {SILENT}\n", 0),
-        (1, RuntimeError("wait timeout after 5000ms, keys: /default_pg/0//cpu//0/1"), 1, f"ldm sample (process 1): {SILENT}\n", 1),
+        (
+            0,
+            RuntimeError("unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"),
+            1,
+            f"ldm sample: {SILENT}\n",
+            0,
+        ),
+        (
+            1,
+            RuntimeError("wait timeout after 5000ms, keys: /default_pg/0//cpu//0/1"),
+            1,
+            f"ldm sample (process 1): {SILENT}\n",
+            1,
+        ),
     ],
 )
 def test_who_says_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, error: Exception, code: int, err: str, waits: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: int,
+    error: Exception,
+    code: int,
+    err: str,
+    waits: int,
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise error
@@ -278,7 +328,9 @@ cli.exit_process(0)
 """
 
 
-def test_two_processes_sample_evaluate_and_cache_as_one_does(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_sample_evaluate_and_cache_as_one_does(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "SHARD", 5)
     run, reports = str(stages.folder / "ldm"), []
 
@@ -323,9 +375,18 @@ def test_a_fault_of_one_process_is_one_line_and_the_end_of_both(stages: Stages, 
     (tmp_path / "fault.py").write_text(FAULT)
     config = ["--config_file", str(CONFIGS / "one-node.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     command = [*ACCELERATE, *config, str(tmp_path / "fault.py"), "cache-latents", str(stages.folder / "ldm.yaml")]
-    done = subprocess.run([*command, f"run={tmp_path}/run"], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        [*command, f"run={tmp_path}/run"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
     assert done.returncode == 1
-    assert re.findall("^.*ldm cache-latents.*$", done.stderr, re.MULTILINE) == ["ldm cache-latents: process 1: images/7.png is damaged"]
+    assert re.findall("^.*ldm cache-latents.*$", done.stderr, re.MULTILINE) == [
+        "ldm cache-latents: process 1: images/7.png is damaged"
+    ]
     assert "cache.py" not in done.stderr  # no traceback of ours
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -346,7 +407,14 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 
 def test_two_machines_train_as_one_process_does(stages: Stages, tmp_path: Path) -> None:
-    config = ["--config_file", str(CONFIGS / "two-nodes.yaml"), "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    config = [
+        "--config_file",
+        str(CONFIGS / "two-nodes.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+    ]
     config += ["--main_process_port", str(free_port())]
     training = [str(ROOT / "scripts/train_ldm.py"), str(stages.folder / "ldm.yaml"), f"run={tmp_path}/run"]
     machines = [
@@ -389,8 +457,18 @@ def test_a_preempted_slurm_job_saves_and_is_queued_again(stages: Stages, tmp_pat
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port() % 10000), "SLURM_JOB_NODELIST": "node[1-2]", "PYTHON": sys.executable}
-    training = [str(ROOT / "scripts/train_ldm.py"), str(stages.folder / "ldm.yaml"), f"run={tmp_path}/run", "train.steps=100000"]
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(free_port() % 10000),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "PYTHON": sys.executable,
+    }
+    training = [
+        str(ROOT / "scripts/train_ldm.py"),
+        str(stages.folder / "ldm.yaml"),
+        f"run={tmp_path}/run",
+        "train.steps=100000",
+    ]
     job = subprocess.Popen(
         ["bash", str(CONFIGS / "slurm.sh"), *training], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**ENVIRONMENT, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, start_new_session=True,
@@ -414,10 +492,15 @@ def test_a_preempted_slurm_job_saves_and_is_queued_again(stages: Stages, tmp_pat
 # accelerate's configuration files
 
 
-@pytest.mark.parametrize(("name", "machines", "processes"), [("one-gpu", 1, 1), ("one-node", 1, 8), ("two-nodes", 2, 16)])
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"), [("one-gpu", 1, 1), ("one-node", 1, 8), ("two-nodes", 2, 16)]
+)
 def test_accelerate_reads_its_configurations(name: str, machines: int, processes: int) -> None:
     settings = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
-    assert isinstance(settings, ClusterConfig) and (settings.num_machines, settings.num_processes) == (machines, processes)
+    assert isinstance(settings, ClusterConfig) and (settings.num_machines, settings.num_processes) == (
+        machines,
+        processes,
+    )
     assert settings.mixed_precision == "no" and not settings.use_cpu  # train.mixed_precision decides
     assert settings.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
     assert (settings.main_process_ip is not None) == (machines > 1)

@@ -28,16 +28,34 @@ TRAIN = {
     "batch_size": 8, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": MIDDLE, "validation_size": 6, "sample_every": 1000,
     "checkpoint_every": MIDDLE, "trackers": [], "warmup": 40,
 }  # fmt: skip
-GAN = {"lr": 1e-4}  # two networks against each other: at a rate of 1e-3 rounding grows to 3e-3 of a figure within 50 updates
+GAN = {
+    "lr": 1e-4
+}  # two networks against each other: at a rate of 1e-3 rounding grows to 3e-3 of a figure within 50 updates
 TREES: dict[str, dict[str, Any]] = {
     "autoencoder": {
         "data": {"source": "textures", "image_size": 32, "size": 480},
         "model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False},
-        "loss": {"kl": 1e-3, "lpips": 0.0, "gan": 0.5, "gan_start": 1, "gan_ramp": 1, "disc_channels": 8, "disc_layers": 2},
+        "loss": {
+            "kl": 1e-3,
+            "lpips": 0.0,
+            "gan": 0.5,
+            "gan_start": 1,
+            "gan_ramp": 1,
+            "disc_channels": 8,
+            "disc_layers": 2,
+        },
     },
     "clip": {
         "data": {"source": "shapes", "image_size": 32, "size": 480},
-        "model": {"width": 16, "layers": 1, "heads": 2, "max_length": 32, "merges": 32, "patch_size": 8, "projection": 8},
+        "model": {
+            "width": 16,
+            "layers": 1,
+            "heads": 2,
+            "max_length": 32,
+            "merges": 32,
+            "patch_size": 8,
+            "projection": 8,
+        },
     },
     "ldm": {
         "data": {"source": "shapes", "image_size": 32, "size": 480, "flip": True},
@@ -96,7 +114,10 @@ def trained(folder: Path) -> list[str]:
     back = jobs(folder, {"2to1": 8}, TREES, base=f"{folder}/2x4/{{}}/run", at=MIDDLE)
     alone = [sys.executable]
     launches = {"one": (alone, one), "two": (torchrun(2), two), "back": (alone, back)}
-    return [started(launcher, "train", str(write(work, folder / f"{name}.json"))) for name, (launcher, work) in launches.items()]
+    return [
+        started(launcher, "train", str(write(work, folder / f"{name}.json")))
+        for name, (launcher, work) in launches.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +136,12 @@ def losses(run: Path, after: int = BASE) -> list[dict[str, float]]:
     """Losses and validation figures after an update; gradients are compared where the weights are still equal."""
     kept = [line for line in read_metrics(run) if line["step"] > after]
     return [
-        {k: v for k, v in line.items() if isinstance(v, float) and not k.startswith(("updates", "grad_norm", "adaptive"))} for line in kept
+        {
+            k: v
+            for k, v in line.items()
+            if isinstance(v, float) and not k.startswith(("updates", "grad_norm", "adaptive"))
+        }
+        for line in kept
     ]
 
 
@@ -137,7 +163,9 @@ def check(place: Path, straight: Path, after: int = BASE) -> None:
     """Draws by position, not by rank; the gradients of the first update; losses to the end."""
     draws, all_draws = (json.loads((where / "draws.json").read_text()) for where in (place, straight))
     assert draws == {position: digest for position, digest in all_draws.items() if int(position) >= 8 * after}
-    assert len(all_draws) == 8 * UPDATES and len(set(all_draws.values())) == len(all_draws)  # no two positions draw the same
+    assert len(all_draws) == 8 * UPDATES and len(set(all_draws.values())) == len(
+        all_draws
+    )  # no two positions draw the same
     if after == BASE:
         assert largest_share(place, straight, BASE) <= 1e-5
     mine, alone = losses(place / "run", after), losses(straight / "run", after)
@@ -148,9 +176,14 @@ def check(place: Path, straight: Path, after: int = BASE) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_several_processes_train_as_one_does(folder: Path, said: list[str], name: str) -> None:
-    assert "global batch 8 = 2 processes × 4 × 1 accumulation" in said[1] and "global batch 8 = 1 process × 2 × 4 accumulation" in said[0]
+    assert (
+        "global batch 8 = 2 processes × 4 × 1 accumulation" in said[1]
+        and "global batch 8 = 1 process × 2 × 4 accumulation" in said[0]
+    )
     straight = folder / "1x8" / name
-    assert any(".discriminator." in key for key in load_file(straight / "gradients.safetensors")) == (name == "autoencoder")
+    assert any(".discriminator." in key for key in load_file(straight / "gradients.safetensors")) == (
+        name == "autoencoder"
+    )
     for variant in ("2x4", *(("1x2", "2x2") if name in ACCUMULATED else ())):
         check(folder / variant / name, straight)
 
@@ -173,15 +206,23 @@ def test_four_processes_train_as_one_does(folder: Path, said: list[str]) -> None
 def test_what_cannot_be_split_over_processes_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"^train\.batch_size 8 is not a multiple of 3 processes$"):
         plan_batch(8, None, 3, 0)
-    with pytest.raises(ConfigError, match=r"^train\.batch_size 8 is not a multiple of 2 processes × train\.micro_batch 8$"):
+    with pytest.raises(
+        ConfigError, match=r"^train\.batch_size 8 is not a multiple of 2 processes × train\.micro_batch 8$"
+    ):
         plan_batch(8, 8, 2, 0)
-    with pytest.raises(ConfigError, match=r"train\.micro_batch must be null: the contrastive loss compares the whole global batch"):
-        configuration.build(ClipTrainingConfig, {"run": "r", **TREES["clip"], "train": {"batch_size": 8, "micro_batch": 4}})
+    with pytest.raises(
+        ConfigError, match=r"train\.micro_batch must be null: the contrastive loss compares the whole global batch"
+    ):
+        configuration.build(
+            ClipTrainingConfig, {"run": "r", **TREES["clip"], "train": {"batch_size": 8, "micro_batch": 4}}
+        )
 
 
 def test_a_wrong_set_up_stops_at_the_start(folder: Path, tmp_path: Path) -> None:
     said = started(torchrun(2), "sabotage", str(tmp_path), "ldm", str(folder / "ldm.yaml"))
-    messages = {name: texts for line in said.splitlines() if line.startswith("{") for name, texts in json.loads(line).items()}
+    messages = {
+        name: texts for line in said.splitlines() if line.startswith("{") for name, texts in json.loads(line).items()
+    }
     assert messages.keys() == {"gradients", "weights", "positions", "noise"}
     wanted = {
         "gradients": "the processes differ in the gradients of unet",

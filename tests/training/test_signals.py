@@ -19,7 +19,9 @@ from ldm.training import stopping
         pytest.param("accelerate, 2 processes", signal.SIGINT, "update", marks=pytest.mark.slow),
     ],
 )
-def test_a_trainer_saves_and_never_outlives_its_launcher(launcher: str, number: signal.Signals, phase: str, tmp_path: Path) -> None:
+def test_a_trainer_saves_and_never_outlives_its_launcher(
+    launcher: str, number: signal.Signals, phase: str, tmp_path: Path
+) -> None:
     found = signals.stop(signals.LAUNCHERS[launcher], number, phase, tmp_path)
     assert found.clean, found
     assert "stopped and saved at update" in found.said and "Traceback" not in found.said.split("stopped and saved")[0]

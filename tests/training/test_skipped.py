@@ -38,7 +38,9 @@ class Folder:
 
 def streams(max_skipped: float = 1.0, *skipped: str) -> tuple[Stream, Stream]:
     data = DataConfig(folder="photos", image_size=8, max_skipped=max_skipped)
-    return Stream(Folder(*skipped), data, 0, RandomFields({})), Stream(Folder(*skipped), data, 0, RandomFields({}), validation=True)
+    return Stream(Folder(*skipped), data, 0, RandomFields({})), Stream(
+        Folder(*skipped), data, 0, RandomFields({}), validation=True
+    )
 
 
 def listed(run: RunDirectory) -> list[str]:
@@ -76,7 +78,10 @@ def test_all_processes_stop_past_the_limit() -> None:
     together = Processes(0, 2, lambda mine: shares)  # what the two give
     for log in (four, one):
         log.processes = together
-        with pytest.raises(DataError, match=r"photos: 5 of 20 cannot be used, more than data.max_skipped 0.2 allows, such as 0: damaged"):
+        with pytest.raises(
+            DataError,
+            match=r"photos: 5 of 20 cannot be used, more than data.max_skipped 0.2 allows, such as 0: damaged",
+        ):
             log.update()
     enough = SkipLog(streams(0.2), None, lambda text: None, Processes(0, 1, lambda mine: shares[:1]))
     enough.update()  # 4 of 20 are a fifth, and allowed

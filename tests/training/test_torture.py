@@ -34,7 +34,12 @@ def test_whatever_differs_at_the_end_is_found(finished: Path, tmp_path: Path) ->
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"updates_per_second": 1.0', '"updates_per_second": 2.0'))
     assert differing(other, finished) == []
-    for name in (f"{last}/ema.safetensors", f"{last}/optimizer_b.safetensors", f"{last}/state.json", "model/vae/config.json"):
+    for name in (
+        f"{last}/ema.safetensors",
+        f"{last}/optimizer_b.safetensors",
+        f"{last}/state.json",
+        "model/vae/config.json",
+    ):
         whole = (other / name).read_bytes()
         (other / name).write_bytes(whole + b"x")
         assert differing(other, finished) == [name]
@@ -61,4 +66,6 @@ def test_moments_cover_the_run_evenly() -> None:
 def test_two_trials_of_each_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torture.main(["--trials", "2", "--seed", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "autoencoder: 2 of 2 identical" in said and "ldm: 2 of 2 identical" in said and said.count(": identical") == 4
+    assert (
+        "autoencoder: 2 of 2 identical" in said and "ldm: 2 of 2 identical" in said and said.count(": identical") == 4
+    )

@@ -53,7 +53,9 @@ class Broken:
 def test_a_failing_tracker_warns_once_and_the_other_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers.OPENERS, "wandb", Broken)
     both = trackers.open_trackers(("wandb", "tensorboard"), tmp_path)
-    with pytest.warns(UserWarning, match="tracker wandb failed and is dropped.*ConnectionError: the server is gone") as caught:
+    with pytest.warns(
+        UserWarning, match="tracker wandb failed and is dropped.*ConnectionError: the server is gone"
+    ) as caught:
         both.scalars(1, {"loss": 1.0})
         both.scalars(2, {"loss": 1.0})
     assert len(caught) == 1 and both.names == ("tensorboard",)
@@ -73,9 +75,13 @@ def test_absent_and_unknown_trackers_are_refused(tmp_path: Path, monkeypatch: py
 def test_wandb_keeps_its_run_across_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, object]] = []
     run = types.SimpleNamespace(
-        define_metric=lambda *a, **k: None, log=lambda values: calls.append(("log", values)), finish=lambda: calls.append(("finish", None))
+        define_metric=lambda *a, **k: None,
+        log=lambda values: calls.append(("log", values)),
+        finish=lambda: calls.append(("finish", None)),
     )
-    fake = types.SimpleNamespace(Image=lambda array: array.shape, init=lambda **k: calls.append(("init", k["id"])) or run)
+    fake = types.SimpleNamespace(
+        Image=lambda array: array.shape, init=lambda **k: calls.append(("init", k["id"])) or run
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in (0, 5):
         tracker = trackers.open_trackers(("wandb",), tmp_path, step=step)
@@ -83,4 +89,8 @@ def test_wandb_keeps_its_run_across_resumes(tmp_path: Path, monkeypatch: pytest.
         tracker.image(step + 1, "grid", np.zeros((2, 3, 3), dtype=np.uint8))
         tracker.close()
     assert [kind for kind, _ in calls] == ["init", "log", "log", "finish"] * 2
-    assert calls[0] == calls[4] and calls[5] == ("log", {"step": 6, "loss": 1.0}) and calls[6] == ("log", {"step": 6, "grid": (2, 3, 3)})
+    assert (
+        calls[0] == calls[4]
+        and calls[5] == ("log", {"step": 6, "loss": 1.0})
+        and calls[6] == ("log", {"step": 6, "grid": (2, 3, 3)})
+    )

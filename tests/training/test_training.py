@@ -94,7 +94,9 @@ def test_a_run_cut_off_within_an_update_ends_as_if_nothing_had_happened(
 ) -> None:
     opened: list[int] = []
     trackers = recorder.open_trackers
-    monkeypatch.setattr(recorder, "open_trackers", lambda names, folder, step: opened.append(step) or trackers(names, folder, step))
+    monkeypatch.setattr(
+        recorder, "open_trackers", lambda names, folder, step: opened.append(step) or trackers(names, folder, step)
+    )
     with monkeypatch.context() as patch:
         at_position(patch, lambda p: p == 4 * update + 2, power_cut)  # the first of two micro-batches is done
         with pytest.raises(PowerCut):
@@ -112,8 +114,12 @@ def test_a_signal_saves_within_one_update_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         at_position(patch, lambda p: p == 4 * 2 + 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert stages.train(name, f"run={tmp_path}/run") == 75
-    assert capsys.readouterr().err == f"ldm train-{name}: stopped and saved at update 3 of 6: the same command continues\n"
-    assert (read_status(tmp_path / "run") or {})["state"] == "interrupted" and (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert (
+        capsys.readouterr().err == f"ldm train-{name}: stopped and saved at update 3 of 6: the same command continues\n"
+    )
+    assert (read_status(tmp_path / "run") or {})["state"] == "interrupted" and (
+        tmp_path / "run/checkpoints/step-00000003"
+    ).is_dir()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert stages.train(name, f"run={tmp_path}/run") == 0
     assert_same_end(tmp_path / "run", stages.folder / name)
@@ -128,7 +134,11 @@ def test_the_first_latents_are_white_and_only_a_fresh_run_makes_them_so(
     assert isinstance(network, AutoencoderKL)
     source = open_source(settings.data, "train")
     with torch.no_grad():
-        latent = network.encode(torch.stack([prepare(source[i].image, 32) for i in range(24)])).mean.transpose(0, 1).flatten(1)
+        latent = (
+            network.encode(torch.stack([prepare(source[i].image, 32) for i in range(24)]))
+            .mean.transpose(0, 1)
+            .flatten(1)
+        )
     torch.testing.assert_close(torch.cov(latent), torch.eye(4), rtol=0, atol=1e-3)
     assert all(torch.equal(averaged, network.state_dict()[name]) for name, averaged in loop.ema.state().items())
 
@@ -159,7 +169,14 @@ def test_a_second_signal_stops_at_once(stages: Stages, tmp_path: Path, monkeypat
 
 def test_a_process_group_told_to_stop_exits_75_with_its_state_on_the_disk(stages: Stages, tmp_path: Path) -> None:
     """As Ctrl-C and a scheduler do it: the signal reaches the data workers too."""
-    command = [sys.executable, "-m", "ldm.cli.main", "train-autoencoder", str(stages.folder / "autoencoder.yaml"), f"run={tmp_path}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "ldm.cli.main",
+        "train-autoencoder",
+        str(stages.folder / "autoencoder.yaml"),
+        f"run={tmp_path}/run",
+    ]
     process = subprocess.Popen(
         [*command, "data.workers=2", "train.steps=100000"],
         cwd=ROOT,
@@ -173,9 +190,13 @@ def test_a_process_group_told_to_stop_exits_75_with_its_state_on_the_disk(stages
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
-    assert err.count("\n") == 1 and "stopped and saved at update" in err and out.count("stopping after this update") == 1
+    assert (
+        err.count("\n") == 1 and "stopped and saved at update" in err and out.count("stopping after this update") == 1
+    )
     step = int(err.split("update ")[1].split()[0])
-    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file() and read_metrics(tmp_path / "run")[-1]["step"] == step
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file() and read_metrics(tmp_path / "run")[
+        -1
+    ]["step"] == step
 
 
 def test_a_finished_run_says_so_and_mends_a_lost_export(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +223,9 @@ def test_what_a_killed_cache_writer_left_is_cleared_away(stages: Stages, capsys:
     assert "half-written" in capsys.readouterr().out
 
 
-def test_another_configuration_is_refused_and_the_run_left_free(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_configuration_is_refused_and_the_run_left_free(
+    stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):  # the second time it is not "in use"
         assert stages.train("autoencoder", "train.lr=2e-3") == 2
         error = capsys.readouterr().err
@@ -219,11 +242,23 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
         raise AssertionError("the task is made, with a latent cache and more")
 
     monkeypatch.setattr("ldm.training.start.make_task", slow)
-    arguments = [command, str(stages.folder / ("ldm.yaml" if "clip" not in command else "clip.yaml")), f"run={tmp_path}/run"]
+    arguments = [
+        command,
+        str(stages.folder / ("ldm.yaml" if "clip" not in command else "clip.yaml")),
+        f"run={tmp_path}/run",
+    ]
     if command == "replay":
         at = tmp_path / "run/incidents/update-00000000"
         at.mkdir(parents=True)
-        incident = {"update": 0, "batch_size": 4, "micro_batch": 2, "processes": 1, "task": {}, "weights": at.name, "positions": [0, 3]}
+        incident = {
+            "update": 0,
+            "batch_size": 4,
+            "micro_batch": 2,
+            "processes": 1,
+            "task": {},
+            "weights": at.name,
+            "positions": [0, 3],
+        }
         (at / "incident.json").write_text(json.dumps(incident))
         save_file({"w": torch.zeros(1)}, at / "unet.safetensors")
         settings = stages.settings("ldm", "train.mixed_precision=fp16")
@@ -254,7 +289,11 @@ def test_captions_are_dropped_where_their_draw_says(stages: Stages, share: float
     own = [task.source.text(task.stream.order[p]) for p in positions]
     expected = task.text.encode(["" if drop else text for text, drop in zip(own, dropped, strict=True)])
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
-    assert len(set(own)) > 20 and sum(dropped) == {0.0: 0, 1.0: 40}.get(share, sum(dropped)) and (share != 0.3 or 4 <= sum(dropped) <= 20)
+    assert (
+        len(set(own)) > 20
+        and sum(dropped) == {0.0: 0, 1.0: 40}.get(share, sum(dropped))
+        and (share != 0.3 or 4 <= sum(dropped) <= 20)
+    )
 
 
 # the learning rate
@@ -265,7 +304,9 @@ def test_learning_rate_in_closed_form() -> None:
     for k in range(10):
         assert learning_rate(config, k) == pytest.approx(2e-3 * (k + 1) / 10, rel=1e-12)
     for k in range(10, 110):
-        assert learning_rate(config, k) == pytest.approx(2e-4 + 1.8e-3 * math.cos(math.pi * (k - 10) / 200) ** 2, rel=1e-12)
+        assert learning_rate(config, k) == pytest.approx(
+            2e-4 + 1.8e-3 * math.cos(math.pi * (k - 10) / 200) ** 2, rel=1e-12
+        )
     assert learning_rate(config, 10) == 2e-3 and learning_rate(config, 60) == pytest.approx(1.1e-3)
     constant = TrainConfig(steps=10, lr=2e-3, warmup=4)
     assert [learning_rate(constant, k) for k in range(6)] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3, 2e-3])
@@ -292,7 +333,9 @@ def gradients(loop: Loop, monkeypatch: pytest.MonkeyPatch, update: int) -> dict[
     found: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Tensor:
-        found[name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in loop.task.networks[name].parameters()]
+        found[name] = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in loop.task.networks[name].parameters()
+        ]
         return torch.zeros(())
 
     monkeypatch.setattr(loop.optimizers, "norm", record)
@@ -311,7 +354,10 @@ def test_an_update_clips_and_logs_means_over_its_micro_batches(stages: Stages, m
     settings, found = stages.settings("ldm"), []
     for clip in (None, 0.01):
         loop = make_loop(DiffusionTask(settings, lambda _: None), settings, batch_size=6, micro_batch=2, clip=clip)
-        parts = [loop.task.micro_step(collate([loop.task.stream[p] for p in range(i, i + 2)]), 0, lambda loss: None) for i in (0, 2, 4)]
+        parts = [
+            loop.task.micro_step(collate([loop.task.stream[p] for p in range(i, i + 2)]), 0, lambda loss: None)
+            for i in (0, 2, 4)
+        ]
         logged = loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
         assert len({float(part["loss"]) for part in parts}) == 3
         torch.testing.assert_close(logged["loss"], torch.stack([part["loss"] for part in parts]).mean())
@@ -378,12 +424,21 @@ def test_the_autoencoders_gradient_is_that_of_the_scalar_loss(
     gan = -discriminator(decoded).mean()
     factor = 0.5 * 2 / 3  # two updates into a ramp of three
     assert gan_factor(update, settings.loss) == pytest.approx(factor)
-    expected = torch.autograd.grad(0.8 * l1 + 0.05 * kl + factor * 0.7 * gan, list(network.parameters()), retain_graph=True)
+    expected = torch.autograd.grad(
+        0.8 * l1 + 0.05 * kl + factor * 0.7 * gan, list(network.parameters()), retain_graph=True
+    )
     assert_close_to_the_largest(found["autoencoder"], list(expected))
 
-    hinge = 0.5 * ((1 - discriminator(batch["image"])).clamp(min=0).mean() + (1 + discriminator(decoded.detach())).clamp(min=0).mean())
-    assert_close_to_the_largest(found["discriminator"], list(torch.autograd.grad(hinge, list(discriminator.parameters()))))
-    assert not found["discriminator"][-1].any()  # its last bias, while every hinge is open: AdamW would make whole steps of rounding
+    hinge = 0.5 * (
+        (1 - discriminator(batch["image"])).clamp(min=0).mean()
+        + (1 + discriminator(decoded.detach())).clamp(min=0).mean()
+    )
+    assert_close_to_the_largest(
+        found["discriminator"], list(torch.autograd.grad(hinge, list(discriminator.parameters())))
+    )
+    assert not found["discriminator"][
+        -1
+    ].any()  # its last bias, while every hinge is open: AdamW would make whole steps of rounding
 
     last = network.decoder.conv_out.weight
     (rec,), (adv,) = (torch.autograd.grad(term, last, retain_graph=True) for term in (0.8 * l1, gan))
@@ -412,15 +467,21 @@ def test_an_update_that_is_not_finite_changes_nothing(
         loop._update(feed)
         loop.step += 1
         states.append(state_of(loop))
-    assert all(torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True))  # weights, average, moments and step
+    assert all(
+        torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True)
+    )  # weights, average, moments and step
     assert all(torch.isfinite(t).all() for t in states[5]) and loop._broken == 1
     loop._look_back()
     assert loop._broken == 0
-    assert all(not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True) if a.ndim == 0)  # the steps count on
+    assert all(
+        not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True) if a.ndim == 0
+    )  # the steps count on
     assert sum(not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True)) > 0.9 * len(states[5])
 
 
-def test_one_such_update_is_survived_and_checkpointed(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_such_update_is_survived_and_checkpointed(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_position(monkeypatch, lambda p: p == 4 * 3, lambda sample: sample["image"].fill_(math.nan))
     assert stages.train("autoencoder", f"run={tmp_path}/run") == 0  # a checkpoint follows update 3 at once
     logged = lines(tmp_path / "run")
@@ -435,9 +496,16 @@ def test_many_in_a_row_end_the_training(
     at_position(monkeypatch, lambda p: p >= 4 * 3, lambda sample: sample["image"].fill_(math.nan))
     assert stages.train("autoencoder", f"run={tmp_path}/run", "train.steps=40") == 5
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"the last {MAX_NONFINITE} updates were not finite, so the weights are those after update 3" in error
+    assert (
+        error.count("\n") == 1
+        and f"the last {MAX_NONFINITE} updates were not finite, so the weights are those after update 3" in error
+    )
     status = read_status(tmp_path / "run")
-    assert status is not None and status["state"] == "failed" and lines(tmp_path / "run")[-1]["step"] == 3 + MAX_NONFINITE - 1
+    assert (
+        status is not None
+        and status["state"] == "failed"
+        and lines(tmp_path / "run")[-1]["step"] == 3 + MAX_NONFINITE - 1
+    )
 
 
 # data that changes
@@ -458,7 +526,9 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
     settings = yaml.safe_load((stages.folder / f"{name}.yaml").read_text())
     settings["data"] = {"folder": str(tmp_path / "photos"), "captions": "sidecar", "image_size": 32}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({**settings, "run": f"{tmp_path}/run", "train": {**settings["train"], "checkpoint_every": 1}}))
+    config.write_text(
+        yaml.safe_dump({**settings, "run": f"{tmp_path}/run", "train": {**settings["train"], "checkpoint_every": 1}})
+    )
     with monkeypatch.context() as cut:
         at_position(cut, lambda p: p == 4 * 2, power_cut)
         with pytest.raises(PowerCut):
@@ -468,11 +538,16 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
     assert main([f"train-{name}", str(config)]) == (3 if name == "ldm" else 2)
     said = capsys.readouterr().err
     if name == "ldm":
-        assert "this latent cache was made with another data (images, captions or further columns have changed): delete the folder" in said
+        assert (
+            "this latent cache was made with another data (images, captions or further columns have changed): delete the folder"
+            in said
+        )
         shutil.rmtree(tmp_path / "run/latents")
         assert main([f"train-{name}", str(config)]) == 2
         said = capsys.readouterr().err
-    assert "have changed since this run began (" in said and "data.accept_changes=true" in said and said.count("\n") == 1
+    assert (
+        "have changed since this run began (" in said and "data.accept_changes=true" in said and said.count("\n") == 1
+    )
     code = main([f"train-{name}", str(config), "data.accept_changes=true"])
     if name == "clip":  # its vocabulary is another
         assert code == 2 and "and with them the vocabulary that this run learned" in capsys.readouterr().err
@@ -517,7 +592,12 @@ def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stage
 
 def test_validation_is_the_mean_error_whole_and_by_tenths(stages: Stages) -> None:
     """Image by image: t from its part of 1…T, ‖ε − ε̂‖² without the weighting, means of all and of each tenth; the last batch is smaller."""
-    task, total = DiffusionTask(stages.settings("ldm", "train.validation_size=23", "objective.weighting=min_snr"), lambda _: None), 23
+    task, total = (
+        DiffusionTask(
+            stages.settings("ldm", "train.validation_size=23", "objective.weighting=min_snr"), lambda _: None
+        ),
+        23,
+    )
     assert isinstance(task.codec, LatentCodec)
     schedule, errors, steps = task.schedule, [], []
     parts = scattered(list(range(total)), total)
@@ -533,7 +613,9 @@ def test_validation_is_the_mean_error_whole_and_by_tenths(stages: Stages) -> Non
     tenths = [[e for e, t in zip(errors, steps, strict=True) if 100 * k <= t < 100 * (k + 1)] for k in range(10)]
     assert found["loss_by_t"] == pytest.approx([sum(tenth) / len(tenth) for tenth in tenths], rel=1e-4)
     assert found["loss"] == pytest.approx(sum(errors) / total, rel=1e-4)
-    assert found["loss_error"] == pytest.approx(torch.tensor(errors).std(correction=0).item() / math.sqrt(total), rel=1e-3)
+    assert found["loss_error"] == pytest.approx(
+        torch.tensor(errors).std(correction=0).item() / math.sqrt(total), rel=1e-3
+    )
     assert max(errors) > 1.2 * min(errors) and len(set(found["loss_by_t"])) == 10
 
 
@@ -555,7 +637,10 @@ def test_figures_of_the_autoencoder_are_those_of_its_pictures(stages: Stages) ->
             decoded = network.decode(q.mean)
             sums.setdefault("l1", []).append(float((decoded - sample["image"]).abs().mean()))
             sums.setdefault("kl", []).append(float((q.mean.square() + q.logvar.exp() - 1 - q.logvar).mean() / 2))
-            noisy = {f"psnr_noise_{level:g}": network.decode(q.mean + level * std * sample["noise"]) for level in (0.1, 0.3, 1.0)}
+            noisy = {
+                f"psnr_noise_{level:g}": network.decode(q.mean + level * std * sample["noise"])
+                for level in (0.1, 0.3, 1.0)
+            }
             for name, picture in {"psnr": decoded, **noisy}.items():
                 error = (picture.clamp(-1, 1) - sample["image"]).square().mean()
                 sums.setdefault(name, []).append(10 * math.log10(4 / float(error)))
@@ -605,7 +690,10 @@ def test_the_averaged_weights_are_validated_and_drawn_from(stages: Stages) -> No
         with torch.no_grad():
             found.append((task.validate(6, lambda t: t, 0, 1)["loss"], task.previews()["samples"].tolist()))
     (picture,) = (run / "samples").glob("*6*.png")
-    assert found[0] == (pytest.approx(lines(run)[-1]["validation/loss"], rel=1e-6), np.asarray(Image.open(picture)).tolist())
+    assert found[0] == (
+        pytest.approx(lines(run)[-1]["validation/loss"], rel=1e-6),
+        np.asarray(Image.open(picture)).tolist(),
+    )
     assert found[1][0] != pytest.approx(found[0][0], rel=1e-6) and found[1][1] != found[0][1]
 
 
@@ -622,7 +710,9 @@ def test_the_averaged_weights_are_what_is_exported(stages: Stages) -> None:
     image = open_source(settings.data, "validation")[0].image
     with torch.no_grad():
         x = prepare(image, 32)[None]
-        torch.testing.assert_close(network(x)[0], plain(x)[0], rtol=1e-4, atol=1e-5)  # decode(encode(x)) is as before the folding
+        torch.testing.assert_close(
+            network(x)[0], plain(x)[0], rtol=1e-4, atol=1e-5
+        )  # decode(encode(x)) is as before the folding
         assert not torch.allclose(network.encode(x).mean, plain.encode(x).mean, atol=1e-3)
 
 

@@ -76,13 +76,21 @@ def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.Ca
     before = content(configs[name].parent)
     assert main(["verify-resume", str(configs[name]), "--updates", "4"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert said.endswith("\nverdict: exact\n") and "cut off within update 4, then on from the checkpoint of update 2" in said
+    assert (
+        said.endswith("\nverdict: exact\n")
+        and "cut off within update 4, then on from the checkpoint of update 2" in said
+    )
     found = rows(said)
     network = {"ldm": "unet", "lora": "unet"}.get(name, name)
     wanted = [f"{what} of {network}" for what in ("weights", "exp_avg", "exp_avg_sq")] + ["EMA", "state of the task"]
     assert all(found[row] == ["equal", "0", "0"] for row in wanted)
-    assert all(found[row] == ["0", "0"] for row in ("positions read", "samples, draws included", "learning rates", "logged figures"))
-    assert ("exp_avg of discriminator" in found) == (name == "autoencoder")  # it has joined, although loss.gan_start is 2
+    assert all(
+        found[row] == ["0", "0"]
+        for row in ("positions read", "samples, draws included", "learning rates", "logged figures")
+    )
+    assert ("exp_avg of discriminator" in found) == (
+        name == "autoencoder"
+    )  # it has joined, although loss.gan_start is 2
     assert content(configs[name].parent) == before  # neither the runs nor anything beside them
 
 
@@ -116,7 +124,11 @@ def _shifted(patch: pytest.MonkeyPatch, shift: Callable[[int], int]) -> None:
         return batches(stream, split, first, *rest)
 
     patch.setattr(loop, "batches", noted)
-    patch.setattr(BatchPlan, "positions", lambda self, update: ([p + by[-1] for p in several] for several in positions(self, update)))
+    patch.setattr(
+        BatchPlan,
+        "positions",
+        lambda self, update: ([p + by[-1] for p in several] for several in positions(self, update)),
+    )
 
 
 def _positions_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -169,7 +181,10 @@ def _starts_over(patch: pytest.MonkeyPatch) -> None:
 SABOTAGE: dict[str, tuple[Damage, str]] = {
     "moments": (_no_moments, "exp_avg of autoencoder, as restored: "),
     "average": (_no_average, "EMA, as restored: "),
-    "position": (_positions_off_by_one, "positions read: update 3 reads positions 9 to 12 instead of positions 8 to 11"),
+    "position": (
+        _positions_off_by_one,
+        "positions read: update 3 reads positions 9 to 12 instead of positions 8 to 11",
+    ),
     "epoch": (_repeats_the_epoch, "positions read: update 3 reads positions 0 to 3 instead of positions 8 to 11"),
     "noise": (_global_noise, "logged figures: "),
     "loader": (_noise_of_the_loader, "samples, draws included: the sample at position 8 is another"),
@@ -213,7 +228,13 @@ def test_the_order_of_a_check() -> None:
 
 
 def row(apart: float, twin: float, restored: float | None = None, exact: bool = False) -> Row:
-    return Row("weights", None if restored is None else Difference(restored, "r"), Difference(apart, "w"), Difference(twin, "t"), exact)
+    return Row(
+        "weights",
+        None if restored is None else Difference(restored, "r"),
+        Difference(apart, "w"),
+        Difference(twin, "t"),
+        exact,
+    )
 
 
 def test_the_verdict() -> None:
@@ -231,7 +252,12 @@ def test_deviations_of_tensors() -> None:
     assert between_groups("ema", held, {k: v.clone() for k, v in held.items()}) == {"EMA": Difference(0.0)}
     apart = between_groups("ema", held, {"a": torch.tensor([1.0, -4.5]), "b": held["b"]})["EMA"]
     assert apart == Difference(0.125, "a and 0 more of 2 tensors")
-    for other in ({"a": held["a"]}, {**held, "b": torch.tensor(1.0)}, {**held, "a": torch.zeros(3)}, {**held, "c": torch.zeros(1)}):
+    for other in (
+        {"a": held["a"]},
+        {**held, "b": torch.tensor(1.0)},
+        {**held, "a": torch.zeros(3)},
+        {**held, "c": torch.zeros(1)},
+    ):
         assert not between_groups("ema", held, other)["EMA"].size < float("inf"), other
     moments = {"w.exp_avg": torch.zeros(2), "w.exp_avg_sq": torch.zeros(2)}
     assert list(between_groups("optimizer_unet", moments, moments)) == ["exp_avg of unet", "exp_avg_sq of unet"]
@@ -248,7 +274,10 @@ def test_positions_are_read_once_by_all_processes_together() -> None:
     other = [{**straight[0], 1: {2: ["z"], 3: ["v"]}}]
     positions, samples = between_reads(straight, other, 4)
     assert positions.none and samples == Difference(1.0, "the sample at position 3 is another")
-    assert between_rates({0: {"unet": 1e-3}}, {0: {"unet": 2e-3}}).where == "update 1 steps at {'unet': 0.002} instead of {'unet': 0.001}"
+    assert (
+        between_rates({0: {"unet": 1e-3}}, {0: {"unet": 2e-3}}).where
+        == "update 1 steps at {'unet': 0.002} instead of {'unet': 0.001}"
+    )
 
 
 def test_deviations_of_figures() -> None:
@@ -264,7 +293,9 @@ def test_deviations_of_figures() -> None:
 # the command
 
 
-def test_the_kind_of_a_configuration(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kind_of_a_configuration(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kinds = [type(load_any(file)).__name__ for file in configs.values()]
     assert kinds == [
         "AutoencoderTrainingConfig",
@@ -294,7 +325,9 @@ def test_the_kind_of_a_configuration(configs: dict[str, Path], tmp_path: Path, c
     assert "is not empty: name a new folder" in capsys.readouterr().err
 
 
-def test_a_cache_is_read_where_there_is_one(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_is_read_where_there_is_one(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["verify-resume", str(configs["ldm"]), "--updates", "4", "--command", "train-ldm"]
     assert main([*arguments, "--keep", str(tmp_path / "kept")]) == 0
     said = capsys.readouterr().out
@@ -303,11 +336,15 @@ def test_a_cache_is_read_where_there_is_one(configs: dict[str, Path], tmp_path: 
         assert (tmp_path / "kept" / name / "latents").resolve() == (configs["ldm"].parent / "ldm/latents").resolve()
     assert main([*arguments[:2], f"run={tmp_path}/none", *arguments[2:]]) == 0
     assert "cache_latents true → false" in capsys.readouterr().out and [f.name for f in tmp_path.iterdir()] == ["kept"]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "kept/interrupted/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "kept/interrupted/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_slow_disk_is_waited_for(configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_disk_is_waited_for(
+    configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The updates of a check may all be done before its checkpoint is written."""
     monkeypatch.setattr(writer, "write", lambda *arguments: time.sleep(1.0) or write(*arguments))
     assert main(["verify-resume", str(configs["clip"]), "--updates", "4"]) == 0, capsys.readouterr().err

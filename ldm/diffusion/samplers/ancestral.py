@@ -64,7 +64,10 @@ def ddim(
         pred = denoiser(x, t)
         x0 = pred.x0
         variance = eta**2 * posterior_variance(schedule, s, t)
-        x = like(schedule.alpha(s), x) * x0 + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * pred.eps
+        x = (
+            like(schedule.alpha(s), x) * x0
+            + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * pred.eps
+        )
         if eta > 0 and s >= 0:
             x = x + like(variance.sqrt(), x) * noise(i)
         x = after_step(callback, i, x, x0)

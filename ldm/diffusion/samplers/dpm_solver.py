@@ -115,7 +115,11 @@ def _multistep(
     for i in range(nodes.steps):
         history = [denoiser(x, nodes.t[i]).x0, *history[: order - 1]]
         known = history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)]
-        after = start[i] if i < len(start) else _solved(nodes, i, i + 1, x, (data if len(known) == order else _two)(nodes, i, known))
+        after = (
+            start[i]
+            if i < len(start)
+            else _solved(nodes, i, i + 1, x, (data if len(known) == order else _two)(nodes, i, known))
+        )
         x = after_step(callback, i, after, history[0])
     return x
 
@@ -131,7 +135,10 @@ def _multistep_sde(
         data = _two(nodes, i, history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)])
         h = nodes.lam[i + 1] - nodes.lam[i]
         replaced = -torch.expm1(-2 * h)  # share of the variance that is drawn anew
-        x = like(nodes.sigma[i + 1] / nodes.sigma[i] * torch.exp(-h), x) * x + like(nodes.alpha[i + 1] * replaced, x) * data
+        x = (
+            like(nodes.sigma[i + 1] / nodes.sigma[i] * torch.exp(-h), x) * x
+            + like(nodes.alpha[i + 1] * replaced, x) * data
+        )
         if nodes.sigma[i + 1] > 0:
             x = x + like(nodes.sigma[i + 1] * replaced.sqrt(), x) * noise(i)
         x = after_step(callback, i, x, history[0])

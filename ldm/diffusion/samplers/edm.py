@@ -25,7 +25,11 @@ def slope(nodes: Nodes, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *
 
 
 def stepped(
-    nodes: Nodes, i: int, x0: Float[Tensor, "b *d"], d: Float[Tensor, "b *d"], correction: Float[Tensor, "b *d"] | None = None
+    nodes: Nodes,
+    i: int,
+    x0: Float[Tensor, "b *d"],
+    d: Float[Tensor, "b *d"],
+    correction: Float[Tensor, "b *d"] | None = None,
 ) -> Float[Tensor, "b *d"]:
     """x at node i + 1 along the slope d; ``further`` is added to y."""
     x = like(nodes.alpha[i + 1], d) * x0 + like(nodes.sigma[i + 1], d) * d
@@ -117,7 +121,9 @@ def dpm2(
         d = slope(nodes, i, x, x0)
         after = stepped(nodes, i, x0, d)
         if nodes.sigma[i + 1] > 0:
-            half = Nodes.of(schedule, torch.stack([nodes.t[i], schedule.time((nodes.lam[i] + nodes.lam[i + 1]) / 2)]), x)
+            half = Nodes.of(
+                schedule, torch.stack([nodes.t[i], schedule.time((nodes.lam[i] + nodes.lam[i + 1]) / 2)]), x
+            )
             middle = stepped(half, 0, x0, d)
             change = slope(half, 1, middle, denoiser(middle, half.t[1]).x0) - d
             after = stepped(nodes, i, x0, d, like(nodes.level[i + 1] - nodes.level[i], x) * change)
@@ -141,7 +147,9 @@ def lms(
         x0 = denoiser(x, nodes.t[i]).x0
         slopes = [slope(nodes, i, x, x0), *slopes[: LMS_ORDER - 1]]
         weights = adams_weights(nodes.level[: i + 2].flip(0)[: len(slopes) + 1])
-        correction = sum((like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x))
+        correction = sum(
+            (like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x)
+        )
         x = after_step(callback, i, start[i] if i < len(start) else stepped(nodes, i, x0, slopes[0], correction), x0)
     return x
 

@@ -70,7 +70,10 @@ def uniform_lambda(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
     """λ equally spaced from T−1 to 0 (Lu et al. 2022); t is fractional."""
     n = _checked(schedule, steps)
     high, low = schedule.half_log_snr_table[[n - 1, 0]]
-    return _ended(schedule.time(high + torch.linspace(0, 1, steps, dtype=torch.float64, device=high.device) * (low - high)), schedule)
+    return _ended(
+        schedule.time(high + torch.linspace(0, 1, steps, dtype=torch.float64, device=high.device) * (low - high)),
+        schedule,
+    )
 
 
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -85,7 +88,9 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make_grid(name: str, schedule: Schedule, steps: int, offset: int = 1, end_clean: bool = True) -> Float[Tensor, " nodes"]:
+def make_grid(
+    name: str, schedule: Schedule, steps: int, offset: int = 1, end_clean: bool = True
+) -> Float[Tensor, " nodes"]:
     """The grid of that name. ``offset``: of those that have one. ``end_clean`` false: it ends at t = 0, not at clean data.
 
     Raises ValueError where the steps are out of range, or where such an end leaves no step between the last nodes.
@@ -93,7 +98,9 @@ def make_grid(name: str, schedule: Schedule, steps: int, offset: int = 1, end_cl
     grid = GRIDS[name](schedule, steps, **({"offset": offset} if name in OFFSET else {}))
     if not end_clean:
         if grid[-2] <= 0:
-            raise ValueError(f"the last node of the {name} grid is t = 0 already: with end_clean false it has nowhere to go")
+            raise ValueError(
+                f"the last node of the {name} grid is t = 0 already: with end_clean false it has nowhere to go"
+            )
         grid[-1] = 0
     return grid
 

@@ -53,7 +53,9 @@ def predictor_corrector(
     def predict(i: int, nodes: Nodes, x: Tensor) -> tuple[Tensor, Tensor | None]:
         used: list[Tensor] = []
         draw = i * (corrections + 1)
-        x = ddim(denoiser, x, nodes.t[i : i + 2], lambda _: noise(draw), eta=eta, callback=lambda _, __, x0: used.append(x0))
+        x = ddim(
+            denoiser, x, nodes.t[i : i + 2], lambda _: noise(draw), eta=eta, callback=lambda _, __, x0: used.append(x0)
+        )
         return x, used[0]
 
     return _corrected(denoiser, x, grid, noise, predict, corrections, snr, callback)

@@ -25,7 +25,9 @@ Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 def no_noise(step: int) -> Tensor:
     """The ``noise`` of a deterministic sampler. Raises ValueError where a sampler draws some after all."""
-    raise ValueError("this sampler draws noise at its steps: pass noise=…, a function of the step, or call ldm.sample, which does")
+    raise ValueError(
+        "this sampler draws noise at its steps: pass noise=…, a function of the step, or call ldm.sample, which does"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Nodes:
         """The nodes of ``grid``, beside ``x``. Raises ValueError unless t falls from at most T−1 to at least −1."""
         grid = grid.to(x.device, torch.float64)
         if len(grid) < 2 or not bool((grid.diff() < 0).all()) or grid[0] > schedule.num_steps - 1 or grid[-1] < -1:
-            raise ValueError(f"a grid must fall from at most {schedule.num_steps - 1} to at least −1, got {grid.tolist()}")
+            raise ValueError(
+                f"a grid must fall from at most {schedule.num_steps - 1} to at least −1, got {grid.tolist()}"
+            )
         alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
         nothing = alpha == 0
         sigma = torch.where(nothing, math.sqrt(1 - schedule.least_signal), sigma)
@@ -75,7 +79,9 @@ class Nodes:
 def check_start(nodes: Nodes, start: Sequence[Tensor]) -> None:
     """Raise ValueError where there are more exact samples than nodes after the first."""
     if len(start) > nodes.steps:
-        raise ValueError(f"start must hold at most {nodes.steps} samples, one for each node after the first, got {len(start)}")
+        raise ValueError(
+            f"start must hold at most {nodes.steps} samples, one for each node after the first, got {len(start)}"
+        )
 
 
 def after_step(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:

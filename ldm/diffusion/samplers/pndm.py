@@ -42,7 +42,9 @@ def plms(
             ahead = stepped(nodes, 0, x0, slopes[0])
             combined = (slopes[0] + slope(nodes, 1, ahead, denoiser(ahead, nodes.t[1]).x0)) / 2
         else:
-            combined = torch.stack([w * d for w, d in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)]).sum(0)
+            combined = torch.stack([w * d for w, d in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)]).sum(
+                0
+            )
         x = stepped(nodes, i, x0, slopes[0], like(nodes.level[i + 1] - nodes.level[i], x) * (combined - slopes[0]))
         x = after_step(callback, i, x, x0)
     return x

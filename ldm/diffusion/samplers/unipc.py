@@ -36,7 +36,9 @@ def unipc(
         ValueError: unknown order or solver.
     """
     if order not in ORDERS or solver not in SOLVERS:
-        raise ValueError(f"order must be one of 1, 2, 3 and solver one of {', '.join(SOLVERS)}, got {order!r} and {solver!r}")
+        raise ValueError(
+            f"order must be one of 1, 2, 3 and solver one of {', '.join(SOLVERS)}, got {order!r} and {solver!r}"
+        )
     nodes = Nodes.of(denoiser.schedule, grid, x)
     check_start(nodes, start)
     history: list[Tensor] = []  # x̂_0, the newest first
@@ -46,18 +48,26 @@ def unipc(
         if before is not None:
             x = _updated(nodes, i - 1, before, history[: nodes.order(i - 1, order, lower_final)], solver, x0)
         history = [x0, *history[: order - 1]]
-        after = start[i] if i < len(start) else _updated(nodes, i, x, history[: nodes.order(i, order, lower_final)], solver)
+        after = (
+            start[i] if i < len(start) else _updated(nodes, i, x, history[: nodes.order(i, order, lower_final)], solver)
+        )
         given = after_step(callback, i, after, x0)
         before = x if corrector and i >= len(start) and given is after else None
         x = given
     return x
 
 
-def _updated(nodes: Nodes, i: int, x: Tensor, history: list[Tensor], solver: str, ahead: Tensor | None = None) -> Tensor:
+def _updated(
+    nodes: Nodes, i: int, x: Tensor, history: list[Tensor], solver: str, ahead: Tensor | None = None
+) -> Tensor:
     """The sample at node i + 1 from that at node i and x̂_0 at the nodes i, i − 1, …; ``ahead`` is x̂_0 at node i + 1 (corrector)."""
     h = nodes.lam[i + 1] - nodes.lam[i]
-    x_next = like(nodes.sigma[i + 1] / nodes.sigma[i], x) * x - like(nodes.alpha[i + 1] * torch.expm1(-h), x) * history[0]
-    ratios = [(nodes.lam[i - k] - nodes.lam[i]) / h for k in range(1, len(history))] + ([] if ahead is None else [torch.ones_like(h)])
+    x_next = (
+        like(nodes.sigma[i + 1] / nodes.sigma[i], x) * x - like(nodes.alpha[i + 1] * torch.expm1(-h), x) * history[0]
+    )
+    ratios = [(nodes.lam[i - k] - nodes.lam[i]) / h for k in range(1, len(history))] + (
+        [] if ahead is None else [torch.ones_like(h)]
+    )
     if not ratios:
         return x_next
     others = [*history[1:], *([] if ahead is None else [ahead])]

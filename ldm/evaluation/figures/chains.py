@@ -37,7 +37,9 @@ def validation_images(data: DataConfig, n: int) -> tuple[Float[Tensor, "b c h w"
     return torch.stack([prepare(s.image, data.image_size) for s in samples]), [s.text for s in samples]
 
 
-def noised(schedule: Schedule, x0: Float[Tensor, "b *d"], times: Sequence[int], seed: int) -> list[Float[Tensor, "b *d"]]:
+def noised(
+    schedule: Schedule, x0: Float[Tensor, "b *d"], times: Sequence[int], seed: int
+) -> list[Float[Tensor, "b *d"]]:
     """One draw of the chain x_0 → x_t at rising ``times``: each from the one before by q(x_t | x_s) (F3), fresh noise each time."""
     nodes, x, drawn = torch.tensor([-1, *times], device=x0.device), x0, []
     for i, (s, t) in enumerate(pairwise(nodes)):
@@ -75,13 +77,21 @@ def forward_chain(
 def forward_page(pipe: Pipeline, data: DataConfig, n: int, times: Sequence[int] | None, seed: int) -> Page:
     """The forward chain of the first ``n`` validation images; ``times``: left out, equally spaced. Raises ConfigError."""
     last = pipe.schedule.num_steps - 1
-    times = sorted({min(round((i + 1) / COLUMNS * (last + 1)), last) for i in range(COLUMNS)} if times is None else set(times))
+    times = sorted(
+        {min(round((i + 1) / COLUMNS * (last + 1)), last) for i in range(COLUMNS)} if times is None else set(times)
+    )
     if not times or times[0] < 0 or times[-1] > last:
-        raise ConfigError(f"--times must lie between 0 and {last} (T − 1 of this model), got {', '.join(map(str, times))}")
+        raise ConfigError(
+            f"--times must lie between 0 and {last} (T − 1 of this model), got {', '.join(map(str, times))}"
+        )
     images, captions = validation_images(data, n)
     rows = forward_chain(pipe, images, times, seed)
     groups = [(caption, _same_channels([row[i] for row in rows.values()])) for i, caption in enumerate(captions)]
-    kind = "images themselves are noised" if pipe.codec is None else f"latents of {pipe.unet.in_channels} channels are noised"
+    kind = (
+        "images themselves are noised"
+        if pipe.codec is None
+        else f"latents of {pipe.unet.in_channels} channels are noised"
+    )
     title = f"Forward chain of validation images: the {kind}, {pipe.schedule_config.name} schedule"
     return table(groups, list(rows), ["clean", *(f"t = {t}" for t in times)], title=title)
 
@@ -102,14 +112,18 @@ class ReverseChain:
 
 
 @torch.no_grad()
-def reverse_chain(pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig, columns: int = COLUMNS) -> ReverseChain:
+def reverse_chain(
+    pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig, columns: int = COLUMNS
+) -> ReverseChain:
     """Draw one image of each prompt, and keep ``columns`` steps of the chain, the first and the last among them."""
     pipe.check(settings, pipe.sample_size)
     grid, side = grid_of(pipe.schedule, settings), pipe.sample_size // pipe.factor
     steps = len(grid) - 1
     chosen = sorted({round(i * (steps - 1) / max(columns - 1, 1)) for i in range(columns)})
     shape = (pipe.unet.in_channels, side, side)
-    begun = [torch.from_numpy(streams.normal(settings.seed, "sample/x_T", i, shape)) for i in range(len(prompts))]  # as Pipeline.sample's
+    begun = [
+        torch.from_numpy(streams.normal(settings.seed, "sample/x_T", i, shape)) for i in range(len(prompts))
+    ]  # as Pipeline.sample's
     held, said = {0: torch.stack(begun).to(pipe.device)}, {}
 
     def keep(step: int, x: Tensor, x0: Tensor) -> None:
@@ -119,7 +133,9 @@ def reverse_chain(pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig
             held[step + 1] = x
 
     images = torch.cat(list(pipe.sample(prompts, settings, batch_size=len(prompts), callback=keep)))
-    return ReverseChain([float(grid[i]) for i in chosen], [held[i] for i in chosen], [said[i] for i in chosen], held[steps], images)
+    return ReverseChain(
+        [float(grid[i]) for i in chosen], [held[i] for i in chosen], [said[i] for i in chosen], held[steps], images
+    )
 
 
 @torch.no_grad()
@@ -129,7 +145,9 @@ def reverse_page(pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig,
     decode = pipe.codec.decode if pipe.codec else lambda x: x
     noisy = _pictures([*map(decode, chain.x), chain.images])
     predicted = _pictures(list(map(decode, chain.x0)))
-    predicted = np.concatenate([predicted, np.full_like(predicted[:, :1], 255)], axis=1)  # nothing is predicted from a clean sample
+    predicted = np.concatenate(
+        [predicted, np.full_like(predicted[:, :1], 255)], axis=1
+    )  # nothing is predicted from a clean sample
     rows = [DECODED, PREDICTED] if pipe.codec else ["$x_t$", r"$\hat{x}_0$"]
     guidance = f", guidance {settings.guidance_scale:g}" if pipe.text else ""
     title = f"Reverse chain: {settings.sampler}, {settings.steps} steps{guidance}, seed {settings.seed}"

@@ -34,8 +34,12 @@ COLOURS = dict(zip(VARIANTS, ("#0072B2", "#D55E00", "#009E73"), strict=True))
 
 NOT_COMMON = ("classifier_scale", "classifier_form", "guidance_interval")  # settings that are not those of all
 
-Points = dict[float, tuple[Setting, UInt8[np.ndarray, "captions h w c"]]]  # by weight: what was found, and one image of each caption
-Swept = Callable[[dict[str, Any], Sequence[float], int, int], Points]  # (a variant, its weights, weights done before, weights in all)
+Points = dict[
+    float, tuple[Setting, UInt8[np.ndarray, "captions h w c"]]
+]  # by weight: what was found, and one image of each caption
+Swept = Callable[
+    [dict[str, Any], Sequence[float], int, int], Points
+]  # (a variant, its weights, weights done before, weights in all)
 
 
 def classifier_sweep(
@@ -61,7 +65,9 @@ def classifier_sweep(
     pipe.check(settings, pipe.sample_size)
     judge = JUDGES[data.source](pipe.sample_size)
     split = judge.splits[0][1]
-    real = real_pictures(open_source(dataclasses.replace(data, image_size=pipe.sample_size), split), pipe.sample_size, captions)
+    real = real_pictures(
+        open_source(dataclasses.replace(data, image_size=pipe.sample_size), split), pipe.sample_size, captions
+    )
     each = images // len(real)
 
     def swept(variant: dict[str, Any], scales: Sequence[float], before: int, total: int) -> Points:
@@ -78,7 +84,10 @@ def classifier_sweep(
         return {setting.scale: (setting, first[:, k]) for k, setting in enumerate(found)}
 
     points = _every_variant(swept, weights)
-    variants = {name: {"settings": VARIANTS[name], "scales": [dataclasses.asdict(row) for row, _ in of]} for name, of in points.items()}
+    variants = {
+        name: {"settings": VARIANTS[name], "scales": [dataclasses.asdict(row) for row, _ in of]}
+        for name, of in points.items()
+    }
     sampling = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_COMMON}
     report = {
         "run": str(run), "model": pipe.hash, "split": split, "captions": len(real), "images_of_each": each, "images": each * len(real),
@@ -101,7 +110,9 @@ def _every_variant(swept: Swept, weights: Sequence[float]) -> dict[str, list[tup
     return points
 
 
-def classifier_page(points: Mapping[str, Sequence[tuple[Setting, np.ndarray]]], captions: Sequence[str], sampled: str) -> Page:
+def classifier_page(
+    points: Mapping[str, Sequence[tuple[Setting, np.ndarray]]], captions: Sequence[str], sampled: str
+) -> Page:
     """Accuracy and diversity over w, a colour for each variant, and below its samples: a row for each w, the same noise in all.
 
     ``captions``: those of the first images. Their last word stands over the column.

@@ -65,7 +65,9 @@ def guidance_sweep(
     return report, guidance_page(found, dict(zip(real, first[:SHOWN], strict=False)), sampled)
 
 
-def guidance_page(found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray, "scales h w c"]], sampled: str) -> Page:
+def guidance_page(
+    found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray, "scales h w c"]], sampled: str
+) -> Page:
     """Accuracy and diversity over γ, and below a row of samples of each caption, with the same noise at every γ."""
     left = 200
     width = EDGE + left + spread(max(len(found), 7)) + EDGE
@@ -73,7 +75,14 @@ def guidance_page(found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray
     page.text(EDGE, EDGE + 8, f"Guidance: {sampled}, with 95 % intervals", fontsize=FONT + 1.5)
     _, varied = panels(page, [Line("", found, ACCURACY_COLOUR, DIVERSITY_COLOUR)], "guidance γ")
     varied.annotate(
-        "as varied as real images", (1, 1), (0, 4), ("axes fraction", "data"), "offset points", fontsize=FONT - 1, ha="right", color="0.35"
+        "as varied as real images",
+        (1, 1),
+        (0, 4),
+        ("axes fraction", "data"),
+        "offset points",
+        fontsize=FONT - 1,
+        ha="right",
+        color="0.35",
     )
     labels(page, EDGE + left, BELOW, [f"γ = {setting.scale:g}" for setting in found])
     for i, (caption, row) in enumerate(pictures.items()):

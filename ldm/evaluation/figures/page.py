@@ -36,7 +36,9 @@ class Page:
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes whose frame has this top left corner and size."""
-        return self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
+        return self.figure.add_axes(
+            (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        )
 
     def panel(self, x: float, y: float, width: float, height: float, *, title: str, across: str) -> Axes:
         """Axes for curves, in the one look of all plots."""
@@ -51,7 +53,9 @@ class Page:
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Text at a point; left of it and vertically centred unless ``style`` says otherwise."""
-        self.figure.text(x / self.width, 1 - y / self.height, text, **{"fontsize": FONT, "ha": "left", "va": "center", **style})
+        self.figure.text(
+            x / self.width, 1 - y / self.height, text, **{"fontsize": FONT, "ha": "left", "va": "center", **style}
+        )
 
     def pictures(self, x: int, y: int, images: UInt8[np.ndarray, "r k h w c"], cell: int = CELL) -> None:
         """Rows of pictures, each ``cell`` pixels wide, their first corner at (x, y)."""
@@ -75,7 +79,9 @@ def fitted(images: UInt8[np.ndarray, "n h w c"], cell: int) -> UInt8[np.ndarray,
     side, channels = images.shape[1], images.shape[3]
     images = images[..., :1].repeat(3, axis=-1) if channels < 3 else images[..., :3]
     if side > cell:
-        return np.stack([np.asarray(Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)) for image in images])
+        return np.stack(
+            [np.asarray(Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)) for image in images]
+        )
     images = images.repeat(cell // side, axis=1).repeat(cell // side, axis=2)
     before = (cell - images.shape[1]) // 2
     after = cell - images.shape[1] - before

@@ -38,13 +38,17 @@ def captioned(
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         bad = wrong is not None and wrong[i]
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(
+            image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+        )
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color("red" if bad else "none")
             spine.set_linewidth(3)
-        axes.set_xlabel(_wrap(caption[:LONGEST], 22), fontsize=6.5, color="red" if bad else "black", parse_math=False)  # $ is a dollar
+        axes.set_xlabel(
+            _wrap(caption[:LONGEST], 22), fontsize=6.5, color="red" if bad else "black", parse_math=False
+        )  # $ is a dollar
     if title:
         figure.suptitle(title, fontsize=9)
     figure.tight_layout()

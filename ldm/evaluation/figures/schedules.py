@@ -20,7 +20,16 @@ from ldm.data.transforms import prepare, to_uint8
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.figures.page import EDGE, FONT, GAP, HEADER, Page, labels, spread
 
-COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#7A5230", "#666666")  # of schedules, in their order
+COLOURS = (
+    "#0072B2",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7A5230",
+    "#666666",
+)  # of schedules, in their order
 OWN = "#000000"  # a run's own
 STRIP = 80  # side of the pictures along t, in pixels
 COLUMNS = 11
@@ -38,7 +47,9 @@ class Entry:
     dash: Literal["-", "--", ":"] = "-"
 
 
-def entries(names: Sequence[str], num_steps: int = 1000, zero_terminal_snr: bool = False, shift: float | None = None) -> list[Entry]:
+def entries(
+    names: Sequence[str], num_steps: int = 1000, zero_terminal_snr: bool = False, shift: float | None = None
+) -> list[Entry]:
     """Each named schedule with its defaults, then, if asked, with zero terminal SNR (dashed) and with a shift (dotted)."""
     found = []
     for name in names:
@@ -46,7 +57,9 @@ def entries(names: Sequence[str], num_steps: int = 1000, zero_terminal_snr: bool
         colour = COLOURS[SCHEDULES.index(name) % len(COLOURS)]
         found.append(Entry(name, plain, colour))
         if zero_terminal_snr:
-            found.append(Entry(f"{name}\nzero terminal SNR", dataclasses.replace(plain, zero_terminal_snr=True), colour, "--"))
+            found.append(
+                Entry(f"{name}\nzero terminal SNR", dataclasses.replace(plain, zero_terminal_snr=True), colour, "--")
+            )
         if shift is not None:
             found.append(Entry(f"{name}\nshift {shift:g}", dataclasses.replace(plain, shift=shift), colour, ":"))
     return found
@@ -98,7 +111,9 @@ def schedules_page(shown: Sequence[Entry], image: Float[Tensor, "c s s"]) -> Pag
     page = Page(width, below + HEADER + len(lines) * (STRIP + GAP) + EDGE)
     half = (width - 2 * EDGE - 130) // 2
     signal = page.panel(EDGE + 40, top, half, high, title="signal that is left, ᾱ", across="t")
-    ratio = page.panel(width - EDGE - half, top, half, high, title="log signal-to-noise ratio, log(ᾱ / (1 − ᾱ)) = 2λ", across="t")
+    ratio = page.panel(
+        width - EDGE - half, top, half, high, title="log signal-to-noise ratio, log(ᾱ / (1 − ᾱ)) = 2λ", across="t"
+    )
     for entry, schedule in lines:
         t = np.arange(schedule.num_steps)
         style = {"color": entry.colour, "linestyle": entry.dash, "linewidth": 2.2 if entry.colour == OWN else 1.8}
@@ -127,5 +142,11 @@ def _strips(page: Page, y: int, lines: Sequence[tuple[Entry, Schedule]], image: 
         at = 1 - (row + STRIP / 2) / page.height
         ends = [EDGE / page.width, (EDGE + 26) / page.width]
         page.figure.add_artist(Line2D(ends, [at, at], color=entry.colour, linestyle=entry.dash, linewidth=2.4))  # type: ignore[arg-type]  # matplotlib lists the words
-        page.text(EDGE + 36, row + STRIP / 2, "\n".join(short(line) for line in entry.label.split("\n")), parse_math=False, fontsize=FONT)
+        page.text(
+            EDGE + 36,
+            row + STRIP / 2,
+            "\n".join(short(line) for line in entry.label.split("\n")),
+            parse_math=False,
+            fontsize=FONT,
+        )
         page.pictures(x, row, to_uint8(strip(schedule, image, times(schedule.num_steps)))[None], STRIP)

@@ -26,7 +26,9 @@ DIVERSITY = (
     " over that of two real validation images of the same caption (each mean taken per caption, then over captions)"
 )
 
-Draw = Callable[[float, Sequence[str], Sequence[int]], Iterable[Tensor]]  # (scale, captions, their numbers) → batches of images
+Draw = Callable[
+    [float, Sequence[str], Sequence[int]], Iterable[Tensor]
+]  # (scale, captions, their numbers) → batches of images
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def distance(images: UInt8[np.ndarray, "n h w c"]) -> float:
     return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(flat, 2)]))
 
 
-def diversity(drawn: Float[np.ndarray, " captions"], real: Float[np.ndarray, " captions"]) -> tuple[float, float, float]:
+def diversity(
+    drawn: Float[np.ndarray, " captions"], real: Float[np.ndarray, " captions"]
+) -> tuple[float, float, float]:
     """Mean distance among the images drawn over that among real ones, with its 95 % interval.
 
     Both are given per caption. The interval is a bootstrap over captions (Efron & Tibshirani 1993), with a fixed seed.
@@ -73,7 +77,9 @@ def real_pictures(source: Source, size: int, wanted: int) -> dict[str, UInt8[np.
     for text, found in where.items():
         read = [prepare(sample.image, size) for _, sample in readable(source, found[:REAL])]
         if len(read) < 2:
-            raise ConfigError(f"diversity needs two real images of a caption, but {text!r} has {len(read)} that can be read")
+            raise ConfigError(
+                f"diversity needs two real images of a caption, but {text!r} has {len(read)} that can be read"
+            )
         real[text] = to_uint8(torch.stack(read))
     return real
 
@@ -104,6 +110,8 @@ def sweep(
         rows, images = [row for row, _ in pairs], np.stack([image for _, image in pairs])
         images = images.reshape(len(real), each, *images.shape[1:])
         judged = {name: proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
-        settings.append(Setting(scale, judged, *diversity(np.array([distance(group) for group in images]), real_distances)))
+        settings.append(
+            Setting(scale, judged, *diversity(np.array([distance(group) for group in images]), real_distances))
+        )
         first.append(images[:, 0])
     return settings, np.stack(first, axis=1)

@@ -36,7 +36,9 @@ def panels(page: Page, lines: Sequence[Line], across: str) -> tuple[Axes, Axes]:
     for line in lines:
         shares = [setting.judged["all"] for setting in line.found]
         _curve(right, line, [(s["accuracy"], s["low"], s["high"]) for s in shares], line.accuracy_colour)
-        _curve(varied, line, [(s.diversity, s.diversity_low, s.diversity_high) for s in line.found], line.diversity_colour)
+        _curve(
+            varied, line, [(s.diversity, s.diversity_low, s.diversity_high) for s in line.found], line.diversity_colour
+        )
     right.set_ylim(0, 1.03)
     right.set_ylabel("share of images", fontsize=FONT)
     varied.axhline(1, color="0.45", linewidth=1.2, linestyle="--", label="as varied as real images")

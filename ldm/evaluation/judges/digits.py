@@ -36,7 +36,9 @@ class DigitJudge:
     def read(self, images: np.ndarray) -> list[int]:
         """The digit that each image shows, uint8 [n, h, w, c] with any number of channels."""
         if images.ndim != 4 or images.shape[1:3] != (self.side, self.side) or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 [n, {self.side}, {self.side}, c], got {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"images must be uint8 [n, {self.side}, {self.side}, c], got {images.dtype} {list(images.shape)}"
+            )
         return [int(digit) for digit in self._model.predict(self._features(images))] if len(images) else []
 
     @cached_property

@@ -16,7 +16,10 @@ from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, 
 Reading = Scene  # a picture is read as the scene that it shows; two objects come left to right or top to bottom
 Report = dict[str, dict[str, float]]
 
-ATTRIBUTES = {1: ("background", "size", "colour", "shape", "all"), 2: ("background", "colours", "shapes", "relation", "all")}
+ATTRIBUTES = {
+    1: ("background", "size", "colour", "shape", "all"),
+    2: ("background", "colours", "shapes", "relation", "all"),
+}
 Kind = tuple[str | None, float | None]  # size, and height of the stripes
 PLAIN: Kind = (None, None)
 _CHUNK = 2**23  # hypotheses weighed at once
@@ -37,17 +40,23 @@ class ShapesJudge:
             raise ValueError(f"scenes have 1 or 2 objects, got {objects}")
         self.side, self.objects = side, objects
         self._backgrounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255  # [b, 3]
-        self._contrasts = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255 - self._backgrounds[:, None]  # [b, c, 3]
+        self._contrasts = (
+            torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255 - self._backgrounds[:, None]
+        )  # [b, c, 3]
         sizes: tuple[str | None, ...] = SIZES if objects == 1 else (None,)
         self._templates: dict[Kind, Tensor] = {
-            kind: torch.from_numpy(np.stack([coverage(shape, RADII[kind[0]] * side, kind[1]) for shape in SHAPES]))[:, None]
+            kind: torch.from_numpy(np.stack([coverage(shape, RADII[kind[0]] * side, kind[1]) for shape in SHAPES]))[
+                :, None
+            ]
             for kind in itertools.product(sizes, (None, STRIPE * side) if striped else (None,))
         }  # [s, 1, k, k]
 
     def read(self, images: np.ndarray) -> list[Reading]:
         """The nearest scene of each image, uint8 [n, side, side, 3]."""
         if images.ndim != 4 or images.shape[1:] != (self.side, self.side, 3) or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 [n, {self.side}, {self.side}, 3], got {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"images must be uint8 [n, {self.side}, {self.side}, 3], got {images.dtype} {list(images.shape)}"
+            )
         one = self._backgrounds.shape[0] * self._contrasts.shape[1] * len(SHAPES)
         places = max((self.side - t.shape[-1] + 1) ** 2 for t in self._templates.values())
         step = max(1, _CHUNK // (one * places))
@@ -111,7 +120,9 @@ class ShapesJudge:
             objects = []
             for which in (int(first[i, b]), int(second[i, b])):
                 c, place = divmod(which, reduction.shape[-1])
-                objects.append(Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, PLAIN)))
+                objects.append(
+                    Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, PLAIN))
+                )
             readings.append(_ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
         return readings
 
@@ -121,8 +132,15 @@ class ShapesJudge:
         width = self.side - kernel + 1
         place = torch.arange(width * width)
         at, colour = other % (width * width), other // (width * width)
-        apart = torch.maximum((place % width - at[..., None] % width).abs(), (place // width - at[..., None] // width).abs()) >= kernel
-        allowed = apart[:, :, None] & (torch.arange(reduction.shape[2]) != colour[..., None])[..., None]  # [n, b, c, place]
+        apart = (
+            torch.maximum(
+                (place % width - at[..., None] % width).abs(), (place // width - at[..., None] // width).abs()
+            )
+            >= kernel
+        )
+        allowed = (
+            apart[:, :, None] & (torch.arange(reduction.shape[2]) != colour[..., None])[..., None]
+        )  # [n, b, c, place]
         return reduction.masked_fill(~allowed, -math.inf).flatten(2).argmax(-1)
 
 
@@ -142,7 +160,9 @@ def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str
     that order. So a picture with the right objects in the wrong places is wrong in its relation alone.
     """
     if len(reading.objects) != len(asked.objects):
-        raise ValueError(f"a caption of {len(asked.objects)} object(s) was given for a reading of {len(reading.objects)}")
+        raise ValueError(
+            f"a caption of {len(asked.objects)} object(s) was given for a reading of {len(reading.objects)}"
+        )
     found, relation = reading.objects, reading.relation
     if relation is not None and _matches(found[::-1], asked.objects) > _matches(found, asked.objects):
         found, relation = found[::-1], _INVERSE[relation]
@@ -168,9 +188,13 @@ def score(readings: Sequence[Reading], captions: Sequence[str]) -> Report:
     Raises ValueError for captions that no drawn scene has, and where the counts differ.
     """
     if not readings or len(readings) != len(captions):
-        raise ValueError(f"one caption for each reading, and at least one: got {len(readings)} readings and {len(captions)} captions")
+        raise ValueError(
+            f"one caption for each reading, and at least one: got {len(readings)} readings and {len(captions)} captions"
+        )
     rows = [agreement(reading, parse(text)) for reading, text in zip(readings, captions, strict=True)]
-    return {name: proportion(sum(row[name] for row in rows), len(rows)) for name in ATTRIBUTES[len(readings[0].objects)]}
+    return {
+        name: proportion(sum(row[name] for row in rows), len(rows)) for name in ATTRIBUTES[len(readings[0].objects)]
+    }
 
 
 def proportion(successes: int, n: int) -> dict[str, float]:

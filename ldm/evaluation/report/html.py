@@ -79,7 +79,9 @@ def picture(image: Image.Image, about: str, side: int, wanted: int) -> Html:
     if len(data) > LARGEST_PNG:
         kind, data = "jpeg", _encoded(image, format="JPEG", quality=85)
     factor = max(1, wanted // image.width)
-    return element("img", class_="pixels", width=image.width * factor, alt=about, src=f"data:image/{kind};base64,{_text(data)}")
+    return element(
+        "img", class_="pixels", width=image.width * factor, alt=about, src=f"data:image/{kind};base64,{_text(data)}"
+    )
 
 
 def drawing(svg: bytes, about: str) -> Html:

@@ -130,7 +130,16 @@ def draw(panel: Panel) -> bytes:
 
 def _line(axes: Any, points: Points, name: str, colour: str, errors: dict[int, float]) -> None:
     x, y = [p[0] for p in points], [p[1] for p in points]
-    axes.plot(x, y, label=name, color=colour, linewidth=1.2, marker=".", markersize=4, markevery=_alone(y) if len(y) > BARS else None)
+    axes.plot(
+        x,
+        y,
+        label=name,
+        color=colour,
+        linewidth=1.2,
+        marker=".",
+        markersize=4,
+        markevery=_alone(y) if len(y) > BARS else None,
+    )
     if errors:
         e = [errors.get(step, math.nan) for step in x]
         if len(x) <= BARS:
@@ -172,7 +181,15 @@ def _axes(label: str) -> tuple[Any, Any]:
 def _svg(figure: Any, axes: Any) -> bytes:
     from matplotlib import rc_context
 
-    axes.legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.5)
+    axes.legend(
+        fontsize=7.5,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        borderaxespad=0.2,
+        handlelength=1.5,
+    )
     stream = io.BytesIO()
     with rc_context({"svg.hashsalt": "ldm"}):  # the same run gives the same bytes
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

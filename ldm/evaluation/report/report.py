@@ -80,12 +80,22 @@ def report(path: Path, images: int, progress: Progress) -> str:
     Raises ConfigError for what is not a run, RunError for a damaged status.json.
     """
     run = Run(
-        path, configuration.load_run(path), record.read_status(path, checked=False) or {}, record.read_metrics(path), images, progress
+        path,
+        configuration.load_run(path),
+        record.read_status(path, checked=False) or {},
+        record.read_metrics(path),
+        images,
+        progress,
     )
     found = [section for make in SECTIONS if (section := make(run)) is not None]
     names = [title.lower().replace(" ", "-") for title, _ in found]
-    links = element("nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True)))
-    body = [element("section", element("h2", title), content, id=name) for name, (title, content) in zip(names, found, strict=True)]
+    links = element(
+        "nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True))
+    )
+    body = [
+        element("section", element("h2", title), content, id=name)
+        for name, (title, content) in zip(names, found, strict=True)
+    ]
     title = resolved(path).name
     return page(f"{title}: report", element("h1", title), _head(run), links, *body)
 
@@ -110,7 +120,13 @@ def _head(run: Run) -> Html:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 def _parameters(run: Path) -> dict[str, int]:
@@ -120,7 +136,9 @@ def _parameters(run: Path) -> dict[str, int]:
     try:
         for file in sorted(newest[1].glob("model_*.safetensors")) if newest else []:
             with safe_open(file, "pt") as weights:
-                counts[file.stem.removeprefix("model_")] = sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())  # noqa: SIM118
+                counts[file.stem.removeprefix("model_")] = sum(
+                    math.prod(weights.get_slice(k).get_shape()) for k in weights.keys()
+                )  # noqa: SIM118
     except (OSError, SafetensorError):  # deleted meanwhile by the training that continues
         return {}
     return counts
@@ -129,10 +147,16 @@ def _parameters(run: Path) -> dict[str, int]:
 def _curves(run: Run) -> Section:
     train = run.config.train
     if not run.lines:
-        return "Curves", element("p", f"No figures yet: the first come after update {min(train.log_every, train.steps)}.")
+        return "Curves", element(
+            "p", f"No figures yet: the first come after update {min(train.log_every, train.steps)}."
+        )
     scalars, lists = record.scalar_series(run.lines), record.list_series(run.lines)
     drawn = [(panel.quantity, panels.draw(panel)) for panel in panels.panels(scalars)]
-    drawn += [(panels.quantity(name), panels.draw_by_t(points)) for name, points in lists.items() if name.endswith(panels.BY_T)]
+    drawn += [
+        (panels.quantity(name), panels.draw_by_t(points))
+        for name, points in lists.items()
+        if name.endswith(panels.BY_T)
+    ]
     figures = [
         element("figure", element("h3", name), drawing(svg, name), element("figcaption", panels.HINTS.get(name, "")))
         for name, svg in sorted(drawn, key=lambda item: panels.place(item[0]))
@@ -141,7 +165,9 @@ def _curves(run: Run) -> Section:
     for name, points in lists.items():
         flat = [v for _, values in points for v in values]
         if empty := sum(math.isnan(v) for v in flat):
-            gaps.append(f"{name}: {empty} of {len(flat)} values null, left as gaps: no validation image fell there, or not finite.")
+            gaps.append(
+                f"{name}: {empty} of {len(flat)} values null, left as gaps: no validation image fell there, or not finite."
+            )
     notes = element("ul", *(element("li", gap) for gap in gaps)) if gaps else ""
     return "Curves", join([element("div", *figures, class_="panels"), notes])
 
@@ -149,14 +175,22 @@ def _curves(run: Run) -> Section:
 def _pictures(run: Run) -> Section:
     found, train = record.grids(run.path), run.config.train
     if not found:
-        return "Pictures over time", element("p", f"None yet: the first come after update {min(train.sample_every, train.steps)}.")
+        return "Pictures over time", element(
+            "p", f"None yet: the first come after update {min(train.sample_every, train.steps)}."
+        )
     content: list[Any] = []
     for name, files in found.items():
         shown = evenly(files, GRIDS)
         count = f"{len(shown)} of {len(files)}, evenly chosen" if len(shown) < len(files) else f"{len(files)}"
-        content += [element("h3", f"{name} ({count})"), element("div", *(_grid(step, file) for step, file in shown), class_="rows")]
+        content += [
+            element("h3", f"{name} ({count})"),
+            element("div", *(_grid(step, file) for step, file in shown), class_="rows"),
+        ]
     if isinstance(run.config, DiffusionTrainingConfig) and run.config.prompts:
-        content += [element("h3", "Prompts, row by row"), element("ol", *(element("li", text) for text in run.config.prompts))]
+        content += [
+            element("h3", "Prompts, row by row"),
+            element("ol", *(element("li", text) for text in run.config.prompts)),
+        ]
     return "Pictures over time", join(content)
 
 
@@ -202,7 +236,10 @@ def _reconstructions(run: Run) -> Section | None:
     told = ", ".join(f"{name} {_decibels(value)}" for name, value in summary.items())
     text = f"Originals above, reconstructions below, of {n} validation image{'s' * (n > 1)} ranked by PSNR: {told}."
     stale = "" if run.done else " Training has not ended: the autoencoder is the one that was exported before."
-    rows = [join([element("h3", name), element("div", *map(_pair, pairs), class_="rows pairs")]) for name, pairs in groups.items()]
+    rows = [
+        join([element("h3", name), element("div", *map(_pair, pairs), class_="rows pairs")])
+        for name, pairs in groups.items()
+    ]
     return title, join([element("p", text + (stale if isinstance(config, AutoencoderTrainingConfig) else "")), *rows])
 
 

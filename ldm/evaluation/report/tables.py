@@ -71,7 +71,9 @@ def skipped(rows: Sequence[tuple[str, str]], unreadable: int) -> Html:
     if unreadable:
         content.append(element("p", f"Lines of skipped.jsonl that cannot be read: {unreadable}.", class_="bad"))
     if rows:
-        reasons = Counter(re.sub(r"'[^']*'", "'…'", reason) for _, reason in rows).most_common()  # names differ, reasons do not
+        reasons = Counter(
+            re.sub(r"'[^']*'", "'…'", reason) for _, reason in rows
+        ).most_common()  # names differ, reasons do not
         content += [table(("files", "reason"), [(count, reason) for reason, count in reasons[:REASONS]])]
         content += [
             _left_out(len(reasons) - REASONS, "reasons"),

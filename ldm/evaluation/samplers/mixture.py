@@ -44,7 +44,9 @@ class GaussianMixture:
             raise ValueError("variances must not be negative: a covariance has no negative eigenvalue")
 
     @classmethod
-    def of(cls, weights: Float[Tensor, " k"], means: Float[Tensor, "k d"], covariances: Float[Tensor, "k *dd"]) -> GaussianMixture:
+    def of(
+        cls, weights: Float[Tensor, " k"], means: Float[Tensor, "k d"], covariances: Float[Tensor, "k *dd"]
+    ) -> GaussianMixture:
         """From covariances [k] (isotropic: one variance each) or [k, d, d] (full). Raises ValueError for no such thing."""
         weights, means, covariances = weights.double(), means.double(), covariances.double()
         if covariances.ndim == 1:
@@ -62,34 +64,54 @@ class GaussianMixture:
     def component(self, k: int) -> GaussianMixture:
         """q(x_0 | class k): one Gaussian."""
         axes = None if self.axes is None else self.axes[k : k + 1]
-        return GaussianMixture(torch.ones(1, dtype=torch.float64), self.means[k : k + 1], self.variances[k : k + 1], axes)
+        return GaussianMixture(
+            torch.ones(1, dtype=torch.float64), self.means[k : k + 1], self.variances[k : k + 1], axes
+        )
 
     def moments(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
         """Mean and covariance of x_0."""
         mean = self.weights @ self.means
         away = self.means - mean
-        within = torch.diag_embed(self.variances) if self.axes is None else self.axes @ torch.diag_embed(self.variances) @ self.axes.mT
+        within = (
+            torch.diag_embed(self.variances)
+            if self.axes is None
+            else self.axes @ torch.diag_embed(self.variances) @ self.axes.mT
+        )
         return mean, torch.einsum("k,kde->de", self.weights, within + away[:, :, None] * away[:, None])
 
     def log_density(
-        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+        self,
+        x: Float[Tensor, "b d"],
+        alpha: Float[Tensor, "*n"],
+        sigma: Float[Tensor, "*n"],
+        prior: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, " b"]:
         """log q(x_t), in nats. ``prior``: other weights of the components for each sample, a class as one-hot."""
         return torch.logsumexp(self._log_joint(x, alpha, sigma, prior), 1)
 
-    def log_posterior(self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"]) -> Float[Tensor, "b k"]:
+    def log_posterior(
+        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"]
+    ) -> Float[Tensor, "b k"]:
         """log q(class | x_t): the exact classifier, differentiable in x."""
         return torch.log_softmax(self._log_joint(x, alpha, sigma, None), 1)
 
     def score(
-        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+        self,
+        x: Float[Tensor, "b d"],
+        alpha: Float[Tensor, "*n"],
+        sigma: Float[Tensor, "*n"],
+        prior: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b d"]:
         """∇ log q(x_t)."""
         away, variances = self._away(x, alpha, sigma)
         return self._mixed(self._log_joint(x, alpha, sigma, prior), self._turned_back(-away / variances))
 
     def denoised(
-        self, x: Float[Tensor, "b d"], alpha: Float[Tensor, "*n"], sigma: Float[Tensor, "*n"], prior: Float[Tensor, "b k"] | None = None
+        self,
+        x: Float[Tensor, "b d"],
+        alpha: Float[Tensor, "*n"],
+        sigma: Float[Tensor, "*n"],
+        prior: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b d"]:
         """E[x_0 | x_t]."""
         away, variances = self._away(x, alpha, sigma)

@@ -50,9 +50,16 @@ def compare_samplers(
     from other noise, with a tenth of its steps. ``grid`` is that of all but the reference and its like; it and everything
     else, left out, are the model's own defaults.
     """
-    base = dataclasses.replace(pipe.defaults, sampler="ddim", eta=0.0, steps=min(REFERENCE_STEPS, pipe.schedule.num_steps))
+    base = dataclasses.replace(
+        pipe.defaults, sampler="ddim", eta=0.0, steps=min(REFERENCE_STEPS, pipe.schedule.num_steps)
+    )
     own = dataclasses.replace(base, grid=grid or base.grid)
-    wanted = [dataclasses.replace(own, sampler=name, steps=n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
+    wanted = [
+        dataclasses.replace(own, sampler=name, steps=n)
+        for name in samplers
+        for n in steps
+        if n >= SAMPLERS[name].fewest
+    ]
     for settings in (base, *wanted):
         pipe.check(settings, pipe.sample_size)
     others = any(SAMPLERS[name].stochastic for name in samplers)
@@ -79,7 +86,10 @@ def compare_samplers(
     floor = sliced_wasserstein(images(second), reference) if others else None
     for settings in wanted:
         sampler = SAMPLERS[settings.sampler]
-        found, row = images(settings), {"sampler": settings.sampler, "steps": settings.steps, "calls": sampler.calls(settings.steps)}
+        found, row = (
+            images(settings),
+            {"sampler": settings.sampler, "steps": settings.steps, "calls": sampler.calls(settings.steps)},
+        )
         if sampler.stochastic:
             rows.append({**row, "sliced_wasserstein": sliced_wasserstein(found, reference)})
         else:

@@ -111,7 +111,9 @@ class Order:
 def order(case: Case, schedule: Schedule, target: str, steps: Sequence[int]) -> Order:
     """Measure the order of one sampler; each number of steps divides the last, which is twice the one before."""
     weak = draws_noise(case)
-    errors = [weak_error(case, schedule, target, n) for n in steps] if weak else path_errors(case, schedule, target, steps)
+    errors = (
+        [weak_error(case, schedule, target, n) for n in steps] if weak else path_errors(case, schedule, target, steps)
+    )
     measured = math.log2(errors[-2][2] / errors[-1][2])
     return Order(case.stated, measured, "weak" if weak else "path", errors)
 
@@ -124,7 +126,9 @@ def uniform(schedule: Schedule, steps: int, ends: tuple[float, float] = ENDS) ->
     return schedule.time(torch.linspace(*ends, steps + 1, dtype=torch.float64))
 
 
-def flow(mixture: GaussianMixture, x: Float[Tensor, "b d"], lam: Float[Tensor, " nodes"], substeps: int = SUBSTEPS) -> list[Tensor]:
+def flow(
+    mixture: GaussianMixture, x: Float[Tensor, "b d"], lam: Float[Tensor, " nodes"], substeps: int = SUBSTEPS
+) -> list[Tensor]:
     """The exact path from x at λ of the first node, at every node: d(x/α)/dλ = −(σ/α) ε, by Runge–Kutta of order 4."""
 
     def slope(lam: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +181,12 @@ def weak_error(case: Case, schedule: Schedule, target: str, steps: int) -> tuple
 
 
 def gaussian_moments(
-    case: Case, schedule: Schedule, target: str, grid: Float[Tensor, " nodes"], begin: tuple[float, float] = (0.0, 1.0), **options: Any
+    case: Case,
+    schedule: Schedule,
+    target: str,
+    grid: Float[Tensor, " nodes"],
+    begin: tuple[float, float] = (0.0, 1.0),
+    **options: Any,
 ) -> tuple[tuple[float, float], int]:
     """Mean and variance of what a sampler makes of N(begin) at grid[0], on ``GAUSSIAN``, exactly, and its network calls.
 

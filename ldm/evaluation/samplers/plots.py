@@ -42,7 +42,9 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
             )  # fmt: skip
         if panel.level is not None:
             axes.axhline(panel.level[1], color="grey", linestyle=":", label=panel.level[0])
-        axes.set_xticks(shown := [n for n in TICKS if axes.get_xlim()[0] <= n <= axes.get_xlim()[1]], [str(n) for n in shown])
+        axes.set_xticks(
+            shown := [n for n in TICKS if axes.get_xlim()[0] <= n <= axes.get_xlim()[1]], [str(n) for n in shown]
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("network calls")
@@ -77,18 +79,29 @@ def run_panels(report: Mapping[str, Any]) -> list[Panel]:
 
     def lines(key: str) -> dict[str, list[tuple[float, float]]]:
         rows = [row for row in report["rows"] if key in row]
-        return {name: [(r["calls"], r[key]) for r in rows if r["sampler"] == name] for name in dict.fromkeys(r["sampler"] for r in rows)}
+        return {
+            name: [(r["calls"], r[key]) for r in rows if r["sampler"] == name]
+            for name in dict.fromkeys(r["sampler"] for r in rows)
+        }
 
     level = f"{report['within']:g} levels"
     found = [
         Panel(
-            "Deterministic samplers: distance to the reference", "pixel levels, root mean square", lines("rms"), (level, report["within"])
+            "Deterministic samplers: distance to the reference",
+            "pixel levels, root mean square",
+            lines("rms"),
+            (level, report["within"]),
         )
     ]
     if report["floor"] is not None:
         floor = ("reference, other noise", report["floor"])
         found.append(
-            Panel("Stochastic samplers: distance between the sets", "pixel levels, sliced Wasserstein", lines("sliced_wasserstein"), floor)
+            Panel(
+                "Stochastic samplers: distance between the sets",
+                "pixel levels, sliced Wasserstein",
+                lines("sliced_wasserstein"),
+                floor,
+            )
         )
     return found
 
@@ -96,7 +109,13 @@ def run_panels(report: Mapping[str, Any]) -> list[Panel]:
 def exact_table(report: Mapping[str, Any]) -> list[str]:
     """A Markdown table of `conformance`: order, then for each number of steps the distance to the data."""
     counts = list(dict.fromkeys(n for row in report["samplers"].values() for n in row["reach"]))
-    head = ["sampler", "order", "measured", *(f"W, {n} steps" for n in counts), *(f"mean, cov., {n}" for n in counts[-1:])]
+    head = [
+        "sampler",
+        "order",
+        "measured",
+        *(f"W, {n} steps" for n in counts),
+        *(f"mean, cov., {n}" for n in counts[-1:]),
+    ]
     rows = []
     for name, row in report["samplers"].items():
         reached = [row["reach"].get(n) for n in counts]
@@ -124,5 +143,8 @@ def run_table(report: Mapping[str, Any]) -> list[str]:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in (head, *rows)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (head, *rows)
+    ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

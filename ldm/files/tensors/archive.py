@@ -54,7 +54,9 @@ def open_archive(path: str | Path) -> Archive:
         return _open_shards(path)
     suffix = path.suffix.lower()
     if suffix not in (".safetensors", *TORCH):
-        raise FolderError(f"{path}: not known by its name: only .safetensors, {', '.join(TORCH)} and .safetensors.index.json are opened")
+        raise FolderError(
+            f"{path}: not known by its name: only .safetensors, {', '.join(TORCH)} and .safetensors.index.json are opened"
+        )
     file = MappedFile(path)
     kind = _kind(file)
     if suffix == ".safetensors":
@@ -103,7 +105,9 @@ def _open_shards(index: Path) -> Archive:
         expected = {name for name, place in places.items() if place == shard}
         if wrong := sorted(expected ^ archive.tensors.keys()):
             fault = (
-                "is missing, the index says it is there" if wrong[0] in expected else f"is not there by the index: {places.get(wrong[0])}"
+                "is missing, the index says it is there"
+                if wrong[0] in expected
+                else f"is not there by the index: {places.get(wrong[0])}"
             )
             raise FolderError(f"{index.parent / shard}: tensor {wrong[0]} {fault}")
         for key, value in archive.metadata.items():
@@ -148,7 +152,10 @@ def _variants(folder: Path, stem: str) -> dict[str, list[Path]]:
 
 
 def write_tensors(
-    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, max_shard_bytes: int | None = None
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int | None = None,
 ) -> Path:
     """Write ``file`` (`….safetensors`), or shards of at most ``max_shard_bytes`` of tensors each with their index; returns which to open.
 
@@ -161,7 +168,9 @@ def write_tensors(
     if len(shards) == 1:
         content = {file: shards[0]}
     else:
-        content = {file.with_name(f"{file.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"): s for i, s in enumerate(shards)}
+        content = {
+            file.with_name(f"{file.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"): s for i, s in enumerate(shards)
+        }
     index = index_name(file)
     temporary = {target: target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for target in [*content, index]}
     try:

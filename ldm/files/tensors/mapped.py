@@ -35,7 +35,9 @@ class MappedFile:
     def __len__(self) -> int:
         return len(self.data)
 
-    def tensor(self, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
+    def tensor(
+        self, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
+    ) -> Tensor:
         """A view of the bytes ``start:end``, which the caller has checked: inside the file, and enough for shape and strides.
 
         Where the file does not align its tensors, the view is not aligned either, as with safetensors' own reader.

@@ -5,7 +5,10 @@ Nothing is imported or looked up by name here: a global is an entry of the table
 
 from __future__ import annotations
 
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names, which protocol 2 writes: long, unicode, xrange …
+from _compat_pickle import (
+    IMPORT_MAPPING,
+    NAME_MAPPING,
+)  # Python 2's names, which protocol 2 writes: long, unicode, xrange …
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,18 +100,26 @@ _NUMBERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None) -> TensorRef:
     if not isinstance(storage, StorageRef) or dtype is None or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor is not described by storage, offset, shape and strides")
-    if len(shape) != len(stride) or len(shape) > 64 or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+    if (
+        len(shape) != len(stride)
+        or len(shape) > 64
+        or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride))
+    ):
         raise ValueError("a tensor's offset, shape and strides do not fit together or are negative")
     return TensorRef(storage, dtype, offset, shape, stride)
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, hooks: Any = None, flags: Any = None) -> TensorRef:
+def _tensor_v2(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, hooks: Any = None, flags: Any = None
+) -> TensorRef:
     if flags:
         raise ValueError("a tensor that is a conjugate or negative view")
     return _tensor(storage, offset, shape, stride, getattr(storage, "dtype", None))
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None) -> TensorRef:
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
+) -> TensorRef:
     if flags or type(dtype) is not torch.dtype:
         raise ValueError("a tensor whose type is none, or that is a conjugate or negative view")
     return _tensor(storage, offset, shape, stride, dtype)
@@ -168,7 +179,9 @@ def _numpy_scalar(dtype: Any, data: Any = None) -> int | float | Placeholder:
 
 _TENSORS = (Function(_tensor_v2), Function(_tensor_v3), Function(_parameter))
 _KNOWN: dict[str, Any] = {
-    **{f"{module}.{name}Storage": StorageType(t) for module in ("torch", "torch.cuda") for name, t in _STORAGES.items()},
+    **{
+        f"{module}.{name}Storage": StorageType(t) for module in ("torch", "torch.cuda") for name, t in _STORAGES.items()
+    },
     "torch.storage.UntypedStorage": StorageType(None),
     **{str(dtype): dtype for dtype in _DTYPES},
     "torch._utils._rebuild_tensor": _TENSORS[0],
@@ -190,9 +203,15 @@ _KNOWN: dict[str, Any] = {
 
 def put(target: dict[Any, Any], key: Any, value: Any) -> None:
     """One entry of a dict; its key is what hashes fast and cannot be nested. A tuple of such becomes a placeholder, and is not hashed."""
-    if isinstance(key, tuple) and all(item is None or isinstance(item, (str, int, float, bytes, Placeholder)) for item in key):
+    if isinstance(key, tuple) and all(
+        item is None or isinstance(item, (str, int, float, bytes, Placeholder)) for item in key
+    ):
         key = Placeholder("builtins.tuple")
-    if not (isinstance(key, (str, float, bytes, Placeholder, torch.dtype)) or key is None or (isinstance(key, int) and abs(key) < 2**60)):
+    if not (
+        isinstance(key, (str, float, bytes, Placeholder, torch.dtype))
+        or key is None
+        or (isinstance(key, int) and abs(key) < 2**60)
+    ):
         raise ValueError(f"a key that is a {type(key).__name__}")
     if key in target:
         raise ValueError(f"the key {str(key)[:80]!r} twice")

@@ -34,7 +34,9 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, as views, and the metadata. Raises FolderError: the tensors fill the file, without overlap or hole."""
     length = int.from_bytes(file.data[:8], "little")
     if len(file) < 8 or length > len(file) - 8 or length > MOST_HEADER:
-        raise FolderError(f"{file.path}: no safetensors file, or cut off: a header of {length} bytes in a file of {len(file)}")
+        raise FolderError(
+            f"{file.path}: no safetensors file, or cut off: a header of {length} bytes in a file of {len(file)}"
+        )
     header = parse_header(file.data[8 : 8 + length], f"{file.path}: its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items()):
@@ -49,7 +51,11 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     position, before = 0, None
     for begin, end, name in sorted(spans):
         if begin != position:
-            fault = f"overlaps {before}" if begin < position else f"begins {begin - position} bytes after what lies before it"
+            fault = (
+                f"overlaps {before}"
+                if begin < position
+                else f"begins {begin - position} bytes after what lies before it"
+            )
             raise FolderError(f"{file.path}: tensor {name} {fault}: damaged, or not made by safetensors")
         position, before = end, name
     if position != (given := len(file) - 8 - length):
@@ -79,11 +85,16 @@ def _entry(entry: Any, what: str) -> tuple[torch.dtype, tuple[int, ...], int, in
     word, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(word, str) or word not in DTYPES:
         raise FolderError(f"{what} is of type {str(word)[:40]!r}: only {', '.join(DTYPES)} are read")
-    if not all(isinstance(v, list) and all(type(n) is int and 0 <= n < 2**63 for n in v) for v in (shape, offsets)) or len(offsets) != 2:
+    if (
+        not all(isinstance(v, list) and all(type(n) is int and 0 <= n < 2**63 for n in v) for v in (shape, offsets))
+        or len(offsets) != 2
+    ):
         raise FolderError(f"{what}: shape and data_offsets should be lists of whole numbers")
     size = prod(shape) * DTYPES[word].itemsize
     if offsets[1] - offsets[0] != size:
-        raise FolderError(f"{what} of {word} {shape} should have {size} bytes, the header gives it {offsets[1] - offsets[0]}")
+        raise FolderError(
+            f"{what} of {word} {shape} should have {size} bytes, the header gives it {offsets[1] - offsets[0]}"
+        )
     return DTYPES[word], tuple(shape), offsets[0], offsets[1]
 
 

@@ -22,7 +22,9 @@ from ldm.files.tensors.unpickle import LIMIT, Unpickler
 
 ZIP = b"PK\x03\x04"
 LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, which the first pickle of an old file holds
-SPARE = 2**24  # bytes that copies of shared memory may take beyond the file's own length: small files often expand a tensor
+SPARE = (
+    2**24
+)  # bytes that copies of shared memory may take beyond the file's own length: small files often expand a tensor
 _OTHER_KINDS = {  # by a key that only they have
     "param_groups": "the state of an optimizer",
     "optimizer": "the state of an optimizer, or of a training with one",
@@ -67,7 +69,9 @@ def _zipped(file: MappedFile) -> tuple[Any, Regions]:
     def content(name: str) -> bytes:
         start, end = regions[name]
         data = file.data[start : min(end, start + LIMIT + 1)]
-        if checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT:  # torch writes 0 where it was not computed
+        if (
+            checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT
+        ):  # torch writes 0 where it was not computed
             raise FolderError(f"{file.path}: {name} is damaged: its checksum is wrong")
         return data
 
@@ -128,7 +132,11 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
     inside = content.get("state_dict", content)
     if not isinstance(inside, dict):
         raise FolderError(f"{file.path}: its state_dict is a {type(inside).__name__}, no tensors by name")
-    counters = {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, (int, float)) and not isinstance(v, bool)}
+    counters = {
+        name: v
+        for name, v in content.items()
+        if isinstance(name, str) and isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     if (kind := next((kind for key, kind in _OTHER_KINDS.items() if key in inside), None)) is not None:
         raise FolderError(f"{file.path} is {kind}: not a model")
     if (kept := [str(name) for name, value in inside.items() if isinstance(value, dict)]) and inside is content:
@@ -149,7 +157,10 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
 
 def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile) -> dict[str, Tensor]:
     """The tensors, in the file's order; copies are little more than the file is long, however often it names the same bytes."""
-    spans = {name: _span(reference, regions, f"{file.path}: tensor {name}", len(file) + SPARE) for name, reference in references.items()}
+    spans = {
+        name: _span(reference, regions, f"{file.path}: tensor {name}", len(file) + SPARE)
+        for name, reference in references.items()
+    }
     shared, reach, copied = set(), 0, 0
     for start, end, name in sorted((*span, name) for name, span in spans.items() if span[0] < span[1]):
         if start < reach or _overlaps_itself(references[name]):
@@ -157,9 +168,14 @@ def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile)
             copied += prod(references[name].shape) * references[name].dtype.itemsize
         reach = max(reach, end)
     if copied > len(file) + SPARE:
-        raise FolderError(f"{file.path}: its tensors share their bytes and are {copied} bytes longer without: more than the file")
+        raise FolderError(
+            f"{file.path}: its tensors share their bytes and are {copied} bytes longer without: more than the file"
+        )
     tensors = {name: file.tensor(*spans[name], ref.dtype, ref.shape, ref.stride) for name, ref in references.items()}
-    return {name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> tuple[int, int]:
@@ -169,7 +185,9 @@ def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> t
         raise FolderError(f"{where} is in storage {storage.key[:40]!r}, which the file lacks")
     start, end = regions[storage.key]
     if storage.nbytes != end - start:
-        raise FolderError(f"{where}: storage {storage.key[:40]!r} should have {storage.nbytes} bytes and has {end - start}")
+        raise FolderError(
+            f"{where}: storage {storage.key[:40]!r} should have {storage.nbytes} bytes and has {end - start}"
+        )
     if max(reference.shape, default=0) >= 2**63 or prod(reference.shape) > longest:
         raise FolderError(f"{where} of {list(reference.shape)} has more elements than the file has bytes")
     if prod(reference.shape) == 0:

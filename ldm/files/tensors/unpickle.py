@@ -22,14 +22,28 @@ MOST_WORK = 2**25  # elements that calls are given, all together: a list of the 
 
 
 _OPERATIONS: dict[int, Callable[[Unpickler, int], None]] = {}
-_REFUSED = {0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x69: "INST", 0x6F: "OBJ", 0x92: "NEWOBJ_EX", 0x50: "PERSID", 0x97: "NEXT_BUFFER"}
+_REFUSED = {
+    0x82: "EXT1",
+    0x83: "EXT2",
+    0x84: "EXT4",
+    0x69: "INST",
+    0x6F: "OBJ",
+    0x92: "NEWOBJ_EX",
+    0x50: "PERSID",
+    0x97: "NEXT_BUFFER",
+}
 _FRESH: dict[int, Callable[[], Any]] = {
     0x4E: lambda: None, 0x88: lambda: True, 0x89: lambda: False, 0x29: tuple, 0x5D: list, 0x7D: dict,
     0x8F: lambda: Placeholder("builtins.set"),
 }  # fmt: skip
 _NUMBER = {0x4B: "<B", 0x4D: "<H", 0x4A: "<i", 0x47: ">d"}
 _LENGTH = {0x58: "<I", 0x8C: "<B", 0x55: "<B", 0x54: "<I", 0x43: "<B", 0x42: "<I", 0x96: "<Q"}
-_ENCODING = {0x58: "utf-8", 0x8C: "utf-8", 0x55: "latin1", 0x54: "latin1"}  # the last two are Python 2's; the others of _LENGTH: bytes
+_ENCODING = {
+    0x58: "utf-8",
+    0x8C: "utf-8",
+    0x55: "latin1",
+    0x54: "latin1",
+}  # the last two are Python 2's; the others of _LENGTH: bytes
 
 
 def _on(*codes: int) -> Callable[[Callable[[Unpickler, int], None]], Callable[[Unpickler, int], None]]:
@@ -181,7 +195,9 @@ class Unpickler:
         elif not isinstance(what, Function) or code == 0x81 or type(arguments) is not tuple:
             self._refuse(f"a call of a {type(what).__name__}")
         else:
-            self._work += len(arguments) + sum(len(a) for a in arguments if isinstance(a, (str, bytes, list, tuple, dict)))
+            self._work += len(arguments) + sum(
+                len(a) for a in arguments if isinstance(a, (str, bytes, list, tuple, dict))
+            )
             if self._work > MOST_WORK:
                 self._refuse("more work than any weights are")
             self._stack.append(what.call(*arguments))
@@ -192,13 +208,20 @@ class Unpickler:
         if isinstance(target, np.dtype):
             if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
                 self._refuse("numpy numbers of another byte order")
-        elif not isinstance(target, (Placeholder, dict)):  # an OrderedDict of weights has an attribute, its versions: not read
+        elif not isinstance(
+            target, (Placeholder, dict)
+        ):  # an OrderedDict of weights has an attribute, its versions: not read
             self._refuse(f"a state set in a {type(target).__name__}")
 
     @_on(0x51)
     def _storage(self, code: int) -> None:
         known = self._stack.pop()
-        if not (type(known) is tuple and len(known) in (5, 6) and known[0] == "storage" and isinstance(known[1], StorageType)):
+        if not (
+            type(known) is tuple
+            and len(known) in (5, 6)
+            and known[0] == "storage"
+            and isinstance(known[1], StorageType)
+        ):
             self._refuse("a persistent object that is not a storage")
         _, kind, key, _, count = known[:5]
         if type(key) is not str or type(count) is not int or count < 0 or (len(known) == 6 and known[5] is not None):

@@ -33,7 +33,9 @@ HARMLESS = {  # what such files carry besides, by pattern
 Places = Mapping[str, Mapping[str, Slot]]  # for each part: its slots by their full names in the file
 
 
-def choose_weights(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], weights: str | None) -> tuple[dict[str, str], dict[str, str]]:
+def choose_weights(
+    tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], weights: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
     """For each tensor of the U-Net the name of the copy to take; and the other copies with the reason why they are not.
 
     Raises FolderError where EMA copies are wanted and one is missing, or has another shape.
@@ -46,9 +48,13 @@ def choose_weights(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], wei
         return {}, dict.fromkeys(held, "the EMA of the U-Net: the raw weights were taken")
     for place, copy in copies.items():
         if copy not in tensors:
-            raise FolderError(f"tensor {copy} is missing: the EMA has no copy of {place} (weights: raw takes none of them)")
+            raise FolderError(
+                f"tensor {copy} is missing: the EMA has no copy of {place} (weights: raw takes none of them)"
+            )
         if tuple(tensors[copy].shape) != slots[place].shape:
-            raise FolderError(f"tensor {copy} is {list(tensors[copy].shape)}, its configuration says {list(slots[place].shape)}")
+            raise FolderError(
+                f"tensor {copy} is {list(tensors[copy].shape)}, its configuration says {list(slots[place].shape)}"
+            )
     return copies, dict.fromkeys(copies, "the raw weights of the U-Net: their EMA was taken")
 
 

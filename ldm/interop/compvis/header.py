@@ -43,12 +43,16 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
             raise FolderError(f"the file's header is of format {said['format']!r}, this version reads {FORMAT}")
         configs = {str(part): dict(config) for part, config in said["parts"].items()}
         scheduler = None if said["scheduler"] is None else dict(said["scheduler"])
-        header = Header(configs, scheduler, {name: text.encode() for name, text in said["tokenizer"].items()}, dict(said["extra"]))
+        header = Header(
+            configs, scheduler, {name: text.encode() for name, text in said["tokenizer"].items()}, dict(said["extra"])
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(f"the file's header ({KEY}) cannot be read: {one_line(error)}") from None
     check_extra(header.extra, f"the file's header ({KEY})")
     if not configs or not configs.keys() <= {UNET, VAE, TEXT}:
-        raise FolderError(f"the file's header names the parts {', '.join(configs) or '(none)'}: known are {UNET}, {VAE} and {TEXT}")
+        raise FolderError(
+            f"the file's header names the parts {', '.join(configs) or '(none)'}: known are {UNET}, {VAE} and {TEXT}"
+        )
     if UNET in configs and scheduler is None:
         raise FolderError("the file's header describes a U-Net without its scheduler")
     return header

@@ -93,13 +93,19 @@ class Family:
     prediction: str | None
 
 
-def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor: int | None) -> tuple[dict[str, Any], str]:
+def infer_unet(
+    shapes: Shapes, hints: Hints, latent_channels: int | None, factor: int | None
+) -> tuple[dict[str, Any], str]:
     """unet/config.json of the tensors, and the target. ``latent_channels``, ``factor``: the autoencoder's, where there is one."""
     levels = _levels(shapes)
     channels = tuple(level[0][0] for level in levels)
-    depths = [depth for level in levels for _, depth in level if depth] + [shapes.count("middle_block.1.transformer_blocks.")]
+    depths = [depth for level in levels for _, depth in level if depth] + [
+        shapes.count("middle_block.1.transformer_blocks.")
+    ]
     if shapes.has("middle_block.1.qkv."):
-        raise ConfigError("the U-Net is an unconditional one of latent-diffusion: its attention blocks cannot be expressed here")
+        raise ConfigError(
+            "the U-Net is an unconditional one of latent-diffusion: its attention blocks cannot be expressed here"
+        )
     cross = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     linear, context = shapes.dimensions("middle_block.1.proj_in.weight") == 2, shapes(cross, 1)
     family = _family(channels, linear, context)
@@ -110,12 +116,15 @@ def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor
                           f" {'linear' if linear else 'a convolution'}): give heads, the number of attention heads")  # fmt: skip
     if target is None:
         raise ConfigError(
-            "what the U-Net predicts does not show in a file: " + (WHICH_TARGET if family else "give prediction: eps, v or x0")
+            "what the U-Net predicts does not show in a file: "
+            + (WHICH_TARGET if family else "give prediction: eps, v or x0")
         )
     into, out = shapes("input_blocks.0.0.weight", 1), shapes("out.2.weight", 0)
     x_channels = latent_channels or (into if out == 2 * into else out)
     if out not in (x_channels, 2 * x_channels) or into < x_channels:
-        raise FolderError(f"the U-Net takes {into} channels and gives {out}, which does not fit a sample of {x_channels}")
+        raise FolderError(
+            f"the U-Net takes {into} channels and gives {out}, which does not fit a sample of {x_channels}"
+        )
     config = UNetConfig(
         channels=channels,
         layers_per_level=_same([len(level) for level in levels], "residual blocks per level"),
@@ -127,7 +136,9 @@ def infer_unet(shapes: Shapes, hints: Hints, latent_channels: int | None, factor
         scale_shift=shapes("middle_block.0.emb_layers.1.weight", 0) == 2 * channels[-1],
         vector_dim=shapes("label_emb.0.0.weight", 1) if shapes.has("label_emb.0.") else None,
         concat_channels=into - x_channels,
-        upcast_attention=family is not None and family.prediction is None and target == "v",  # published so: in half precision it overflows
+        upcast_attention=family is not None
+        and family.prediction is None
+        and target == "v",  # published so: in half precision it overflows
     )
     factor = factor or (PUBLISHED_FACTOR if family else 1)
     layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)
@@ -191,7 +202,9 @@ def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[s
     )
     scale = given_scale if hints.scale is None else hints.scale
     if scale is None and (config.latent_channels, config.factor) != (4, 8):
-        raise ConfigError("the scale of this autoencoder's latents is in no tensor: give scale (1 leaves them as they are)")
+        raise ConfigError(
+            "the scale of this autoencoder's latents is in no tensor: give scale (1 leaves them as they are)"
+        )
     return {**autoencoder_to_diffusers(config), "scaling_factor": PUBLISHED_SCALE if scale is None else scale}
 
 
@@ -235,7 +248,9 @@ def _text_layers(shapes: Shapes, hints: Hints, openclip: bool, width: int) -> in
     if hints.text_layers is not None or not openclip:
         return held if hints.text_layers is None else hints.text_layers
     if width != OPENCLIP_WIDTH or held not in (OPENCLIP_LAYERS, OPENCLIP_LAYERS + 1):
-        raise ConfigError(f"the text encoder has {held} OpenCLIP blocks {width} wide: give text_layers, how many of them are used")
+        raise ConfigError(
+            f"the text encoder has {held} OpenCLIP blocks {width} wide: give text_layers, how many of them are used"
+        )
     return OPENCLIP_LAYERS
 
 

@@ -20,7 +20,8 @@ _KINDS: dict[str, str] = {  # a pattern of one name → what has it; the narrowe
     r"^conditioner\.": "a model of Stability's generative-models",
     _NET + r"joint_blocks\.": "Stable Diffusion 3",
     _NET + r"double_blocks\.": "Flux, or another diffusion transformer of its kind",
-    _NET + r"(?:double_layers|transformer_blocks|single_transformer_blocks|blocks|layers|x_embedder)\.": "a diffusion transformer",
+    _NET
+    + r"(?:double_layers|transformer_blocks|single_transformer_blocks|blocks|layers|x_embedder)\.": "a diffusion transformer",
     r"^cond_stage_model\.transformer\.(?:token_emb|attn_layers)\.": "latent diffusion's first text-to-image model (with a BERT)",
     r"^cond_stage_model\.embedding\.weight$": "a class-conditional latent diffusion model",
     r"^cond_stage_model\.(?:model\.visual|.*vision_model)\.|^embedder\.|^noise_augmentor\.": "a model that is conditioned on images",
@@ -47,7 +48,9 @@ _LORA = re.compile(r"lora|[._](?:hada_w|lokr_w|oft_blocks)|\.dora_scale$")
 
 def is_lora(tensors: Mapping[str, Tensor]) -> bool:
     """True if a file holds a low-rank change of a model rather than a model."""
-    return any(_LORA.search(name) for name in tensors) and not any(name.startswith("model.diffusion_model.") for name in tensors)
+    return any(_LORA.search(name) for name in tensors) and not any(
+        name.startswith("model.diffusion_model.") for name in tensors
+    )
 
 
 def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
@@ -65,6 +68,10 @@ def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
         return "an autoencoder of videos"
     if bare and not any(name.startswith("quant_conv.") for name in tensors):
         return "an autoencoder without quant_conv, as those of Stable Diffusion 3 and Flux, or half of one"
-    if 0 < len(tensors) <= 2 and all(tensor.ndim <= 2 for tensor in tensors.values()) and not any("." in name for name in tensors):
+    if (
+        0 < len(tensors) <= 2
+        and all(tensor.ndim <= 2 for tensor in tensors.values())
+        and not any("." in name for name in tensors)
+    ):
         return "a textual inversion"
     return None

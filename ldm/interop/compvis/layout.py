@@ -40,7 +40,10 @@ PREFIXES = {UNET: "model.diffusion_model.", VAE: "first_stage_model.", TEXT: "co
 
 
 def from_compvis(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, weights: str | None = None, hints: Hints | None = None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    weights: str | None = None,
+    hints: Hints | None = None,
 ) -> Bundle:
     """The model in a single file: every tensor used, or named in ``besides`` with the reason.
 
@@ -86,13 +89,18 @@ def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor
     Raises ConfigError naming what the layout cannot hold, FolderError where tensors and configurations do not fit.
     """
     _check_expressible(bundle, openclip)
-    prefixes = {VAE: ""} if bundle.parts.keys() == {VAE} else {**PREFIXES, **({TEXT: OPENCLIP_PREFIX} if openclip else {})}
+    prefixes = (
+        {VAE: ""} if bundle.parts.keys() == {VAE} else {**PREFIXES, **({TEXT: OPENCLIP_PREFIX} if openclip else {})}
+    )
     places = _places({name: part.config for name, part in bundle.parts.items()}, prefixes)
     tensors: dict[str, Tensor] = {}
     for name, slots in places.items():
         inside = bundle.parts[name].tensors
         check_tensors({inner: slot.inner for slot in slots.values() for inner in slot.holds}, bundle.parts[name])
-        tensors |= {place: _joined([inside[inner] for inner in slot.holds], place).reshape(slot.shape) for place, slot in slots.items()}
+        tensors |= {
+            place: _joined([inside[inner] for inner in slot.holds], place).reshape(slot.shape)
+            for place, slot in slots.items()
+        }
     if UNET in bundle.parts:
         assert bundle.scheduler is not None  # _check_expressible
         schedule, _ = process_of(bundle.scheduler)
@@ -122,7 +130,9 @@ def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The parts whose tensors are there, with their prefixes."""
-    names = [name for name in tensors if not name.endswith("position_ids")]  # which may be left of a text encoder that was taken out
+    names = [
+        name for name in tensors if not name.endswith("position_ids")
+    ]  # which may be left of a text encoder that was taken out
     found = {part: prefix for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in names)}
     if any(name.startswith(OPENCLIP_PREFIX + "transformer.") for name in names):
         found[TEXT] = OPENCLIP_PREFIX
@@ -130,7 +140,9 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         found[VAE] = ""
     if not found:
         prefixes = ", ".join(PREFIXES.values())
-        raise FolderError(f"no CompVis file: no tensor's name begins with {prefixes}, or encoder. and decoder. of an autoencoder alone")
+        raise FolderError(
+            f"no CompVis file: no tensor's name begins with {prefixes}, or encoder. and decoder. of an autoencoder alone"
+        )
     return found
 
 
@@ -159,7 +171,9 @@ def _check(tensors: Mapping[str, Tensor], places: Places) -> None:
             if place not in tensors:
                 raise missing(place, [name for name in tensors if name not in every])
             if tuple(tensors[place].shape) != slot.shape:
-                raise FolderError(f"tensor {place} is {list(tensors[place].shape)}, its configuration says {list(slot.shape)}")
+                raise FolderError(
+                    f"tensor {place} is {list(tensors[place].shape)}, its configuration says {list(slot.shape)}"
+                )
 
 
 def _inside(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], source: Mapping[str, str]) -> dict[str, Tensor]:
@@ -185,11 +199,13 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
         "no U-Net without its scheduler": bool(unet) and bundle.scheduler is None,
         "no U-Net without a context (its unconditional one has other attention blocks)": bool(unet)
         and all(width is None for width in (context if isinstance(context, (list, tuple)) else [context])),
-        "no score target (eps, v and x0 it knows)": bundle.scheduler is not None and bundle.scheduler.get("prediction_type") == "score",
+        "no score target (eps, v and x0 it knows)": bundle.scheduler is not None
+        and bundle.scheduler.get("prediction_type") == "score",
         "no shift of the latents, only a scale (shift_factor)": bool(vae.get("shift_factor")),
         "no mean and deviation per latent channel (latents_mean, latents_std)": vae.get("latents_mean") is not None
         or vae.get("latents_std") is not None,
-        "no OpenCLIP text encoder with another activation than gelu": openclip and text.get("hidden_act", "quick_gelu") != "gelu",
+        "no OpenCLIP text encoder with another activation than gelu": openclip
+        and text.get("hidden_act", "quick_gelu") != "gelu",
     }
     for fault, holds in faults.items():
         if holds:
@@ -199,5 +215,7 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
 def _joined(held: list[Tensor], place: str) -> Tensor:
     """One tensor as it is, or several in one. Raises ConfigError where their dtypes differ."""
     if len({t.dtype for t in held}) > 1:
-        raise ConfigError(f"tensor {place} holds several of the model's, and these are {', '.join(str(t.dtype) for t in held)}: cast them")
+        raise ConfigError(
+            f"tensor {place} holds several of the model's, and these are {', '.join(str(t.dtype) for t in held)}: cast them"
+        )
     return held[0] if len(held) == 1 else torch.cat(held)

@@ -63,7 +63,10 @@ def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
     with torch.device("meta"):
         network = UNet(*arguments)
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    layers, attends = network.config.layers_per_level, [name.startswith("CrossAttn") for name in config["up_block_types"]]
+    layers, attends = (
+        network.config.layers_per_level,
+        [name.startswith("CrossAttn") for name in config["up_block_types"]],
+    )
     return [Slot(unet_name(name, layers, attends), shape, (name,), shape) for name, shape in shapes.items()]
 
 
@@ -83,7 +86,11 @@ def unet_name(name: str, layers: int, attends: list[bool]) -> str:
         return f"input_blocks.{(level + 1) * (layers + 1)}.0.op.{kind}"
     if part[3] == "upsamplers":  # last in the sequence of its level's last block
         return f"output_blocks.{level * (layers + 1) + layers}.{2 if attends[level] else 1}.conv.{kind}"
-    block = f"input_blocks.{level * (layers + 1) + 1 + index}" if part[1] == "down" else f"output_blocks.{level * (layers + 1) + index}"
+    block = (
+        f"input_blocks.{level * (layers + 1) + 1 + index}"
+        if part[1] == "down"
+        else f"output_blocks.{level * (layers + 1) + index}"
+    )
     return f"{block}.0.{_resnet(rest)}" if part[3] == "resnets" else f"{block}.1.{rest}"
 
 
@@ -105,14 +112,18 @@ def vae_slots(config: Mapping[str, Any]) -> list[Slot]:
     for name, t in network.state_dict().items():
         shape = tuple(t.shape)
         as_conv = ".attentions." in name and len(shape) == 2
-        slots.append(Slot(vae_name(name, len(network.config.channels)), (*shape, 1, 1) if as_conv else shape, (name,), shape))
+        slots.append(
+            Slot(vae_name(name, len(network.config.channels)), (*shape, 1, 1) if as_conv else shape, (name,), shape)
+        )
     return slots
 
 
 def vae_name(name: str, levels: int) -> str:
     """The name in the file; the decoder's levels are counted from the highest resolution there."""
     name = name.replace("conv_norm_out", "norm_out")
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name).replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name).replace(
+        "conv_shortcut", "nin_shortcut"
+    )
     name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name.replace("down_blocks", "down"))
     name = name.replace(".resnets.", ".block.").replace(".attentions.", ".attn.")
@@ -153,7 +164,8 @@ def text_slots(config: Mapping[str, Any], openclip: bool) -> list[Slot]:
         "final_layer_norm.bias": ("ln_final.bias", (width,)),
     }
     slots = [
-        Slot(there if openclip else f"text_model.{name}", shape, (f"text_model.{name}",), shape) for name, (there, shape) in ends.items()
+        Slot(there if openclip else f"text_model.{name}", shape, (f"text_model.{name}",), shape)
+        for name, (there, shape) in ends.items()
     ]
     for layer in range(config["num_hidden_layers"]):
         slots += _openclip_block(layer, width, inner) if openclip else _text_block(layer, width, inner)

@@ -66,7 +66,9 @@ def schedule_of(tensors: Mapping[str, Tensor]) -> ScheduleConfig:
     if betas.shape == known.shape and _close(betas, known, _ROUNDINGS * torch.finfo(betas.dtype).eps):
         return published
     if torch.finfo(betas.dtype).bits < 32:
-        raise FolderError(f"tensor betas is in {betas.dtype}, too coarse to take a schedule from, and not the published one")
+        raise FolderError(
+            f"tensor betas is in {betas.dtype}, too coarse to take a schedule from, and not the published one"
+        )
     try:
         return ScheduleConfig(GIVEN, len(betas), betas=tuple(betas.double().tolist()))
     except ValueError as error:
@@ -81,12 +83,16 @@ def check_buffers(tensors: Mapping[str, Tensor], schedule: Schedule, target: str
         if (given := tensors.get(name)) is None:
             continue
         if given.shape != table.shape or not given.is_floating_point():
-            raise FolderError(f"tensor {name} is {list(given.shape)} of {given.dtype}, the schedule has {schedule.num_steps} steps")
+            raise FolderError(
+                f"tensor {name} is {list(given.shape)} of {given.dtype}, the schedule has {schedule.num_steps} steps"
+            )
         # betas in float32 leave 1 − β with an error of eps/(1 − β)
         if not _close(given, table, max(1e-4, _ROUNDINGS * torch.finfo(given.dtype).eps)):
             worst = int((given.double() - table).abs().nan_to_num(nan=math.inf).argmax())
             is_, should = float(given[worst]), float(table[worst])
-            raise FolderError(f"tensor {name} does not fit the schedule: at step {worst} it is {is_:.6g}, it should be {should:.6g}")
+            raise FolderError(
+                f"tensor {name} does not fit the schedule: at step {worst} it is {is_:.6g}, it should be {should:.6g}"
+            )
         found[name] = "a table of the schedule: checked"
     for name, reason in TRAINING_ONLY.items():
         if name in tensors:

@@ -16,7 +16,9 @@ class Shapes:
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         self.prefix = prefix
-        self._shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)}
+        self._shapes = {
+            name.removeprefix(prefix): tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)
+        }
 
     def __call__(self, name: str, dimension: int) -> int:
         """One side of a tensor. Raises FolderError where it is missing, or has no such side."""
@@ -24,7 +26,9 @@ class Shapes:
             raise missing(self.prefix + name, [self.prefix + n for n in self._shapes])
         shape = self._shapes[name]
         if dimension >= len(shape):
-            raise FolderError(f"tensor {self.prefix}{name} is {list(shape)}: a number of dimensions that no network here has")
+            raise FolderError(
+                f"tensor {self.prefix}{name} is {list(shape)}: a number of dimensions that no network here has"
+            )
         return shape[dimension]
 
     def dimensions(self, name: str) -> int:

@@ -19,7 +19,9 @@ from ldm.interop.diffusers.folder import current_name
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARTS = re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders|model_ema)\.")
 _UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|out|label_emb)\.\d")
-_VAE = re.compile(r"(?:encoder|decoder)\.(?:conv_in|conv_out|mid|mid_block|down|up|down_blocks|up_blocks)\.|(?:post_)?quant_conv\.")
+_VAE = re.compile(
+    r"(?:encoder|decoder)\.(?:conv_in|conv_out|mid|mid_block|down|up|down_blocks|up_blocks)\.|(?:post_)?quant_conv\."
+)
 _TEXT = (  # what stands for what
     (
         re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\."),
@@ -41,9 +43,14 @@ def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {name: short.removeprefix(outer) for name, short in names.items()}
     if not any(_PARTS.match(short) for short in names.values()):
         if any(short.startswith("diffusion_model.") for short in names.values()):
-            names = {name: f"model.{short}" if short.startswith("diffusion_model.") else short for name, short in names.items()}
+            names = {
+                name: f"model.{short}" if short.startswith("diffusion_model.") else short
+                for name, short in names.items()
+            }
         elif any(short.startswith("input_blocks.") for short in names.values()):
-            names = {name: f"model.diffusion_model.{short}" if _UNET.match(short) else short for name, short in names.items()}
+            names = {
+                name: f"model.diffusion_model.{short}" if _UNET.match(short) else short for name, short in names.items()
+            }
     levels = 1 + max((int(m[1]) for short in names.values() if (m := _DOWN.match(short))), default=-1)
     found: dict[str, Tensor] = {}
     for name, short in names.items():
@@ -65,7 +72,9 @@ def _outer(names: Iterable[str]) -> str:
     """The prefix of all names that belongs to none of them: a trainer's name of the whole model, or of the network alone."""
     names = list(names)
     first = names[0] if names else ""
-    part = next((m for name in names if (m := _PARTS.search(name)) and (m.start() == 0 or name[m.start() - 1] == ".")), None)
+    part = next(
+        (m for name in names if (m := _PARTS.search(name)) and (m.start() == 0 or name[m.start() - 1] == ".")), None
+    )
     if part is not None:
         outer = part.string[: part.start()]
         return outer if all(name.startswith(outer) for name in names) else ""

@@ -20,7 +20,14 @@ from ldm.interop.sizes import check_sizes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = {UNET: WEIGHTS, VAE: WEIGHTS, TEXT: "model.safetensors"}
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 # Of the autoencoder's attention before diffusers 0.17, in which the published Stable Diffusion folders were written.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _BESIDES = {  # of a text encoder
@@ -38,7 +45,9 @@ def find_model(path: str | Path) -> Path:
     if not path.exists():
         raise FolderError(f"no run or model folder {path}")
     if (path / "config.yaml").is_file():
-        raise FolderError(f"{path} is a run without a diffusion model yet: train one with `ldm train-ldm`, or let it finish")
+        raise FolderError(
+            f"{path} is a run without a diffusion model yet: train one with `ldm train-ldm`, or let it finish"
+        )
     raise FolderError(f"{path} holds no model_index.json, neither itself nor in model/")
 
 
@@ -52,7 +61,9 @@ def find_autoencoder(path: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if not path.exists():
-        raise FolderError(f"no autoencoder {path}: train one with `ldm train-autoencoder`, or name a folder that holds one")
+        raise FolderError(
+            f"no autoencoder {path}: train one with `ldm train-autoencoder`, or name a folder that holds one"
+        )
     raise FolderError(f"{path} holds no autoencoder, neither in model/vae nor in vae/: let its training finish")
 
 
@@ -69,17 +80,31 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
             f"{folder}: a {kind if isinstance(kind, str) else shown(kind)} cannot be opened, only {', '.join(layout.PIPELINES)}"
         )
     named = [name for name, entry in index.items() if _names_class(folder / INDEX, name, entry)]
-    besides = {f"{name}/": "no part of this pipeline" for name in named if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")}
+    besides = {
+        f"{name}/": "no part of this pipeline"
+        for name in named
+        if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")
+    }
     parts = {}
     for name in (UNET, VAE, TEXT):
         if name == UNET or (name in named and name not in without and (folder / name).exists()):
-            own = variant if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*")) else None
+            own = (
+                variant
+                if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*"))
+                else None
+            )
             parts[name], aside = read_part(folder / name, name, own)
             besides |= {f"{name}/{tensor}": why for tensor, why in aside.items()}
     extra = read_extra(folder)
     tokenizer = read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {}
     return Bundle(
-        parts, read_json(folder / SCHEDULER), tokenizer, extra, besides, f"a folder of a {index['_class_name']}", index["_class_name"]
+        parts,
+        read_json(folder / SCHEDULER),
+        tokenizer,
+        extra,
+        besides,
+        f"a folder of a {index['_class_name']}",
+        index["_class_name"],
     )
 
 
@@ -112,11 +137,15 @@ def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = Non
     Raises FolderError, or ConfigError for what is not a whole model.
     """
     if UNET not in bundle.parts or bundle.scheduler is None:
-        raise ConfigError("a pipeline folder needs a U-Net and a scheduler: an autoencoder alone is written to a folder of its own")
+        raise ConfigError(
+            "a pipeline folder needs a U-Net and a scheduler: an autoencoder alone is written to a folder of its own"
+        )
     check_writable(bundle)
     index = layout.model_index(bundle)
     (folder / INDEX).unlink(missing_ok=True)
-    files = [file for name, part in bundle.parts.items() for file in write_part(part, folder / name, name, max_shard_bytes)]
+    files = [
+        file for name, part in bundle.parts.items() for file in write_part(part, folder / name, name, max_shard_bytes)
+    ]
     for file, content in bundle.tokenizer.items():
         (folder / "tokenizer").mkdir(exist_ok=True)
         (folder / "tokenizer" / file).write_bytes(content)
@@ -137,7 +166,9 @@ def write_part(part: Part, folder: Path, name: str, max_shard_bytes: int | None 
 def current_name(part: str, key: str) -> str:
     """Today's name of a tensor: of the autoencoder's attention, and of a text tower that transformers 5 wrote without its prefix."""
     if part == VAE and ".attentions." in key:
-        head, old, tail = next(((h, o, t) for o in _OLD_ATTENTION for h, d, t in [key.partition(f".{o}.")] if d), (key, "", ""))
+        head, old, tail = next(
+            ((h, o, t) for o in _OLD_ATTENTION for h, d, t in [key.partition(f".{o}.")] if d), (key, "", "")
+        )
         return f"{head}.{_OLD_ATTENTION[old]}.{tail}" if old else key
     if part == TEXT and key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return f"text_model.{key}"

@@ -25,7 +25,8 @@ def ours_alone(bundle: Bundle) -> str | None:
     reasons = {
         "without autoencoder (a pixel model)": VAE not in bundle.parts,
         "without text encoder (an unconditional model)": TEXT not in bundle.parts,
-        "with a vector, label or concatenated condition": unet.class_embedded or unet.concat_channels not in (0, channels + 1),
+        "with a vector, label or concatenated condition": unet.class_embedded
+        or unet.concat_channels not in (0, channels + 1),
         "with a learned variance": out_channels == 2 * channels,
         "with a score target": target == "score",
     }

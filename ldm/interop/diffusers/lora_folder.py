@@ -49,13 +49,17 @@ class Reference:
         check_extra(about, str(folder / REFERENCE))
         base = next((place for p in places if _is_there(place := folder / p)), None)
         if base is None:
-            raise FolderError(f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}")
+            raise FolderError(
+                f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}"
+            )
         return cls(folder, base, sha256, {key: value for key, value in about.items() if key != "format"})
 
     def check(self, sha256: str) -> None:
         """Raise FolderError unless the base has the weights that the LoRA was trained on."""
         if sha256 != self.sha256:
-            raise FolderError(f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back")
+            raise FolderError(
+                f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back"
+            )
 
 
 def _is_there(place: Path) -> bool:

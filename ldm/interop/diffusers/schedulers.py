@@ -15,14 +15,20 @@ OUR_SCHEDULER = "LatentDiffusionScheduler"  # a score target, which their schedu
 THEIR_SCHEDULER = "DDIMScheduler"
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # the last is ours alone
-_TARGETS = {theirs: ours for ours, theirs in _PREDICTIONS.items()} | {"original_sample": "x0"}  # as EulerDiscreteScheduler has it
+_TARGETS = {theirs: ours for ours, theirs in _PREDICTIONS.items()} | {
+    "original_sample": "x0"
+}  # as EulerDiscreteScheduler has it
 _BETA_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "cosine": "squaredcos_cap_v2",
 }  # of their DDIMScheduler
-_SCHEDULES = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()} | {"sigmoid": "sigmoid"}  # of their DDPMScheduler
-_BETAS = {"scaled_linear": (0.00085, 0.012)}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
+_SCHEDULES = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()} | {
+    "sigmoid": "sigmoid"
+}  # of their DDPMScheduler
+_BETAS = {
+    "scaled_linear": (0.00085, 0.012)
+}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
 # As diffusers computes them: the third equals the first, and a missing one is neither and leaves the first.
 _VARIANCES = {"fixed_small": "posterior", None: "posterior", "fixed_small_log": "posterior",
               "fixed_large": "beta", "learned_range": "learned"}  # fmt: skip
@@ -117,7 +123,9 @@ def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig,
     name = class_name(layout)
     if name in (*READS, OUR_SCHEDULER):
         check_keys(layout)
-    elif "snr_shift_scale" in layout or (name not in PROCESSES and not {"beta_schedule", "trained_betas"} & layout.keys()):
+    elif "snr_shift_scale" in layout or (
+        name not in PROCESSES and not {"beta_schedule", "trained_betas"} & layout.keys()
+    ):
         raise ConfigError(f"scheduler: a {name} has no β of a noise schedule: such a process is not offered")
     values = settings(layout)
     if (prediction := values["prediction_type"]) not in _TARGETS:
@@ -137,7 +145,9 @@ def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
     zero_terminal = values.get("rescale_betas_zero_snr", False)
     if betas is not None:
         if counted and len(betas) != steps:
-            raise ConfigError(f"scheduler: {len(betas)} trained_betas, but num_train_timesteps is {steps}: they must be equal")
+            raise ConfigError(
+                f"scheduler: {len(betas)} trained_betas, but num_train_timesteps is {steps}: they must be equal"
+            )
         return ScheduleConfig(GIVEN, len(betas), betas=tuple(betas), zero_terminal_snr=zero_terminal)
     if (name := _SCHEDULES.get(values["beta_schedule"])) is None:
         raise ConfigError(f"scheduler: beta_schedule {values['beta_schedule']!r} is not offered")
@@ -194,11 +204,15 @@ def _with_others(name: str, values: Mapping[str, Any]) -> dict[str, tuple[Any, .
         else:
             only["timestep_spacing"] = ("linspace",)  # else their Karras levels lie between the ends of that grid
     if values.get("timestep_type") == "continuous":
-        only["prediction_type"] = tuple(kind for kind in _ANY if kind != "v_prediction")  # of v they give the network log σ, not t
+        only["prediction_type"] = tuple(
+            kind for kind in _ANY if kind != "v_prediction"
+        )  # of v they give the network log σ, not t
     if name == "DDPMScheduler" and values["variance_type"] in ("fixed_large", "learned_range"):
         only["timestep_spacing"] = ("linspace",)  # else they add noise in the last step too
     if name == "DPMSolverMultistepScheduler":
-        only["variance_type"] = tuple({values["variance_type"]} - {"learned", "learned_range"})  # they cut off all but three channels
+        only["variance_type"] = tuple(
+            {values["variance_type"]} - {"learned", "learned_range"}
+        )  # they cut off all but three channels
         if values["final_sigmas_type"] == "sigma_min":  # at clean data the last step is of first order in any case
             only |= {"lower_order_final": (True,), "euler_at_final": (False,)}
         elif values["solver_order"] > 2:

@@ -12,7 +12,9 @@ DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers comp
 OUR_UNET = "LatentDiffusionUNet"  # attention on a level without a context, or a learned variance: no UNet2DConditionModel has them
 THEIR_UNET = "UNet2DConditionModel"
 
-_FIXED: dict[str, Any] = {  # values that our U-Net is built with; where a key is absent, its reader's default is the same
+_FIXED: dict[
+    str, Any
+] = {  # values that our U-Net is built with; where a key is absent, its reader's default is the same
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -64,7 +66,9 @@ _VECTOR_MAPS = {"projection": "mlp", "simple_projection": "linear", "identity": 
 _CLASS_EMBEDDINGS = (None, "timestep", *_VECTOR_MAPS)
 
 
-def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int) -> dict[str, Any]:
+def unet_to_diffusers(
+    config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int
+) -> dict[str, Any]:
     """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
 
     Attention on a level without a context, and a learned variance (twice the channels of x_t come out), carry our own class name.
@@ -97,7 +101,9 @@ def unet_to_diffusers(config: UNetConfig, in_channels: int, out_channels: int, c
 
 def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     projected = config.vector_dim if config.vector_map != "identity" else None
-    kind = next((theirs for theirs, ours in _VECTOR_MAPS.items() if config.vector_dim and ours == config.vector_map), None)
+    kind = next(
+        (theirs for theirs, ours in _VECTOR_MAPS.items() if config.vector_dim and ours == config.vector_map), None
+    )
     return {
         "class_embed_type": "timestep" if config.sinusoidal_labels else kind,
         "num_class_embeds": config.num_labels,
@@ -117,7 +123,9 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
     out_channels, context_dim = _count(layout, "out_channels", 4), _single(layout, "cross_attention_dim", 1280)
     x_channels = out_channels // 2 if layout.get("learned_variance") else out_channels
     if (concat := _count(layout, "in_channels", 4) - x_channels) < 0:
-        raise ConfigError(f"unet: in_channels {x_channels + concat} is less than the {x_channels} channels of the prediction")
+        raise ConfigError(
+            f"unet: in_channels {x_channels + concat} is less than the {x_channels} channels of the prediction"
+        )
     if context_dim is not None and (type(context_dim) is not int or context_dim < 1):
         raise ConfigError(f"unet: cross_attention_dim must be a whole number from 1, got {context_dim!r}")
     settings = {
@@ -142,7 +150,9 @@ def sample_side(layout: Mapping[str, Any]) -> int:
     if isinstance(side, (list, tuple)):
         side = side[0] if all(one == side[0] for one in side) else side
     if type(side) is not int or side < 1:
-        raise ConfigError(f"unet: sample_size {side!r} is not a square: write one whole number, the side of what is diffused")
+        raise ConfigError(
+            f"unet: sample_size {side!r} is not a square: write one whole number, the side of what is diffused"
+        )
     return side
 
 
@@ -168,8 +178,13 @@ def _check_names(layout: Mapping[str, Any]) -> None:
             continue
         if key not in _FIXED:
             near = difflib.get_close_matches(key, [*_READ, *_FIXED], n=1)
-            raise ConfigError(f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {THEIR_UNET}"))
-        if any(v != _FIXED[key] and (v or _FIXED[key]) for v in (value if isinstance(value, (list, tuple)) and value else [value])):
+            raise ConfigError(
+                f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {THEIR_UNET}")
+            )
+        if any(
+            v != _FIXED[key] and (v or _FIXED[key])
+            for v in (value if isinstance(value, (list, tuple)) and value else [value])
+        ):
             hint = f" ({_HINTS[key]})" if key in _HINTS else ""
             raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here, only {_FIXED[key]!r}{hint}")
 
@@ -186,12 +201,16 @@ def _check_blocks(layout: Mapping[str, Any]) -> None:
     if [name.replace("Up", "Down") for name in reversed(up)] != down or len(down) != len(layout["block_out_channels"]):
         raise ConfigError(f"unet: up_block_types {up} is not the mirror of down_block_types {down}, one for each level")
     if layout.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
-        raise ConfigError(f"unet: resnet_time_scale_shift {layout['resnet_time_scale_shift']!r} cannot be expressed here")
+        raise ConfigError(
+            f"unet: resnet_time_scale_shift {layout['resnet_time_scale_shift']!r} cannot be expressed here"
+        )
 
 
 def _check_class_embedding(layout: Mapping[str, Any]) -> None:
     """Raise ConfigError for a kind that is not known, one without its width, and for settings of another kind."""
-    kind, labels, width = (layout.get(key) for key in ("class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim"))
+    kind, labels, width = (
+        layout.get(key) for key in ("class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim")
+    )
     if kind not in _CLASS_EMBEDDINGS:
         raise ConfigError(f"unet: class_embed_type {kind!r} cannot be expressed here")
     if kind in ("projection", "simple_projection") and width is None:
@@ -201,7 +220,9 @@ def _check_class_embedding(layout: Mapping[str, Any]) -> None:
         ("projection_class_embeddings_input_dim", width is not None, kind in ("projection", "simple_projection")),
     ):
         if given and not reader:
-            raise ConfigError(f"unet: {key} = {layout[key]!r} has no meaning with class_embed_type {kind!r}: leave it out")
+            raise ConfigError(
+                f"unet: {key} = {layout[key]!r} has no meaning with class_embed_type {kind!r}: leave it out"
+            )
 
 
 def _count(layout: Mapping[str, Any], key: str, default: int) -> int:

@@ -58,7 +58,13 @@ def tensor_bytes(tensors: Tensors) -> int:
 
 
 def save(
-    folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, keep: int = 2, keep_every: int | None = None
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    state: Mapping[str, Any],
+    config: Any,
+    keep: int = 2,
+    keep_every: int | None = None,
 ) -> Path:
     """Write checkpoint ``step`` into ``folder``, then delete what ``shelf.retained`` does not name.
 
@@ -87,9 +93,17 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
                 remove(final)
             os.rename(temporary, final)
             flush(folder)
-    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:  # a full disk is any of the first three
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+    ) as error:  # a full disk is any of the first three
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final}: the checkpoint could not be written: {_reason(error)}{_room(error, folder, needed)}") from error
+        raise CheckpointError(
+            f"{final}: the checkpoint could not be written: {_reason(error)}{_room(error, folder, needed)}"
+        ) from error
     return final
 
 
@@ -98,7 +112,9 @@ def thin_out(fresh: Path, keep: int, keep_every: int | None) -> None:
     try:
         prune(fresh.parent, keep, keep_every, fresh)
     except OSError as error:
-        raise CheckpointError(f"{fresh}: is written, but an older one could not be deleted: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{fresh}: is written, but an older one could not be deleted: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -127,8 +143,13 @@ def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
         save_file(dict(named), folder / f"{group}.safetensors")
     (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False), encoding="utf-8")
     configuration.save(config, folder / CONFIG)
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest} for file, digest in _flushed(sorted(folder.iterdir())).items()}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in _flushed(sorted(folder.iterdir())).items()
+    }
+    (folder / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8"
+    )
     flush(folder / MANIFEST)
     flush(folder)
 
@@ -153,7 +174,9 @@ def _flushed(files: list[Path]) -> dict[Path, str]:
     return hashes
 
 
-def load(path: Path, groups: Iterable[str] | None = None, verify: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load(
+    path: Path, groups: Iterable[str] | None = None, verify: bool = True
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint: its groups of tensors (all, or those named), on the CPU, and its state.
 
     ``verify=False`` is for a path that ``newest_valid`` has just verified. Raises CheckpointError naming the file.
@@ -192,7 +215,9 @@ def require_fit(path: Path, groups: Tensors) -> None:
         for name in sorted(named.keys() | shapes.keys()):
             wanted = tuple(named[name].shape) if name in named else None
             if (found := shapes.get(name)) != wanted:
-                raise CheckpointError(f"{file}: {name} is {_shape(found)} there and {_shape(wanted)} in this model: they must be equal")
+                raise CheckpointError(
+                    f"{file}: {name} is {_shape(found)} there and {_shape(wanted)} in this model: they must be equal"
+                )
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -211,7 +236,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     for name, parameter, _ in _named(optimizer, names):
         state = optimizer.state.get(parameter) or {}
         if state and set(state) != set(MOMENTS):
-            raise CheckpointError(f"optimizer: {name} has the state {', '.join(state)}, should have {', '.join(MOMENTS)} (AdamW)")
+            raise CheckpointError(
+                f"optimizer: {name} has the state {', '.join(state)}, should have {', '.join(MOMENTS)} (AdamW)"
+            )
         flat |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     return flat
 
@@ -225,11 +252,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     for name, parameter, group in _named(optimizer, names):
         held = {key: left.pop(f"{name}.{key}") for key in MOMENTS if f"{name}.{key}" in left}
         if held and (len(held) < len(MOMENTS) or any(held[key].shape != parameter.shape for key in MOMENTS[:2])):
-            raise CheckpointError(f"optimizer: the state of {name} is incomplete or not of the parameter's shape {tuple(parameter.shape)}")
+            raise CheckpointError(
+                f"optimizer: the state of {name} is incomplete or not of the parameter's shape {tuple(parameter.shape)}"
+            )
         on_device = bool(group.get("fused") or group.get("capturable"))  # where AdamW itself keeps its step
         state: dict[str, Tensor] = {}
         for key, tensor in held.items():
-            like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False) if key != "step" else tensor.new_empty(())
+            like = (
+                torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+                if key != "step"
+                else tensor.new_empty(())
+            )
             state[key] = like.to(parameter.device if key != "step" or on_device else "cpu").copy_(tensor)
         states.append((parameter, state))
     if left:

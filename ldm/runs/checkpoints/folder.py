@@ -65,7 +65,11 @@ def _check_file(file: Path, size: int, digest: str | None) -> list[str]:
     except FileNotFoundError:
         return [f"{file}: is missing"]
     except (OSError, ValueError) as error:  # also of a name that no file can have
-        return [f"{file}: cannot be read ({error.strerror or error})" if isinstance(error, OSError) else f"{str(file)!r}: {error}"]
+        return [
+            f"{file}: cannot be read ({error.strerror or error})"
+            if isinstance(error, OSError)
+            else f"{str(file)!r}: {error}"
+        ]
     return []
 
 

@@ -77,7 +77,9 @@ def agreed(processes: Processes, folder: Path, asked: str | None, say: Callable[
         if problems := check(path, fast=True):
             raise CheckpointError(f"{'; '.join(problems)}: every process must see the run's folder")
         if file_hash(path / MANIFEST) != digest:
-            raise CheckpointError(f"{path}: is another checkpoint than on the main process: every process must see one run's folder")
+            raise CheckpointError(
+                f"{path}: is another checkpoint than on the main process: every process must see one run's folder"
+            )
 
     processes.each(see)
     return path
@@ -90,7 +92,9 @@ def set_aside(path: Path) -> str | None:
         return None
     place = path.parent / f"{ASIDE}{max(map(_number, set_asides(path.parent)), default=0) + 1}"
     place.mkdir()
-    for p in reversed(later):  # the newest first: a kill in between leaves none that a start would prefer to those moved
+    for p in reversed(
+        later
+    ):  # the newest first: a kill in between leaves none that a start would prefer to those moved
         p.rename(place / p.name)
     return f"set aside in {place}: the checkpoints of {_updates(later)}"
 

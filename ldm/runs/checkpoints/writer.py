@@ -64,7 +64,14 @@ class BackgroundWriter:
         saved: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.folder, self.keep, self.keep_every, self.errors, self.saved, self._say = folder, keep, keep_every, errors, saved, say
+        self.folder, self.keep, self.keep_every, self.errors, self.saved, self._say = (
+            folder,
+            keep,
+            keep_every,
+            errors,
+            saved,
+            say,
+        )
         self._thread: threading.Thread | None = None
         self._outcome: Written | Exception | None = None  # of the thread, once it has ended
         self._step = saved  # the last that was submitted
@@ -102,7 +109,9 @@ class BackgroundWriter:
         self._note(outcome)
         return outcome
 
-    def _write(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, copied: float, thin: bool) -> None:
+    def _write(
+        self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, copied: float, thin: bool
+    ) -> None:
         start = time.monotonic()
         try:
             path = write(self.folder, step, tensors, state, config)
@@ -123,7 +132,9 @@ class BackgroundWriter:
             self._warn(error, "training continues and tries again at the next interval (train.save_errors: continue)")
 
     def _warn(self, error: Exception, then: str) -> None:
-        warnings.warn(f"{error}; {self._step - self.saved} updates since {self.saved} are not saved; {then}", stacklevel=1)
+        warnings.warn(
+            f"{error}; {self._step - self.saved} updates since {self.saved} are not saved; {then}", stacklevel=1
+        )
 
     def _note(self, written: Written) -> None:
         """Remember a success, and tell of the first."""
@@ -141,7 +152,9 @@ class BackgroundWriter:
     def __enter__(self) -> BackgroundWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception):

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-FACTOR = 10  # a resume on a GPU without `deterministic` may be so many times as far from a run as the same run once more
+FACTOR = (
+    10  # a resume on a GPU without `deterministic` may be so many times as far from a run as the same run once more
+)
 TIMED = ("updates_per_second",)  # figures that are never equal
 
 Reads = Mapping[int, Mapping[int, Sequence[str]]]  # update → position → digests of what was read there
@@ -43,7 +45,9 @@ class Row:
 
     def line(self) -> str:
         """For the table."""
-        restored = "" if self.restored is None else "equal" if self.restored.none else f"{self.restored.size:.0f} differ"
+        restored = (
+            "" if self.restored is None else "equal" if self.restored.none else f"{self.restored.size:.0f} differ"
+        )
         return f"{self.name:<36}{restored:>14}{_number(self.apart, self.exact):>16}{_number(self.twin, self.exact):>16}"
 
 
@@ -78,7 +82,9 @@ def between_groups(group: str, held: Mapping[str, Tensor], live: Mapping[str, Te
     """Largest deviation over the largest value, for each row of one group of a checkpoint."""
     found: dict[str, Difference] = {}
     for row in dict.fromkeys(row_of(group, name) for name in [*held, *live]):
-        mine, other = ({name: t for name, t in tensors.items() if row_of(group, name) == row} for tensors in (held, live))
+        mine, other = (
+            {name: t for name, t in tensors.items() if row_of(group, name) == row} for tensors in (held, live)
+        )
         if lacking := sorted(mine.keys() ^ other.keys()):
             found[row] = Difference(math.inf, f"{lacking[0]} is there in one of them only ({len(lacking)} in all)")
             continue
@@ -98,13 +104,19 @@ def _largest(a: Tensor, b: Tensor) -> float:
     return float(apart.nan_to_num(math.inf, math.inf).max()) if apart.numel() else 0.0
 
 
-def between_digests(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> dict[str, Difference]:
+def between_digests(
+    before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]
+) -> dict[str, Difference]:
     """By row: how many tensors are not what they were."""
     found: dict[str, Difference] = {}
     for row in {**before, **after}:
         a, b = before.get(row, {}), after.get(row, {})
         differing = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-        where = f"{differing[0]} and {len(differing) - 1} more of {len({**a, **b})} are not what they were" if differing else ""
+        where = (
+            f"{differing[0]} and {len(differing) - 1} more of {len({**a, **b})} are not what they were"
+            if differing
+            else ""
+        )
         found[row] = Difference(float(len(differing)), where)
     return found
 
@@ -125,7 +137,9 @@ def between_reads(straight: Sequence[Reads], other: Sequence[Reads], total: int)
     samples = {position: digests for update in a.values() for position, digests in update.items()}
     differing = [p for update in b.values() for p, digests in update.items() if p in samples and digests != samples[p]]
     sample = f"the sample at position {min(differing)} is another" if differing else ""
-    return Difference(float(max(again + left_out, len(wrong))), wrong[0] if wrong else ""), Difference(float(len(differing)), sample)
+    return Difference(float(max(again + left_out, len(wrong))), wrong[0] if wrong else ""), Difference(
+        float(len(differing)), sample
+    )
 
 
 def _together(processes: Sequence[Reads]) -> dict[int, dict[int, list[str]]]:

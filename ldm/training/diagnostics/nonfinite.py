@@ -61,12 +61,16 @@ class NonFiniteRecorder:
                 shutil.rmtree(place)
             if weights == place.name:
                 for name, network in self.task.networks.items():
-                    write_tensors(place / f"{name}.safetensors", {k: v.detach().cpu() for k, v in network.state_dict().items()})
+                    write_tensors(
+                        place / f"{name}.safetensors", {k: v.detach().cpu() for k, v in network.state_dict().items()}
+                    )
             positions = incident.positions
             write_json(place / FILE, {**asdict(incident), "positions": [positions.start, positions.stop - 1]})
             self._thin_out()
         except (OSError, FolderError) as error:
-            self.say(f"update {update} was not finite and changed nothing; {place} cannot be written: {' '.join(str(error).split())}")
+            self.say(
+                f"update {update} was not finite and changed nothing; {place} cannot be written: {' '.join(str(error).split())}"
+            )
             return
         self.newest = place
         self.say(f"update {update} was not finite and changed nothing: `ldm replay {place}` names the module")

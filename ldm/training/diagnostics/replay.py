@@ -48,7 +48,9 @@ class Findings:
         return found
 
 
-def replay(task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]], precision: str, whole: bool) -> Findings:
+def replay(
+    task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]], precision: str, whole: bool
+) -> Findings:
     """Forward and backward passes of the incident's update. ``whole``: a loss that is not a mean over samples, so in one batch.
 
     Raises RunError where the weights or the state do not fit.
@@ -72,10 +74,15 @@ def replay(task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]]
         findings.samples += _broken_samples(batch, positions)
         on_device = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with _watched(_modules(task), findings):
-            metrics = task.micro_step(on_device, incident.update, lambda loss: _backward(loss, size / incident.batch_size, findings))
+            metrics = task.micro_step(
+                on_device, incident.update, lambda loss: _backward(loss, size / incident.batch_size, findings)
+            )
         findings.losses += [name for name, value in metrics.items() if not bool(torch.isfinite(value).all())]
         findings.gradients += [
-            f"{name}.{key}" for name, network in task.networks.items() for key, p in network.named_parameters() if not _finite(p.grad)
+            f"{name}.{key}"
+            for name, network in task.networks.items()
+            for key, p in network.named_parameters()
+            if not _finite(p.grad)
         ]
     return findings
 
@@ -133,7 +140,9 @@ def _watched(roots: dict[str, nn.Module], findings: Findings) -> Iterator[None]:
     def look_back(module: nn.Module, gradient: Tensor) -> None:
         if findings.backward is None and not _finite(gradient):
             name = f"{names[id(module)]} ({type(module).__name__})"
-            findings.backward = f"the gradient that reaches the output of {name} has {_count(gradient)} values that are not finite"
+            findings.backward = (
+                f"the gradient that reaches the output of {name} has {_count(gradient)} values that are not finite"
+            )
 
     for network in roots.values():
         handles += [module.register_forward_hook(look) for module in network.modules()]

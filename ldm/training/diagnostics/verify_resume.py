@@ -74,9 +74,13 @@ class Life:
     """One process's record of a run, from its start or resume to its end."""
 
     first: int  # the update that it began with
-    reads: dict[int, dict[int, list[str]]] = field(default_factory=dict)  # update → position → digests of what was read there
+    reads: dict[int, dict[int, list[str]]] = field(
+        default_factory=dict
+    )  # update → position → digests of what was read there
     rates: dict[int, dict[str, float]] = field(default_factory=dict)  # update → network → learning rate
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # group → tensor → digest, at the beginning of update ``saved``
+    digests: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # group → tensor → digest, at the beginning of update ``saved``
 
 
 class Quiet:
@@ -97,7 +101,9 @@ def settings_of_check(settings: Any, plan: Plan) -> tuple[Any, list[str]]:
             "save_errors": "stop", "trackers": (),
         }
     }  # fmt: skip
-    if isinstance(settings, AutoencoderTrainingConfig) and settings.loss.gan > 0:  # the adversary joins before the checkpoint
+    if (
+        isinstance(settings, AutoencoderTrainingConfig) and settings.loss.gan > 0
+    ):  # the adversary joins before the checkpoint
         changes["loss"] = {"gan_start": min(settings.loss.gan_start, plan.saved - 1)}
     if isinstance(settings, DiffusionTrainingConfig) and not (Path(settings.run) / LATENTS / cache.MANIFEST).is_file():
         changes[""] = {"cache_latents": False}  # encoding the whole set would take longer than the check
@@ -105,7 +111,10 @@ def settings_of_check(settings: Any, plan: Plan) -> tuple[Any, list[str]]:
     for part, values in changes.items():
         held = getattr(settings, part) if part else settings
         differing = {key: value for key, value in values.items() if getattr(held, key) != value}
-        said += [f"{part}.{key}".strip(".") + f" {_text(getattr(held, key))} → {_text(value)}" for key, value in differing.items()]
+        said += [
+            f"{part}.{key}".strip(".") + f" {_text(getattr(held, key))} → {_text(value)}"
+            for key, value in differing.items()
+        ]
         held = dataclasses.replace(held, **differing)
         settings = dataclasses.replace(settings, **{part: held}) if part else held
     return settings, said
@@ -115,7 +124,9 @@ def _text(value: Any) -> str:
     return json.dumps(value)
 
 
-def verify(settings: Any, make_task: Callable[[Any], Task], folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+def verify(
+    settings: Any, make_task: Callable[[Any], Task], folder: Path, plan: Plan, say: Callable[[str], None]
+) -> list[Row]:
     """Train three times in ``folder``, and compare: unbroken, unbroken again, and cut off within an update and resumed.
 
     ``settings`` are those of ``settings_of_check``. Every process returns the same rows. Raises what training raises, and
@@ -129,7 +140,11 @@ def verify(settings: Any, make_task: Callable[[Any], Task], folder: Path, plan: 
     say(f"3 of 3: cut off within update {plan.cut + 1}, then on from the checkpoint of update {plan.saved}")
     cut, _ = check.train("interrupted", cut=True)
     resumed, apart = check.train("interrupted", compared=True)
-    counted = Life(resumed.first, _joined(cut.reads, resumed.reads, resumed.first), _joined(cut.rates, resumed.rates, resumed.first))
+    counted = Life(
+        resumed.first,
+        _joined(cut.reads, resumed.reads, resumed.first),
+        _joined(cut.rates, resumed.rates, resumed.first),
+    )
     restored = between_digests(cut.digests, resumed.digests)
     rows = check.rows_of_all((straight, counted, twin))
     rows += [Row(name, restored.get(name), apart[name], twin_apart[name]) for name in apart]
@@ -156,14 +171,19 @@ class _Check:
         total = self.plan.updates * self.settings.train.batch_size
         apart, twin_apart = between_reads(reads[0], reads[1], total), between_reads(reads[0], reads[2], total)
         begun = Difference(
-            float(abs(counted.first - self.plan.saved)), f"it went on from update {counted.first} instead of {self.plan.saved}"
+            float(abs(counted.first - self.plan.saved)),
+            f"it went on from update {counted.first} instead of {self.plan.saved}",
         )
         return [
             Row("update gone on from", None, begun, Difference(0.0), exact=True),
             Row("positions read", None, apart[0], twin_apart[0], exact=True),
             Row("samples, draws included", None, apart[1], twin_apart[1], exact=True),
             Row(
-                "learning rates", None, between_rates(straight.rates, counted.rates), between_rates(straight.rates, twin.rates), exact=True
+                "learning rates",
+                None,
+                between_rates(straight.rates, counted.rates),
+                between_rates(straight.rates, twin.rates),
+                exact=True,
             ),
         ]
 
@@ -228,7 +248,9 @@ def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
         return metrics
 
     def settle(update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
-        life.rates[update] = {name: float(optimizer.param_groups[0]["lr"]) for name, optimizer in loop.optimizers.each.items()}
+        life.rates[update] = {
+            name: float(optimizer.param_groups[0]["lr"]) for name, optimizer in loop.optimizers.each.items()
+        }
         after_update(update, reduce, finite)
 
     task.micro_step, task.after_update = step, settle

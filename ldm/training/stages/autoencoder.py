@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.layout import to_diffusers
-from autoencoder.loss import adaptive_weight, discriminator_hinge, gan_factor, generator_hinge, reconstruction_terms, weighted_sum
+from autoencoder.loss import (
+    adaptive_weight,
+    discriminator_hinge,
+    gan_factor,
+    generator_hinge,
+    reconstruction_terms,
+    weighted_sum,
+)
 from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_dimension, psnr, ssim
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
@@ -58,7 +65,9 @@ class AutoencoderTask:
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if loss.gan > 0:
             make = PatchDiscriminator
-            self.networks["discriminator"] = seeded(seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers))
+            self.networks["discriminator"] = seeded(
+                seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers)
+            )
         self.wrapped = self.networks
         self.source = open_source(config.data, "train")
         draws = RandomFields({"posterior": self.latent_shape})
@@ -87,7 +96,11 @@ class AutoencoderTask:
         """Lines to print once, before training."""
         if self.perceptual is None:
             return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
-        return [] if self.perceptual.meaningful else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
+        return (
+            []
+            if self.perceptual.meaningful
+            else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
+        )
 
     def lr_scale(self, network: str) -> float:
         """The discriminator may have a rate of its own."""
@@ -102,11 +115,16 @@ class AutoencoderTask:
     @torch.no_grad()
     def initialize(self) -> None:
         """Give the first latents decorrelated channels of unit variance."""
-        self.autoencoder.whiten(torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)]))
+        self.autoencoder.whiten(
+            torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)])
+        )
 
     def _posteriors(self, network: AutoencoderKL, limit: int) -> Iterator[DiagonalGaussian]:
         """Posteriors of the first ``limit`` training images at most, a few at once, without random crop or flip."""
-        images = (prepare(sample.image, self.config.data.image_size) for _, sample in itertools.islice(readable(self.source), limit))
+        images = (
+            prepare(sample.image, self.config.data.image_size)
+            for _, sample in itertools.islice(readable(self.source), limit)
+        )
         if (first := next(images, None)) is None:
             raise DataError(f"{self.config.data.folder}: none of {self.source.length} training images can be read")
         images = itertools.chain([first], images)
@@ -154,7 +172,11 @@ class AutoencoderTask:
         real_logits, fake_logits = self.wrapped["discriminator"](image), self.wrapped["discriminator"](fake)
         hinge = discriminator_hinge(real_logits, fake_logits)
         backward(hinge)
-        return {"discriminator": hinge.detach(), "logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
+        return {
+            "discriminator": hinge.detach(),
+            "logits_real": real_logits.detach().mean(),
+            "logits_fake": fake_logits.detach().mean(),
+        }
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """The adversarial weight of the next update, from this one's gradients over the global batch."""
@@ -232,7 +254,9 @@ class AutoencoderTask:
         except ValueError as error:
             raise NonFiniteError(f"the latents of the training images: {error}: nothing is exported") from None
         if (problem := not_finite({"model_autoencoder": network.state_dict()}, {})) is not None:
-            raise NonFiniteError(f"{problem} not finite once the statistics of the latents are folded in: nothing is exported")
+            raise NonFiniteError(
+                f"{problem} not finite once the statistics of the latents are folded in: nothing is exported"
+            )
         config = {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size}
         write_hashes(run.model, write_part(Part(config, network.state_dict()), run.model / VAE, VAE))
 

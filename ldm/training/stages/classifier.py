@@ -46,7 +46,9 @@ class ClassifierTask:
         classes, captions = find_classes(source, data)
         for text in validation.captions(MOST_CLASSES) or ():
             if text not in captions:
-                raise ConfigError(f"data: {text!r} is in the validation split alone: a classifier needs images of each class to train on")
+                raise ConfigError(
+                    f"data: {text!r} is in the validation split alone: a classifier needs images of each class to train on"
+                )
         self.info = ClassifierInfo(
             config.model, classes, captions, in_channels, diffusion.schedule, self.codec.hash if self.codec else None
         )  # fmt: skip
@@ -72,7 +74,9 @@ class ClassifierTask:
             ("image_size", data.image_size, diffusion.sample_size),
         ):
             if value != wanted:
-                raise ConfigError(f"data.{name} is {value} but the diffusion model's is {wanted}: the classifier sees what it draws")
+                raise ConfigError(
+                    f"data.{name} is {value} but the diffusion model's is {wanted}: the classifier sees what it draws"
+                )
 
     @property
     def summary(self) -> list[str]:
@@ -80,7 +84,9 @@ class ClassifierTask:
         parameters = sum(p.numel() for p in self.classifier.parameters())
         what = "pixels" if self.codec is None else "latents"
         size = "×".join(map(str, self.stream.draws.normals["eps"]))
-        return [f"classifier of {parameters / 1e6:.2f} M parameters on {what} of {size}, {len(self.info.classes)} classes"]
+        return [
+            f"classifier of {parameters / 1e6:.2f} M parameters on {what} of {size}, {len(self.info.classes)} classes"
+        ]
 
     def lr_scale(self, network: str) -> float:
         return 1.0
@@ -92,7 +98,9 @@ class ClassifierTask:
             self.codec.autoencoder.to(device)
 
     def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        loss, right = self._judged(self.wrapped["classifier"], batch, uniform_timesteps(batch["t"], self.schedule.num_steps))
+        loss, right = self._judged(
+            self.wrapped["classifier"], batch, uniform_timesteps(batch["t"], self.schedule.num_steps)
+        )
         backward(loss.mean())
         return {"loss": loss.detach().mean(), "accuracy": right.float().mean()}
 
@@ -109,7 +117,11 @@ class ClassifierTask:
         """Nothing depends on the whole global batch."""
 
     def state(self) -> dict[str, Any]:
-        return {"classes": list(self.info.classes), "autoencoder": self.info.autoencoder, "schedule": schedule_hash(self.info.schedule)}
+        return {
+            "classes": list(self.info.classes),
+            "autoencoder": self.info.autoencoder,
+            "schedule": schedule_hash(self.info.schedule),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError where classes or latents are not those of the run: its logits would mean something else."""
@@ -126,7 +138,9 @@ class ClassifierTask:
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             loss, right = self._judged(self.classifier, moved, t)
-            sums.index_add_(1, t * BINS // self.schedule.num_steps, torch.stack([torch.ones_like(loss), right, loss]).double())
+            sums.index_add_(
+                1, t * BINS // self.schedule.num_steps, torch.stack([torch.ones_like(loss), right, loss]).double()
+            )
         count, right, loss = gather(sums[None]).sum(0).cpu()
         whole = {"loss": float(loss.sum() / count.sum()), "accuracy": float(right.sum() / count.sum())}
         return {**whole, "accuracy_by_t": (right / count).tolist()}
@@ -148,12 +162,18 @@ def find_classes(source: Source, data: DataConfig) -> tuple[tuple[str, ...], dic
     """
     if isinstance(source, FolderSource):
         names = sorted({row.columns["class"] for row in source.rows})
-        captions = [(template.replace("{}", name), i) for i, name in enumerate(names) for template in dict.fromkeys(data.caption_templates)]
+        captions = [
+            (template.replace("{}", name), i)
+            for i, name in enumerate(names)
+            for template in dict.fromkeys(data.caption_templates)
+        ]
     else:
         names = source.captions(MOST_CLASSES) or []
         captions = [(name, i) for i, name in enumerate(names)]
     if not 2 <= len(names) <= MOST_CLASSES:
-        raise ConfigError(f"data: a classifier needs 2 to {MOST_CLASSES} classes, the training split has {len(names) or 'more'}")
+        raise ConfigError(
+            f"data: a classifier needs 2 to {MOST_CLASSES} classes, the training split has {len(names) or 'more'}"
+        )
     if len(dict(captions)) < len(captions):
         raise ConfigError("data.caption_templates give two classes the same caption: choose others")
     return tuple(names), dict(captions)

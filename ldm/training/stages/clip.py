@@ -50,7 +50,11 @@ class ClipTask:
         """Lines to print once, before training."""
         parameters = sum(p.numel() for p in self.clip.parameters())
         cut, counted = self._cut
-        said = [f"{cut} of {counted} captions are longer than {self.config.model.max_length} tokens and are cut"] if cut else []
+        said = (
+            [f"{cut} of {counted} captions are longer than {self.config.model.max_length} tokens and are cut"]
+            if cut
+            else []
+        )
         return [f"CLIP of {parameters / 1e6:.2f} M parameters, {len(self.tokenizer)} tokens", *said]
 
     def lr_scale(self, network: str) -> float:
@@ -82,20 +86,26 @@ class ClipTask:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError where the vocabulary is not that of the run: its tokens would mean something else."""
         if state != self.state():
-            raise ConfigError("the captions have changed, and with them the vocabulary that this run learned: use another run: directory")
+            raise ConfigError(
+                "the captions have changed, and with them the vocabulary that this run learned: use another run: directory"
+            )
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
         network, train = self.clip, self.config.train
         images, texts = [], []
-        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):  # small: each process does all
+        for _, batch in validation_batches(
+            self.validation, train.validation_size, train.batch_size, 0, 1
+        ):  # small: each process does all
             images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)  # type: ignore[union-attr]
             texts += batch["text"]
         image = torch.cat(images)
         distinct = sorted(set(texts))
         embedded = self._embed(distinct)
         figures: dict[str, Any] = {
-            "retrieval_top1": retrieval_top1(image, embedded, torch.tensor([distinct.index(t) for t in texts], device=self.device)),
+            "retrieval_top1": retrieval_top1(
+                image, embedded, torch.tensor([distinct.index(t) for t in texts], device=self.device)
+            ),
             "retrieval_captions": len(distinct),
         }
         related = [i for i, t in enumerate(texts) if swap_relation(t) is not None]

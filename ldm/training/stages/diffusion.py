@@ -70,13 +70,17 @@ class DiffusionTask:
         if self.learned is not None:
             self.networks["schedule"] = self.learned
         self.wrapped = self.networks
-        self._set_process(self.learned.schedule() if self.learned else Schedule.from_config(config.schedule), torch.device("cpu"))
+        self._set_process(
+            self.learned.schedule() if self.learned else Schedule.from_config(config.schedule), torch.device("cpu")
+        )
         normals = {"eps": (channels, side, side)} | ({"posterior": (channels, side, side)} if self.codec else {})
         self.stream = Stream(self.source, data, seed, RandomFields(normals, ("t", "drop")), self._cache(say))
         self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
         self._table: Any = None  # made in `to`, on the device
         self._say = say
-        self.prompts = list(config.prompts) or [validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))]
+        self.prompts = list(config.prompts) or [
+            validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))
+        ]
 
     def _make_unet(self, *arguments: Any) -> None:
         """The network that is trained: fresh (``begin`` may give it weights), or low-rank changes of one that is read here."""
@@ -97,9 +101,13 @@ class DiffusionTask:
     def _check_data(self, model: AutoencoderConfig) -> None:
         data = self.config.data
         if model.image_channels != data.image_channels:
-            raise ConfigError(f"data.image_channels is {data.image_channels} but the autoencoder takes {model.image_channels}")
+            raise ConfigError(
+                f"data.image_channels is {data.image_channels} but the autoencoder takes {model.image_channels}"
+            )
         if data.image_size % model.factor:
-            raise ConfigError(f"data.image_size {data.image_size} is not a multiple of {model.factor} (the autoencoder's factor)")
+            raise ConfigError(
+                f"data.image_size {data.image_size} is not a multiple of {model.factor} (the autoencoder's factor)"
+            )
 
     def _latent(self) -> tuple[int, int]:
         """Channels and side of what is diffused."""
@@ -147,7 +155,9 @@ class DiffusionTask:
         """Lines to print once, before training."""
         parameters = sum(p.numel() for p in self.unet.parameters())
         what = "pixels" if self.codec is None else "latents"
-        notes = [f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"]
+        notes = [
+            f"U-Net of {parameters / 1e6:.2f} M parameters on {what} of {'×'.join(map(str, self.stream.draws.normals['eps']))}"
+        ]
         if self.lora is not None:
             changed = sum(p.numel() for p in self.lora.parameters())
             notes.append(f"trained: LoRA of {changed / 1e6:.3f} M parameters in {len(self.lora.changes)} of its layers")
@@ -190,7 +200,9 @@ class DiffusionTask:
         x0, eps = diffused(self.codec, batch), batch["eps"]
         t, weight = self.timesteps.draw(batch["t"], batch["position"])
         dropped = (batch["drop"] < self.config.caption_dropout).tolist()
-        cond = self._condition([NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)])
+        cond = self._condition(
+            [NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)]
+        )
         watched = InputTap(self.wrapped["unet"]) if self.learned is not None else None
         terms = self.objective.terms(watched or self.wrapped["unet"], x0, eps, t, cond)
         loss = (weight * terms.total).mean()
@@ -227,31 +239,41 @@ class DiffusionTask:
 
     def state(self) -> dict[str, Any]:
         given = {} if self._init_hash is None else {"init": self._init_hash}
-        return {"timesteps": self.timesteps.state(), **self._frozen, **given} | ({} if self.lora is None else {"base": self._base_hash})
+        return {"timesteps": self.timesteps.state(), **self._frozen, **given} | (
+            {} if self.lora is None else {"base": self._base_hash}
+        )
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._init_hash = state.get("init")
         for name, value in self._frozen.items():  # older checkpoints lack them
             if state.get(name, value) != value:
                 path = getattr(self.config, name)
-                raise FolderError(f"{name} {path}: its weights have changed since this run began: bring them back, or use another run:")
+                raise FolderError(
+                    f"{name} {path}: its weights have changed since this run began: bring them back, or use another run:"
+                )
         self.timesteps.load_state(state.get("timesteps", {}))  # older checkpoints lack it
         if self.lora is not None and state["base"] != self._base_hash:
-            raise FolderError(f"init {self.config.init}: its weights have changed since this run began: bring them back, or begin anew")
+            raise FolderError(
+                f"init {self.config.init}: its weights have changed since this run began: bring them back, or begin anew"
+            )
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
         self._refresh()
         train = self.config.train
         total = (
-            train.validation_size if self.validation.source.length is None else min(train.validation_size, self.validation.source.length)
+            train.validation_size
+            if self.validation.source.length is None
+            else min(train.validation_size, self.validation.source.length)
         )
         sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, Σ loss, Σ loss²
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
-            loss = self.objective.terms(self.networks["unet"], diffused(self.codec, moved), moved["eps"], t, cond).error.double()
+            loss = self.objective.terms(
+                self.networks["unet"], diffused(self.codec, moved), moved["eps"], t, cond
+            ).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()

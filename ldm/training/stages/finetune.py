@@ -15,7 +15,9 @@ from ldm.pipeline.codec import autoencoder_hash, files_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 
 
-def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any) -> ModelInfo:
+def check_initial(
+    config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any
+) -> ModelInfo:
     """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
 
     ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
@@ -25,7 +27,9 @@ def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, 
     assert config.init is not None
     info = ModelInfo.read(config.init)
     if info.lora is not None:
-        raise ConfigError(f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}")
+        raise ConfigError(
+            f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}"
+        )
     _check_unet(config.init, info.unet, unet)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
@@ -33,9 +37,15 @@ def check_initial(config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, 
     whole = config.train.lora is None
     if not same_schedule(info.schedule, _unscaled(config.schedule) if whole else config.schedule):
         also = "; zero_terminal_snr and shift may differ" if whole else ""
-        raise ConfigError(f"schedule: that of init {config.init} has other ᾱ_t than this configuration's: they must be equal{also}")
+        raise ConfigError(
+            f"schedule: that of init {config.init} has other ᾱ_t than this configuration's: they must be equal{also}"
+        )
     if info.has_text != (text is not None):
-        _differ(config.init, "text", *(f"{'a' if held else 'no'} text encoder" for held in (info.has_text, text is not None)))
+        _differ(
+            config.init,
+            "text",
+            *(f"{'a' if held else 'no'} text encoder" for held in (info.has_text, text is not None)),
+        )
     if not whole and text is not None:
         from ldm.interop.text import text_of  # transformers takes seconds to import
 
@@ -61,14 +71,20 @@ def _unscaled(schedule: ScheduleConfig) -> ScheduleConfig:
     return dataclasses.replace(schedule, zero_terminal_snr=False, shift=1.0)
 
 
-def _check_unet(init: str, theirs: tuple[UNetConfig, int, int, int | None], mine: tuple[UNetConfig, int, int, int | None]) -> None:
+def _check_unet(
+    init: str, theirs: tuple[UNetConfig, int, int, int | None], mine: tuple[UNetConfig, int, int, int | None]
+) -> None:
     for field in dataclasses.fields(UNetConfig):
         if field.name == "upcast_attention":  # a remark for half precision, which changes nothing here
             continue
         values = [_spread(config, field.name) for config in (theirs[0], mine[0])]
         if values[0] != values[1]:
             _differ(init, f"unet.{field.name}", *values)
-    names = ("autoencoder: channels of the latent", "objective.learned_variance: output channels", "text: width of the context")
+    names = (
+        "autoencoder: channels of the latent",
+        "objective.learned_variance: output channels",
+        "text: width of the context",
+    )
     for name, a, b in zip(names, theirs[1:], mine[1:], strict=True):
         if a != b:
             _differ(init, name, a, b)
@@ -85,8 +101,14 @@ def _spread(config: UNetConfig, name: str) -> Any:
 def _check_latents(config: DiffusionTrainingConfig, info: ModelInfo) -> None:
     pixels = config.autoencoder == NONE
     if pixels != (info.autoencoder is None):
-        _differ(config.init, "autoencoder", *("none" if without else "an autoencoder" for without in (info.autoencoder is None, pixels)))
-    if not pixels and (theirs := files_hash(info.bundle.parts[VAE].files)) != (mine := autoencoder_hash(config.autoencoder)):
+        _differ(
+            config.init,
+            "autoencoder",
+            *("none" if without else "an autoencoder" for without in (info.autoencoder is None, pixels)),
+        )
+    if not pixels and (theirs := files_hash(info.bundle.parts[VAE].files)) != (
+        mine := autoencoder_hash(config.autoencoder)
+    ):
         _differ(config.init, "autoencoder: sha256", theirs[:12], mine[:12])
 
 

@@ -26,7 +26,9 @@ def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
         return batch["image"]
     with torch.no_grad():
         cached = "moments" in batch
-        posterior = DiagonalGaussian.from_moments(batch["moments"]) if cached else codec.autoencoder.encode(batch["image"])
+        posterior = (
+            DiagonalGaussian.from_moments(batch["moments"]) if cached else codec.autoencoder.encode(batch["image"])
+        )
         return codec.latent(posterior, batch["posterior"])
 
 
@@ -47,7 +49,11 @@ def ensure_cache(
     try:
         return cache.LatentCache(folder, bound, processes)
     except cache.DamagedCacheError as error:  # on all processes alike
-        say(f"encoding {source.length} images into {folder}" if error.missing else f"{error}: encoding {source.length} images again")
+        say(
+            f"encoding {source.length} images into {folder}"
+            if error.missing
+            else f"{error}: encoding {source.length} images again"
+        )
     tenths: set[int] = set()
 
     def progress(done: int, total: int) -> None:
@@ -55,6 +61,8 @@ def ensure_cache(
             tenths.add(tenth)
             say(f"encoded {done} of {total}")
 
-    cache.write(folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes)
+    cache.write(
+        folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes
+    )
     autoencoder.to("cpu")
     return cache.LatentCache(folder, bound, processes)
