@@ -1,1 +1,1 @@
-"""Other people's checkpoints: the layouts that our folders share with theirs."""
+"""Model files in the layouts of other programs, each read into a ``Bundle`` and written from one."""

@@ -1,4 +1,4 @@
-"""A model's description, from its files, for `ldm inspect`. Weights are read for their hashes alone, piece by piece."""
+"""Description of a model from its files, for `ldm inspect`; weights are read only to hash and check them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ldm.interop.diffusers.unet import unet_from_diffusers
 
 
 def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
-    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale; of its ``weights``, if they are to be read, the hash
-    of each part, and which tensors hold NaN or an infinity, where there are any.
+    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale.
 
+    ``weights``: read them too, for the hash of each part and the names of tensors that hold NaN or infinity.
     Raises ConfigError where a configuration cannot be expressed here.
     """
-    tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
+    describers = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {
-        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})}
+        name: {**_size(part.tensors), **describers[name](part), **(_weights(part) if weights else {})}
         for name, part in bundle.parts.items()
     }
     if bundle.scheduler is not None:
@@ -36,13 +36,13 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
         about["tokenizer"] = sorted(bundle.tokenizer)
     if bundle.extra:
         about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key != "sha256"}
-    if bundle.besides:
-        about["besides"] = dict(Counter(bundle.besides.values()))
+    if bundle.unused:
+        about["unused"] = dict(Counter(bundle.unused.values()))
     return about
 
 
 def part_hash(part: Part) -> str:
-    """sha256 over names, types, shapes and values: the same in every layout, whatever file holds them."""
+    """sha256 over names, dtypes, shapes and values; the same in every layout."""
     digest = sha256()
     for name in sorted(part.tensors):
         digest.update(f"{name} {tensor_hash(part.tensors[name])}\n".encode())
@@ -50,7 +50,7 @@ def part_hash(part: Part) -> str:
 
 
 def _weights(part: Part) -> dict[str, Any]:
-    """Facts that only the weights themselves show."""
+    """Facts that need the weights: their hash, and tensors that are not finite."""
     bad = nonfinite(part.tensors)
     return {"sha256": part_hash(part)} | (
         {"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {}

@@ -384,7 +384,7 @@ def round_trip(data: st.DataObject) -> None:
     assert set(map(type, metadata.values())) == {str} and metadata["format"] == "pt"
     read = from_compvis(tensors, metadata)
     assert same(read, bundle)
-    assert set(read.besides) == set(buffers(Schedule.from_config(ScheduleConfig(num_steps=2)))) | (
+    assert set(read.unused) == set(buffers(Schedule.from_config(ScheduleConfig(num_steps=2)))) | (
         {"scale_factor"} if VAE in bundle.parts else set()
     )
     unet = bundle.parts[UNET].config
@@ -436,14 +436,14 @@ def test_openclip_gives_the_same_states() -> None:
         ours, expected = network(input_ids=ids).last_hidden_state, openclip_states(tensors, ids, 2)
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     unused = {name for name in tensors if ".resblocks.3." in name}
-    assert set(read.besides) == unused | {
+    assert set(read.unused) == unused | {
         "cond_stage_model.model.text_projection",
         "cond_stage_model.model.logit_scale",
     }
     written, metadata = to_compvis(read, openclip=True)
-    assert written.keys() == tensors.keys() - read.besides.keys()
+    assert written.keys() == tensors.keys() - read.unused.keys()
     assert all(torch.equal(t, tensors[name]) for name, t in written.items())
-    assert same(from_compvis(written, metadata), dataclasses.replace(read, besides={}))
+    assert same(from_compvis(written, metadata), dataclasses.replace(read, unused={}))
     other, _ = to_compvis(read)
     assert "cond_stage_model.transformer.text_model.encoder.layers.2.self_attn.k_proj.bias" in other
 
@@ -493,7 +493,7 @@ def test_tables_are_those_of_latent_diffusion(sd1: Bundle) -> None:
 def test_published_tables_are_recognised(sd1: Bundle, dtype: torch.dtype) -> None:
     tensors = to_compvis(sd1)[0] | {name: table.to(dtype) for name, table in TABLES.items()}
     read = from_compvis(tensors)
-    assert read.scheduler == scheduler() and set(read.besides) == set(TABLES)
+    assert read.scheduler == scheduler() and set(read.unused) == set(TABLES)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_other_tables_are_taken_as_they_are(sd1: Bundle, schedule: ScheduleConfi
     torch.testing.assert_close(
         torch.tensor(read.scheduler["trained_betas"]), Schedule.from_config(schedule).betas.float()
     )
-    assert set(TABLES) == set(read.besides)
+    assert set(TABLES) == set(read.unused)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -533,7 +533,7 @@ def test_weights_of_the_bound_and_log_variances(sd1: Bundle) -> None:
         )
     bound[0] = bound[1]
     extra = {"lvlb_weights": torch.tensor(bound).float(), "logvar": torch.zeros(1000)}
-    assert {"lvlb_weights", "logvar"} <= set(from_compvis(tensors | extra).besides)
+    assert {"lvlb_weights", "logvar"} <= set(from_compvis(tensors | extra).unused)
     with pytest.raises(FolderError, match="lvlb_weights does not fit"):
         from_compvis(tensors | extra, hints=Hints(prediction="v"))
 
@@ -561,9 +561,9 @@ def test_ema_or_raw(sd1: Bundle) -> None:
     for name, t in sd1.parts[UNET].tensors.items():
         assert torch.equal(ema.parts[UNET].tensors[name], t + 1)
     flat = {name for name in both if name.startswith("model_ema.")}
-    assert flat <= set(raw.besides) and not flat & set(tensors)
-    assert {name for name in both if name.startswith("model.")} <= set(ema.besides)
-    assert "their EMA was taken" in ema.besides["model.diffusion_model.out.2.weight"]
+    assert flat <= set(raw.unused) and not flat & set(tensors)
+    assert {name for name in both if name.startswith("model.")} <= set(ema.unused)
+    assert "their EMA was taken" in ema.unused["model.diffusion_model.out.2.weight"]
     del both["model_ema.diffusion_modelout2bias"]
     with pytest.raises(
         FolderError,
@@ -605,7 +605,7 @@ def test_autoencoder_alone(name: str, prefix: str) -> None:
         prefix + "loss.discriminator.main.0.weight": torch.zeros(64, 3, 4, 4),
     }
     read = from_compvis(file | loss, hints=Hints(scale=scale))
-    assert same(read, bundle) and set(read.besides) == set(loss)
+    assert same(read, bundle) and set(read.unused) == set(loss)
     if scale is not None:
         with pytest.raises(ConfigError, match="give scale"):
             from_compvis(file)
@@ -615,7 +615,7 @@ def test_scale_of_the_latents(sd1: Bundle) -> None:
     vae = Part({**sd1.parts[VAE].config, "scaling_factor": 0.7}, sd1.parts[VAE].tensors)
     tensors, metadata = to_compvis(dataclasses.replace(sd1, parts={**sd1.parts, VAE: vae}))
     read = from_compvis(tensors)
-    assert read.parts[VAE].config["scaling_factor"] == pytest.approx(0.7, rel=1e-7) and "scale_factor" in read.besides
+    assert read.parts[VAE].config["scaling_factor"] == pytest.approx(0.7, rel=1e-7) and "scale_factor" in read.unused
     assert from_compvis(tensors, metadata).parts[VAE].config["scaling_factor"] == 0.7
     with pytest.raises(FolderError, match=r"scale_factor is 0\.8, .* says 0\.7"):
         from_compvis(tensors | {"scale_factor": torch.tensor(0.8)}, metadata)

@@ -150,8 +150,8 @@ def test_numbers_of_positions_without_a_text_encoder(whole: Tensors, tmp_path: P
     ):
         left = {key: tensor for key, tensor in whole.items() if not key.startswith("cond_stage_model.")}
         bundle = opened(tmp_path / "a.safetensors", {**left, name: torch.arange(7)[None]})
-        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.besides}.values()), "") + str(
-            bundle.besides
+        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.unused}.values()), "") + str(
+            bundle.unused
         )
         assert TEXT in opened(tmp_path / "b.safetensors", {**whole, name: torch.arange(7)[None]}).parts
 

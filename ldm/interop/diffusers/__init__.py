@@ -1,1 +1,1 @@
-"""diffusers' pipeline folders: configurations, schedulers, index, a LoRA's folder."""
+"""diffusers' layout: pipeline folders, their index, configurations and schedulers, and the folder of a LoRA."""

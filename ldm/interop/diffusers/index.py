@@ -1,6 +1,6 @@
-"""`model_index.json` of a diffusers pipeline folder: which class reads which part, and what no class of theirs can express.
+"""`model_index.json` of a diffusers pipeline folder: the class of each part, and models that diffusers cannot express.
 
-Parameter names need no translation: our networks use the names found there. Nothing is imported from diffusers.
+Parameter names need no translation: our networks use diffusers' names. Nothing is imported from diffusers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ldm.interop.diffusers.scheduler_keys import class_name
 from ldm.interop.diffusers.schedulers import OUR_SCHEDULER, scheduler_from_diffusers
 from ldm.interop.diffusers.unet import DIFFUSERS_VERSION, THEIR_UNET, unet_from_diffusers
 
-OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of what none of theirs can express
+OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of models that diffusers cannot express
 THEIR_PIPELINE = "StableDiffusionPipeline"
-INPAINTING = "StableDiffusionInpaintPipeline"  # a mask and the latent of the masked image as further channels
+INPAINTING = "StableDiffusionInpaintPipeline"  # a mask and the masked image's latent as additional channels
 PIPELINES = (OUR_PIPELINE, THEIR_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPipeline")
 
 
 def ours_alone(bundle: Bundle) -> str | None:
-    """The part of a model that diffusers' text-to-image (or inpainting) pipeline cannot express, or None."""
+    """The property of a model that diffusers' text-to-image and inpainting pipelines cannot express, or None."""
     unet, channels, out_channels, _ = unet_from_diffusers(bundle.parts[UNET].config)
     target = scheduler_from_diffusers(bundle.scheduler or {})[1]
     reasons = {
@@ -34,7 +34,7 @@ def ours_alone(bundle: Bundle) -> str | None:
 
 
 def model_index(bundle: Bundle) -> dict[str, Any]:
-    """`model_index.json`: which class reads which sub-folder; our own class name for what none of theirs can express."""
+    """`model_index.json`: the class of each sub-folder; our own class name for models that diffusers cannot express."""
     nothing = [None, None]
     concat = unet_from_diffusers(bundle.parts[UNET].config)[0].concat_channels
     scheduler = class_name(bundle.scheduler or {})

@@ -1,4 +1,4 @@
-"""`unet/config.json`: the U-Net's settings in diffusers' words, and back. What cannot be expressed is refused by name."""
+"""`unet/config.json`: a U-Net's settings translated to diffusers' keys, and back; others are refused by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 from ldm.config import ConfigError, UNetConfig, build
 
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
-OUR_UNET = "LatentDiffusionUNet"  # attention on a level without a context, or a learned variance: no UNet2DConditionModel has them
+OUR_UNET = "LatentDiffusionUNet"  # with attention but no context, or a learned variance, which diffusers' class lacks
 THEIR_UNET = "UNet2DConditionModel"
 
-_FIXED: dict[
-    str, Any
-] = {  # values that our U-Net is built with; where a key is absent, its reader's default is the same
+# Values that our U-Net is built with; they equal diffusers' defaults, so a key may be absent.
+_FIXED: dict[str, Any] = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -48,15 +47,16 @@ _FIXED: dict[
     "num_attention_heads": None,
 }
 _READ = {
-    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
-    "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups", "use_linear_projection",
-    "resnet_time_scale_shift", "class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim", "upcast_attention",
+    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "layers_per_block", "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups",
+    "use_linear_projection", "resnet_time_scale_shift", "class_embed_type", "num_class_embeds",
+    "projection_class_embeddings_input_dim", "upcast_attention",
     "learned_variance",  # ours
 }  # fmt: skip
-# Of the fixed ones, those whose reader's default has differed between releases or that published files state.
+# The fixed keys that are written: their default differed between releases of diffusers, or published files state them.
 _WRITTEN = (
-    "mid_block_type", "flip_sin_to_cos", "freq_shift", "act_fn", "norm_eps", "downsample_padding", "mid_block_scale_factor",
-    "center_input_sample",
+    "mid_block_type", "flip_sin_to_cos", "freq_shift", "act_fn", "norm_eps", "downsample_padding",
+    "mid_block_scale_factor", "center_input_sample",
 )  # fmt: skip
 _HINTS = {
     "addition_embed_type": "a second condition beside the timestep, as Stable Diffusion XL has",
@@ -71,7 +71,7 @@ def unet_to_diffusers(
 ) -> dict[str, Any]:
     """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
 
-    Attention on a level without a context, and a learned variance (twice the channels of x_t come out), carry our own class name.
+    Attention without a context, and a learned variance (twice the channels of x_t come out), get our own class name.
     """
     learned = out_channels == 2 * in_channels
     levels, heads = len(config.channels), list(config.heads)
@@ -95,7 +95,7 @@ def unet_to_diffusers(
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         **_class_embedding_to_diffusers(config),
         **{key: _FIXED[key] for key in _WRITTEN},
-        **({"learned_variance": True} if learned else {}),  # a key of ours: which half of the output is what
+        **({"learned_variance": True} if learned else {}),  # our own key
     }
 
 
@@ -145,7 +145,7 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
 
 
 def sample_side(layout: Mapping[str, Any]) -> int:
-    """Side of x_t in training, where the file says it, else 64. Raises ConfigError where x_t is not a square."""
+    """Side of x_t in training, or 64 if the file lacks it. Raises ConfigError if x_t is not a square."""
     side = layout.get("sample_size") or 64
     if isinstance(side, (list, tuple)):
         side = side[0] if all(one == side[0] for one in side) else side
@@ -181,10 +181,8 @@ def _check_names(layout: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {THEIR_UNET}")
             )
-        if any(
-            v != _FIXED[key] and (v or _FIXED[key])
-            for v in (value if isinstance(value, (list, tuple)) and value else [value])
-        ):
+        items = value if isinstance(value, (list, tuple)) and value else [value]
+        if any(item != _FIXED[key] and (item or _FIXED[key]) for item in items):
             hint = f" ({_HINTS[key]})" if key in _HINTS else ""
             raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here, only {_FIXED[key]!r}{hint}")
 
@@ -193,7 +191,7 @@ def _check_blocks(layout: Mapping[str, Any]) -> None:
     """Raise ConfigError unless there is one block of a known kind for each level down, and its mirror up."""
     for key in ("down_block_types", "up_block_types", "block_out_channels"):
         if not isinstance(layout.get(key), (list, tuple)) or not layout[key]:
-            raise ConfigError(f"unet: {key} is missing, or no list of one entry for each level")
+            raise ConfigError(f"unet: {key} is missing, or not a list with one entry for each level")
     down, up = list(layout["down_block_types"]), list(layout["up_block_types"])
     for name in [*down, *up]:
         if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
@@ -207,7 +205,7 @@ def _check_blocks(layout: Mapping[str, Any]) -> None:
 
 
 def _check_class_embedding(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a kind that is not known, one without its width, and for settings of another kind."""
+    """Raise ConfigError for an unknown kind, one without its width, or settings of another kind."""
     kind, labels, width = (
         layout.get(key) for key in ("class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim")
     )
@@ -226,6 +224,7 @@ def _check_class_embedding(layout: Mapping[str, Any]) -> None:
 
 
 def _count(layout: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number from 1. Raises ConfigError."""
     value = layout.get(key, default)
     if type(value) is not int or value < 1:
         raise ConfigError(f"unet: {key} must be a whole number from 1, got {value!r}")
@@ -233,7 +232,7 @@ def _count(layout: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _single(layout: Mapping[str, Any], key: str, default: Any) -> Any:
-    """One value for all levels. Raises ConfigError where they differ."""
+    """The one value for all levels. Raises ConfigError if they differ."""
     value = layout.get(key, default)
     if not isinstance(value, (list, tuple)):
         return value
