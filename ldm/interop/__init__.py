@@ -1,1 +1,1 @@
-"""Model files in the layouts of other programs, each read into a ``Bundle`` and written from one."""
+"""Other programs' model layouts, each read into a ``Bundle`` and written from one."""

@@ -1,4 +1,4 @@
-"""A model as its files hold it: configurations and tensors under diffusers' names, without networks.
+"""A model as its files hold it: configurations and tensors under diffusers' names.
 
 Every layout (a pipeline folder, a single file) is read into a Bundle and written from one.
 """
@@ -21,10 +21,11 @@ class Part:
 
     Attributes:
         config: its config.json, with the keys of diffusers or transformers.
-        tensors: by their names there (the text encoder's with the prefix `text_model.`); memory-mapped, so
-            that a tensor that is never read costs nothing.
+        tensors: by their names there (the text encoder's with the prefix `text_model.`);
+            memory-mapped, so that a tensor that is never read costs nothing.
         files: the files that they were read from.
-        sha256: file name to the hash that `ldm.json` recorded when the folder was written; empty if unknown.
+        sha256: file name to the hash that `ldm.json` recorded when the folder was written; empty if
+            unknown.
     """
 
     config: Mapping[str, Any]
@@ -48,9 +49,12 @@ class Bundle:
         parts: the networks present, under UNET, VAE and TEXT.
         scheduler: scheduler_config.json; None for an autoencoder alone.
         tokenizer: the files of tokenizer/ by name.
-        extra: `ldm.json`: settings with no place in diffusers' files (null caption, sampling defaults).
-        unused: tensors and sub-folders of the source that no network uses, by name there: why each is harmless.
-        layout: a description of the source for messages; empty for a model that was not read from files.
+        extra: `ldm.json`: settings with no place in diffusers' files (null caption, sampling
+            defaults).
+        unused: tensors and sub-folders of the source that no network uses, by name there: why each
+            is harmless.
+        layout: a description of the source for messages; empty for a model that was not read from
+            files.
         kind: the class in the `model_index.json` of a folder.
     """
 

@@ -28,7 +28,8 @@ class ClassifierInfo:
         captions: caption to the index of its class.
         in_channels: channels of x_t.
         schedule: noise schedule that its timesteps refer to.
-        autoencoder: sha256 of the weights of the autoencoder that encoded its training images; None: pixels.
+        autoencoder: sha256 of the weights of the autoencoder that encoded its training images;
+            None: pixels.
     """
 
     model: ClassifierConfig
@@ -62,7 +63,10 @@ class ClassifierInfo:
 
 
 def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
-    """The classifier of a run or folder, and the file of its weights. Raises FolderError or ConfigError."""
+    """The classifier of a run or folder, and the file of its weights.
+
+    Raises FolderError or ConfigError.
+    """
     path = Path(path)
     folder = next(
         (f for f in (path / "model/classifier", path / "classifier", path) if (f / "config.json").is_file()), None

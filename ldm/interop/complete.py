@@ -1,4 +1,4 @@
-"""Completeness of a model: the autoencoder and text encoder that its U-Net needs, in matching sizes."""
+"""Completeness of a model: the autoencoder and text encoder that fit its U-Net."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
 
 
 def lacking(bundle: Bundle) -> dict[str, str]:
-    """Missing parts of a model with a U-Net, each with the evidence that it belongs to the model. Raises ConfigError."""
+    """Missing parts of a model with a U-Net, each with the evidence that it belongs to the model.
+
+    Raises ConfigError.
+    """
     if UNET not in bundle.parts:
         return {}
     _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)

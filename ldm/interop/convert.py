@@ -51,7 +51,10 @@ def coverage(bundle: Bundle) -> list[str]:
 
 
 def write_model(bundle: Bundle, target: Path, max_shard_bytes: int | None = None, openclip: bool = False) -> None:
-    """Write a folder, or a single file if the name ends in .safetensors. Raises FolderError or ConfigError."""
+    """Write a folder, or a single file if the name ends in .safetensors.
+
+    Raises FolderError or ConfigError.
+    """
     check_writable(bundle)
     if target.suffix == ".safetensors":
         tensors, metadata = to_compvis(bundle, openclip)

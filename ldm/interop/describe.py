@@ -1,4 +1,4 @@
-"""Description of a model from its files, for `ldm inspect`; weights are read only to hash and check them."""
+"""Description of a model from its files, for `ldm inspect`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ldm.interop.diffusers.unet import unet_from_diffusers
 def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
     """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale.
 
-    ``weights``: read them too, for the hash of each part and the names of tensors that hold NaN or infinity.
-    Raises ConfigError where a configuration cannot be expressed here.
+    ``weights``: read them too, for the hash of each part and the names of tensors that hold NaN or
+    infinity. Raises ConfigError where a configuration cannot be expressed here.
     """
     describers = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {

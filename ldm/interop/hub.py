@@ -19,7 +19,10 @@ _PATTERNS = [
 
 
 def find_or_fetch(name: str) -> Path:
-    """The local folder called ``name``, or a local copy of the hub model called so. Raises FolderError."""
+    """The local folder called ``name``, or a local copy of the hub model called so.
+
+    Raises FolderError.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -57,7 +57,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def written_hashes(folder: Path) -> dict[str, str]:
-    """The recorded sha256 of a part's weight files, by name, from `ldm.json` of the model folder around it.
+    """The sha256 of a part's weight files, by name, recorded in `ldm.json` of the folder above.
 
     Empty if nothing is recorded for this part. Raises FolderError.
     """
@@ -74,10 +74,10 @@ def write_hashes(folder: Path, files: Iterable[Path], about: Mapping[str, object
 
 
 def check_intact(part: Part, name: str = "") -> None:
-    """Raise FolderError for the first weight that is not finite, or file changed since its folder was written.
+    """Raise FolderError for a weight that is not finite, or a file changed since it was written.
 
-    Weights are read once; the hash of a large file is cached until the file changes. ``name``: of the part, for
-    the message.
+    Weights are read once; the hash of a large file is cached until the file changes. ``name``: of
+    the part, for the message.
     """
     check_finite(part, name)
     check_hashes(part)
@@ -93,7 +93,10 @@ def check_finite(part: Part, name: str = "") -> None:
 
 
 def check_hashes(part: Part, anew: bool = False) -> None:
-    """Raise FolderError for a weight file changed since its folder was written. ``anew``: ignore cached hashes."""
+    """Raise FolderError for a weight file changed since its folder was written.
+
+    ``anew``: ignore cached hashes.
+    """
     for file in part.files if part.sha256 else ():
         if (written := part.sha256.get(file.name)) is None:
             raise FolderError(
@@ -113,7 +116,7 @@ _REMEDY = f'bring back the file, or, if it was meant to change, delete "{HASHES}
 
 
 def check_writable(bundle: Bundle) -> None:
-    """Raise NonFiniteError for a tensor that holds NaN or infinity: such a model is never written."""
+    """Raise NonFiniteError for a tensor with NaN or infinity: such a model is never written."""
     for name, part in bundle.parts.items():
         if bad := nonfinite(part.tensors):
             raise NonFiniteError(f"{name}: {bad[0]} holds {counted(part.tensors[bad[0]])}: such a model is not written")

@@ -1,4 +1,4 @@
-"""LoRA files: read from the layouts of diffusers, peft and kohya-ss, written in those of diffusers or kohya-ss."""
+"""LoRA files: read from diffusers, peft and kohya-ss, written for diffusers or kohya-ss."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ Found = dict[Place, dict[str, tuple[str, Tensor]]]  # layer → DOWN, UP or ALPH
 
 
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, Lora]:
-    """Read a LoRA file as one ``Lora`` for each of ``networks`` that it changes: frozen, float32, not attached.
+    """Read a LoRA file as one ``Lora`` per network that it changes: frozen, float32, not attached.
 
     Args:
         path: the file, a folder that holds one, or a run.
         networks: UNET, and TEXT for the text tower.
 
     Raises:
-        FolderError: naming the file and the key or setting, for a tensor that is not finite, does not fit or is not known.
+        FolderError: naming the file and the key or setting, for a tensor that is not finite, does
+            not fit or is not known.
     """
     file = find_lora(path)
     tensors, header = _open(file)
@@ -85,12 +86,13 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
 def write_lora(
     loras: Mapping[str, Lora], file: Path, layout: str = "diffusers", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the LoRA of each network, α/r multiplied into B so that readers without α use the right scale.
+    """Write a LoRA with α/r multiplied into B, so that readers without α use the right scale.
 
     Args:
-        layout: `diffusers`, for ``load_lora_weights`` and peft: α is the rank of each layer and stands in the header.
-            `kohya`, for kohya's scripts, ComfyUI, AUTOMATIC1111 and diffusers: α is one tensor per layer, equal in
-            all layers of a network, since diffusers misreads α that differ.
+        layout: `diffusers`, for ``load_lora_weights`` and peft: α is the rank of each layer and
+            stands in the header. `kohya`, for kohya's scripts, ComfyUI, AUTOMATIC1111 and
+            diffusers: α is one tensor per layer, equal in all layers of a network, since diffusers
+            misreads α that differ.
         dtype: of A and B in the file.
 
     Raises:
@@ -112,7 +114,10 @@ def write_lora(
 
 
 def find_lora(path: str | Path) -> Path:
-    """The LoRA file of a folder or run, or the file itself. Raises FolderError that says what is there instead."""
+    """The LoRA file of a folder or run, or the file itself.
+
+    Raises FolderError that says what is there instead.
+    """
     path = Path(path)
     if path.is_file():
         candidates = [path]
@@ -127,7 +132,7 @@ def find_lora(path: str | Path) -> Path:
 
 
 def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a file, and the settings in its header or in the adapter_config.json beside it."""
+    """All tensors of a file, and the settings in its header or in adapter_config.json."""
     archive = open_archive(file)
     try:
         header = json.loads(archive.metadata.get(METADATA) or "{}")
@@ -158,7 +163,10 @@ def _finite(key: str, tensor: Tensor, file: Path) -> Tensor:
 def _build(
     network: nn.Module, found: Mapping[str, Mapping[str, tuple[str, Tensor]]], settings: Mapping[str, Any], file: Path
 ) -> Lora:
-    """The LoRA of one network from the tensors found for it. Raises FolderError for a shape that does not fit."""
+    """The LoRA of one network from the tensors found for it.
+
+    Raises FolderError for a shape that does not fit.
+    """
     sizes: dict[str, tuple[int, float]] = {}
     for name, roles in found.items():
         for role in (DOWN, UP):
@@ -191,12 +199,15 @@ def _build(
 
 
 def _core(shape: torch.Size) -> tuple[int, ...]:
-    """The shape without trailing sides of 1: a 1×1 convolution and a linear layer are interchangeable."""
+    """The shape without sides of a 1×1 kernel: such a convolution equals a linear layer."""
     return tuple(shape[:2]) if all(side == 1 for side in shape[2:]) else tuple(shape)
 
 
 def _alpha(name: str, rank: int, own: tuple[str, Tensor] | None, settings: Mapping[str, Any], file: Path) -> float:
-    """α of a layer: its own tensor, else the settings, else the rank. Raises FolderError where tensor and settings differ."""
+    """α of a layer: its own tensor, else the settings, else the rank.
+
+    Raises FolderError where tensor and settings differ.
+    """
     configured = alpha_of(name, rank, settings, str(file))
     if own is None:
         return float(rank) if configured is None else configured
@@ -224,7 +235,7 @@ def _usual_rank(lora: Lora) -> int:
 
 
 def _peft_config(lora: Lora) -> dict[str, Any]:
-    """peft's LoraConfig for tensors with α = r: the most common rank, and the layers that differ from it."""
+    """peft's LoraConfig with α = r: the most common rank, and the layers that differ."""
     usual, changes = _usual_rank(lora), lora.changes
     others = {name: change.rank for name, change in changes.items() if change.rank != usual}
     return {

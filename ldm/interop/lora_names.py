@@ -56,7 +56,7 @@ def stems(part: str, name: str) -> Iterator[str]:
 
 
 def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
-    """The names of a U-Net layer in CompVis' layout: ComfyUI's, and kohya-ss' for a base in that layout."""
+    """The names of a U-Net layer in CompVis' layout: ComfyUI's and kohya-ss'."""
     attends = [level in config.attending for level in reversed(range(len(config.channels)))]
     there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
     return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"

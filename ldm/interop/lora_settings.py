@@ -1,7 +1,7 @@
 """The settings beside the tensors of a LoRA file (peft's LoraConfig): rank and α of each layer.
 
-A setting may change the meaning of the tensors, so each one is listed with the values under which A and B mean
-W + (α/r) B A. Other values and unknown settings are refused by name.
+A setting may change the meaning of the tensors, so each one is listed with the values under which A
+and B mean W + (α/r) B A. Other values and unknown settings are refused by name.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def _check(key: str, value: Any, where: str) -> None:
 
 
 def alpha_of(name: str, rank: int, settings: Mapping[str, Any], where: str) -> float | None:
-    """α of a layer in the settings, None if there are none. rsLoRA's α/√r is expressed as α√r over r."""
+    """α of a layer by the settings, None if there are none.
+
+    rsLoRA's scale α/√r is expressed as α√r over r. Raises FolderError for another rank.
+    """
     if not settings:
         return None
     wanted = _of_layer(name, "rank_pattern", settings, settings.get("r", rank), where)
@@ -89,7 +92,8 @@ def alpha_of(name: str, rank: int, settings: Mapping[str, Any], where: str) -> f
 def _of_layer(name: str, which: str, settings: Mapping[str, Any], otherwise: Any, where: str) -> float:
     """A layer's value in one of peft's patterns, or ``otherwise``.
 
-    The first key that equals the end of the layer's name counts, or, with a leading ^, the whole name.
+    The first key that equals the end of the layer's name counts, or, with a leading ^, the whole
+    name.
     """
     patterns = settings.get(which) or {}
     if not isinstance(patterns, dict):
@@ -108,7 +112,10 @@ def _of_layer(name: str, which: str, settings: Mapping[str, Any], otherwise: Any
 
 
 def _pattern(key: str, where: str) -> Callable[[str], bool]:
-    """The test of a key of peft's patterns for a layer's name. The only regular expressions offered are ^ and $."""
+    """The test of a key of peft's patterns for a layer's name.
+
+    The only regular expressions offered are ^ and $.
+    """
     end = key.removeprefix("^").removesuffix("$").removeprefix(TOWER)
     if set(end) & set("\\[](){}*+?|^$"):
         raise FolderError(f"{where}: the pattern {key!r} in its settings is not offered, only names of layers")

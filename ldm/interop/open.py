@@ -1,4 +1,4 @@
-"""Read a model in any layout: a run, a pipeline folder, an autoencoder's folder or a single file."""
+"""Read a model in any layout: run, pipeline folder, autoencoder's folder or single file."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read_model(
 
     Args:
         variant: weight files of a folder to prefer, such as fp16.
-        vae, text: a run, folder, single file or hub name; its autoencoder or text encoder (with tokenizer)
-            replaces the model's own.
+        vae, text: a run, folder, single file or hub name; its autoencoder or text encoder (with
+            tokenizer) replaces the model's own.
         reading: options for a single file (``read_file``).
 
     Raises:
@@ -64,7 +64,10 @@ def read_model(
 
 
 def _with_parts(bundle: Bundle, vae: str | None, text: str | None) -> Bundle:
-    """The model with its autoencoder or text encoder replaced. Raises FolderError or ConfigError."""
+    """The model with its autoencoder or text encoder replaced.
+
+    Raises FolderError or ConfigError.
+    """
     parts, tokenizer, extra = dict(bundle.parts), bundle.tokenizer, dict(bundle.extra)
     if vae is not None:
         parts[VAE] = read_autoencoder(vae)
@@ -78,7 +81,9 @@ def _with_parts(bundle: Bundle, vae: str | None, text: str | None) -> Bundle:
 def read_any(
     path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, **reading: Any
 ) -> Bundle:  # fmt: skip
-    """The model, or the autoencoder alone, at a path; every tensor's shape is checked. Arguments as ``read_model``.
+    """The model, or the autoencoder alone, at a path; every tensor's shape is checked.
+
+    Arguments as ``read_model``.
 
     Raises FolderError or ConfigError.
     """
@@ -108,7 +113,10 @@ def _refuse(
 
 
 def _alone(path: Path) -> Path:
-    """The folder of an autoencoder. Raises FolderError that says what else is at a path without model_index.json."""
+    """The folder of an autoencoder.
+
+    Raises FolderError that says what else is at a path without model_index.json.
+    """
     if (path / UNET).is_dir():
         raise FolderError(f"{path} holds {UNET}/ but no {INDEX}, which says what belongs to the model")
     if any((folder / name).is_file() for folder in (path, path / "model") for name in LORA_NAMES):
@@ -139,7 +147,8 @@ def read_file(
         hints: fields of ``Hints``.
 
     Raises:
-        FolderError, ConfigError: as ``from_compvis``; or an option that does not apply to this file.
+        FolderError, ConfigError: as ``from_compvis``; or an option that does not apply to this
+            file.
     """
     if variant is not None:
         raise ConfigError(f"variant {variant} is for folders, and {file} is a single file")

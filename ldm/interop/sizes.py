@@ -1,4 +1,4 @@
-"""Plausibility of the sizes in a configuration, checked against the tensors before a network is built."""
+"""Plausibility of a configuration's sizes, checked before a network is built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT_COUNTS = (
 
 
 def check_sizes(part: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise FolderError for a network with more layers than ``tensors``, or wider than any machine could hold.
+    """Raise FolderError for more layers than ``tensors``, or widths beyond any machine.
 
     Values of a wrong type in the U-Net's and autoencoder's settings are left to their own readers.
     """

@@ -1,4 +1,4 @@
-"""Load a text encoder: from a run of `train-clip`, a model folder or file, or a CLIP of transformers."""
+"""Load a text encoder from a run, a model folder or file, or a CLIP of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ldm.models.text import TextEncoder
 
 
 def read_text(name: str | Path) -> TextEncoder:
-    """The text encoder of ``read_text_part``, frozen, float32, with its tokenizer. Raises FolderError."""
+    """The text encoder of ``read_text_part``, frozen, float32, with its tokenizer.
+
+    Raises FolderError.
+    """
     try:
         part, tokenizer = read_text_part(str(name))
         return _made(part, tokenizer)

@@ -1,4 +1,4 @@
-"""Build a network around given tensors without copying them; every tensor is used and none is missing."""
+"""Build a network on given tensors without copying; every one is used and none is missing."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ def write_module(module: nn.Module, file: Path) -> None:
 
 
 def read_module(make: Callable[[], M], file: Path) -> M:
-    """The module of ``make`` with the weights of ``file``, as ``fill`` loads them. Raises FolderError."""
+    """The module of ``make`` with the weights of ``file``, as ``fill`` loads them.
+
+    Raises FolderError.
+    """
     return fill(make, Part({}, open_archive(file).tensors, (file,)))
 
 
 def fill(make: Callable[[], M], part: Part, name: str = "") -> M:
-    """Build a frozen module on the tensors of ``part``: every tensor used, none missing, all finite.
+    """Build a frozen module on the tensors of ``part``: all used, none missing, all finite.
 
-    The weights stay memory-mapped until they are moved or changed. ``name``: of the part, for messages.
-    Raises FolderError.
+    The weights stay memory-mapped until they are moved or changed. ``name``: of the part, for
+    messages. Raises FolderError.
     """
     with torch.device("meta"):
         module = make()
@@ -43,7 +46,7 @@ def fill(make: Callable[[], M], part: Part, name: str = "") -> M:
 
 
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
-    """Raise FolderError unless the part holds exactly the tensors ``wanted``, given by name and shape."""
+    """Raise FolderError unless the part holds exactly the tensors ``wanted`` (name → shape)."""
     where, given = part.where, part.tensors
     for name, shape in wanted.items():
         if name not in given:

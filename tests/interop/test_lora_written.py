@@ -247,7 +247,7 @@ def test_half_precision_is_rounded_and_what_it_cannot_hold_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["LORA", "x.safetensors"], 2, "is a LoRA, no model of its own: .*rewrite it by `ldm convert --lora-layout`"),
+        (["LORA", "x.safetensors"], 2, "is a LoRA, not a model: .*convert it by `ldm convert --lora-layout`"),
         (
             ["LORA", "x.safetensors", "--lora-layout", "kohya"],
             2,

@@ -179,7 +179,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
         ["first_stage_model.quantize.embedding.weight", "model.diffusion_model.out.2.weight"],
         "a VQ autoencoder",
     ),
-    "BERT": (["cond_stage_model.transformer.token_emb.weight"], "latent diffusion's first text-to-image model"),
+    "BERT": (["cond_stage_model.transformer.token_emb.weight"], "a latent diffusion model with a BERT text encoder"),
     "classes": (
         ["cond_stage_model.embedding.weight", "first_stage_model.quantize.embedding.weight"],
         "a class-conditional",
@@ -206,7 +206,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
         "the EMA of a U-Net without the U-Net",
     ),
     "U-Net of diffusers": (["down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"], "a U-Net in diffusers' names"),
-    "text encoder": (["text_model.encoder.layers.0.layer_norm1.bias"], "a text encoder alone"),
+    "text encoder": (["text_model.encoder.layers.0.layer_norm1.bias"], "only a text encoder"),
     "T5": (["encoder.block.0.layer.0.SelfAttention.k.weight"], "a T5 text encoder"),
     "optimizer": (["state.0.exp_avg", "state.0.exp_avg_sq"], "the state of an optimizer"),
     "16 channels": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder without quant_conv"),
@@ -216,7 +216,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
     ),
     "images": (
         ["embedder.model.visual.proj", "model.diffusion_model.out.2.weight"],
-        "a model that is conditioned on images",
+        "a model that takes images",
     ),
     "IP-Adapter": (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
 }
@@ -252,7 +252,7 @@ def test_a_lora_is_said_to_be_one(tmp_path: Path) -> None:
         "diffusion_model.out.2.lokr_w1",
     ):
         save_file({name: one}, tmp_path / "a.safetensors")
-        with pytest.raises(ConfigError, match="is a LoRA, no model of its own: draw with it by"):
+        with pytest.raises(ConfigError, match="is a LoRA, not a model: draw with it by"):
             read_file(tmp_path / "a.safetensors")
 
 

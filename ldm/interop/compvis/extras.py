@@ -1,4 +1,4 @@
-"""Entries of a CompVis single file that no network uses, each with the reason, and checked where possible."""
+"""Tensors of a CompVis single file that no network uses: why, and checked where possible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HARMLESS = {  # a pattern of a name → why no network uses it
     r"model_ema\.(decay|num_updates)": "a counter of the EMA",
     r"(first_stage_model\.)?loss\..+": "the loss that the autoencoder was trained with",
     r"(.+\.)?position_ids": "the numbers 0, 1, … of the positions",
-    r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale)": "CLIP's comparison with images",
+    r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale)": "for CLIP's loss alone",
 }
 
 Places = Mapping[str, Mapping[str, Slot]]  # part → full name in the file → slot
@@ -38,8 +38,9 @@ def choose_weights(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Choose between the raw weights of the U-Net and their EMA.
 
-    Returns the EMA copy to use for each name (empty: use the raw weights), and the unused names with the reason.
-    Raises FolderError if EMA copies are wanted and one is missing or has another shape.
+    Returns the EMA copy to use for each name (empty: use the raw weights), and the unused names
+    with the reason. Raises FolderError if EMA copies are wanted and one is missing or has another
+    shape.
     """
     copies = {place: EMA_PREFIX + place.removeprefix("model.").replace(".", "") for place in slots}
     held = [name for name in copies.values() if name in tensors]
@@ -77,7 +78,10 @@ def check_process(tensors: Mapping[str, Tensor], header: Header) -> dict[str, st
 
 
 def process_of(scheduler: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """The schedule and target of a scheduler_config.json. Raises ConfigError, or FolderError if it is unreadable."""
+    """The schedule and target of a scheduler_config.json.
+
+    Raises ConfigError, or FolderError if it is unreadable.
+    """
     try:
         config, target = scheduler_from_diffusers(scheduler)
         return Schedule.from_config(config), target
@@ -101,7 +105,10 @@ def unused_block(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def check_known(tensors: Mapping[str, Tensor], expected: Collection[str], unused: dict[str, str]) -> None:
-    """Add harmless tensors to ``unused``. Raises FolderError for the first tensor that is neither expected nor known."""
+    """Add harmless tensors to ``unused``.
+
+    Raises FolderError for the first tensor that is neither expected nor known.
+    """
     for name in tensors:
         if name in expected or name in unused:
             continue

@@ -34,7 +34,10 @@ class Header:
 
 
 def read_header(metadata: Mapping[str, str]) -> Header | None:
-    """Our entry of a file's metadata, or None if it has none. Raises FolderError if it cannot be read."""
+    """Our entry of a file's metadata, or None if it has none.
+
+    Raises FolderError if it cannot be read.
+    """
     if KEY not in metadata:
         return None
     try:
@@ -58,7 +61,10 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
 
 
 def write_header(bundle: Bundle) -> dict[str, str]:
-    """The metadata that ``read_header`` reads. Raises ConfigError for a tokenizer file that is not text."""
+    """The metadata that ``read_header`` reads.
+
+    Raises ConfigError for a tokenizer file that is not text.
+    """
     tokenizer = {}
     for name, content in bundle.tokenizer.items():
         try:

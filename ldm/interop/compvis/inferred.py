@@ -1,7 +1,7 @@
-"""Infer the configurations of a CompVis single file without our header from the shapes of its tensors.
+"""Infer the configurations of a CompVis single file from the shapes of its tensors.
 
-Head counts, groups, target and latent scale do not show in shapes: for the published families their values are
-known, for other files they must be given as ``Hints``.
+Head counts, groups, target and latent scale do not show in shapes: for the published families their
+values are known, for other files they must be given as ``Hints``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ WHICH_TARGET = (
 
 @dataclass(frozen=True)
 class Hints:
-    """Settings that the tensors of a file do not show. None: the published value, for a file of a published family.
+    """Settings that the tensors of a file do not show.
+
+    None: the published value, for a file of a published family.
 
     Attributes:
         prediction: eps, v or x0.
@@ -102,7 +104,9 @@ class Family:
 def infer_unet(
     shapes: Shapes, hints: Hints, latent_channels: int | None, factor: int | None
 ) -> tuple[dict[str, Any], str]:
-    """unet/config.json of the tensors, and the target. ``latent_channels``, ``factor``: the autoencoder's, or None.
+    """unet/config.json of the tensors, and the target.
+
+    ``latent_channels``, ``factor``: the autoencoder's, or None.
 
     Raises ConfigError naming the hint that is needed, FolderError for tensors that fit no U-Net.
     """
@@ -182,7 +186,7 @@ def _family(channels: tuple[int, ...], linear: bool, context: int) -> Family | N
 
 
 def _is_768_v(family: Family | None, target: str) -> bool:
-    """True for the U-Net of Stable Diffusion 2 that was trained to predict v on images of 768 pixels."""
+    """True for Stable Diffusion 2's U-Net for 768 pixels, which predicts v."""
     return family is not None and family.prediction is None and target == "v"
 
 
@@ -197,7 +201,10 @@ def _groups(given: int | None, channels: tuple[int, ...], part: str, option: str
 
 
 def _image_size(hints: Hints, family: Family | None, target: str) -> int:
-    """Side of the training images in pixels: the hint, or the published 512 or 768. Raises ConfigError."""
+    """Side of the training images in pixels: the hint, or the published 512 or 768.
+
+    Raises ConfigError.
+    """
     if hints.image_size is None and family is None:
         raise ConfigError("the size of the training images is in no tensor: give image_size, in pixels")
     return hints.image_size or (768 if _is_768_v(family, target) else 512)
@@ -207,7 +214,10 @@ def _image_size(hints: Hints, family: Family | None, target: str) -> int:
 
 
 def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[str, Any]:
-    """vae/config.json of the tensors. ``given_scale``: the latent scale in the file, or None. Raises ConfigError."""
+    """vae/config.json of the tensors. ``given_scale``: the latent scale in the file, or None.
+
+    Raises ConfigError.
+    """
     levels = range(shapes.count("encoder.down."))
     channels = tuple(shapes(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in levels)
     config = AutoencoderConfig(
@@ -228,7 +238,10 @@ def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[s
 
 
 def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
-    """text_encoder/config.json of the tensors, in transformers' names or in OpenCLIP's. Raises ConfigError."""
+    """text_encoder/config.json of the tensors, in transformers' names or in OpenCLIP's.
+
+    Raises ConfigError.
+    """
     token, position = "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"
     if openclip:
         token, position = "token_embedding.weight", "positional_embedding"
@@ -262,7 +275,10 @@ def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
 
 
 def _text_layers(shapes: Shapes, hints: Hints, openclip: bool, width: int) -> int:
-    """Number of layers in use: all in transformers' names, all but OpenCLIP's last block. Raises ConfigError."""
+    """Number of layers in use: all in transformers' names, all but OpenCLIP's last block.
+
+    Raises ConfigError.
+    """
     held = shapes.count("transformer.resblocks." if openclip else "text_model.encoder.layers.")
     if hints.text_layers is not None or not openclip:
         return held if hints.text_layers is None else hints.text_layers

@@ -1,4 +1,4 @@
-"""The kind of a file of tensors that cannot be opened here, recognised by tensor names that only this kind has."""
+"""Kinds of files that cannot be opened here, recognised by names that only this kind has."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _KINDS: dict[str, str] = {  # a pattern of one name → the kind; narrower patte
     _NET + r"(?:double_layers|(?:single_)?transformer_blocks|blocks|layers|x_embedder)\.": "a diffusion transformer",
     r"^cond_stage_model\.transformer\.(?:token_emb|attn_layers)\.": "a latent diffusion model with a BERT text encoder",
     r"^cond_stage_model\.embedding\.weight$": "a class-conditional latent diffusion model",
-    r"^cond_stage_model\.(?:model\.visual|.*vision_model)\.|^embedder\.|^noise_augmentor\.": "an image-conditioned model",
+    r"^cond_stage_model\.(?:model\.visual|.*vision_model)\.|^embedder\.|^noise_augmentor\.": "a model that takes images",
     r"^cond_stage_model\.roberta\.": "AltDiffusion, whose text encoder is XLM-RoBERTa",
     r"^cond_stage_model\.(?:channel_mapper|quantize|encoder|decoder)\.": "an image-conditioned latent diffusion model",
     r"^depth_model\.|^low_scale_model\.": "Stable Diffusion 2 with a depth map or small image as condition",
     _AT + r"quantize\.embedding\.weight$": "a VQ autoencoder, or a latent diffusion model on one",
-    r"^(?:unet\.)?(?:down_blocks|mid_block|up_blocks)\.": "a U-Net in diffusers' names (put it in a folder with its config.json)",
-    r"^(?:text_model\.|model\.)?(?:encoder\.layers|transformer\.resblocks)\.\d+\.|^text_model\.": "only a text encoder",
+    r"^(?:unet\.)?(?:down_blocks|mid_block|up_blocks)\.": "a U-Net in diffusers' names, without its folder",
+    r"^(?:model\.)?(?:encoder\.layers|transformer\.resblocks)\.\d+\.|^text_model\.": "only a text encoder",
     _AT + r"encoder\.block\.\d+\.layer\.": "a T5 text encoder",
     r"^(?:emb_params$|<[^>]*>$)": "a textual inversion",
     _AT + r"(?:exp_avg|exp_avg_sq|momentum_buffer)(?:\.|$)|^optimizer\.": "the state of an optimizer",
@@ -53,7 +53,10 @@ def is_lora(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
-    """The kind of a file that cannot be opened, in words, or None. ``tensors``: by the names of ``spelled``."""
+    """The kind of a file that cannot be opened, in words, or None.
+
+    ``tensors``: by the names of ``spelled``.
+    """
     for pattern, kind in _KINDS.items():
         search = re.compile(pattern).search
         if any(search(name) for name in tensors):

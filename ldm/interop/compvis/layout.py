@@ -1,6 +1,7 @@
-"""CompVis single files (latent-diffusion, Stable Diffusion): read into a Bundle and written from one.
+"""CompVis single files (latent-diffusion, Stable Diffusion), read and written as a Bundle.
 
-Files written here carry the configuration in their header; for other files it is inferred from the tensors.
+Files written here carry the configuration in their header; for other files it is inferred from the
+tensors.
 """
 
 from __future__ import annotations
@@ -81,12 +82,16 @@ def from_compvis(
 
 
 def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a single file and the metadata of its header. An autoencoder alone has no prefix, as in CompVis' files.
+    """The tensors of a single file and the metadata of its header.
 
-    ``openclip``: write the text encoder in OpenCLIP's names, which CompVis' code for Stable Diffusion 2 reads.
-    OpenCLIP's unused last block, which we do not have, is left out; that code loads without it.
+    An autoencoder alone has no prefix, as in CompVis' files.
 
-    Raises ConfigError naming what the layout cannot hold, FolderError if tensors and configurations disagree.
+    ``openclip``: write the text encoder in OpenCLIP's names, which CompVis' code for Stable
+    Diffusion 2 reads. OpenCLIP's unused last block, which we do not have, is left out; that code
+    loads without it.
+
+    Raises ConfigError naming what the layout cannot hold, FolderError if tensors and configurations
+    disagree.
     """
     _check_expressible(bundle, openclip)
     prefixes = PREFIXES | ({TEXT: OPENCLIP_PREFIX} if openclip else {})
@@ -113,7 +118,10 @@ def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor
 
 
 def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str]) -> Places:
-    """The slots of every tensor of these networks. Raises ConfigError naming what we cannot express, or FolderError."""
+    """The slots of every tensor of these networks.
+
+    Raises ConfigError naming what we cannot express, or FolderError.
+    """
     slots = {}
     try:
         if UNET in configs:
@@ -131,7 +139,10 @@ def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The parts whose tensors are in the file, with their prefixes. Raises FolderError if there are none."""
+    """The parts whose tensors are in the file, with their prefixes.
+
+    Raises FolderError if there are none.
+    """
     names = [n for n in tensors if not n.endswith("position_ids")]  # may be left over from a removed text encoder
     found = {part: prefix for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in names)}
     if any(name.startswith(OPENCLIP_PREFIX + "transformer.") for name in names):
@@ -181,7 +192,10 @@ def _check(tensors: Mapping[str, Tensor], places: Places) -> None:
 
 
 def _inside(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], source: Mapping[str, str]) -> dict[str, Tensor]:
-    """The network's tensors, as views of the file's. ``source``: name → the copy (EMA) to use instead."""
+    """The network's tensors, as views of the file's.
+
+    ``source``: name → the copy (EMA) to use instead.
+    """
     inside = {}
     for place, slot in slots.items():
         pieces = tensors[source.get(place, place)].chunk(len(slot.holds))

@@ -1,6 +1,7 @@
-"""The name of each tensor of our networks in a CompVis single file (latent-diffusion, Stable Diffusion).
+"""The name of each tensor of our networks in a CompVis single file.
 
-Our names are those of diffusers and transformers; names in the file are given without the part's prefix.
+Our names are those of diffusers and transformers; names in the file are given without the part's
+prefix.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ _UNET_ENDS = {
 
 
 def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
-    """Every tensor of the U-Net of a unet/config.json. Raises ConfigError naming what we cannot express."""
+    """Every tensor of the U-Net of a unet/config.json.
+
+    Raises ConfigError naming what we cannot express.
+    """
     arguments = unet_from_diffusers(config)
     with torch.device("meta"):
         network = UNet(*arguments)
@@ -69,7 +73,10 @@ def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
 
 
 def unet_name(name: str, layers: int, attends: list[bool]) -> str:
-    """A U-Net tensor's name in the file. ``layers``: residual blocks per level; ``attends``: attention in each up block."""
+    """A U-Net tensor's name in the file.
+
+    ``layers``: residual blocks per level; ``attends``: true for up blocks with attention.
+    """
     owner, kind = name.rsplit(".", 1)
     if owner in _UNET_ENDS:
         return f"{_UNET_ENDS[owner]}.{kind}"
@@ -113,7 +120,10 @@ def vae_slots(config: Mapping[str, Any]) -> list[Slot]:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """An autoencoder tensor's name in the file, which counts the decoder's levels from the highest resolution."""
+    """An autoencoder tensor's name in the file.
+
+    The file counts the decoder's levels from the highest resolution.
+    """
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
@@ -144,7 +154,7 @@ _TEXT_DEFAULTS = {  # CLIPTextConfig's defaults, for keys that a config.json omi
 
 
 def text_slots(config: Mapping[str, Any], openclip: bool) -> list[Slot]:
-    """Every tensor of the text encoder of a CLIPTextModel's config.json, in transformers' names or in OpenCLIP's."""
+    """Every tensor of a CLIPTextModel's config.json, in transformers' names or in OpenCLIP's."""
     config = {**_TEXT_DEFAULTS, **config}
     width, inner = config["hidden_size"], config["intermediate_size"]
     ends = {
@@ -195,6 +205,9 @@ def _openclip_block(layer: int, width: int, inner: int) -> list[Slot]:
 
 
 def shapes_of(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a part's network. Raises ConfigError naming what we cannot express."""
+    """Name and shape of every tensor of a part's network.
+
+    Raises ConfigError naming what we cannot express.
+    """
     slots = unet_slots(config) if part == UNET else vae_slots(config) if part == VAE else text_slots(config, False)
     return {name: slot.inner for slot in slots for name in slot.holds}

@@ -44,7 +44,7 @@ def buffers(schedule: Schedule) -> dict[str, Float[Tensor, " T"]]:
 
 
 def bound_weights(schedule: Schedule, target: str) -> Float[Tensor, " T"]:
-    """`lvlb_weights`, the loss weights of the variational bound as CompVis' code computes them; old files hold them."""
+    """`lvlb_weights` of old files: the loss weights of the variational bound in CompVis' code."""
     t = torch.arange(schedule.num_steps)
     bar = schedule.alphas_cumprod
     if target == "eps":
@@ -58,7 +58,10 @@ def bound_weights(schedule: Schedule, target: str) -> Float[Tensor, " T"]:
 
 
 def schedule_of(tensors: Mapping[str, Tensor]) -> ScheduleConfig:
-    """The schedule of the betas in the file, or the published one if there are none. Raises FolderError."""
+    """The schedule of the betas in the file, or the published one if there are none.
+
+    Raises FolderError.
+    """
     published = ScheduleConfig()
     if "betas" not in tensors:
         return published
@@ -81,7 +84,8 @@ def schedule_of(tensors: Mapping[str, Tensor]) -> ScheduleConfig:
 def check_buffers(tensors: Mapping[str, Tensor], schedule: Schedule, target: str) -> dict[str, str]:
     """Compare each table in the file with the schedule.
 
-    Returns their names with the reason why they are unused. Raises FolderError naming the table that differs.
+    Returns their names with the reason why they are unused. Raises FolderError naming the table
+    that differs.
     """
     found = {}
     expected = buffers(schedule) | {"lvlb_weights": bound_weights(schedule, target)}

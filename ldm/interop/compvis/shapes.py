@@ -1,4 +1,4 @@
-"""Look up the shapes of a file's tensors by name; messages for names that are missing or unknown."""
+"""Shapes of a file's tensors by name, and messages for missing and unknown names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Shapes:
         }
 
     def __call__(self, name: str, dimension: int) -> int:
-        """One side of a tensor. Raises FolderError if the tensor is missing or has too few dimensions."""
+        """One side of a tensor.
+
+        Raises FolderError if the tensor is missing or has too few dimensions.
+        """
         if name not in self._shapes:
             raise missing(self.prefix + name, [self.prefix + n for n in self._shapes])
         shape = self._shapes[name]
@@ -41,7 +44,7 @@ class Shapes:
         return any(name.startswith(prefix) for name in self._shapes)
 
     def count(self, prefix: str) -> int:
-        """One more than the largest number that follows ``prefix`` in a name; 0 if there is none."""
+        """One more than the largest number that follows ``prefix`` in a name, or 0."""
         found = [m for name in self._shapes if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
         return max((int(m[1]) + 1 for m in found), default=0)
 
@@ -59,5 +62,5 @@ def nearest(name: str, expected: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error of another library as one line, with its type (a KeyError's text is only the key)."""
+    """An error of another library in one line, with its type (a KeyError's text is its key)."""
     return f"{type(error).__name__} {' '.join(str(error).split())}"

@@ -1,8 +1,9 @@
 """Normalise the names in a single file to the spelling of CompVis' code.
 
-Other programs write wrappers of parallel and compiled modules anywhere in a name, their own prefix before all names,
-or a U-Net or autoencoder alone without its prefix. Text towers lack the prefix `text_model.` in files of
-transformers 5 and in older merges, and an autoencoder alone is often in diffusers' names.
+Other programs write wrappers of parallel and compiled modules anywhere in a name, their own prefix
+before all names, or a U-Net or autoencoder alone without its prefix. Text towers lack the prefix
+`text_model.` in files of transformers 5 and in older merges, and an autoencoder alone is often in
+diffusers' names.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _TEXT = (  # pattern of a text tower's name, and its replacement
 
 
 def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, or views of them, by their names in CompVis' code. Raises FolderError if two get the same name."""
+    """The tensors, or views of them, by their names in CompVis' code.
+
+    Raises FolderError if two get the same name.
+    """
     # Without wrappers and without a prefix common to all names.
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     outer = _outer(names.values())
@@ -71,7 +75,10 @@ _DOWN = re.compile(r"(?:first_stage_model\.)?encoder\.down_blocks\.(\d+)\.")
 
 
 def _outer(names: Iterable[str]) -> str:
-    """A prefix that a trainer wrote before all names, of the whole model or of a network alone; "" if there is none."""
+    """A prefix that a trainer wrote before all names, of the whole model or of a network alone;
+
+    "" if there is none.
+    """
     names = list(names)
     first = names[0] if names else ""
 
@@ -90,7 +97,10 @@ def _outer(names: Iterable[str]) -> str:
 
 
 def _autoencoder(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
-    """Name and tensor of an autoencoder in CompVis' code, where attention is a 1×1 convolution; others unchanged."""
+    """An autoencoder's name and tensor in CompVis' code; others unchanged.
+
+    Attention is a 1×1 convolution there.
+    """
     prefix = "first_stage_model." if name.startswith("first_stage_model.") else ""
     inner = current_name("vae", name.removeprefix(prefix))
     if not inner.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):

@@ -1,1 +1,1 @@
-"""diffusers' layout: pipeline folders, their index, configurations and schedulers, and the folder of a LoRA."""
+"""diffusers' layout: pipeline folders with their index, configurations and schedulers."""

@@ -55,7 +55,10 @@ def find_model(path: str | Path) -> Path:
 
 
 def find_autoencoder(path: str | Path) -> Path:
-    """The folder with an autoencoder's config.json in a run or model folder, or the folder itself. Raises FolderError."""
+    """The folder with an autoencoder's config.json in a run or model folder, or the folder itself.
+
+    Raises FolderError.
+    """
     path = Path(path)
     for folder in (path, path / "model"):
         if (reference := Reference.read(folder)) is not None:
@@ -76,7 +79,8 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
     A part in the index whose folder is missing is left out; ``complete.lacking`` reports it.
 
     Args:
-        variant: fp16, non_ema …; the U-Net must have it, other parts are read without it if they lack it.
+        variant: fp16, non_ema …; the U-Net must have it, other parts are read without it if they
+            lack it.
         without: parts to skip.
 
     Raises:
@@ -111,7 +115,10 @@ def read_folder(folder: Path, variant: str | None = None, without: Collection[st
 
 
 def _names_class(file: Path, name: str, entry: Any) -> bool:
-    """True if an entry of the index names a sub-folder. Raises FolderError for a malformed entry of a part."""
+    """True if an entry of the index names a sub-folder.
+
+    Raises FolderError for a malformed entry of a part.
+    """
     pair = isinstance(entry, list) and len(entry) == 2
     if pair and all(isinstance(one, str) for one in entry):
         return True
@@ -121,7 +128,10 @@ def _names_class(file: Path, name: str, entry: Any) -> bool:
 
 
 def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:
-    """One sub-folder (config.json and weights), and its unused tensors with the reason. Raises FolderError."""
+    """One sub-folder (config.json and weights), and its unused tensors with the reason.
+
+    Raises FolderError.
+    """
     config = read_json(folder / "config.json")
     archive = open_archive(find_weights(folder, FILES[name].removesuffix(".safetensors"), variant))
     tensors = {current_name(name, key): tensor for key, tensor in archive.tensors.items()}
@@ -134,7 +144,9 @@ def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part
 
 
 def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = None) -> tuple[Path, ...]:
-    """Write all parts, `model_index.json` last, so that a folder that has it is complete. Returns the weight files.
+    """Write all parts, `model_index.json` last, so that a folder that has it is complete.
+
+    Returns the weight files.
 
     Raises FolderError, or ConfigError for a bundle that is not a whole model.
     """
@@ -166,7 +178,7 @@ def write_part(part: Part, folder: Path, name: str, max_shard_bytes: int | None 
 
 
 def current_name(part: str, key: str) -> str:
-    """The current name of a tensor of the autoencoder's attention, or of a text tower without its prefix."""
+    """A tensor's current name: for old autoencoders' attention, text towers without prefix."""
     if part == VAE and ".attentions." in key:
         for old, new in _OLD_ATTENTION.items():
             if f".{old}." in key:

@@ -1,6 +1,7 @@
-"""`model_index.json` of a diffusers pipeline folder: the class of each part, and models that diffusers cannot express.
+"""`model_index.json` of a diffusers pipeline folder: the class of each part.
 
-Parameter names need no translation: our networks use diffusers' names. Nothing is imported from diffusers.
+Parameter names need no translation: our networks use diffusers' names. Nothing is imported from
+diffusers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PIPELINES = (OUR_PIPELINE, THEIR_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPi
 
 
 def ours_alone(bundle: Bundle) -> str | None:
-    """The property of a model that diffusers' text-to-image and inpainting pipelines cannot express, or None."""
+    """The property of a model that diffusers' pipelines cannot express, or None."""
     unet, channels, out_channels, _ = unet_from_diffusers(bundle.parts[UNET].config)
     target = scheduler_from_diffusers(bundle.scheduler or {})[1]
     reasons = {
@@ -34,7 +35,7 @@ def ours_alone(bundle: Bundle) -> str | None:
 
 
 def model_index(bundle: Bundle) -> dict[str, Any]:
-    """`model_index.json`: the class of each sub-folder; our own class name for models that diffusers cannot express."""
+    """`model_index.json`: the class of each sub-folder, ours where diffusers has none."""
     nothing = [None, None]
     concat = unet_from_diffusers(bundle.parts[UNET].config)[0].concat_channels
     scheduler = class_name(bundle.scheduler or {})

@@ -33,13 +33,18 @@ class Reference:
     extra: Mapping[str, Any]
 
     def write(self) -> None:
-        """Write `lora.json`, with the base's path relative to the folder, so that both may move together, and absolute."""
+        """Write `lora.json`, with the relative path of the base, so that both may move, and the
+        absolute one.
+        """
         places = [os.path.relpath(self.base, self.folder), str(resolved(self.base))]
         write_json(self.folder / REFERENCE, {"format": 1, "base": places, "base_sha256": self.sha256, **self.extra})
 
     @classmethod
     def read(cls, folder: Path) -> Reference | None:
-        """The reference in a folder, or None. Raises FolderError if the base is in neither of its places."""
+        """The reference in a folder, or None.
+
+        Raises FolderError if the base is in neither of its places.
+        """
         if not (folder / REFERENCE).is_file():
             return None
         about = read_json(folder / REFERENCE)

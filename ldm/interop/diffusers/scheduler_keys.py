@@ -1,7 +1,8 @@
-"""The keys of a scheduler_config.json that its class reads, with the class's defaults and the types of their values.
+"""The keys of a scheduler_config.json that its class reads, with their defaults and types.
 
-``X.from_config(other.config)`` leaves the other class's keys in the file that X writes, but X does not read them: a
-key that is not in the table of a class has no effect. A test compares the tables with the classes' ``__init__``.
+``X.from_config(other.config)`` leaves the other class's keys in the file that X writes, but X does
+not read them: a key that is not in the table of a class has no effect. A test compares the tables
+with the classes' ``__init__``.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ def class_name(layout: Mapping[str, Any]) -> str:
 
 
 def settings(layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key that the scheduler's class reads, from the file or by default. Raises ConfigError for a wrong type."""
+    """Every key that the scheduler's class reads, from the file or by default.
+
+    Raises ConfigError for a wrong type.
+    """
     name = class_name(layout)
     table = READS.get(name) or PROCESSES.get(name) or _ANY_PROCESS
     values = {key: _typed(key, layout[key], default) if key in layout else default for key, default in table.items()}

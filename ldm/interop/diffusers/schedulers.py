@@ -1,4 +1,4 @@
-"""scheduler_config.json: process, target and sampler of a model translated to diffusers' keys, and back."""
+"""scheduler_config.json: process, target and sampler in diffusers' keys, and back."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ _MULTISTEP_SAMPLERS = {
 def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: SampleConfig | None = None) -> dict[str, Any]:
     """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process and target.
 
-    The grid is that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a name in diffusers is
-    written as its table of β, a score target under our own class name.
+    The grid is that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a
+    name in diffusers is written as its table of β, a score target under our own class name.
     """
     sample = sample or SampleConfig()
     start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
@@ -118,7 +118,10 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: Sample
 
 
 def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
-    """The schedule and target of a scheduler_config.json. Raises ConfigError naming what is wrong or not offered."""
+    """The schedule and target of a scheduler_config.json.
+
+    Raises ConfigError naming what is wrong or not offered.
+    """
     name = class_name(layout)
     if name in (*READS, OUR_SCHEDULER):
         check_keys(layout)
@@ -139,7 +142,10 @@ def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig,
 
 
 def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
-    """The schedule of a file's settings. ``counted``: true if the file gives the number of steps. Raises ConfigError."""
+    """The schedule of a file's settings. ``counted``: true if the file gives the number of steps.
+
+    Raises ConfigError.
+    """
     steps, betas = values["num_train_timesteps"], values["trained_betas"]
     zero_terminal = values.get("rescale_betas_zero_snr", False)
     if betas is not None:
@@ -155,7 +161,7 @@ def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
 
 
 def blind_end(layout: Mapping[str, Any]) -> str | None:
-    """A remark on a model that predicts ε (or the score) where its schedule leaves no signal, or None.
+    """A remark on a model that predicts ε or the score where no signal is left, or None.
 
     Raises ConfigError.
     """
@@ -169,10 +175,10 @@ def blind_end(layout: Mapping[str, Any]) -> str | None:
 
 
 def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The fields of SampleConfig that draw as this scheduler does, and the reason if it is not offered, or None.
+    """The SampleConfig fields that draw as this scheduler does, or {} and why it is not offered.
 
-    The fields are empty if it is not offered. Keys that diffusers' StableDiffusionPipeline overrides are not read: the
-    offset of leading grids is 1, and x̂_0 is not clipped. Raises ConfigError for a value of a wrong type.
+    Keys that diffusers' StableDiffusionPipeline overrides are not read: the offset of leading grids
+    is 1, and x̂_0 is not clipped. Raises ConfigError for a value of a wrong type.
     """
     if (name := class_name(layout)) == OUR_SCHEDULER:
         return {}, None
@@ -203,7 +209,7 @@ def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], s
 
 
 def _with_others(name: str, values: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Key to the values with which a scheduler's steps equal ours, where that depends on other keys."""
+    """Key to the values with which steps equal ours, where that depends on other keys."""
     only: dict[str, tuple[Any, ...]] = {}
     multistep = "solver_order" in values
     if values.get("use_karras_sigmas"):

@@ -1,4 +1,4 @@
-"""`unet/config.json`: a U-Net's settings translated to diffusers' keys, and back; others are refused by name."""
+"""`unet/config.json`: a U-Net's settings in diffusers' keys, and back."""
 
 from __future__ import annotations
 
@@ -69,9 +69,12 @@ _CLASS_EMBEDDINGS = (None, "timestep", *_VECTOR_MAPS)
 def unet_to_diffusers(
     config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int
 ) -> dict[str, Any]:
-    """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
+    """`unet/config.json` of the UNet2DConditionModel with the same parameters.
 
-    Attention without a context, and a learned variance (twice the channels of x_t come out), get our own class name.
+    ``sample_size``: side of x_t.
+
+    Attention without a context, and a learned variance (twice the channels of x_t come out), get
+    our own class name.
     """
     learned = out_channels == 2 * in_channels
     levels, heads = len(config.channels), list(config.heads)
@@ -112,10 +115,12 @@ def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int, int | None]:
-    """(config, in_channels, out_channels, context_dim) of a unet/config.json. Raises ConfigError naming what we cannot express.
+    """(config, in_channels, out_channels, context_dim) of a unet/config.json.
 
-    Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked latent). x_t has the
-    channels that come out, or half of them where the variance is learned.
+    Raises ConfigError naming what we cannot express.
+
+    Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked
+    latent). x_t has the channels that come out, or half of them where the variance is learned.
     """
     _check_names(layout)
     _check_blocks(layout)
@@ -145,7 +150,10 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
 
 
 def sample_side(layout: Mapping[str, Any]) -> int:
-    """Side of x_t in training, or 64 if the file lacks it. Raises ConfigError if x_t is not a square."""
+    """Side of x_t in training, or 64 if the file lacks it.
+
+    Raises ConfigError if x_t is not a square.
+    """
     side = layout.get("sample_size") or 64
     if isinstance(side, (list, tuple)):
         side = side[0] if all(one == side[0] for one in side) else side
@@ -170,7 +178,7 @@ def _class_embedding_from_diffusers(layout: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_names(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError for another class, a name that diffusers does not know, or a value that we cannot express."""
+    """Raise ConfigError for another class, an unknown key, or a value that we cannot express."""
     if layout.get("_class_name", THEIR_UNET) not in (OUR_UNET, THEIR_UNET):
         raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {THEIR_UNET} and {OUR_UNET}")
     for key, value in layout.items():
@@ -188,7 +196,7 @@ def _check_names(layout: Mapping[str, Any]) -> None:
 
 
 def _check_blocks(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless there is one block of a known kind for each level down, and its mirror up."""
+    """Raise ConfigError unless each level has one known block down, and its mirror up."""
     for key in ("down_block_types", "up_block_types", "block_out_channels"):
         if not isinstance(layout.get(key), (list, tuple)) or not layout[key]:
             raise ConfigError(f"unet: {key} is missing, or not a list with one entry for each level")
