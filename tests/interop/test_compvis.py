@@ -101,7 +101,9 @@ UNET_NAMES = {  # of the published Stable Diffusion 1.5: name there, name in dif
     "input_blocks.9.0.op.bias": ("down_blocks.2.downsamplers.0.conv.bias", (1280,)),
     "input_blocks.11.0.out_layers.3.bias": ("down_blocks.3.resnets.1.conv2.bias", (1280,)),
     "middle_block.0.in_layers.2.weight": ("mid_block.resnets.0.conv1.weight", (1280, 1280, 3, 3)),
-    "middle_block.1.transformer_blocks.0.norm3.weight": ("mid_block.attentions.0.transformer_blocks.0.norm3.weight", (1280,)),
+    "middle_block.1.transformer_blocks.0.norm3.weight": (
+        "mid_block.attentions.0.transformer_blocks.0.norm3.weight", (1280,),
+    ),
     "middle_block.2.emb_layers.1.bias": ("mid_block.resnets.1.time_emb_proj.bias", (1280,)),
     "output_blocks.0.0.skip_connection.weight": ("up_blocks.0.resnets.0.conv_shortcut.weight", (1280, 2560, 1, 1)),
     "output_blocks.2.1.conv.weight": ("up_blocks.0.upsamplers.0.conv.weight", (1280, 1280, 3, 3)),
@@ -109,7 +111,9 @@ UNET_NAMES = {  # of the published Stable Diffusion 1.5: name there, name in dif
     "output_blocks.5.2.conv.weight": ("up_blocks.1.upsamplers.0.conv.weight", (1280, 1280, 3, 3)),
     "output_blocks.6.0.in_layers.0.weight": ("up_blocks.2.resnets.0.norm1.weight", (1920,)),
     "output_blocks.8.2.conv.bias": ("up_blocks.2.upsamplers.0.conv.bias", (640,)),
-    "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias": ("up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2.bias", (320,)),
+    "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias": (
+        "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2.bias", (320,),
+    ),
     "out.0.weight": ("conv_norm_out.weight", (320,)),
     "out.2.weight": ("conv_out.weight", (4, 320, 3, 3)),
 }  # fmt: skip
@@ -311,7 +315,8 @@ def any_model(draw: Callable[[st.SearchStrategy], Any]) -> Bundle:
     layers = draw(st.sampled_from([1, 1, 2]))
     unet = UNetConfig(
         channels, layers, tuple(sorted(draw(st.sets(st.integers(0, levels - 1))))), heads, draw(st.integers(1, 2)),
-        groups, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, 3])), draw(st.sampled_from([0, 1, 5])),
+        groups, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, 3])),
+        draw(st.sampled_from([0, 1, 5])),
     )  # fmt: skip
     vae = None
     if draw(st.booleans()):
@@ -451,7 +456,7 @@ def test_openclip_gives_the_same_states() -> None:
 def test_openclip_where_dtypes_differ() -> None:
     text = text_part(text_config(16, 1, 2, "gelu"))
     mixed = {name: t.half() if name.endswith("0.self_attn.q_proj.bias") else t for name, t in text.tensors.items()}
-    with pytest.raises(ConfigError, match=r"resblocks\.0\.attn\.in_proj_bias holds several .*float16"):
+    with pytest.raises(ConfigError, match=r"resblocks\.0\.attn\.in_proj_bias joins several .*float16"):
         to_compvis(Bundle({TEXT: Part(text.config, mixed)}), openclip=True)
 
 
@@ -632,7 +637,8 @@ U = "model.diffusion_model."
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "extra": (
         lambda t: t.update({U + "out.3.weight": torch.zeros(1)}),
-        r"tensor model\.diffusion_model\.out\.3\.weight belongs to no part of the model: the nearest that does is .*\.out\.[02]\.weight",
+        r"tensor model\.diffusion_model\.out\.3\.weight belongs to no part of the model:"
+        r" the nearest that does is .*\.out\.[02]\.weight",
     ),
     "extra of nothing": (
         lambda t: t.update({"depth_model.x": torch.zeros(1)}),
@@ -717,7 +723,8 @@ def without_context() -> dict[str, Any]:
         (lambda b: dataclasses.replace(b, scheduler=scheduler("score")), "score target"),
         (lambda b: dataclasses.replace(b, scheduler=None), "without its scheduler"),
         (lambda b: dataclasses.replace(b, parts={UNET: unet_part(without_context())}), "without a context"),
-        (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}), "shift_factor"),
+        (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}),
+         "shift_factor"),
         (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "latents_mean": [0.0]}, {})}), "latents_mean"),
         (lambda b: dataclasses.replace(b, parts={**b.parts, "controlnet": b.parts[UNET]}), "no part controlnet"),
         (lambda b: dataclasses.replace(b, tokenizer={"a.bin": b"\xff"}), "a.bin is not UTF-8"),

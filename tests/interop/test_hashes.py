@@ -1,4 +1,4 @@
-"""The hashes of a folder's own weights: a flipped bit or another run's part is one line, before anything is computed with it."""
+"""The hashes of a folder's weights: a flipped bit or another run's part is one line, before it is used."""
 
 import hashlib
 import json
@@ -227,7 +227,8 @@ def test_several_processes_share_the_folder(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ldm.files import known\n"
         "known.SMALLEST, known.SETTLED = 1, -10.0\n"
-        "for _ in range(20):\n    known._computed.clear()\n    print(*(known.known_hash(Path(f)) for f in sys.argv[1:]))"
+        "for _ in range(20):\n    known._computed.clear()\n"
+        "    print(*(known.known_hash(Path(f)) for f in sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *map(str, files)]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

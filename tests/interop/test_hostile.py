@@ -1,4 +1,4 @@
-"""Model folders whose JSON is damaged or hostile: one line and its exit code, from every command that opens them, at once."""
+"""Model folders with damaged or hostile JSON: one line and its exit code from every command, at once."""
 
 import json
 import shutil
@@ -117,7 +117,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("text_encoder/config.json", "hidden_size", 0, "hidden_size is 0"),
     ("text_encoder/config.json", "max_position_embeddings", None, "max_position_embeddings is None"),
     ("model_index.json", "_class_name", ["StableDiffusionPipeline"], "cannot be opened"),
-    ("model_index.json", "vae", "AutoencoderKL", "vae should be a library and a class, or two nulls, and is 'AutoencoderKL'"),
+    ("model_index.json", "vae", "AutoencoderKL",
+     "vae should be a library and a class, or two nulls, and is 'AutoencoderKL'"),
     ("model_index.json", "vae", ["diffusers"], "vae should be a library and a class"),
     ("model_index.json", "text_encoder", [1, 2], "text_encoder should be a library and a class"),
     ("model_index.json", "unet", None, "unet should be a library and a class"),

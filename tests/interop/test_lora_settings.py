@@ -180,9 +180,12 @@ def set_config(folder: Path, **settings: Any) -> None:
 
 
 VALUES: dict[str, Any] = {
-    "init_lora_weights": "corda", "use_qalora": True, "monteclora_config": {"num_samples": 8}, "arrow_config": {"top_k": 3},
-    "trainable_token_indices": [1], "target_parameters": ["a.b"], "layer_replication": [[0, 2]], "megatron_config": {"a": 1},
-    "peft_type": "ADALORA", "a_setting_of_tomorrow": 0.5, "use_rslora": "false", "rank_pattern": [1], "alpha_pattern": {"to_q": None},
+    "init_lora_weights": "corda", "use_qalora": True, "monteclora_config": {"num_samples": 8},
+    "arrow_config": {"top_k": 3},
+    "trainable_token_indices": [1], "target_parameters": ["a.b"], "layer_replication": [[0, 2]],
+    "megatron_config": {"a": 1},
+    "peft_type": "ADALORA", "a_setting_of_tomorrow": 0.5, "use_rslora": "false", "rank_pattern": [1],
+    "alpha_pattern": {"to_q": None},
     "lora_alpha": float("nan"), "r": True,
 }  # fmt: skip
 

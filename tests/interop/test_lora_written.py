@@ -1,4 +1,4 @@
-"""LoRA files as other programs take them: the scale by whatever they look for, names in either layout, `ldm convert`."""
+"""LoRA files as other programs read them: the scale with or without α, either layout, `ldm convert`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pipe(written: Path) -> Pipeline:
 
 
 def mixed(pipe: Pipeline) -> dict[str, Lora]:
-    """Of all layers of the U-Net and of the text encoder's attention, with ranks that differ and α/r no power of two."""
+    """A LoRA of all layers, with different ranks and α/r that are not powers of two."""
     loras = {}
     for part, network in networks(pipe).items():
         names = [name for name in changeable(network) if part == UNET or name.endswith(TEXT_TARGETS)]
@@ -65,7 +65,7 @@ def kohya_name(part: str, name: str) -> str:
 
 
 def by_a_reader_of_kohya(file: Path, pipe: Pipeline) -> dict[str, dict[str, Tensor]]:
-    """As kohya's merge_lora.py and ComfyUI do it: down, up and alpha by the flattened name, alpha left out meaning the rank."""
+    """Merge as kohya's merge_lora.py and ComfyUI do, by flattened names; without alpha it is the rank."""
     tensors, result = load_file(file), {}
     taken = set()
     for part, network in networks(pipe).items():

@@ -1,4 +1,4 @@
-"""Single files of others: names that are spelled otherwise are read, and what is another kind of model is said to be that."""
+"""Other programs' single files: other spellings of names are read, other kinds of models named."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
     ),
     "images": (
         ["embedder.model.visual.proj", "model.diffusion_model.out.2.weight"],
-        "a model that takes images",
+        "an image variation model",
     ),
     "IP-Adapter": (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
 }

@@ -23,7 +23,7 @@ _KINDS: dict[str, str] = {  # a pattern of one name → the kind; narrower patte
     _NET + r"(?:double_layers|(?:single_)?transformer_blocks|blocks|layers|x_embedder)\.": "a diffusion transformer",
     r"^cond_stage_model\.transformer\.(?:token_emb|attn_layers)\.": "a latent diffusion model with a BERT text encoder",
     r"^cond_stage_model\.embedding\.weight$": "a class-conditional latent diffusion model",
-    r"^cond_stage_model\.(?:model\.visual|.*vision_model)\.|^embedder\.|^noise_augmentor\.": "a model that takes images",
+    r"^cond_stage_model\.(?:model\.visual|.*vision_model)\.|^embedder\.|^noise_augmentor\.": "an image variation model",
     r"^cond_stage_model\.roberta\.": "AltDiffusion, whose text encoder is XLM-RoBERTa",
     r"^cond_stage_model\.(?:channel_mapper|quantize|encoder|decoder)\.": "an image-conditioned latent diffusion model",
     r"^depth_model\.|^low_scale_model\.": "Stable Diffusion 2 with a depth map or small image as condition",
