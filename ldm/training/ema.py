@@ -29,12 +29,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, finite: Tensor | None = None) -> None:
-        """Take in the model's weights as they stand after update ``step``; nothing where ``finite`` is false (decided on its device)."""
+        """Take in the model's weights as they stand after update ``step``.
+
+        Nothing where ``finite`` is false (decided on its device).
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach().float() for p in self.model.parameters()]
         share = torch.tensor(1.0 - decay) if finite is None else (1.0 - decay) * finite.float()
         shadow = list(self._shadow.values())
-        torch._foreach_lerp_(shadow, weights, [share.to(s.device) for s in shadow])  # pyright: ignore[reportPrivateImportUsage]
+        # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(shadow, weights, [share.to(s.device) for s in shadow])
         for name, buffer in _buffers(self.model).items():
             self._buffers[name].copy_(buffer)
 

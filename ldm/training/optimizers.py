@@ -23,7 +23,10 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 
 class Optimizers:
-    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it). ``each``: the optimizers by network."""
+    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it).
+
+    ``each``: the optimizers by network.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module], config: TrainConfig, scaler: Any) -> None:
         self.networks, self.config, self.scaler = networks, config, scaler

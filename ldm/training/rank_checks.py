@@ -75,7 +75,8 @@ class Probe:
         deviation = max(float(((other - everyone[0]).abs() / scale).max()) for other in everyone)
         if deviation > TOLERANCE:
             raise ProcessesDifferError(
-                f"the processes differ in {what} (by {deviation:.1e} of its magnitude): they would train {len(everyone)} models, not one"
+                f"the processes differ in {what} (by {deviation:.1e} of its magnitude): they would train"
+                f" {len(everyone)} models, not one"
             )
         return True
 

@@ -36,7 +36,8 @@ def train(configuration: Any, *overrides: str, reporter: Reporter | None = None)
         reporter: gets messages and progress; left out, they are printed.
 
     Raises:
-        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command prints.
+        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command
+        prints.
     """
     if isinstance(configuration, (str, Path)):
         settings = config.load_any(configuration, overrides)
@@ -71,7 +72,8 @@ def train_settings(settings: Any, reporter: Reporter, start: str | None = None) 
         raise
     for line in task.summary:
         reporter.say(line)
-    Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start).train()
+    with Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start) as loop:
+        loop.train()
     reporter.say(f"done: {settings.run}")
 
 
@@ -89,15 +91,22 @@ def make_task(settings: Any, reporter: Reporter) -> Task:
         case config.ClassifierTrainingConfig():
             from ldm.training.stages.classifier import ClassifierTask
 
-            return ClassifierTask(settings, reporter.say)
+            return ClassifierTask.from_config(settings, reporter.say)
+        case config.DiffusionTrainingConfig() if settings.schedule.name == config.LEARNED:
+            from ldm.training.stages.learned_schedule import LearnedScheduleTask
+
+            return LearnedScheduleTask.from_config(settings, reporter.say)
         case _:
             from ldm.training.stages.diffusion import DiffusionTask
 
-            return DiffusionTask(settings, reporter.say)
+            return DiffusionTask.from_config(settings, reporter.say)
 
 
 def _fail(settings: Any, error: Exception) -> None:
-    """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
+    """Say in the status of a run that exists how this start of it ended.
+
+    A script that asks would begin again for ever.
+    """
     from ldm.errors import RunError
     from ldm.runs.directory import RunDirectory
 

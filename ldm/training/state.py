@@ -80,6 +80,7 @@ class TrainingState:
         now = self._data()
         if now != before and not self.task.stream.data.accept_changes:
             raise RunError(
-                f"the images or captions have changed since this run began ({before['images']} training images then, {now['images']} now):"
+                f"the images or captions have changed since this run began ({before['images']} training images then,"
+                f" {now['images']} now):"
                 " restore them, use another run: directory, or continue with them by data.accept_changes=true"
             )

@@ -18,7 +18,8 @@ SIGNALS = (
     signal.SIGHUP,
 )  # what schedulers send ahead of their limit; a closed terminal
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "elastic_launch")  # words of their command lines
-# Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a scheduler's likewise,
+# Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a
+# scheduler's likewise,
 # and the kernel tells of a launcher's end once for each of its threads.
 TOGETHER = 2.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -27,7 +28,8 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Stop:
     """A request to stop. While it is entered, the first signal requests it; one after ``TOGETHER`` stops at once.
 
-    Only the ``main`` process heeds that one, and the others end with it: they wait in exchanges where they hear late of a signal
+    Only the ``main`` process heeds that one, and the others end with it: they wait in exchanges where they hear late
+    of a signal
     that came soon after the first.
     """
 
@@ -62,7 +64,8 @@ class Stop:
 def end_with_launcher() -> None:
     """Have the kernel send SIGTERM when the launcher has ended, however it ended: a trainer never outlives it.
 
-    Without a launcher nothing is asked for: a trainer may outlive the shell that started it. Linux; elsewhere nothing happens.
+    Without a launcher nothing is asked for: a trainer may outlive the shell that started it. Linux; elsewhere nothing
+    happens.
     """
     parent = os.getppid()
     if not _is_launcher(parent):

@@ -143,8 +143,8 @@ def _repeats_the_epoch(patch: pytest.MonkeyPatch) -> None:
 def _global_noise(patch: pytest.MonkeyPatch) -> None:
     step = AutoencoderTask.micro_step
 
-    def with_noise(self: Any, batch: dict[str, Any], update: int, backward: Any) -> Any:
-        return step(self, {**batch, "posterior": torch.randn_like(batch["posterior"])}, update, backward)
+    def with_noise(self: Any, networks: Any, batch: dict[str, Any], update: int, backward: Any) -> Any:
+        return step(self, networks, {**batch, "posterior": torch.randn_like(batch["posterior"])}, update, backward)
 
     patch.setattr(AutoencoderTask, "micro_step", with_noise)
 
@@ -160,14 +160,14 @@ def _noise_of_the_loader(patch: pytest.MonkeyPatch) -> None:
 
 
 def _rate_begins_anew(patch: pytest.MonkeyPatch) -> None:
-    rate, begun = optimizers.learning_rate, loop.Loop._prepare
+    rate, begun = optimizers.learning_rate, loop.Loop.prepare
 
     def prepared(self: Any, *arguments: Any) -> None:
         begun(self, *arguments)
         first = self.step
         patch.setattr(optimizers, "learning_rate", lambda config, update: rate(config, update - first))
 
-    patch.setattr(loop.Loop, "_prepare", prepared)
+    patch.setattr(loop.Loop, "prepare", prepared)
 
 
 def _weight_forgotten(patch: pytest.MonkeyPatch) -> None:

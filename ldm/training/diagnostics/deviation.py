@@ -19,7 +19,10 @@ Reads = Mapping[int, Mapping[int, Sequence[str]]]  # update → position → dig
 
 @dataclass(frozen=True)
 class Difference:
-    """A deviation, relative to the largest value, or a count; infinite where something is missing. ``where``: the first of them."""
+    """A deviation, relative to the largest value, or a count; infinite where something is missing.
+
+    ``where``: the first of them.
+    """
 
     size: float
     where: str = ""
@@ -122,7 +125,10 @@ def between_digests(
 
 
 def between_reads(straight: Sequence[Reads], other: Sequence[Reads], total: int) -> tuple[Difference, Difference]:
-    """Compare what the processes of two runs read: positions (each of 0 … ``total`` − 1 once, in the same update) and samples."""
+    """Compare what the processes of two runs read.
+
+    Positions (each of 0 … ``total`` − 1 once, in the same update) and samples.
+    """
     a, b = _together(straight), _together(other)
     wrong = []
     for update in sorted({**a, **b}):

@@ -49,7 +49,10 @@ class NonFiniteRecorder:
         self.newest: Path | None = None
 
     def record(self, update: int, first: bool) -> None:
-        """Record a non-finite ``update`` before any weight changes; ``first``: it is the first in a row (all have the same weights)."""
+        """Record a non-finite ``update`` before any weight changes; ``first``.
+
+        It is the first in a row (all have the same weights).
+        """
         if self.folder is None:
             return
         place = self.folder / f"update-{update:08d}"
@@ -69,7 +72,8 @@ class NonFiniteRecorder:
             self._thin_out()
         except (OSError, FolderError) as error:
             self.say(
-                f"update {update} was not finite and changed nothing; {place} cannot be written: {' '.join(str(error).split())}"
+                f"update {update} was not finite and changed nothing; {place} cannot be written:"
+                f" {' '.join(str(error).split())}"
             )
             return
         self.newest = place

@@ -35,7 +35,7 @@ from ldm.training.diagnostics.deviation import (
     row_of,
 )
 from ldm.training.loop import Interrupted, Loop
-from ldm.training.task import Task
+from ldm.training.task import Networks, Task
 
 LATENTS = "latents"
 T = TypeVar("T")
@@ -54,7 +54,10 @@ class NotExactError(UserError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The updates of a check, counted from 0: ``updates`` in all (≥ 4), saved before ``saved``, cut off within ``cut``."""
+    """The updates of a check, counted from 0.
+
+    ``updates`` in all (≥ 4), saved before ``saved``, cut off within ``cut``.
+    """
 
     updates: int
 
@@ -129,7 +132,8 @@ def verify(
 ) -> list[Row]:
     """Train three times in ``folder``, and compare: unbroken, unbroken again, and cut off within an update and resumed.
 
-    ``settings`` are those of ``settings_of_check``. Every process returns the same rows. Raises what training raises, and
+    ``settings`` are those of ``settings_of_check``. Every process returns the same rows. Raises what training raises,
+    and
     KeyboardInterrupt after a signal.
     """
     check = _Check(settings, make_task, folder, plan)
@@ -164,7 +168,10 @@ class _Check:
         self.processes, _ = launched()
 
     def rows_of_all(self, lives: tuple[Life, Life, Life]) -> list[Row]:
-        """Facts that must be equal whatever the rounding, over all processes: interrupted run and twin beside the straight run."""
+        """Facts that must be equal whatever the rounding, over all processes.
+
+        Interrupted run and twin beside the straight run.
+        """
         straight, counted, twin = lives
         everyone = self.processes.gather([life.reads for life in lives])
         reads = [[mine[i] for mine in everyone] for i in range(3)]
@@ -188,7 +195,10 @@ class _Check:
         ]
 
     def train(self, name: str, cut: bool = False, compared: bool = False) -> tuple[Life, dict[str, Difference]]:
-        """Train run ``name`` from where it stands; returns what was noted, and how far its end is from the straight run's."""
+        """Train run ``name`` from where it stands.
+
+        Returns what was noted, and how far its end is from the straight run's.
+        """
         run = self.folder / name
         self.processes.each(lambda: self._lend_latents(run) if self.processes.main else None)
         _fresh()
@@ -196,9 +206,11 @@ class _Check:
         task = self.make_task(settings)
         task.previews, task.export = dict, lambda run: None
         loop = Loop(task, settings.train, settings, settings.run, settings.data.workers, Quiet())
-        life = watch(loop, self.plan, cut)
+        life = Life(0)
         try:
-            loop.train()
+            with loop:
+                life = watch(loop, self.plan, cut)
+                loop.train()
         except PowerCut:
             pass
         except Interrupted:
@@ -228,19 +240,22 @@ class _Check:
 
 
 def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
-    """Note what the loop reads and steps with as it trains; ``cut``: end it between two micro-batches of update ``plan.cut``."""
+    """Note what the loop reads and steps with as it trains; ``cut``.
+
+    End it between two micro-batches of update ``plan.cut``.
+    """
     life, task, main = Life(loop.step), loop.task, loop.accelerator.is_main_process
     micro_step, after_update = task.micro_step, task.after_update
     done: dict[int, int] = {}  # micro-batches of each update
 
-    def step(batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def step(networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         if update == plan.saved and not done.get(update) and main:
             life.digests = _digests(loop)
         done[update] = done.get(update, 0) + 1
         reads = life.reads.setdefault(update, {})
         for i, position in enumerate(batch["position"].tolist()):
             reads.setdefault(position, []).append(_digest({k: v[i] for k, v in batch.items()}))
-        metrics = micro_step(batch, update, backward)
+        metrics = micro_step(networks, batch, update, backward)
         if cut and update == plan.cut and done[update] == max(1, loop.split.accumulation // 2):
             if loop.writer:  # the run is cut after its checkpoint, however slow the disk
                 loop.writer.wait()
@@ -278,7 +293,10 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _fresh() -> None:
-    """The global generators as a new process has them, so that what draws from them is not repeated by a resume; and its memory."""
+    """The global generators as a new process has them, so that what draws from them is not repeated by a resume.
+
+    And its memory.
+    """
     gc.collect()  # a task and its loop hold each other
     random.seed(0)
     np.random.seed(0)

@@ -35,7 +35,7 @@ from ldm.interop.diffusers.folder import write_part
 from ldm.interop.intact import write_hashes
 from ldm.runs.directory import RunDirectory
 from ldm.training.finite import not_finite
-from ldm.training.task import seeded
+from ldm.training.task import Networks, seeded
 
 if TYPE_CHECKING:
     from autoencoder.perceptual import PerceptualLoss
@@ -68,7 +68,6 @@ class AutoencoderTask:
             self.networks["discriminator"] = seeded(
                 seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers)
             )
-        self.wrapped = self.networks
         self.source = open_source(config.data, "train")
         draws = RandomFields({"posterior": self.latent_shape})
         self.stream = Stream(self.source, config.data, seed, draws)
@@ -131,9 +130,11 @@ class AutoencoderTask:
         while several := list(itertools.islice(images, AT_ONCE)):
             yield network.encode(torch.stack(several).to(self._adaptive.device))
 
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def micro_step(
+        self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
         loss, image = self.config.loss, batch["image"]
-        reconstruction, posterior = self.wrapped["autoencoder"](image, batch["posterior"])
+        reconstruction, posterior = networks["autoencoder"](image, batch["posterior"])
         terms = reconstruction_terms(reconstruction, image, posterior, loss, self.perceptual)
         # The terms on pixels meet at the reconstruction: their gradients there are taken once and go back together.
         pixels = weighted_sum({name: term for name, term in terms.items() if name != "kl"}, loss)
@@ -147,7 +148,7 @@ class AutoencoderTask:
             metrics["generator"] = generator
         backward((reconstruction * gradient.detach()).sum() + loss.kl * terms["kl"])
         if adversarial:
-            metrics |= self._discriminator_step(image, reconstruction.detach(), backward)
+            metrics |= _discriminator_step(networks["discriminator"], image, reconstruction.detach(), backward)
             metrics["adaptive_weight"] = self._adaptive.clone()
         return metrics
 
@@ -165,18 +166,6 @@ class AutoencoderTask:
             (at_layer,) = torch.autograd.grad(reconstruction, self.autoencoder.last_layer, gradient, retain_graph=True)
             self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
         self._micro_batches += 1
-
-    def _discriminator_step(self, image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        # Two calls: while every hinge is open, the last bias has a gradient of exactly 0, the sum of two that are opposite to the bit.
-        # Of one call of both it is what rounding leaves, and AdamW makes whole steps of that, other ones for every split of the batch.
-        real_logits, fake_logits = self.wrapped["discriminator"](image), self.wrapped["discriminator"](fake)
-        hinge = discriminator_hinge(real_logits, fake_logits)
-        backward(hinge)
-        return {
-            "discriminator": hinge.detach(),
-            "logits_real": real_logits.detach().mean(),
-            "logits_fake": fake_logits.detach().mean(),
-        }
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """The adversarial weight of the next update, from this one's gradients over the global batch."""
@@ -269,6 +258,22 @@ class AutoencoderTask:
             mean, var = posterior.mean.double().cpu(), posterior.std.double().cpu().square()
             moments += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
         return _centre(moments, count), _statistics(moments, count)[1]
+
+
+def _discriminator_step(
+    discriminator: Callable[[Tensor], Tensor], image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
+    # Two calls: while every hinge is open, the last bias has a gradient of exactly 0, the sum of two that are opposite
+    # to the bit. One call of both would leave a rounding error, of which AdamW makes whole steps, different ones for
+    # every split of the batch.
+    real_logits, fake_logits = discriminator(image), discriminator(fake)
+    hinge = discriminator_hinge(real_logits, fake_logits)
+    backward(hinge)
+    return {
+        "discriminator": hinge.detach(),
+        "logits_real": real_logits.detach().mean(),
+        "logits_fake": fake_logits.detach().mean(),
+    }
 
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -18,10 +18,14 @@ from ldm.pipeline.info import ModelInfo, load_unet
 def check_initial(
     config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any
 ) -> ModelInfo:
-    """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
+    """The folder of ``config.init``.
 
-    ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
-    change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written with a
+    Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
+
+    ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A
+    low-rank
+    change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written
+    with a
     schedule and a text encoder of its own, and may change them.
     """
     assert config.init is not None
