@@ -29,9 +29,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, finite: Tensor | None = None) -> None:
-        """Take in the model's weights as they stand after update ``step``.
+        """Add the model's weights after update ``step`` to the average.
 
-        Nothing where ``finite`` is false (decided on its device).
+        Where ``finite`` (a bool on the device) is false nothing changes.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach().float() for p in self.model.parameters()]
@@ -53,7 +53,7 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Put the averaged weights into ``model`` for the block, and its own back afterwards, whatever happens."""
+        """Put the averaged weights into ``model`` for the block, and restore its own afterwards."""
         live = [*model.parameters(), *_buffers(model).values()]
         own = [tensor.detach().clone() for tensor in live]
         try:
@@ -65,12 +65,12 @@ class EMA:
                     tensor.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights and the buffers by name: live tensors, to be copied by whoever keeps them."""
+        """The averaged weights and the buffers by name: live tensors, which a caller copies to keep."""
         return {**self._shadow, **self._buffers}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a ``state``. Raises CheckpointError unless names and shapes are the same."""
+        """Load a ``state()``. Raises CheckpointError unless names and shapes are the same."""
         held = self.state()
         _same_names(tensors, held, "the model")
         for name, tensor in held.items():

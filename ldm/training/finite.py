@@ -15,7 +15,7 @@ from ldm.training.diagnostics.nonfinite import NonFiniteRecorder
 from ldm.training.state import TrainingState
 from ldm.training.step_flags import StepFlags
 
-MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
+MAX_NONFINITE = 10  # non-finite updates in a row that end a training
 ADVICE = "lower train.lr, or check the data"
 _PARTS = {"model": "the weights", "optimizer": "the optimizer's moments"}  # by the first word of a group's name
 
@@ -71,7 +71,7 @@ class FiniteGuard:
             raise TrainingError(self.describe(step, f"`ldm replay {self._incidents.newest}` names the module"))
 
     def require_finite(self, step: int) -> None:
-        """Raise TrainingError, on all processes, if anything that a checkpoint would keep is not finite on any of them."""
+        """Raise TrainingError, on all processes, if any of them has NaN or infinity in its training state."""
         if self.known_finite(step):
             return
         problem = not_finite(self._state.tensors(), self._state.scalars(step))
@@ -100,11 +100,10 @@ class FiniteGuard:
 
 
 def not_finite(groups: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, Any]) -> str | None:
-    """Name what is infinite or NaN in a training state, as in `the weights of unet (conv_in.weight and 3 more) are`; None: nothing.
+    """Name what is infinite or NaN in a training state, or None.
 
-    ``groups`` and ``scalars`` as ``TrainingState`` gives them. Everything is read once on its device, and the host
-    waits once for
-    each device.
+    An example: `the weights of unet (conv_in.weight and 3 more) are`. ``groups`` and ``scalars`` come from
+    ``TrainingState``. Each tensor is read once, on its device, and the host waits once for each device.
     """
     for group, named in groups.items():
         if broken := nonfinite(named):

@@ -48,7 +48,7 @@ class Interrupted(UserError):
     """The run was asked to stop; its state is saved and the same command continues."""
 
     exit_code = 75
-    everywhere = True  # agreed: every process raises it
+    everywhere = True  # every process raises it
 
 
 class Loop:
@@ -192,7 +192,7 @@ class Loop:
             self._finish()
 
     def _train_and_save(self) -> None:
-        """Run updates until the last or a signal; what was trained is saved, also where an error ends it."""
+        """Run updates up to the last or a signal, and save the state, also after an error."""
         config, first = self.config, self.step
         with ExitStack() as stack:
             if self.writer:
@@ -213,7 +213,7 @@ class Loop:
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: {same} continues")
 
     def _iterate(self, feed: Iterator[Batch]) -> None:
-        """One update after the other, each with what is due after it."""
+        """Run one update after another, each with what is due after it."""
         started, first = time.monotonic(), self.step
         while self.step < self.config.steps and not self._stopping():
             metrics = self._update(feed)

@@ -64,7 +64,7 @@ class Task(Protocol):
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """Update what depends on the whole global batch; ``reduce`` averages a tensor over processes.
 
-        Where ``finite`` (a bool on the device) is false the update was skipped, and ``state`` must stay as it is.
+        Where ``finite`` (a bool on the device) is false the update was skipped, and ``state`` must not change.
         """
         ...
 
@@ -73,7 +73,7 @@ class Task(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``state()``."""
+        """Load a ``state()``."""
         ...
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
@@ -81,16 +81,16 @@ class Task(Protocol):
         ...
 
     def previews(self) -> dict[str, np.ndarray]:
-        """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
+        """Image grids, uint8 [h, w, c], with the EMA weights in place; main process only."""
         ...
 
     def export(self, run: RunDirectory) -> None:
-        """Write what the stage is for (the model folder), with the EMA weights in place; main process only."""
+        """Write the model folder, with the EMA weights in place; main process only."""
         ...
 
 
 def seeded(seed: int, make: Callable[[], N]) -> N:
-    """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
+    """Build a network whose initial weights depend on ``seed`` alone; the global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         return make()

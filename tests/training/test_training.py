@@ -276,7 +276,7 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
     finally:
         AcceleratorState._reset_state()
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.mixed_precision fp16 is not offered on cpu: use no or bf16" in error
+    assert error.count("\n") == 1 and "train.mixed_precision fp16 is not supported on cpu: use no or bf16" in error
 
 
 # conditions

@@ -78,7 +78,7 @@ def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.Ca
     said = capsys.readouterr().out
     assert (
         said.endswith("\nverdict: exact\n")
-        and "cut off within update 4, then on from the checkpoint of update 2" in said
+        and "killed within update 4, then resumed from the checkpoint of update 2" in said
     )
     found = rows(said)
     network = {"ldm": "unet", "lora": "unet"}.get(name, name)
@@ -190,7 +190,7 @@ SABOTAGE: dict[str, tuple[Damage, str]] = {
     "loader": (_noise_of_the_loader, "samples, draws included: the sample at position 8 is another"),
     "rate": (_rate_begins_anew, "learning rates: update 3 steps at "),
     "task": (_weight_forgotten, "state of the task, as restored: "),
-    "anew": (_starts_over, "update gone on from: it went on from update 0 instead of 2"),
+    "anew": (_starts_over, "update resumed from: it continued from update 0 instead of 2"),
 }
 
 

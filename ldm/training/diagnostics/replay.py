@@ -1,4 +1,4 @@
-"""Computes a recorded update again, in one process, and finds where its numbers stop being finite."""
+"""Compute a recorded update again, in one process, and find the first non-finite number."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ldm.training.task import Task
 
 
 class NotReproducedError(UserError):
-    """All is finite here."""
+    """The update is finite here."""
 
     exit_code = 1
 
 
 @dataclass
 class Findings:
-    """Lines naming what was not finite, in the order of computation."""
+    """Names of what was not finite, in the order of computation."""
 
     samples: list[str] = field(default_factory=list)
     forward: str | None = None  # the first module
@@ -51,9 +51,9 @@ class Findings:
 def replay(
     task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]], precision: str, whole: bool
 ) -> Findings:
-    """Forward and backward passes of the incident's update.
+    """Run the forward and backward passes of the incident's update.
 
-    ``whole``: a loss that is not a mean over samples, so in one batch.
+    ``whole``: in one batch, because the loss is not a mean over samples.
 
     Raises RunError where the weights or the state do not fit.
     """
@@ -110,20 +110,20 @@ def _broken_samples(batch: Batch, positions: list[int]) -> list[str]:
 
 
 def _modules(task: Task) -> dict[str, nn.Module]:
-    """The trained networks and those that the task holds besides, each once."""
+    """The trained networks and the task's frozen ones, each once."""
     codec = getattr(task, "codec", None)
-    besides = {name: value for name, value in vars(task).items() if isinstance(value, nn.Module)}
+    frozen = {name: value for name, value in vars(task).items() if isinstance(value, nn.Module)}
     if codec is not None:
-        besides["codec"] = codec.autoencoder
+        frozen["codec"] = codec.autoencoder
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in {**task.networks, **besides}.items():
+    for name, module in {**task.networks, **frozen}.items():
         found.setdefault(id(module), (name, module))
     return dict(found.values())
 
 
 @contextmanager
 def _watched(roots: dict[str, nn.Module], findings: Findings) -> Iterator[None]:
-    """Look at the output of every module as it is made, and at the gradient that comes back to it."""
+    """Check the output of every module as it is computed, and the gradient that reaches it."""
     handles, names = [], {}
     for root, network in roots.items():
         for name, module in network.named_modules():
@@ -159,7 +159,7 @@ def _watched(roots: dict[str, nn.Module], findings: Findings) -> Iterator[None]:
 def _tensors(values: Any) -> list[Tensor]:
     """The tensors in a module's arguments or output, to any depth.
 
-    Also the fields of small objects such as a posterior.
+    Includes the fields of small objects such as a posterior.
     """
     if isinstance(values, Tensor):
         return [values]

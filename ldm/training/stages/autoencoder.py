@@ -48,14 +48,14 @@ PICTURES = 8
 
 
 class AutoencoderTask:
-    """Trains ``autoencoder`` and, where the loss has an adversarial term, ``discriminator``."""
+    """Trains ``autoencoder``, and ``discriminator`` if the loss has an adversarial term."""
 
     averaged = "autoencoder"
 
     def __init__(self, config: AutoencoderTrainingConfig) -> None:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
         self.perceptual: PerceptualLoss | None = None
-        if loss.lpips > 0:  # before all else, for its weights may be missing
+        if loss.lpips > 0:  # first, because its weights may be missing
             from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
 
             self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
@@ -74,12 +74,12 @@ class AutoencoderTask:
         draws = RandomFields({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
         self._check_sizes()
-        self._adaptive = torch.zeros(())  # of the update before; 0 until measured
+        self._adaptive = torch.zeros(())  # of the previous update; 0 until measured
         self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches
         self._micro_batches = 0
 
     def _check_sizes(self) -> None:
-        """Run the losses once on an empty picture, so that one too small for them is refused before training."""
+        """Run the losses once on a blank image, to refuse an image size too small for them before training."""
         data = self.config.data
         blank = torch.zeros(1, data.image_channels, data.image_size, data.image_size)
         try:
@@ -94,11 +94,11 @@ class AutoencoderTask:
     def summary(self) -> list[str]:
         """Lines to print once, before training."""
         if self.perceptual is None:
-            return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
+            return ["loss.lpips is 0: no perceptual term, LPIPS is null"]
         return (
             []
             if self.perceptual.meaningful
-            else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
+            else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS is null"]
         )
 
     def lr_scale(self, network: str) -> float:
@@ -113,7 +113,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Give the first latents decorrelated channels of unit variance."""
+        """Whiten the latents: decorrelated channels of unit variance on the first training images."""
         self.autoencoder.whiten(
             torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)])
         )
@@ -153,7 +153,7 @@ class AutoencoderTask:
         return metrics
 
     def _generator_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The generator's hinge and its gradient at the reconstruction; the discriminator gets none."""
+        """The generator's hinge loss and its gradient at the reconstruction; the discriminator gets none."""
         discriminator = self.networks["discriminator"].requires_grad_(False)
         hinge = generator_hinge(discriminator(reconstruction))
         (gradient,) = torch.autograd.grad(hinge, reconstruction)
@@ -161,7 +161,7 @@ class AutoencoderTask:
         return hinge.detach(), gradient
 
     def _keep_last_layer(self, reconstruction: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Add up the gradients that each term alone sends to the decoder's last layer, over the micro-batches."""
+        """Accumulate each term's own gradient at the decoder's last layer over the micro-batches."""
         for name, gradient in gradients.items():
             (at_layer,) = torch.autograd.grad(reconstruction, self.autoencoder.last_layer, gradient, retain_graph=True)
             self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
@@ -188,8 +188,8 @@ class AutoencoderTask:
         def total(value: Tensor) -> Tensor:
             return gather(value.double()[None]).sum(0)
 
-        # every name from the start: a process without a share of the images takes part in each exchange all the same
-        figures = dict.fromkeys(self._figures(), torch.zeros((), dtype=torch.float64, device=device))
+        # all names from the start: a process without images still takes part in each exchange
+        figures = dict.fromkeys(self._sum_names(), torch.zeros((), dtype=torch.float64, device=device))
         moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64, device=device)  # Σ mean, Σ mean², Σ variance
         kept: list[tuple[Tensor, DiagonalGaussian, Tensor]] = []
         train = self.config.train
@@ -220,8 +220,8 @@ class AutoencoderTask:
         means.setdefault("lpips", None)  # type: ignore[arg-type]
         return {**means, "active_channels": int((variance > ACTIVE_VARIANCE).sum())}
 
-    def _figures(self) -> list[str]:
-        """Names of what validation adds up over images."""
+    def _sum_names(self) -> list[str]:
+        """Names of the sums over validation images."""
         names = ["count", "psnr", "kl", "l1", "high_frequency", *(f"psnr_noise_{level:g}" for level in NOISE_LEVELS)]
         if self.config.data.image_size >= 11:  # SSIM's window
             names.append("ssim")
@@ -282,7 +282,7 @@ def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def _statistics(moments: Tensor, n: float) -> tuple[Tensor, Tensor]:
-    """Per channel: the variance of the posterior mean over the set (averaged over positions), and the latent's deviation."""
+    """Per channel: variance of the posterior mean over the set, averaged over positions, and the latent's deviation."""
     mean, square, var = moments / n
     over_set = (square - mean.square()).mean((1, 2))
     return over_set, (square.mean((1, 2)) - _centre(moments, n).square() + var.mean((1, 2))).sqrt()

@@ -1,4 +1,7 @@
-"""The classifier of noisy samples: cross-entropy on x_t, t uniform and an input (docs/equations.md L11)."""
+"""The classifier of noisy samples.
+
+Cross-entropy on x_t, with t uniform and an input of the network (docs/equations.md L11).
+"""
 
 from __future__ import annotations
 
@@ -128,10 +131,7 @@ class ClassifierTask:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError where classes or latents are not those of the run.
-
-        Its logits would mean something else.
-        """
+        """Raises ConfigError if classes or latents have changed: the logits would mean something else."""
         for name, value in self.state().items():
             if state.get(name, value) != value:  # older checkpoints lack the schedule
                 raise ConfigError(f"the {name} of this run have changed since it began: use another run: directory")
@@ -191,5 +191,5 @@ def find_classes(source: Source, data: DataConfig) -> tuple[tuple[str, ...], dic
             f"data: a classifier needs 2 to {MOST_CLASSES} classes, the training split has {len(names) or 'more'}"
         )
     if len(dict(captions)) < len(captions):
-        raise ConfigError("data.caption_templates give two classes the same caption: choose others")
+        raise ConfigError("data.caption_templates give two classes the same caption: choose other templates")
     return tuple(names), dict(captions)

@@ -85,7 +85,7 @@ class ClipTask:
         return {"vocabulary": vocabulary_hash(self.tokenizer)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError where the vocabulary is not that of the run: its tokens would mean something else."""
+        """Raises ConfigError if the vocabulary has changed: the tokens would mean something else."""
         if state != self.state():
             raise ConfigError(
                 "the captions have changed, and with them the vocabulary that this run learned: use another run:"
@@ -93,12 +93,12 @@ class ClipTask:
             )
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
+        """Retrieval top-1 among held-out captions; share of images closer to their caption than to its swapped one."""
         network, train = self.clip, self.config.train
         images, texts = [], []
         for _, batch in validation_batches(
             self.validation, train.validation_size, train.batch_size, 0, 1
-        ):  # small: each process does all
+        ):  # small, so every process computes all
             # type: ignore[union-attr]
             images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)
             texts += batch["text"]
@@ -149,10 +149,10 @@ def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Ten
 
 
 def _gathered(own: Tensor) -> Tensor:
-    """The rows of all processes, of which this one's alone carry a gradient.
+    """The rows of all processes; only this one's carry a gradient.
 
-    DistributedDataParallel averages over processes what must be summed over their shares, so it is taken times their
-    number.
+    DistributedDataParallel averages gradients that must be summed here, so they are multiplied by the number of
+    processes.
     """
     processes = torch.distributed.get_world_size()
     parts = [torch.empty_like(own) for _ in range(processes)]

@@ -33,12 +33,12 @@ from ldm.training.task import Networks
 T = TypeVar("T", bound="DiffusionTask")
 
 PICTURES = 8
-COUNTED = 20_000  # captions at most that are counted as too long where they are encoded in the step
-BINS = 10  # parts of 1…T for which the validation loss is reported apart
+COUNTED = 20_000  # captions checked for length at most, if they are encoded in the step
+BINS = 10  # equal parts of 1…T with a validation loss of their own
 
 
 class Noising(NamedTuple):
-    """What the denoising loss of one micro-batch is computed from; ``weight`` makes up for t drawn unevenly."""
+    """Inputs of the denoising loss of one micro-batch; ``weight`` corrects for t that are not drawn uniformly."""
 
     x0: Tensor
     eps: Tensor
@@ -84,7 +84,7 @@ class DiffusionTask:
 
     @classmethod
     def from_config(cls: type[T], config: DiffusionTrainingConfig, say: Callable[[str], None]) -> T:
-        """Open what the configuration names, and encode the data set where a latent cache is wanted and missing."""
+        """Open what the configuration names; encode the data set if a latent cache is wanted and missing."""
         codec = None
         if config.autoencoder != NONE:
             _check_data(config.data, autoencoder_config(config.autoencoder))
@@ -103,7 +103,7 @@ class DiffusionTask:
         return Schedule.from_config(self.config.schedule)
 
     def _caption_table(self) -> Any:
-        """The states of all captions of a small set, encoded once; None where they are encoded in the step."""
+        """Text states of all captions of a small set, encoded once; None if captions are encoded in the step."""
         captions = self.source.captions(self.config.cache_captions) if self.config.cache_captions else None
         if captions is None:
             counted = min(COUNTED, self.source.length or COUNTED)
@@ -142,7 +142,7 @@ class DiffusionTask:
             self._table = self._caption_table()
 
     def _set_process(self, schedule: Schedule, device: torch.device) -> None:
-        """The schedule with what is tabulated from it, and an empty history of losses."""
+        """Set the schedule and all tables made from it, with an empty history of losses."""
         self.device = device
         self._take_table(schedule)
         self.timesteps = Timesteps(
@@ -208,7 +208,7 @@ class DiffusionTask:
         self.trained.load_state(state)
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Unweighted loss on fixed noise and stratified timesteps, whole and by tenths of 1…T, with its standard error."""
+        """Unweighted loss and its standard error on fixed noise and stratified timesteps, and by tenths of 1…T."""
         train, length = self.config.train, self.validation.source.length
         total = train.validation_size if length is None else min(train.validation_size, length)
         sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, Σ loss, Σ loss²
@@ -227,7 +227,7 @@ class DiffusionTask:
         return {"loss": float(mean), "loss_error": float(error), "loss_by_t": (first / count).tolist()}
 
     def pipeline(self) -> Pipeline:
-        """The model as it stands."""
+        """The model with the current weights."""
         config = self.config
         return Pipeline(
             self.trained.unet,
@@ -249,7 +249,7 @@ class DiffusionTask:
         return {"samples": grid(to_uint8(images), PICTURES)}
 
     def export(self, run: RunDirectory) -> None:
-        """Write ``model/``: the whole pipeline, or the LoRA with the name of the model that it changes."""
+        """Write ``model/``: the whole pipeline, or a LoRA and the name of its base."""
         self.trained.export(run, self.pipeline)
 
 

@@ -49,7 +49,7 @@ class LearnedScheduleTask(DiffusionTask):
         return self._descend(noising, terms, batch["position"], backward) | metrics
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """As with a fixed schedule, by the table as it stands."""
+        """The same as with a fixed schedule, with the current table."""
         self._take_table(self.learned.schedule())
         return super().validate(update, gather, rank, processes)
 

@@ -40,7 +40,7 @@ class Trained(Protocol):
         ...
 
     def initialize(self) -> None:
-        """Take over the weights of ``init``; called only where no checkpoint replaces them."""
+        """Load the weights of ``init``; called only if no checkpoint replaces them."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -48,11 +48,11 @@ class Trained(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``state()``. Raises FolderError where frozen weights have changed since."""
+        """Load a ``state()``. Raises FolderError where frozen weights have changed since."""
         ...
 
     def export(self, run: RunDirectory, pipeline: Callable[[], Pipeline]) -> None:
-        """Write ``model/``; ``pipeline`` makes the whole model as it stands."""
+        """Write ``model/``; ``pipeline`` makes the whole model with its current weights."""
         ...
 
 
