@@ -36,7 +36,7 @@ from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import HISTORY, LossHistory, Timesteps, uniform_timesteps
 from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics
 from ldm.training.stages.diffusion import DiffusionTask
@@ -443,7 +443,7 @@ def test_diffusers_names_what_it_cannot_open() -> None:
     from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 
     def bundle(learned: bool, target: str) -> Bundle:
-        unet = unet_to_diffusers(UNetConfig(), 4, 8 if learned else 4, 768, 64)
+        unet = unet_to_diffusers(NetworkSpec(UNetConfig(), 4, 8 if learned else 4, 768), 64)
         parts = {UNET: Part(unet, {}), VAE: Part({}, {}), TEXT: Part({}, {})}
         return Bundle(parts, scheduler_to_diffusers(ScheduleConfig(), target))
 
@@ -456,10 +456,10 @@ def test_diffusers_names_what_it_cannot_open() -> None:
 @pytest.mark.parametrize("learned", [False, True])
 def test_channels_of_a_folder(concat: int, learned: bool) -> None:
     config = UNetConfig(concat_channels=concat)
-    layout = unet_to_diffusers(config, 4, 8 if learned else 4, 768, 32)
+    layout = unet_to_diffusers(NetworkSpec(config, 4, 8 if learned else 4, 768), 32)
     assert (layout["in_channels"], layout["out_channels"]) == (4 + concat, 8 if learned else 4)
     assert ("learned_variance" in layout) == learned == (layout["_class_name"] == "LatentDiffusionUNet")
-    assert unet_from_diffusers(layout) == (config, 4, 8 if learned else 4, 768)
+    assert unet_from_diffusers(layout) == NetworkSpec(config, 4, 8 if learned else 4, 768)
 
 
 def test_ddpm_takes_the_learned_variance_and_others_the_mean() -> None:

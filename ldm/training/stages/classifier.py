@@ -40,7 +40,7 @@ class ClassifierTask:
         self.config, data, seed = config, config.data, config.train.seed
         diffusion = ModelInfo.read(config.diffusion)
         self.codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
-        in_channels = diffusion.unet[1]
+        in_channels = diffusion.unet.in_channels
         self._check_data(diffusion, in_channels)
         source, validation = open_source(data, "train"), open_source(data, "validation")
         classes, captions = find_classes(source, data)

@@ -28,7 +28,7 @@ from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import FILE as LORA_FILE
 from ldm.interop.lora import write_lora
 from ldm.models.lora import Lora
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import autoencoder_config, load_codec
 from ldm.pipeline.info import load_unet
@@ -64,7 +64,7 @@ class DiffusionTask:
         validation = open_source(data, "validation")
         context_dim = self.text.width if self.text else None
         out_channels = 2 * channels if config.objective.learned_variance else channels
-        self._make_unet(config.unet, channels, out_channels, context_dim)
+        self._make_unet(NetworkSpec(config.unet, channels, out_channels, context_dim))
         self.networks: dict[str, nn.Module] = {"unet": self.lora or self.unet}
         self.learned = LearnedSchedule(config.schedule) if config.schedule.name == LEARNED else None
         if self.learned is not None:
@@ -82,15 +82,15 @@ class DiffusionTask:
             validation.text(i) for i in range(min(PICTURES, validation.length or PICTURES))
         ]
 
-    def _make_unet(self, *arguments: Any) -> None:
+    def _make_unet(self, spec: NetworkSpec) -> None:
         """The network that is trained: fresh (``begin`` may give it weights), or low-rank changes of one that is read here."""
         config, seed = self.config, self.config.train.seed
-        self.lora, self.base, self._arguments = None, None, arguments
+        self.lora, self.base, self._spec = None, None, spec
         self._init_hash: str | None = None  # of the weights that the whole U-Net began with
         if config.init is not None and (config.train.lora or not shelf.steps(Path(config.run) / "checkpoints")):
-            self.base = check_initial(config, arguments, self.text)
+            self.base = check_initial(config, spec, self.text)
         if (lora := config.train.lora) is None:
-            self.unet = seeded(seed, lambda: UNet(*arguments))
+            self.unet = seeded(seed, spec.make)
             return
         assert self.base is not None
         self._base_hash = self.base.hash  # of all its weights: once, for it takes seconds where they are large
@@ -229,7 +229,7 @@ class DiffusionTask:
     def initialize(self) -> None:
         """The initial weights are those of ``init``; they take nothing from the data."""
         if self.config.init is not None and self.lora is None:
-            info = self.base or check_initial(self.config, self._arguments, self.text)
+            info = self.base or check_initial(self.config, self._spec, self.text)
             self.unet.load_state_dict(load_unet(info).state_dict())
             self._init_hash = info.hash
 

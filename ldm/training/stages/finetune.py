@@ -10,17 +10,15 @@ import torch
 from ldm.config import NONE, ConfigError, DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.bundle import VAE
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline.codec import autoencoder_hash, files_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 
 
-def check_initial(
-    config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any
-) -> ModelInfo:
+def check_initial(config: DiffusionTrainingConfig, unet: NetworkSpec, text: Any) -> ModelInfo:
     """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
 
-    ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
+    ``unet``: the network that the configuration describes; ``text``: its text encoder or None. A low-rank
     change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written with a
     schedule and a text encoder of its own, and may change them.
     """
@@ -71,23 +69,21 @@ def _unscaled(schedule: ScheduleConfig) -> ScheduleConfig:
     return dataclasses.replace(schedule, zero_terminal_snr=False, shift=1.0)
 
 
-def _check_unet(
-    init: str, theirs: tuple[UNetConfig, int, int, int | None], mine: tuple[UNetConfig, int, int, int | None]
-) -> None:
+def _check_unet(init: str, base: NetworkSpec, wanted: NetworkSpec) -> None:
+    """Raise ConfigError naming the first difference between the U-Net of ``init`` and the configuration's."""
     for field in dataclasses.fields(UNetConfig):
         if field.name == "upcast_attention":  # a remark for half precision, which changes nothing here
             continue
-        values = [_spread(config, field.name) for config in (theirs[0], mine[0])]
+        values = [_spread(config, field.name) for config in (base.config, wanted.config)]
         if values[0] != values[1]:
             _differ(init, f"unet.{field.name}", *values)
-    names = (
-        "autoencoder: channels of the latent",
-        "objective.learned_variance: output channels",
-        "text: width of the context",
-    )
-    for name, a, b in zip(names, theirs[1:], mine[1:], strict=True):
-        if a != b:
-            _differ(init, name, a, b)
+    for name, found, expected in (
+        ("autoencoder: channels of the latent", base.in_channels, wanted.in_channels),
+        ("objective.learned_variance: output channels", base.out_channels, wanted.out_channels),
+        ("text: width of the context", base.context_dim, wanted.context_dim),
+    ):
+        if found != expected:
+            _differ(init, name, found, expected)
 
 
 def _spread(config: UNetConfig, name: str) -> Any:
