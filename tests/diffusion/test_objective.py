@@ -30,10 +30,11 @@ from ldm.config import (
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import WEIGHTINGS, Objective, error_ratio, target
+from ldm.diffusion.objective import WEIGHTINGS, Objective, target
 from ldm.diffusion.process import from_x0, learned_log_variance
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import error_ratio
 from ldm.diffusion.timesteps import HISTORY, LossHistory, Timesteps, uniform_timesteps
 from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.unet import NetworkSpec, UNet
@@ -485,6 +486,7 @@ class HalfOnly(nn.Module):
         super().__init__()
         self.unet, self.conv_in, self.config = unet, unet.conv_in, unet.config
         self.in_channels = self.out_channels = unet.in_channels
+        self.spec = replace(unet.spec, out_channels=unet.in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.unet(x_t, t, cond)[:, : self.in_channels]
