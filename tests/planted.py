@@ -69,8 +69,6 @@ DIFFUSION: dict[str, list[Row]] = {
         ("importance: no share stays uniform", "UNIFORM_SHARE = 0.001", "UNIFORM_SHARE = 0.0", "objective::test_the_history_is_that_of_a_plain_loop"),
     ],
     "ldm/diffusion/objective.py": [
-        ("v with the wrong sign", "* eps - like(schedule.sigma(t), x0) * x0", "* eps + like(schedule.sigma(t), x0) * x0", "objective::test_losses_of_the_targets_differ_by_the_snr"),
-        ("v weighs like eps", '"v": snr + 1,', '"v": snr,', "objective::test_a_weighting_is_one_objective_for_all_targets"),
         ("min-SNR is a max", "clamp(max=config.min_snr_gamma)", "clamp(min=config.min_snr_gamma)", "objective::test_weights_as_published"),
         ("P2 on x_0", "return snr / (1 + snr) **", "return 1 / (1 + snr) **", "objective::test_weights_as_published"),
         ("the bound's first weight is infinite", "_variational(schedule, torch.cat([variance[1:2], variance[1:]]))", "_variational(schedule, variance)", "objective::test_variational_weights_are_the_terms_of_the_bound"),
@@ -88,8 +86,7 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the interval without its upper end", "(ratio <= interval[1])", "(ratio < interval[1])", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
         ("rescale by what is left of phi", "keepdim=True) + 1 - phi)", "keepdim=True) + 1)", "guidance::test_rescale_is_that_of_diffusers_on_the_networks_own_output"),
         ("thresholding makes small images loud", "dim=1).clamp(min=1)", "dim=1)", "guidance::test_dynamic_thresholding_is_imagens"),
-        ("the classifier pushes eps away", '"eps": -s, "x0"', '"eps": s, "x0"', "guidance::test_the_classifier_moves_the_score"),
-        ("no signal, and yet a gradient", "torch.where(a > 0, factor, 0.0)", "factor", "guidance::test_no_signal_is_nothing_to_classify"),
+        ("no signal, and yet a gradient", "torch.where(a > 0, per_score(target, a, s), 0.0)", "per_score(target, a, s)", "guidance::test_no_signal_is_nothing_to_classify"),
         ("autoguidance counted from 0", "(self.weak_scale - 1) *", "self.weak_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
         ("the variance is the unconditional one", "uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)", "(uncond, variance), cond = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)[0]", "guidance::test_a_learned_variance_is_that_of_the_conditional_evaluation"),
         ("the shift of the mean has no interval", "gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)", "gradient(x_t, t)", "guidance"),
@@ -103,7 +100,14 @@ DIFFUSION: dict[str, list[Row]] = {
     "ldm/diffusion/process.py": [
         ("the transition without its signal", "- (ratio * schedule.sigma(s)).square()", "- schedule.sigma(s).square()", "diffusion::test_posterior_is_bayes_rule"),
         ("the learned variance upside down", "nu = (output + 1) / 2", "nu = (1 - output) / 2", "diffusion::test_learned_variance_lies_between_its_ends"),
-        ("v is read as eps", "return a * x_t - s * prediction", "return (x_t - s * prediction) / a", "diffusion::test_predictions_convert_without_loss"),
+    ],
+    "ldm/diffusion/targets.py": [
+        ("v with the wrong sign", "Row(p=a, q=-s, r=1, det=1)", "Row(p=a, q=s, r=1, det=1)", "objective::test_losses_of_the_targets_differ_by_the_snr"),
+        ("v weighs like eps", '"v": lambda snr: snr + 1,', '"v": lambda snr: snr,', "objective::test_a_weighting_is_one_objective_for_all_targets"),
+        ("flow points at the noise alone", "Row(p=1, q=-1, r=1, det=a + s)", "Row(p=1, q=-1, r=1, det=1)", "targets::test_conversions_solve_the_linear_system"),
+        ("v is read as eps", "_sum((row.p, x_t), (-s * row.r, prediction))", "_sum((1, x_t), (-s * row.r, prediction))", "diffusion::test_predictions_convert_without_loss"),
+        ("the classifier pushes eps away", "return -s / row.r if absent(row.q)", "return s / row.r if absent(row.q)", "guidance::test_the_classifier_moves_the_score"),
+        ("v is blind without signal", "TABLE[name](0.0, 1.0).det == 0)", "TABLE[name](0.0, 1.0).p == 0)", "targets::test_the_rows_are_those_of_the_configuration_and_rectified_flow"),
     ],
     "ldm/diffusion/gaussian.py": [
         ("pixels of level −1 pass", "(level > -0.5)", "(level > -1.5)", "gaussian::test_pixels_are_checked"),

@@ -30,13 +30,14 @@ from ldm.config import (
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import WEIGHTINGS, Objective, error_ratio, target
+from ldm.diffusion.objective import WEIGHTINGS, Objective, target
 from ldm.diffusion.process import from_x0, learned_log_variance
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import error_ratio
 from ldm.diffusion.timesteps import HISTORY, LossHistory, Timesteps, uniform_timesteps
 from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics
 from ldm.training.stages.diffusion import DiffusionTask
@@ -442,7 +443,7 @@ def test_diffusers_names_what_it_cannot_open() -> None:
     from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 
     def bundle(learned: bool, target: str) -> Bundle:
-        unet = unet_to_diffusers(UNetConfig(), 4, 8 if learned else 4, 768, 64)
+        unet = unet_to_diffusers(NetworkSpec(UNetConfig(), 4, 8 if learned else 4, 768), 64)
         parts = {UNET: Part(unet, {}), VAE: Part({}, {}), TEXT: Part({}, {})}
         return Bundle(parts, scheduler_to_diffusers(ScheduleConfig(), target))
 
@@ -455,10 +456,10 @@ def test_diffusers_names_what_it_cannot_open() -> None:
 @pytest.mark.parametrize("learned", [False, True])
 def test_channels_of_a_folder(concat: int, learned: bool) -> None:
     config = UNetConfig(concat_channels=concat)
-    layout = unet_to_diffusers(config, 4, 8 if learned else 4, 768, 32)
+    layout = unet_to_diffusers(NetworkSpec(config, 4, 8 if learned else 4, 768), 32)
     assert (layout["in_channels"], layout["out_channels"]) == (4 + concat, 8 if learned else 4)
     assert ("learned_variance" in layout) == learned == (layout["_class_name"] == "LatentDiffusionUNet")
-    assert unet_from_diffusers(layout) == (config, 4, 8 if learned else 4, 768)
+    assert unet_from_diffusers(layout) == NetworkSpec(config, 4, 8 if learned else 4, 768)
 
 
 def test_ddpm_takes_the_learned_variance_and_others_the_mean() -> None:
@@ -484,6 +485,7 @@ class HalfOnly(nn.Module):
         super().__init__()
         self.unet, self.conv_in, self.config = unet, unet.conv_in, unet.config
         self.in_channels = self.out_channels = unet.in_channels
+        self.spec = replace(unet.spec, out_channels=unet.in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.unet(x_t, t, cond)[:, : self.in_channels]

@@ -65,7 +65,7 @@ class ClassifierTask:
         """Open the diffusion model and the data, and encode the data set where a latent cache is missing."""
         data, diffusion = config.data, ModelInfo.read(config.diffusion)
         codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
-        in_channels = diffusion.unet[1]
+        in_channels = diffusion.unet.in_channels
         _check_data(data, diffusion, codec.autoencoder.config.image_channels if codec else in_channels)
         source, validation = open_source(data, "train"), open_source(data, "validation")
         classes, captions = find_classes(source, data)

@@ -23,6 +23,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.timesteps import Timesteps, uniform_timesteps
 from ldm.distributed.launch import launched
 from ldm.errors import FolderError
+from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec, autoencoder_config, load_codec
 from ldm.runs.directory import RunDirectory
@@ -93,7 +94,9 @@ class DiffusionTask:
         source, validation = (open_source(config.data, split) for split in ("train", "validation"))
         channels = _shape(config, codec)[0]
         out_channels = 2 * channels if config.objective.learned_variance else channels
-        trained = make_trained(config, (config.unet, channels, out_channels, text.width if text else None), text)
+        trained = make_trained(
+            config, NetworkSpec(config.unet, channels, out_channels, text.width if text else None), text
+        )
         cache = None
         if codec is not None and config.cache_latents:
             cache = ensure_cache(config, codec.autoencoder, source, say, *launched())

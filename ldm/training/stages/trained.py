@@ -17,7 +17,7 @@ from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import FILE as LORA_FILE
 from ldm.interop.lora import write_lora
 from ldm.models.lora import Lora
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import load_unet
 from ldm.runs.checkpoints import folder as shelf
@@ -56,20 +56,20 @@ class Trained(Protocol):
         ...
 
 
-def make_trained(config: DiffusionTrainingConfig, arguments: tuple[Any, ...], text: Any) -> Trained:
-    """``arguments``: those of the U-Net that the configuration describes; ``text``: its text encoder or None."""
-    return AllWeights(config, arguments, text) if config.train.lora is None else LoraWeights(config, arguments, text)
+def make_trained(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> Trained:
+    """Make what the configuration trains; ``spec``: its U-Net, ``text``: its text encoder or None."""
+    return AllWeights(config, spec, text) if config.train.lora is None else LoraWeights(config, spec, text)
 
 
 class AllWeights:
     """A U-Net trained whole, from random weights or from those of ``init``."""
 
-    def __init__(self, config: DiffusionTrainingConfig, arguments: tuple[Any, ...], text: Any) -> None:
-        self._configured = config, arguments, text
+    def __init__(self, config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> None:
+        self._configured = config, spec, text
         begins = config.init is not None and not shelf.steps(Path(config.run) / "checkpoints")
         self._initial = check_initial(*self._configured) if begins else None
         self._initial_hash: str | None = None  # of the weights that the U-Net began with
-        self.unet = seeded(config.train.seed, lambda: UNet(*arguments))
+        self.unet = seeded(config.train.seed, spec.make)
         self.network: nn.Module = self.unet
         self.summary: list[str] = []
 
@@ -96,10 +96,10 @@ class AllWeights:
 class LoraWeights:
     """Low-rank changes of the frozen U-Net of ``init``."""
 
-    def __init__(self, config: DiffusionTrainingConfig, arguments: tuple[Any, ...], text: Any) -> None:
+    def __init__(self, config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> None:
         self.config, self._has_text, lora = config, text is not None, config.train.lora
         assert lora is not None
-        self._base = check_initial(config, arguments, text)
+        self._base = check_initial(config, spec, text)
         self._base_hash = self._base.hash  # of all its weights: once, for it takes seconds where they are large
         self.unet = initial_unet(self._base, config.train.mixed_precision)
         self._lora = seeded(config.train.seed, lambda: Lora.fresh(self.unet, lora))
