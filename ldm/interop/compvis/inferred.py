@@ -21,6 +21,7 @@ from ldm.interop.compvis.extras import PUBLISHED_SCALE
 from ldm.interop.compvis.shapes import Shapes, missing
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
+from ldm.models.unet import NetworkSpec
 
 PUBLISHED_FACTOR = 8  # image side over latent side of Stable Diffusion 1 and 2
 PUBLISHED_GROUPS = 32  # groups of every GroupNorm in CompVis' code
@@ -157,7 +158,8 @@ def infer_unet(
         upcast_attention=_is_768_v(family, target),  # published so: it overflows in half precision
     )
     factor = factor or (PUBLISHED_FACTOR if family else 1)
-    layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)
+    spec = NetworkSpec(config, x_channels, out, context)
+    layout = unet_to_diffusers(spec, _image_size(hints, family, target) // factor)
     classes = {"num_class_embeds": shapes("label_emb.weight", 0)} if shapes.has("label_emb.weight") else {}
     return {**layout, **classes}, target
 

@@ -17,7 +17,6 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.model import AutoencoderKL
 from ldm.interop.bundle import UNET, VAE
 from ldm.interop.diffusers.unet import unet_from_diffusers
-from ldm.models.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
 
     Raises ConfigError naming what we cannot express.
     """
-    arguments = unet_from_diffusers(config)
+    spec = unet_from_diffusers(config)
     with torch.device("meta"):
-        network = UNet(*arguments)
+        network = spec.make()
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     layers = network.config.layers_per_level
     attends = [name.startswith("CrossAttn") for name in config["up_block_types"]]
