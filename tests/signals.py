@@ -36,7 +36,7 @@ LAUNCHERS: dict[str, list[str]] = {
     "accelerate, 1 process": [*ACCELERATE, "--num_processes=1"],
     "accelerate, 2 processes": [*ACCELERATE, "--multi_gpu", "--num_processes=2"],
     "torchrun, 2 processes": TORCHRUN,
-    "torchrun told of SIGUSR1": [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"],
+    "torchrun handling SIGUSR1": [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"],
 }
 LINGER = 1.5  # seconds that the phase is made to last
 PATIENCE = 120  # seconds, after which a launch counts as hanging
