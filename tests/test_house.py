@@ -84,7 +84,7 @@ def locale_bound(tree: ast.Module) -> Iterator[int]:
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
             continue
         of, _, name = ast.unparse(node.func).rpartition(".")
-        ours = of in ("os", "Image", "self.recorder") or (name == "read_text" and not of)  # these say the encoding
+        ours = of in ("os", "Image") or (name == "read_text" and not of)  # these say the encoding
         if name not in TEXT_CALLS or ours:
             continue
         given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]

@@ -1,4 +1,4 @@
-"""What tests/training/test_ranks.py starts, alone or under torchrun: training from a checkpoint, with gradients and draws written down.
+"""Commands of tests/training/test_ranks.py, alone or under torchrun: train on and record gradients and draws.
 
 ranks.py train JOBS                                   continue from copies of runs: JSON, the fields of Job
 ranks.py sabotage OUT COMMAND CONFIG                  wrong set-ups, each of which must be refused
@@ -38,7 +38,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Go on from update ``at`` of a copy of the run ``base`` in OUT/run, and write what ``watch`` sees of updates ``gradients``."""
+    """Continue a copy of the run ``base`` from update ``at``; write what ``watch`` records of ``gradients``."""
 
     out: str
     command: str
@@ -56,7 +56,10 @@ def made(command: str, config: str, run: Path, *overrides: str) -> Loop:
 
 
 def watch(loop: Loop, updates: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """The gradients of some updates, by update, network and parameter, and a digest of each position's sample: filled as it trains."""
+    """Gradients of ``updates`` by update, network and parameter, and a digest of each position's sample.
+
+    Both are filled as the loop trains.
+    """
     gradients: dict[str, torch.Tensor] = {}
     draws: dict[int, str] = {}
     norm, micro_step = loop.optimizers.norm, loop.task.micro_step
