@@ -108,7 +108,7 @@ def _text(part: Part) -> dict[str, Any]:
         "vocabulary": "vocab_size",
         "activation": "hidden_act",
     }
-    return {ours: tower.get(theirs) for ours, theirs in names.items()}
+    return {fact: tower.get(key) for fact, key in names.items()}
 
 
 def _process(scheduler: Mapping[str, Any]) -> dict[str, Any]:

@@ -407,7 +407,7 @@ class Pipeline:
         bundle = self.bundle()
         if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:
             raise ConfigError(
-                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}"
+                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.DIFFUSERS_PIPELINE}"
             )
         self.files = write_folder(bundle, Path(folder))
         self._loaded.clear()  # merged, and so in the files

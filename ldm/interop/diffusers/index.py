@@ -11,12 +11,12 @@ from typing import Any
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.diffusers.scheduler_keys import class_name
 from ldm.interop.diffusers.schedulers import OUR_SCHEDULER, scheduler_from_diffusers
-from ldm.interop.diffusers.unet import DIFFUSERS_VERSION, THEIR_UNET, unet_from_diffusers
+from ldm.interop.diffusers.unet import DIFFUSERS_UNET, DIFFUSERS_VERSION, unet_from_diffusers
 
 OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of models that diffusers cannot express
-THEIR_PIPELINE = "StableDiffusionPipeline"
+DIFFUSERS_PIPELINE = "StableDiffusionPipeline"
 INPAINTING = "StableDiffusionInpaintPipeline"  # a mask and the masked image's latent as additional channels
-PIPELINES = (OUR_PIPELINE, THEIR_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPipeline")
+PIPELINES = (OUR_PIPELINE, DIFFUSERS_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPipeline")
 
 
 def ours_alone(bundle: Bundle) -> str | None:
@@ -40,7 +40,7 @@ def model_index(bundle: Bundle) -> dict[str, Any]:
     concat = unet_from_diffusers(bundle.parts[UNET].config).config.concat_channels
     scheduler = class_name(bundle.scheduler or {})
     return {
-        "_class_name": OUR_PIPELINE if ours_alone(bundle) else INPAINTING if concat else THEIR_PIPELINE,
+        "_class_name": OUR_PIPELINE if ours_alone(bundle) else INPAINTING if concat else DIFFUSERS_PIPELINE,
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": nothing,
         "image_encoder": nothing,
@@ -49,6 +49,6 @@ def model_index(bundle: Bundle) -> dict[str, Any]:
         "scheduler": ["ldm" if scheduler == OUR_SCHEDULER else "diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"] if TEXT in bundle.parts else nothing,
         "tokenizer": ["transformers", "CLIPTokenizer"] if TEXT in bundle.parts else nothing,
-        "unet": ["diffusers", THEIR_UNET],
+        "unet": ["diffusers", DIFFUSERS_UNET],
         "vae": ["diffusers", "AutoencoderKL"] if VAE in bundle.parts else nothing,
     }

@@ -12,13 +12,13 @@ from ldm.interop.diffusers.scheduler_keys import PROCESSES, READS, check_keys, c
 from ldm.interop.diffusers.unet import DIFFUSERS_VERSION
 
 OUR_SCHEDULER = "LatentDiffusionScheduler"  # the class name with a score target, which diffusers lacks
-THEIR_SCHEDULER = "DDIMScheduler"
+DIFFUSERS_SCHEDULER = "DDIMScheduler"
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # score: only here
-_TARGETS = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+_TARGETS = {name: target for target, name in _PREDICTIONS.items()}
 _TARGETS["original_sample"] = "x0"  # EulerDiscreteScheduler's name
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_SCHEDULES = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
+_SCHEDULES = {key: name for name, key in _BETA_SCHEDULES.items()}
 _SCHEDULES["sigmoid"] = "sigmoid"  # read by DDPMScheduler, not by the DDIMScheduler that is written
 _BETAS = {"scaled_linear": (0.00085, 0.012)}  # default ends in diffusion/schedule.py; (1e-4, 0.02) for the others
 # As diffusers computes them: fixed_small_log equals fixed_small, and None has no effect.
@@ -101,7 +101,7 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: Sample
     named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
     betas = None if named else Schedule.from_config(schedule).betas.tolist()
     return {
-        "_class_name": OUR_SCHEDULER if target == "score" else THEIR_SCHEDULER,
+        "_class_name": OUR_SCHEDULER if target == "score" else DIFFUSERS_SCHEDULER,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),

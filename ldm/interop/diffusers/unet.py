@@ -11,7 +11,7 @@ from ldm.models.unet import NetworkSpec
 
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
 OUR_UNET = "LatentDiffusionUNet"  # with attention but no context, or a learned variance, which diffusers' class lacks
-THEIR_UNET = "UNet2DConditionModel"
+DIFFUSERS_UNET = "UNet2DConditionModel"
 
 # Values that our U-Net is built with; they equal diffusers' defaults, so a key may be absent.
 _FIXED: dict[str, Any] = {
@@ -79,7 +79,7 @@ def unet_to_diffusers(spec: NetworkSpec, sample_size: int) -> dict[str, Any]:
     levels, heads = len(config.channels), list(config.heads)
     attends = [level in config.attending for level in range(levels)]
     return {
-        "_class_name": OUR_UNET if spec.learned_variance or (context_dim is None and any(attends)) else THEIR_UNET,
+        "_class_name": OUR_UNET if spec.learned_variance or (context_dim is None and any(attends)) else DIFFUSERS_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
         "sample_size": sample_size,
         "in_channels": spec.in_channels + config.concat_channels,
@@ -102,10 +102,10 @@ def unet_to_diffusers(spec: NetworkSpec, sample_size: int) -> dict[str, Any]:
 
 
 def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
+    """The keys of the class embedding, which takes vector and label conditions."""
     projected = config.vector_dim if config.vector_map != "identity" else None
-    kind = next(
-        (theirs for theirs, ours in _VECTOR_MAPS.items() if config.vector_dim and ours == config.vector_map), None
-    )
+    names = {vector_map: name for name, vector_map in _VECTOR_MAPS.items()}
+    kind = names.get(config.vector_map) if config.vector_dim else None
     return {
         "class_embed_type": "timestep" if config.sinusoidal_labels else kind,
         "num_class_embeds": config.num_labels,
@@ -164,6 +164,7 @@ def sample_side(layout: Mapping[str, Any]) -> int:
 
 
 def _class_embedding_from_diffusers(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the class embedding."""
     kind = layout.get("class_embed_type")
     if kind is None:
         return {"num_labels": layout.get("num_class_embeds")}
@@ -178,15 +179,15 @@ def _class_embedding_from_diffusers(layout: Mapping[str, Any]) -> dict[str, Any]
 
 def _check_names(layout: Mapping[str, Any]) -> None:
     """Raise ConfigError for another class, an unknown key, or a value that we cannot express."""
-    if layout.get("_class_name", THEIR_UNET) not in (OUR_UNET, THEIR_UNET):
-        raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {THEIR_UNET} and {OUR_UNET}")
+    if layout.get("_class_name", DIFFUSERS_UNET) not in (OUR_UNET, DIFFUSERS_UNET):
+        raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {DIFFUSERS_UNET} and {OUR_UNET}")
     for key, value in layout.items():
         if key.startswith("_") or key in _READ:
             continue
         if key not in _FIXED:
             near = difflib.get_close_matches(key, [*_READ, *_FIXED], n=1)
             raise ConfigError(
-                f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {THEIR_UNET}")
+                f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {DIFFUSERS_UNET}")
             )
         items = value if isinstance(value, (list, tuple)) and value else [value]
         if any(item != _FIXED[key] and (item or _FIXED[key]) for item in items):
