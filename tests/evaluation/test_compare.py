@@ -53,7 +53,7 @@ def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, is there already")],
+    [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, exists already")],
 )
 def test_what_is_there_is_not_overwritten(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str

@@ -230,7 +230,7 @@ def test_the_command_on_exact_targets(
         (["--samplers", "dpm"], "--samplers: 'dpm' is none of ddpm"),
         (["--steps", "0"], "--steps must lie between 1 and 1000"),
         (["nowhere", "--grid", "even"], "--grid: 'even' is none of trailing"),
-        (["--images", "4"], "--images goes with a run"),
+        (["--images", "4"], "--images needs a run"),
         (["nowhere"], "nowhere is not a run"),
         (["nowhere", "--within", "0"], "--within must be above 0"),
     ],
