@@ -20,7 +20,8 @@ from ldm.data.shapes import Scene, caption, parse, stripe
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.evaluation.figures.plots import captioned
-from ldm.evaluation.judges.shapes import ShapesJudge, agreement, proportion
+from ldm.evaluation.judges.shapes import ShapesJudge, agreement
+from ldm.evaluation.metrics import proportion
 from ldm.interop.diffusers.folder import find_model
 from ldm.interop.lora import find_lora
 from ldm.pipeline import Pipeline

@@ -170,7 +170,7 @@ USAGE = [
     (["sample", "run", "--steps", "three"], "--steps: invalid int value: 'three'"),
     (["sample", "run", "--seed", "1.5"], "--seed"),
     (["sample", "run", "--guidance-scale", "big"], "--guidance-scale"),
-    (["train-ldm"], "config"),
+    (["train-ldm"], "CONFIG"),
     (
         ["train-ldm", "ldm.yaml", "--from", "4", "train.lr=1", "--fast", "x=1"],
         "unrecognized arguments: train.lr=1 --fast x=1",

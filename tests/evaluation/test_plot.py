@@ -219,30 +219,6 @@ def test_the_first_picture_is_the_noise_that_sampling_starts_from(pipe: Pipeline
 # ---------------------------------------------------------------- guidance
 
 
-def test_distance_is_the_mean_over_pairs() -> None:
-    black, white = np.zeros((4, 4, 3), dtype=np.uint8), np.full((4, 4, 3), 255, dtype=np.uint8)
-    assert sweep.distance(np.stack([black, white])) == 1
-    assert sweep.distance(np.stack([black] * 5)) == 0
-    assert sweep.distance(np.stack([black, black, white])) == pytest.approx(2 / 3)
-    half = black.copy()
-    half[:2] = 255
-    assert sweep.distance(np.stack([black, half])) == pytest.approx(np.sqrt(0.5))
-
-
-def test_diversity_is_a_ratio_with_its_interval() -> None:
-    rng = np.random.default_rng(0)
-    real = rng.uniform(0.1, 0.3, 40)
-    assert sweep.diversity(real, real) == (1.0, 1.0, 1.0)
-    assert sweep.diversity(0 * real, real) == (0.0, 0.0, 0.0)
-    covered = 0
-    for _ in range(100):  # the truth is ½
-        drawn = real * rng.uniform(0, 1, 40)
-        value, low, high = sweep.diversity(drawn, real)
-        assert low < value < high and value == pytest.approx(drawn.mean() / real.mean())
-        covered += low <= 0.5 <= high
-    assert 86 <= covered <= 100
-
-
 @pytest.mark.parametrize(("source", "wanted", "captions"), [("shapes", 3, 3), ("digits", 30, 10)])
 def test_real_pictures_have_the_caption(source: str, wanted: int, captions: int) -> None:
     opened = open_source(DataConfig(source=source, image_size=32), "validation")
