@@ -1,4 +1,4 @@
-"""The commands as a person meets them: help without torch, one line for whatever is wrong, pictures that say how they were made."""
+"""Commands as a user meets them: help without torch, errors of one line, images with their settings."""
 
 import argparse
 import json
@@ -137,7 +137,7 @@ def test_each_script_is_its_command(script: Path) -> None:
 
 def test_there_is_a_script_for_each_command() -> None:
     names = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    # what looks and trains nothing needs no launcher; and scripts/inspect.py would hide Python's own inspect from the others
+    # commands that only look need no launcher, and scripts/inspect.py would hide Python's own inspect
     assert names == set(COMMANDS) - {"inspect", "reproduce", "replay", "status", "diff", "checkpoints"}
 
 
@@ -334,7 +334,8 @@ def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Pat
         == 0
     )
     assert sorted(f.name for f in out.iterdir()) == [
-        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png", "00002-empty.png", "00003-empty.png", "grid-00000.png",
+        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png",
+        "00002-empty.png", "00003-empty.png", "grid-00000.png",
     ]  # fmt: skip
     one = about(out / "00001-ein-roter-kreis.png")
     settings = {

@@ -14,7 +14,7 @@ from ldm.cli.main import main
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of one name on ten flat images, of which fewer than eight are for validation, without and with a discriminator."""
+    """Two runs of one name, without and with a discriminator, on ten flat images, fewer than eight for validation."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "photos").mkdir()
     for i in range(10):

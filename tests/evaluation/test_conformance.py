@@ -1,4 +1,4 @@
-"""Every sampler converges as it says and reaches its target; the kit's own measures against closed forms (docs/equations.md S5)."""
+"""Every sampler has its stated order and reaches its target (docs/equations.md S5)."""
 
 import json
 import math
@@ -63,8 +63,8 @@ def test_a_sampler_draws_noise_if_it_says_so(name: str) -> None:
 def test_every_sampler_reaches_gaussian_data(name: str, kind: str, target: str) -> None:
     """From N(0, I) to clean data in 16 steps, every sampler on every schedule, each target with each of both somewhere.
 
-    Equally spaced in λ: the first step of the trailing grid on the cosine schedule, from σ/α = 20,000 to 13, is too long for
-    heun and plms.
+    Equally spaced in λ: the first step of the trailing grid on the cosine schedule, from σ/α = 20,000 to
+    13, is too long for heun and plms.
     """
     schedule = Schedule.from_config(ScheduleConfig(kind))
     (mean, variance), _ = gaussian_moments(CASES[name], schedule, target, GRIDS["uniform_lambda"](schedule, 16))
@@ -95,7 +95,7 @@ def test_every_sampler_reaches_the_mixture(name: str) -> None:
 
 
 def test_a_wrong_solver_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2M with the sign of its correction turned is of first order; ancestral noise of the wrong size does not converge."""
+    """2M with its correction reversed is of first order; ancestral noise of the wrong size does not converge."""
 
     def turned(denoiser: Any, x: Tensor, grid: Tensor, noise: Any, **_: object) -> Tensor:
         lam, before = LINEAR.half_log_snr(grid), None

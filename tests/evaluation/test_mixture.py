@@ -1,4 +1,4 @@
-"""The oracle of all samplers and objectives, against numerical integration, Monte Carlo and autograd (docs/equations.md F6)."""
+"""Gaussian mixtures against numerical integration, Monte Carlo and autograd (docs/equations.md F6)."""
 
 import math
 
@@ -125,7 +125,7 @@ def test_draws_have_the_moments_and_the_classes() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_denoiser_speaks_every_target(name: str, schedule: Schedule) -> None:
-    """Whatever the words, x̂_0 is E[x_0|x_t] and the score that of the marginal, at whole and fractional t, per sample too."""
+    """For every target x̂_0 is E[x_0|x_t], and the score that of q(x_t), at whole and fractional t, per sample too."""
     mixture = plane()
     x = torch.randn(7, 2, dtype=torch.float64)
     for t in (tensor(3.0)[0], tensor(420.3)[0], torch.tensor(900)):

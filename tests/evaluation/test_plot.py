@@ -1,4 +1,4 @@
-"""`ldm plot`: the figures drawn, against closed forms and the pipeline itself; every sub-command; what is wrong is said."""
+"""`ldm plot`: figures against closed forms and the pipeline; every sub-command; its errors."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def few_real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained models as finished runs: two-stage with text on shapes, pixels without text on textures and on shapes."""
+    """Untrained models as finished runs: two-stage with text on shapes, pixel models without text."""
     folder = tmp_path_factory.mktemp("plots")
     torch.manual_seed(0)
     clip = ClipConfig(width=16, layers=1, heads=2, max_length=16, merges=8, patch_size=8, projection=8)

@@ -1,4 +1,4 @@
-"""The report of a run: what it says is what the run wrote, nothing is fetched, nothing hostile gets in, any state will do."""
+"""The report of a run: true to its files in any state, fetches nothing, and is safe against hostile text."""
 
 import base64
 import io
@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 SIDE = 16
 TRAIN = {
-    "steps": 6, "batch_size": 4, "lr": 1e-3, "log_every": 1, "validate_every": 2, "validation_size": 6, "sample_every": 3,
-    "checkpoint_every": 6, "trackers": [],
+    "steps": 6, "batch_size": 4, "lr": 1e-3, "trackers": [], "validation_size": 6,
+    "log_every": 1, "validate_every": 2, "sample_every": 3, "checkpoint_every": 6,
 }  # fmt: skip
 VOID = {"meta", "img"}
 KNOWN = {

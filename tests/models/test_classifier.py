@@ -33,8 +33,8 @@ from ldm.errors import FolderError
 from ldm.evaluation.figures.page import EDGE, HEADER
 from ldm.evaluation.figures.sweep import REAL
 from ldm.evaluation.figures.sweep_panels import BELOW
-from ldm.evaluation.metrics import pairwise_distance
 from ldm.evaluation.judges.digits import DigitJudge
+from ldm.evaluation.metrics import pairwise_distance
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
