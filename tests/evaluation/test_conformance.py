@@ -140,7 +140,7 @@ def test_moments_are_those_of_many_samples() -> None:
 
 
 def test_ends_outside_the_schedule_are_refused() -> None:
-    with pytest.raises(ValueError, match="is not within the schedule's own"):
+    with pytest.raises(ValueError, match="is outside that of the schedule"):
         uniform(LINEAR, 4, (-9.0, 1.0))
 
 

@@ -379,10 +379,10 @@ def test_the_figures_of_a_sweep_are_those_of_the_pictures(here: Path, pipe: Pipe
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["schedules", "--names", "cosinus"], r"--names cosinus: no such schedule, known are linear, "),
+        (["schedules", "--names", "cosinus"], r"--names cosinus: no such schedule, there are linear, "),
         (["schedules", "--shift", "0"], r"shift must"),
         (["schedules", "--num-steps", "1"], r"num_steps must lie between 2"),
-        (["schedules", "RUN", "--shift", "2"], r"for the schedules of --names"),
+        (["schedules", "RUN", "--shift", "2"], r"change the schedules of --names"),
         (["schedules", "--image", "no.png"], r"no\.png: no such file"),
         (["schedules", "nowhere"], r"no run or model folder nowhere"),
         (["schedules", "--out", "a.gif"], r"--out a\.gif must end in \.png"),

@@ -226,7 +226,7 @@ def test_every_section_is_there(pages: dict[str, Page]) -> None:
         "curves",
         "pictures-over-time",
         "reconstructions",
-        "figures",
+        "metrics",
         "throughput",
         "skipped-files",
         "configuration",
@@ -247,7 +247,7 @@ def test_the_head_says_what_run_this_is(pages: dict[str, Page], trained: Path) -
     rows = pages["autoencoder"].rows("head")
     assert "autoencoder" in pages["autoencoder"].text["head"] and rows["command"] == ["ldm train-autoencoder"]
     assert rows["state"] == ["done"] and rows["updates"] == ["6 of 6"] and rows["global batch"] == ["4 images"]
-    assert rows["wall time"] == [f"{status['seconds']:.1f} s, all resumes together"] and rows["model"] == ["exported"]
+    assert rows["wall time"] == [f"{status['seconds']:.1f} s, resumes included"] and rows["model"] == ["exported"]
     weights = trained / "autoencoder/checkpoints/step-00000006"
     counts = {
         n: sum(t.numel() for t in load_file(weights / f"model_{n}.safetensors").values())
@@ -264,13 +264,13 @@ def test_the_head_says_what_run_this_is(pages: dict[str, Page], trained: Path) -
 )
 def test_wall_time_is_readable(make_run: Callable[..., Path], seconds: float, told: str) -> None:
     run = make_run(status={"state": "done", "step": 1, "steps": 1, "seconds": seconds})
-    assert write(run).rows("head")["wall time"] == [f"{told}, all resumes together"]
+    assert write(run).rows("head")["wall time"] == [f"{told}, resumes included"]
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm"])
-def test_the_newest_figures_are_those_of_metrics_jsonl(pages: dict[str, Page], trained: Path, name: str) -> None:
+def test_the_latest_metrics_are_those_of_metrics_jsonl(pages: dict[str, Page], trained: Path, name: str) -> None:
     newest = {k: (v, line["step"]) for line in lines(trained / name) for k, v in line.items() if k != "step"}
-    rows = pages[name].rows("figures")
+    rows = pages[name].rows("metrics")
     for figure, (value, step) in newest.items():
         told, update = rows[figure]
         assert int(update) == step
@@ -443,7 +443,7 @@ def test_few_images_are_enough(exported: Path, images: int, shown: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "told"), [({1}, "of 3 validation images ranked"), ({0, 1, 2, 3}, "not one of 4 validation images can")]
+    ("damaged", "told"), [({1}, "of 3 validation images ranked"), ({0, 1, 2, 3}, "none of 4 validation images can")]
 )
 def test_images_that_cannot_be_read_are_passed_over(
     exported: Path, monkeypatch: pytest.MonkeyPatch, damaged: set[int], told: str
@@ -489,7 +489,7 @@ def test_reconstructions_that_are_not_there_are_one_sentence(
 
 def test_report_json_is_shown_with_its_intervals(make_run: Callable[..., Path]) -> None:
     run = make_run()
-    assert "Not evaluated yet" in write(run).text["figures"]
+    assert "Not evaluated yet" in write(run).text["metrics"]
     share = {"accuracy": 0.875, "low": 0.75, "high": 0.9375, "n": 64}
     told = {
         "judge": {"single": {"held_out": {"all": share}}},
@@ -499,12 +499,12 @@ def test_report_json_is_shown_with_its_intervals(make_run: Callable[..., Path]) 
     (run / "report.json").write_text(json.dumps({**told, "autoencoder": {"psnr": 27.5}}))
     Image.new("RGB", (40, 30), "red").save(run / "samples.png")
     page = write(run)
-    rows = page.rows("figures")
+    rows = page.rows("metrics")
     assert rows["judge.single.held_out.all"] == ["0.875", "0.75\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}0.9375", "64"]
     assert rows["autoencoder.psnr"][0] == "27.5" and rows["tuned_on_seen"][0] == "guidance_scale 2, all 0.5"
-    assert "Not evaluated yet" not in page.text["figures"] and page.pictures("figures")[0].shape == (30, 40, 3)
+    assert "Not evaluated yet" not in page.text["metrics"] and page.pictures("metrics")[0].shape == (30, 40, 3)
     (run / "report.json").write_text("{")
-    assert "report.json: cannot be read" in write(run).text["figures"]
+    assert "report.json: cannot be read" in write(run).text["metrics"]
 
 
 def test_throughput_is_the_median(make_run: Callable[..., Path]) -> None:
@@ -526,14 +526,14 @@ def test_what_was_skipped_is_counted_grouped_and_listed(make_run: Callable[..., 
     (run / "skipped.jsonl").write_text("\n".join([*map(json.dumps, rows), *broken]))
     page = write(run)
     text, listed = page.text["skipped-files"], page.tables["skipped-files"]
-    assert "250 files were skipped" in text and "cannot be read: 3." in text and "50 more files are left out" in text
+    assert "250 files were skipped" in text and "cannot be read: 3." in text and "50 more files are not shown" in text
     assert (
         listed[1:3] == [["200", "truncated"], ["50", f"odd {HOSTILE}".replace("'x'", "'…'")]]
         and "more reasons" not in text
     )
     assert listed[4:] == [[row["file"], row["reason"]] for row in rows[:200]]
     (run / "skipped.jsonl").write_text("\n".join(json.dumps({"file": "a", "reason": f"no {i}"}) for i in range(25)))
-    assert "5 more reasons are left out" in write(run).text["skipped-files"]
+    assert "5 more reasons are not shown" in write(run).text["skipped-files"]
 
 
 def test_a_file_name_that_is_no_text_can_be_written(make_run: Callable[..., Path]) -> None:
@@ -573,7 +573,7 @@ def test_a_run_of_nulls_alone_and_values_of_other_kinds(
     page = write(
         make_run([{"step": 1, "loss": None, "note": "text", "flag": True, "validation/loss_by_t": [None] * 10}])
     )
-    assert "loss: null in all 1 lines" in page.text["curves"] and page.rows("figures")["flag"] == ["true", "1"]
+    assert "loss: null in all 1 lines" in page.text["curves"] and page.rows("metrics")["flag"] == ["true", "1"]
     assert plotted.keys() == {"update 1"}
 
 
@@ -633,7 +633,7 @@ def test_whatever_comes_from_files_is_text(make_run: Callable[..., Path], pages:
     run.rename(hostile)
     page = write(hostile)
     assert "<b>run&" in page.text["head"] and page.rows("head")["state"] == [HOSTILE]
-    assert page.rows("figures")[HOSTILE][0] == HOSTILE and page.rows("skipped-files")[HOSTILE] == [f"because {HOSTILE}"]
+    assert page.rows("metrics")[HOSTILE][0] == HOSTILE and page.rows("skipped-files")[HOSTILE] == [f"because {HOSTILE}"]
     assert (
         page.text["pictures-over-time"].count(HOSTILE) == 1
         and "<script>-00000001.png" in page.text["pictures-over-time"]
@@ -699,10 +699,10 @@ def test_a_run_that_has_only_begun(make_run: Callable[..., Path]) -> None:
     assert page.rows("head")["state"] == ["no status yet: nothing has been logged"] and page.rows("head")[
         "updates"
     ] == ["0 of 40"]
-    assert "No figures yet: the first come after update 40." in page.text["curves"]
+    assert "No metrics yet: the first come after update 40." in page.text["curves"]
     assert "None yet: the first come after update 40." in page.text["pictures-over-time"]
     assert (
-        "No figures yet." in page.text["figures"]
+        "No metrics yet." in page.text["metrics"]
         and "throughput" not in page.text
         and "Nothing was skipped" in page.text["skipped-files"]
     )
@@ -723,7 +723,7 @@ def test_a_run_that_is_not_done(make_run: Callable[..., Path], state: str, told:
         stream.write('{"step": 10, "lo')  # torn by a kill
     page = write(run)
     assert page.rows("head")["state"][0].startswith(told) and page.rows("head")["updates"] == ["7 of 40"]
-    assert page.rows("figures")["loss"] == ["0.5", "5"]
+    assert page.rows("metrics")["loss"] == ["0.5", "5"]
     assert ("bad" in [a.get("class") for tag, a in page.elements if tag == "b"]) == (state == "failed")
 
 
