@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm.config import DiffusionTrainingConfig, load
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.evaluation.figures.plots import captioned
@@ -48,7 +48,7 @@ def main() -> None:
     diffusers.scheduler = DDIMScheduler.from_config(diffusers.scheduler.config)
     diffusers.set_progress_bar_config(disable=True)
     side = ours.sample_size // ours.factor
-    noise = np.stack([streams.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
+    noise = np.stack([rng.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
     drawn = diffusers(
         prompts,
         num_inference_steps=steps,

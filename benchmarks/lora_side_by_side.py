@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm.config import DataConfig, SampleConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.shapes import Scene, caption, parse, stripe
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
@@ -41,7 +41,7 @@ def theirs(base: Path, lora: Path, prompts: list[str], settings: SampleConfig) -
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(find_lora(lora).parent))
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-    noise = torch.from_numpy(np.stack([streams.normal(SEED, "sample/x_T", i, shape) for i in range(len(prompts))]))
+    noise = torch.from_numpy(np.stack([rng.normal(SEED, "sample/x_T", i, shape) for i in range(len(prompts))]))
     drawn = pipe(
         prompts, num_inference_steps=STEPS, guidance_scale=settings.guidance_scale, latents=noise, output_type="np"
     )

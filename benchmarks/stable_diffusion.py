@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import to_diffusers
 from ldm.config import DiffusionTrainingConfig, ScheduleConfig, load
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.names import shapes_of
 from ldm.interop.diffusers.folder import write_folder
@@ -129,7 +129,7 @@ def draw(folder: Path, size: int) -> None:
     del ours
     diffusers = StableDiffusionPipeline.from_pretrained(folder)
     diffusers.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(streams.normal(SEED, "sample/x_T", 0, (4, size // 8, size // 8)))[None]
+    noise = torch.from_numpy(rng.normal(SEED, "sample/x_T", 0, (4, size // 8, size // 8)))[None]
     started = time.monotonic()
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": size, "width": size}
     b = np.asarray(diffusers(PROMPT, latents=noise, **options).images[0]).astype(int)

@@ -2,7 +2,7 @@
 
   ldm cache-latents configs/demo/ldm.yaml
 
-train-ldm does this automatically where the cache is missing; a cache that is there is checked.
+train-ldm does this automatically if there is no cache; an existing one is checked.
 """
 
 from __future__ import annotations

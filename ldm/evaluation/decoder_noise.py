@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.config import DataConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sample import Source, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
@@ -65,7 +65,7 @@ def pairs(
     while read := list(itertools.islice(samples, AT_ONCE)):
         image = torch.stack([prepare(sample.image, size) for _, sample in read]).to(device)
         posterior = codec.autoencoder.encode(image)
-        noise = np.stack([streams.normal(SEED, "likelihood/fit", i, tuple(posterior.mean.shape[1:])) for i, _ in read])
+        noise = np.stack([rng.normal(SEED, "likelihood/fit", i, tuple(posterior.mean.shape[1:])) for i, _ in read])
         latent = codec.latent(posterior, torch.from_numpy(noise).to(device))
         reconstruction = finite(codec.decode(latent), "reconstructions of training images")
         place = torch.linspace(0, size**2 - 1, min(PIXELS, size**2)).round().long().to(device)

@@ -45,9 +45,7 @@ class Judge(Protocol):
     """Reads images and compares them with their captions."""
 
     name: str  # the key of its scores in the report
-    splits: tuple[
-        tuple[str, str], ...
-    ]  # (name in the report, split of the source); captions of the first are seen in training
+    splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source), that seen in training first
 
     def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
         """True for each attribute that an image shows as its caption says, and `all` for the whole."""

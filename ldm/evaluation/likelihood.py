@@ -21,7 +21,7 @@ from torch import Tensor
 from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionTrainingConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sample import Source, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
@@ -191,7 +191,7 @@ def measure(
     denoiser = pipe.denoiser(captions, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
     steps = all_steps(pipe.schedule, len(x0))
     if timesteps:
-        uniform = np.stack([streams.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])
+        uniform = np.stack([rng.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])
         steps = drawn_steps(pipe.schedule, torch.from_numpy(uniform).to(pipe.device))
     found = bounds(
         denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None
@@ -229,7 +229,7 @@ def image_log_likelihood(image: Tensor, decoded: Tensor, std: Sequence[float]) -
 
 def normal(seed: int, name: str, numbers: Sequence[int], like: Tensor) -> Tensor:
     """Standard normal draws in the shape of ``like``, a function of seed, name and number of each image."""
-    drawn = np.stack([streams.normal(seed, f"likelihood/{name}", n, tuple(like.shape[1:])) for n in numbers])
+    drawn = np.stack([rng.normal(seed, f"likelihood/{name}", n, tuple(like.shape[1:])) for n in numbers])
     return torch.from_numpy(drawn).to(like)
 
 

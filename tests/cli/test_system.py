@@ -496,10 +496,9 @@ def test_a_closed_terminal_saves_as_a_request_to_stop_does(here: Path) -> None:
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 75
-    told = read_status(here / "new") or {}
-    assert told["state"] == "interrupted" and [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")] == [
-        told["step"]
-    ]
+    recorded = read_status(here / "new") or {}
+    saved = [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")]
+    assert recorded["state"] == "interrupted" and saved == [recorded["step"]]
 
 
 def test_nohup_keeps_a_hang_up_ignored() -> None:

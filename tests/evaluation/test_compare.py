@@ -43,11 +43,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     assert main(["compare-autoencoders", "plain/run", "gan/run", "--out", "both.png"]) == 0
-    figures = json.loads((runs / "both.json").read_text())
-    assert list(figures) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
-    assert figures["plain/run"]["high_frequency"] is None and np.isfinite(
-        figures["plain/run"]["psnr"]
-    )  # flat originals have none
+    metrics = json.loads((runs / "both.json").read_text())
+    assert list(metrics) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
+    assert metrics["plain/run"]["high_frequency"] is None and np.isfinite(metrics["plain/run"]["psnr"])  # flat images
     assert Image.open(runs / "both.png").width > 100
 
 

@@ -57,9 +57,8 @@ def test_a_sampler_draws_noise_if_it_says_so(name: str) -> None:
     assert draws_noise(CASES[name]) == SAMPLERS[name].stochastic
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "target"), [pair for pair in PAIRS if pair[0] != "annealed_langevin"]
-)  # in test_langevin.py
+# annealed_langevin is in test_langevin.py
+@pytest.mark.parametrize(("name", "kind", "target"), [pair for pair in PAIRS if pair[0] != "annealed_langevin"])
 def test_every_sampler_reaches_gaussian_data(name: str, kind: str, target: str) -> None:
     """From N(0, I) to clean data in 16 steps, every sampler on every schedule, each target with each of both somewhere.
 

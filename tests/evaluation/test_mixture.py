@@ -31,9 +31,8 @@ def plane() -> GaussianMixture:
     return GaussianMixture.of(tensor(0.2, 0.5, 0.3), tensor([-1.0, 0.5], [1.0, 1.0], [0.3, -1.5]), covariances)
 
 
-SKEW = tensor(
-    [1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5]
-)  # its matrix of axes is not symmetric, as that of two by two may be
+# its matrix of axes is not symmetric, as that of a 2×2 covariance may be
+SKEW = tensor([1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5])
 
 
 def space() -> GaussianMixture:

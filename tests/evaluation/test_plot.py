@@ -131,12 +131,8 @@ def test_equal_schedules_are_one_line_with_both_names() -> None:
 
 def test_a_strip_shows_one_noise_at_every_level() -> None:
     image, t = schedules.drawn_shape(), schedules.times(1000)
-    assert t.tolist() == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999] and schedules.times(4).tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert t.tolist() == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
+    assert schedules.times(4).tolist() == [0, 1, 2, 3]
     noises = []
     for name in ("linear", "cosine"):
         bar = np.cumprod(1 - Schedule.from_config(ScheduleConfig(name)).betas.numpy())[t.numpy()][:, None, None, None]

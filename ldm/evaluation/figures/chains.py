@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ldm.config import ConfigError, DataConfig, SampleConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sample import readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare, to_uint8
@@ -43,7 +43,7 @@ def noised(
     """Draw the chain x_0 → x_t at rising ``times``, each from the last by q(x_t | x_s) with fresh noise (F3)."""
     nodes, x, drawn = torch.tensor([-1, *times], device=x0.device), x0, []
     for i, (s, t) in enumerate(pairwise(nodes)):
-        z = np.stack([streams.normal(seed, f"plot/forward {i}", n, tuple(x0.shape[1:])) for n in range(len(x0))])
+        z = np.stack([rng.normal(seed, f"plot/forward {i}", n, tuple(x0.shape[1:])) for n in range(len(x0))])
         ratio, variance = transition(schedule, s, t)
         x = like(ratio, x) * x + like(variance.sqrt(), x) * torch.from_numpy(z).to(x)
         drawn.append(x)
@@ -114,7 +114,7 @@ def reverse_chain(
     steps = len(grid) - 1
     chosen = sorted({round(i * (steps - 1) / max(columns - 1, 1)) for i in range(columns)})
     shape = (pipe.unet.in_channels, side, side)
-    start = [streams.normal(settings.seed, "sample/x_T", i, shape) for i in range(len(prompts))]  # as Pipeline.sample's
+    start = [rng.normal(settings.seed, "sample/x_T", i, shape) for i in range(len(prompts))]  # as Pipeline.sample's
     states, predictions = {0: torch.from_numpy(np.stack(start)).to(pipe.device)}, {}
 
     def keep(step: int, x: Tensor, x0: Tensor) -> None:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ldm.config import SCHEDULES, ScheduleConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.shapes import Object, Scene, draw
 from ldm.data.transforms import prepare, to_uint8
 from ldm.diffusion.schedule import Schedule
@@ -90,7 +90,7 @@ def times(num_steps: int, columns: int = COLUMNS) -> Int[Tensor, " k"]:
 
 def strip(schedule: Schedule, image: Float[Tensor, "c s s"], t: Int[Tensor, " k"]) -> Float[Tensor, "k c s s"]:
     """x_t of one image at each t, with the same ε everywhere, so that only the schedule differs (F2)."""
-    eps = torch.from_numpy(streams.normal(0, "plot/schedules", 0, tuple(image.shape)))
+    eps = torch.from_numpy(rng.normal(0, "plot/schedules", 0, tuple(image.shape)))
     return schedule.add_noise(image.expand(len(t), *image.shape), eps.expand(len(t), *image.shape), t)
 
 

@@ -62,11 +62,7 @@ HINTS = {
     " divergence: lower train.lr.",
     "updates_per_second": "Mean since training was last started, validation and pictures included.",
 }
-_FAMILIES = (
-    "grad_norm",
-    "logits",
-    "psnr_noise",
-)  # quantities whose metrics have a name after them, such as grad_norm_unet
+_FAMILIES = ("grad_norm", "logits", "psnr_noise")  # each of several metrics, such as grad_norm_unet
 
 
 @dataclass

@@ -39,7 +39,7 @@ from ldm.evaluation.report.html import Html, drawing, element, join, page, pictu
 from ldm.files.disk import check_regular, read_bytes, resolved
 from ldm.interop.diffusers.lora_folder import REFERENCE
 from ldm.pipeline.codec import load_codec
-from ldm.runs import records as record
+from ldm.runs import records
 
 MODELS = {
     "train-autoencoder": ("vae/config.json",),
@@ -79,8 +79,8 @@ def report(path: Path, images: int, progress: Progress) -> str:
 
     Raises ConfigError for a folder that is not a run, RunError for a damaged status.json.
     """
-    config, status = configuration.load_run(path), record.read_status(path, checked=False) or {}
-    run = Run(path, config, status, record.read_metrics(path), images, progress)
+    config, status = configuration.load_run(path), records.read_status(path, checked=False) or {}
+    run = Run(path, config, status, records.read_metrics(path), images, progress)
     found = [section for make in SECTIONS if (section := make(run)) is not None]
     names = [title.lower().replace(" ", "-") for title, _ in found]
     links, body = [], []
@@ -100,7 +100,7 @@ def _head(run: Run) -> Html:
         ("command", f"ldm {command}"),
         ("state", element("b", described, class_="bad") if state == "failed" else described),
         ("updates", f"{run.status.get('step', 0)} of {train.steps}"),
-        ("wall time", _duration(seconds) + ", resumes included" if record.is_seconds(seconds) else "not known yet"),
+        ("wall time", _duration(seconds) + ", resumes included" if records.is_seconds(seconds) else "not known yet"),
         ("global batch", f"{train.batch_size} images"),
         ("model", "exported" if exported else "not exported yet: this follows the last update"),
     ]
@@ -118,7 +118,7 @@ def _duration(seconds: float) -> str:
 
 def _parameters(run: Path) -> dict[str, int]:
     """Parameters of each network in the newest checkpoint, from the file headers; empty without one."""
-    newest = record.newest_checkpoint(run)
+    newest = records.newest_checkpoint(run)
     counts: dict[str, int] = {}
     try:
         for file in sorted(newest[1].glob("model_*.safetensors")) if newest else []:
@@ -135,7 +135,7 @@ def _curves(run: Run) -> Section:
     if not run.lines:
         first = min(train.log_every, train.steps)
         return "Curves", element("p", f"No metrics yet: the first come after update {first}.")
-    scalars, lists = record.scalar_series(run.lines), record.list_series(run.lines)
+    scalars, lists = records.scalar_series(run.lines), records.list_series(run.lines)
     drawn = [(panel.quantity, panels.draw(panel)) for panel in panels.panels(scalars)]
     by_t = {name: points for name, points in lists.items() if name.endswith(panels.BY_T)}
     drawn += [(panels.quantity(name), panels.draw_by_t(points)) for name, points in by_t.items()]
@@ -154,7 +154,7 @@ def _curves(run: Run) -> Section:
 
 
 def _pictures(run: Run) -> Section:
-    found, train = record.grids(run.path), run.config.train
+    found, train = records.grids(run.path), run.config.train
     if not found:
         first = min(train.sample_every, train.steps)
         return "Pictures over time", element("p", f"None yet: the first come after update {first}.")
@@ -258,7 +258,7 @@ def _throughput(run: Run) -> Section | None:
 
 
 def _skipped(run: Run) -> Section:
-    return "Skipped files", tables.skipped(*record.read_skipped(run.path))
+    return "Skipped files", tables.skipped(*records.read_skipped(run.path))
 
 
 def _settings(run: Run) -> Section:

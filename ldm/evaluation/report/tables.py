@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.evaluation.report.html import Html, element, join, table
 from ldm.files.disk import read_bytes
-from ldm.runs import records as record
+from ldm.runs import records
 
 ROWS = 200  # skipped files listed by name
 REASONS = 20  # reasons listed with their counts
@@ -31,7 +31,7 @@ def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
 def evaluation(file: Path) -> Html:
     """Results in a report.json, shares with their intervals; a message if it cannot be read."""
     try:
-        rows = [_judged(name, value) for name, value in record.figures(record.parse(read_bytes(file).decode()))]
+        rows = [_judged(name, value) for name, value in records.figures(records.parse(read_bytes(file).decode()))]
     except (OSError, ValueError) as error:
         return element("p", f"{file}: cannot be read: {error}", class_="bad")
     return join([element("h3", "Evaluation (report.json)"), table(("metric", "value", "95 % interval", "n"), rows)])
@@ -57,7 +57,7 @@ def number(value: Any) -> str:
 
 def throughput(lines: Sequence[Mapping[str, Any]], batch: int, seconds: Any) -> Html | None:
     """Median speed in updates and images per second; None if no speed was logged."""
-    rates = [v for _, v in record.scalar_series(lines).get("updates_per_second", []) if math.isfinite(v)]
+    rates = [v for _, v in records.scalar_series(lines).get("updates_per_second", []) if math.isfinite(v)]
     if not rates:
         return None
     median = statistics.median(rates)
