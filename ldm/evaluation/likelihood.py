@@ -155,11 +155,10 @@ def likelihood(
 
 def _variances(pipe: Pipeline, wanted: str | None) -> tuple[str, tuple[str, ...]]:
     """The reverse variance of the result, and all those that the model can be measured with. Raises ConfigError."""
-    learned = pipe.unet.out_channels == 2 * pipe.unet.in_channels
-    variances = (*FIXED, "learned") if learned else FIXED
+    variances = (*FIXED, "learned") if pipe.learned_variance else FIXED
     if wanted is not None and wanted not in variances:
         raise ConfigError(f"variance must be one of {', '.join(variances)} for this model, got {wanted}")
-    return wanted or ("learned" if learned else "beta" if pipe.codec else "posterior"), variances
+    return wanted or ("learned" if pipe.learned_variance else "beta" if pipe.codec else "posterior"), variances
 
 
 @torch.no_grad()
