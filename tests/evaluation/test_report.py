@@ -661,7 +661,7 @@ def test_a_run_that_has_only_begun(make_run: Callable[..., Path]) -> None:
         and "Nothing was skipped" in page.text["skipped-files"]
     )
     assert page.rows("head")["model"] == [
-        "not exported yet: that follows the last update"
+        "not exported yet: this follows the last update"
     ] and "parameters" not in page.rows("head")
 
 
