@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,35 @@ if TYPE_CHECKING:
 
 
 class Lines:
-    """A reporter that prints, on the main process: messages, and the metrics of every log."""
+    """A reporter that prints lines, on the main process only: messages, metrics, and the seconds left.
+
+    ``names``: the metrics to print; all by default.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self.silent, self._names = own_rank() != 0, names
+        self._begun: tuple[float, int] | None = None  # clock and step at the first report
 
     def say(self, text: str) -> None:
-        if own_rank() == 0:
+        """Print one line."""
+        if not self.silent:
             print(text, flush=True)
 
-    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if isinstance(value, (int, float)))
-        self.say(f"{step}/{steps}  {shown}")
+    def progress(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
+        """Print that ``step`` of ``steps`` is done, with the chosen metrics of ``values``."""
+        if self._begun is None:
+            self._begun = time.monotonic(), step
+        passed, done = time.monotonic() - self._begun[0], step - self._begun[1]
+        metrics = "  ".join(f"{name} {value}" for name, value in self.chosen(values).items())
+        left = f"{passed / done * (steps - step):.0f} s left" if done and step < steps else ""
+        self.say(f"{step}/{steps}  {', '.join(part for part in (metrics, left) if part)}".rstrip())
+        if step >= steps:
+            self._begun = None
+
+    def chosen(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The metrics to print that are numbers, as text by name."""
+        names = values if self._names is None else self._names
+        return {k.replace("/", " "): f"{values[k]:.3g}" for k in names if isinstance(values.get(k), (int, float))}
 
 
 def train(configuration: Any, *overrides: str, reporter: Reporter | None = None) -> Path:

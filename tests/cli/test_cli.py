@@ -1,4 +1,4 @@
-"""The commands as a person meets them: help without torch, one line for whatever is wrong, pictures that say how they were made."""
+"""Commands as a user meets them: help without torch, errors of one line, images with their settings."""
 
 import argparse
 import json
@@ -137,7 +137,7 @@ def test_each_script_is_its_command(script: Path) -> None:
 
 def test_there_is_a_script_for_each_command() -> None:
     names = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    # what looks and trains nothing needs no launcher; and scripts/inspect.py would hide Python's own inspect from the others
+    # commands that only look need no launcher, and scripts/inspect.py would hide Python's own inspect
     assert names == set(COMMANDS) - {"inspect", "reproduce", "replay", "status", "diff", "checkpoints"}
 
 
@@ -170,7 +170,7 @@ USAGE = [
     (["sample", "run", "--steps", "three"], "--steps: invalid int value: 'three'"),
     (["sample", "run", "--seed", "1.5"], "--seed"),
     (["sample", "run", "--guidance-scale", "big"], "--guidance-scale"),
-    (["train-ldm"], "config"),
+    (["train-ldm"], "CONFIG"),
     (
         ["train-ldm", "ldm.yaml", "--from", "4", "train.lr=1", "--fast", "x=1"],
         "unrecognized arguments: train.lr=1 --fast x=1",
@@ -315,26 +315,11 @@ def about(file: Path) -> dict[str, Any]:
 
 def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--prompt", "Ein roter Kreis: ○!", "--seed", "7", "--out", str(tmp_path / "out")]
-    assert (
-        run(
-            "sample",
-            "run",
-            *options,
-            "--count",
-            "2",
-            "--prompt",
-            "",
-            "--batch-size",
-            "3",
-            "--steps",
-            "3",
-            "--sampler",
-            "dpmpp_2m",
-        )[0]
-        == 0
-    )
+    more = ["--count", "2", "--prompt", "", "--batch-size", "3", "--steps", "3", "--sampler", "dpmpp_2m"]
+    assert run("sample", "run", *options, *more)[0] == 0
     assert sorted(f.name for f in out.iterdir()) == [
-        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png", "00002-empty.png", "00003-empty.png", "grid-00000.png",
+        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png",
+        "00002-empty.png", "00003-empty.png", "grid-00000.png",
     ]  # fmt: skip
     one = about(out / "00001-ein-roter-kreis.png")
     settings = {
@@ -377,21 +362,11 @@ def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Run, he
 
 
 def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue star  \n", encoding="utf-8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  a blue star  \n", encoding="utf-8")
     for name, batch in (("a", "1"), ("b", "4"), ("c", "4")):
-        options = [
-            "--prompts-file",
-            str(tmp_path / "prompts.txt"),
-            "--count",
-            "2",
-            "--seed",
-            "5",
-            "--size",
-            "24",
-            "--batch-size",
-            batch,
-        ]
-        assert run("sample", "run", *options, "--out", str(tmp_path / name))[0] == 0
+        options = ["--prompts-file", str(prompts), "--count", "2", "--seed", "5", "--size", "24"]
+        assert run("sample", "run", *options, "--batch-size", batch, "--out", str(tmp_path / name))[0] == 0
     names = sorted(f.name for f in (tmp_path / "a").iterdir())
     assert (
         len(names) == 5

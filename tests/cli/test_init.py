@@ -214,14 +214,15 @@ def test_a_large_set_is_decoded_in_part_unless_asked(run: Run, tmp_path: Path, m
     cut = tmp_path / "photos" / names[1]
     cut.write_bytes(cut.read_bytes()[:60])  # the header stands
     code, out, _ = run("init", "photos")
-    assert code == 0 and "decoded   10 of them, of the others the header alone" in out and "left out" not in out
+    assert code == 0 and "decoded   10 of them; of the others only the header was read" in out and "left out" not in out
     code, out, _ = run("init", "photos", "--out", "again", "--all")
     assert (
         code == 0
         and "decoded" not in out.replace("cannot be decoded", "")
         and f"photos/{names[1]}: cannot be decoded" in out
     )
-    assert "training stops where more than 1% is left out, and this is 2.5%" in out and "set max_skipped to 0.03" in out
+    assert "training stops if more than 1% are left out, and here it is 2.5%" in out
+    assert "set max_skipped to 0.03" in out
     assert [json.loads(line)["file"] for line in (tmp_path / "again/skipped.jsonl").read_text().splitlines()] == [
         f"photos/{names[1]}"
     ]
@@ -247,14 +248,14 @@ def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tm
         (["nowhere"], "nowhere holds none of autoencoder.yaml, clip.yaml, ldm.yaml"),
         (
             ["configs/photos", "train.steps=3"],
-            "override 'train.steps=3' must begin with a stage that is there: autoencoder., ldm.",
+            "override 'train.steps=3' must begin with a stage of the folder: autoencoder., ldm.",
         ),
         (["configs/photos", "clip.train.steps=3"], "must begin with a stage"),
         (
             ["configs/photos", "ldm.train.stesp=3"],
             "configs/photos/ldm.yaml: unknown key train.stesp: did you mean train.steps?",
         ),
-        (["configs/photos", "ldm.train.mixed_precision=bf16"], "train.mixed_precision is bf16 here and no there"),
+        (["configs/photos", "ldm.train.mixed_precision=bf16"], "mixed_precision differs between the stages (bf16, no)"),
     ):
         code, out, err = run("train", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
@@ -344,7 +345,8 @@ def folder_of(kind: str, folder: Path) -> None:
         ("array", "none of 1 images and rows can be used, such as look/metadata.jsonl:1: must be an object like"),
         (
             "one text",
-            "1 usable image is too few to train on some and validate on others, and 19 were left out, such as look/00.png: no 00.txt",
+            "1 usable image is too few to train on some and validate on others, and 19 were left out,"
+            " such as look/00.png: no 00.txt",
         ),
     ],
 )

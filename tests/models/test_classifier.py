@@ -31,9 +31,10 @@ from ldm.data.digits import caption
 from ldm.data.sources import open_source
 from ldm.errors import FolderError
 from ldm.evaluation.figures.page import EDGE, HEADER
-from ldm.evaluation.figures.sweep import REAL, distance
+from ldm.evaluation.figures.sweep import REAL
 from ldm.evaluation.figures.sweep_panels import BELOW
 from ldm.evaluation.judges.digits import DigitJudge
+from ldm.evaluation.metrics import pairwise_distance
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
@@ -406,7 +407,7 @@ def test_the_sweep_measures_what_the_pipeline_draws(
     source = open_source(DataConfig(**DATA), "validation")
     everything = [source[i] for i in range(source.length or 0)]
     captions = list(dict.fromkeys(sample.text for sample in everything))
-    real = np.mean([distance(np.stack([s.image for s in everything if s.text == c][:REAL])) for c in captions])
+    real = np.mean([pairwise_distance(np.stack([s.image for s in everything if s.text == c][:REAL])) for c in captions])
     pipe, judge = Pipeline.from_pretrained(here / "latents"), DigitJudge(16)
     twice = [c for c in captions for _ in range(2)]
     asked: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0.0, 10.0)}, {"classifier_form": "mean"})
@@ -421,7 +422,7 @@ def test_the_sweep_measures_what_the_pipeline_draws(
             ]
             grey = np.stack(images).reshape(20, 16, 16, -1)[..., :1]
             right = sum(caption(d) == c for d, c in zip(judge.read(grey), twice, strict=True))
-            varied = np.mean([distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
+            varied = np.mean([pairwise_distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
             assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(
                 varied, rel=1e-6
             )

@@ -183,7 +183,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
     (damaged := make(tmp_path / "damaged")).joinpath("status.json").write_text("{")
     for a, b, code, what in [
         (run, tmp_path / "none", 2, f"no run or model {tmp_path / 'none'}"),
-        (run, empty, 2, f"{run} is a run and {empty} is none"),
+        (run, empty, 2, f"{run} is a run and {empty} is not"),
         (empty, empty, 4, f"{empty} holds no model"),
         (run, damaged, 2, "status.json cannot be read"),
     ]:

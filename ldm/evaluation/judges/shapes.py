@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, coverage, parse
+from ldm.evaluation.metrics import proportion
 
 Reading = Scene  # a picture is read as the scene that it shows; two objects come left to right or top to bottom
 Report = dict[str, dict[str, float]]
@@ -195,12 +196,3 @@ def score(readings: Sequence[Reading], captions: Sequence[str]) -> Report:
     return {
         name: proportion(sum(row[name] for row in rows), len(rows)) for name in ATTRIBUTES[len(readings[0].objects)]
     }
-
-
-def proportion(successes: int, n: int) -> dict[str, float]:
-    """A share with its 95 % interval (Wilson 1927)."""
-    z = 1.959964
-    p, shrink = successes / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"accuracy": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
