@@ -338,8 +338,8 @@ def folder_of(kind: str, folder: Path) -> None:
     [
         ("hugging face", "has no metadata.jsonl, but train/metadata.jsonl: give that folder"),
         ("splits", "train, val look like splits, not classes: give one of them"),
-        (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
-        ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
+        (".caption", "20 files such as 00.caption are beside images: if they hold captions, rename them to 00.txt"),
+        ("double", "20 files such as 00.png.txt are beside images: if they hold captions, rename them to 00.txt"),
         ("empty captions", "every caption is empty: fix them, or train without with --captions none"),
         ("array", "none of 1 images and rows can be used, such as look/metadata.jsonl:1: must be an object like"),
         (

@@ -101,7 +101,7 @@ GOOD = {"file_name": "a.png", "text": "a"}
         ('{"file_name": "b.png", "text": "b"}', r":2: no file 'b.png'"),
         ('{"file_name": "b\\u0000.png", "text": "b"}', r":2: no file"),
         ('{"file_name": ".", "text": "b"}', r":2: file_name '.' is not a regular file"),
-        ('{"file_name": "./a.png", "text": "b"}', r":2: file_name 'a.png' stands on line 1 already"),
+        ('{"file_name": "./a.png", "text": "b"}', r":2: file_name 'a.png' is already on line 1"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
@@ -173,7 +173,7 @@ def test_csv_is_read_as_jsonl_is(tmp_path):
     source = opened(tmp_path, validation_fraction=0.0, max_skipped=0.7)
     where = tmp_path / "metadata.csv"
     assert source.skipped == tuple(
-        Skipped(f"{where}:{n}", "has not the 2 fields of the first line: a caption that holds commas needs quotes")
+        Skipped(f"{where}:{n}", "does not have the 2 fields of the first line: quote a caption that holds commas")
         for n in (2, 3)
     )
     (tmp_path / "metadata.jsonl").touch()

@@ -80,7 +80,7 @@ def near(*colour: int, at: tuple[int, int] = (4, 4), within: int = 6) -> Check:
 # what stands in docs/data.md; file; how it is made; what becomes of it: a check of the pixels, or why it is left out
 FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
     ("a truncated PNG", "cut.png", truncated, "cannot be decoded"),
-    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"), "no image in one of the formats"),
+    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"), "not an image in one of the formats"),
     ("an empty file", "empty.png", lambda p: p.touch(), "the file is empty"),
     ("16-bit grey", "grey16.png", grey16, lambda i: i[:, 0, 0].tolist() == [round(v * 4096 / 257) for v in range(16)]),
     ("RGBA, hidden colours under transparency", "alpha.png", lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
@@ -105,7 +105,7 @@ ROWS: list[tuple[str, str, str]] = [
     (
         "a duplicate row",
         '{"file_name": "good/0.png", "text": "again"}',
-        "file_name 'good/0.png' stands on line 1 already",
+        "file_name 'good/0.png' is already on line 1",
     ),
     ("a broken JSON line", '{"file_name": "good/1.png", "text": "x"', "not JSON"),
     ("a caption that is not text", '{"file_name": "good/2.png", "text": 5}', "text must be text, got 5"),

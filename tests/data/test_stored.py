@@ -116,7 +116,7 @@ def test_a_transparent_colour_of_a_colour_png(tmp_path: Path) -> None:
         agree(read(tmp_path, content, "rgb.png"), over(COLOURS, alpha))
     content = png(16, 2, packed(COLOURS * 257, 16), (b"tRNS", struct.pack(">HHH", *(key * 257).tolist())))
     with pytest.raises(
-        BadSample, match="16 bits a channel and one transparent colour"
+        BadSample, match="16 bits per channel and one transparent colour"
     ):  # Pillow keeps the higher eight alone
         read(tmp_path, content, "rgb.png")
     agree(read(tmp_path, png(16, 2, packed(COLOURS * 257, 16)), "rgb.png"), COLOURS)
@@ -243,7 +243,7 @@ def test_separate_planes(tmp_path: Path) -> None:
         t273=tuple(8 + 2 * size * i for i in range(3)),
         t279=(2 * size,) * 3,
     )
-    with pytest.raises(BadSample, match="16 bits a channel in separate planes"):
+    with pytest.raises(BadSample, match="16 bits per channel in separate planes"):
         read(tmp_path, content, "planes.tif")
 
 

@@ -43,14 +43,14 @@ def row(name: str = "b.png", text: Any = "b", **more: Any) -> str:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"file_name": "b.png", "text": "a long caption", "text": "x"}', "the key 'text' stands twice"),
-        ('{"file_name": "b.png", "file_name": "c.png", "text": "x"}', "the key 'file_name' stands twice"),
-        ('{"file_name": "b.png", "text": "x", "size": {"w": 1, "w": 2}}', "the key 'w' stands twice"),
+        ('{"file_name": "b.png", "text": "a long caption", "text": "x"}', "the key 'text' appears twice"),
+        ('{"file_name": "b.png", "file_name": "c.png", "text": "x"}', "the key 'file_name' appears twice"),
+        ('{"file_name": "b.png", "text": "x", "size": {"w": 1, "w": 2}}', "the key 'w' appears twice"),
         (row() + ",", "not JSON: Extra data (character 36): remove the comma at its end"),
         (row()[:-1], "not JSON: Expecting ',' delimiter"),
         ('{"file_name": "b.png", "text": "b", "score": 1' + "0" * 5000 + "}", "Exceeds the limit (4300 digits)"),
-        ("[" * 100_000, "nested too deep"),
-        ('{"file_name": "b.png", "text": "b", "x": ' + "[" * 200 + "]" * 200 + "}", "nested too deep"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"file_name": "b.png", "text": "b", "x": ' + "[" * 200 + "]" * 200 + "}", "nested too deeply"),
         ('["b.png", "b"]', "must be an object like"),
         ("null", "must be an object like"),
         ('"b.png"', "must be an object like"),
@@ -87,8 +87,8 @@ def test_further_columns_may_hold_what_json_can(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ("file_name,text,text", "metadata.csv:1: the column 'text' stands twice: rename or remove one of them"),
-        ("file_name, text ,x,x,text", "metadata.csv:1: the column 'text' stands twice"),
+        ("file_name,text,text", "metadata.csv:1: the column 'text' appears twice: rename or remove one of them"),
+        ("file_name, text ,x,x,text", "metadata.csv:1: the column 'text' appears twice"),
         ("f\0i\0l\0e\0", "metadata.csv holds NUL bytes, as UTF-16 does: save it as UTF-8"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_name_in_another_unicode_form_is_found(tmp_path: Path, said: str, ther
     table(tmp_path, row(f"sub/{said}", "a cup"), row(f"sub/{there}", "again"))
     source = opened(tmp_path)
     assert [r.file_name for r in source.rows] == [f"sub/{there}"] and source[0].image.shape == (8, 8, 3)
-    assert [s.reason for s in source.skipped] == [f"file_name 'sub/{there}' stands on line 1 already"]
+    assert [s.reason for s in source.skipped] == [f"file_name 'sub/{there}' is already on line 1"]
 
 
 def test_where_both_forms_are_on_the_disk_the_exact_one_is_meant(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_captions_beside_images_whatever_the_capitals_of_their_ending_and_the_fo
     source = opened(tmp_path, captions="sidecar")
     assert {r.file_name: r.text for r in source.rows} == {"A.PNG": "a", "b.png": "b", f"sub/{NFD}": "c"}
     assert set(source.skipped) == {
-        Skipped(str(tmp_path / "d.png"), "d.TXT and d.Txt lie beside it: keep one of them"),
+        Skipped(str(tmp_path / "d.png"), "d.TXT and d.Txt are beside it: keep one of them"),
         Skipped(str(tmp_path / "e.txt"), "holds a NUL character, as UTF-16 does: save it as UTF-8"),
         Skipped(str(tmp_path / "F.png"), "no F.txt beside it (f.txt is another name: rename it)"),
     }

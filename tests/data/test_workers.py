@@ -66,12 +66,12 @@ class Fatal(FolderSource):
     [
         (
             "killed",
-            r"data worker \d+ was killed (signal Killed) at {place}: most likely for want of memory: lower data.workers",
+            r"data worker \d+ was killed (signal Killed) at {place}: most likely out of memory: lower data.workers",
         ),
         ("ended", r"data worker \d+ ended at {place}: data.workers=0 shows why"),
         (
             "bus",
-            r"data worker \d+ was killed (signal Bus error) at {place}: most likely for want of shared memory (/dev/shm)",
+            r"data worker \d+ was killed (signal Bus error) at {place}: most likely out of shared memory (/dev/shm)",
         ),
         (
             "asleep",

@@ -45,9 +45,9 @@ def ensure_cache(
     Raises DataError for one that was made for something else.
     """
     folder = Path(config.run) / "latents"
-    bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
+    key = cache.cache_key(autoencoder_hash(config.autoencoder), source, config.data)
     try:
-        return cache.LatentCache(folder, bound, processes)
+        return cache.LatentCache(folder, key, processes)
     except cache.DamagedCacheError as error:  # on all processes alike
         say(
             f"encoding {source.length} images into {folder}"
@@ -62,7 +62,7 @@ def ensure_cache(
             say(f"encoded {done} of {total}")
 
     cache.write(
-        folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes
+        folder, key, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes
     )
     autoencoder.to("cpu")
-    return cache.LatentCache(folder, bound, processes)
+    return cache.LatentCache(folder, key, processes)
