@@ -143,7 +143,7 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (
             DiffusionTrainingConfig,
             ["schedule.zero_terminal_snr=true", "objective.target=eps"],
-            "objective.target eps says nothing of the image",
+            "objective.target eps does not determine the image",
         ),
         (DiffusionTrainingConfig, ["data.size=null"], "cache_latents needs a finite set"),
         (

@@ -269,7 +269,7 @@ def test_a_placeholder_among_the_weights(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         odd = _Lightning(patch).make("omegaconf.nodes", _val=1)
         torch.save({"state_dict": {"w": torch.ones(2), "odd": odd}}, tmp_path / "model.ckpt")
-    with pytest.raises(FolderError, match=r"model.ckpt: 'odd' is a omegaconf.nodes.AnyNode, no tensor"):
+    with pytest.raises(FolderError, match=r"model.ckpt: 'odd' is a omegaconf.nodes.AnyNode, not a tensor"):
         open_archive(tmp_path / "model.ckpt")
 
 
@@ -393,7 +393,7 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
         (b"\x80\x02}(K\x01u.", "damaged"),
         (b"\x80\x02R.", "damaged"),
         (b"\x80\x02h\x05.", "damaged"),
-        (b"\x80\x02c_operator\ngetitem\n]K\x00\x86R.", "an item of what is not a type"),
+        (b"\x80\x02c_operator\ngetitem\n]K\x00\x86R.", "an item of something that is not a type"),
         (b"\x80\x02cfunctools\npartial\n)R.", "functools.partial"),
         (b"\x80\x02ctypes\nFunctionType\n.", "types.FunctionType"),
         (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN)NtR.", "rebuilt by another function than a tensor"),
@@ -403,7 +403,7 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
         (b"\x80\x02\xff.", "0xff"),
         (b"\x80\x02N", "cut off"),
         (b"\x80\x02X\xff\xff\xff\xff.", "cut off"),
-        (b"\x80\x02N.", "NoneType, no tensors by name"),
+        (b"\x80\x02N.", "NoneType, not tensors by name"),
         (b"\x80\x02}" + text("state_dict") + b"K\x01s.", "its state_dict is a int"),
     ],
 )  # fmt: skip
@@ -433,7 +433,7 @@ def test_bombs(tmp_path: Path) -> None:
     )
     with pytest.raises(FolderError, match="a key that is a tuple"):
         load(deep)
-    refused(repeated + b"t.", tmp_path, "more work than any weights are")
+    refused(repeated + b"t.", tmp_path, "more work than any weights take")
     refused(b"\x80\x02" + text("x" * LIMIT) + b"}.", tmp_path, "longer than 16 MiB")
     wide = b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\x01s."  # such numbers have all the same hash
     refused(wide, tmp_path, "a key that is a int")

@@ -522,7 +522,7 @@ def test_a_lora_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("model/text_encoder", [], 4, "one part of a pipeline"),
         ("parts", [], 4, "holds unet/ but no model_index.json"),
         ("empty", [], 4, "holds no model: expected model_index.json"),
-        ("page.safetensors", [], 4, "should be safetensors and holds nothing that is known"),
+        ("page.safetensors", [], 4, "should be safetensors and holds something unknown"),
     ],
 )
 def test_a_wrong_call_is_one_line(

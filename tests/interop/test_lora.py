@@ -428,7 +428,7 @@ def test_files_that_are_no_lora(pipe: Pipeline, tmp_path: Path) -> None:
     )
     (tmp_path / "pytorch_lora_weights.bin").unlink()
     (tmp_path / FILE).write_bytes(b"short")
-    assert "should be safetensors and holds nothing that is known: not opened" in said(tmp_path)
+    assert "should be safetensors and holds something unknown: not opened" in said(tmp_path)
     (tmp_path / FILE).unlink()
     save_file(
         {"base_model.model.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, tmp_path / "adapter_model.safetensors"
