@@ -21,7 +21,7 @@ from typing import Any
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.config import VARIANCES, ConfigError, config_file
-from ldm.runs.records import figures
+from ldm.runs.records import report_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         *launched(),
         parts(arguments),
     )
-    for path, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
+    for path, value in report_metrics({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
         console.say(_line(path, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
 
@@ -94,7 +94,7 @@ def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -
     console.say(
         f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   ({found['images']} images, variance {found['variance']})"
     )
-    for path, value in figures(
+    for path, value in report_metrics(
         {k: found[k] for k in ("parts", "terms", "latent", "with_standard_normal_prior", "by_variance") if k in found}
     ):
         console.say(_line(path, value))

@@ -17,9 +17,7 @@ class DataConfig:
 
     source: str = "folder"
     folder: str | None = None  # for source: folder
-    captions: str = (
-        "metadata"  # folder: metadata.jsonl/.csv; sidecar: a.txt beside a.png; class: class_name/a.png; none
-    )
+    captions: str = "metadata"  # metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; or none
     text_column: str = "text"  # folder with metadata: the column that holds the caption
     caption_templates: tuple[str, ...] = ("a photo of a {}",)  # captions: class, one per image; {} is the class name
     image_size: int = 256

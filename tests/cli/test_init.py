@@ -285,7 +285,7 @@ def test_nothing_is_written_among_the_images(run: Run, tmp_path: Path, monkeypat
     code, _, err = run("train-autoencoder", "configs/photos/autoencoder.yaml", "run=photos/runs")
     assert (
         code == 2
-        and "run photos/runs lies inside data.folder photos" in err
+        and "run photos/runs is inside data.folder photos" in err
         and len(list((tmp_path / "photos").iterdir())) == 20
     )
 

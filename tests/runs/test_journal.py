@@ -117,7 +117,7 @@ def test_the_end_is_the_last_try(tmp_path: Path, told: list[str], monkeypatch: p
     assert told[2:] == [
         f"{tmp_path}/lost cannot be written to ({os.strerror(errno.EFBIG)}) at update 1: training continues, and its records are kept"
         " until it can",
-        f"{tmp_path}/lost: what was last to be written is lost: metrics.jsonl, status.json",
+        f"{tmp_path}/lost: lost, because they could not be written: metrics.jsonl, status.json",
     ]
     RunDirectory(tmp_path / "lost").close()  # and the lock was let go
 

@@ -107,7 +107,7 @@ def test_more_digits_are_more(tmp_path: Path) -> None:
     assert newest_valid(tmp_path)[0] == tmp_path / "step-100000000"
 
 
-def test_where_none_is_intact_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+def test_where_none_is_intact_a_run_does_not_start_over(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         flip(path)
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_all_take_what_the_main_one_chooses(tmp_path: Path) -> None:
         (
             "check",
             ["manifest.json: cannot be read"],
-            "manifest.json: cannot be read: every process must see the run's folder",
+            "manifest.json: cannot be read: every process must see the run directory",
         ),
         ("file_hash", "another", "is another checkpoint than on the main process"),
     ],

@@ -27,7 +27,7 @@ from ldm.runs import provenance as starts
 from ldm.runs.checkpoints.files import CheckpointError
 from ldm.runs.directory import RunDirectory
 from ldm.runs.records import read_starts, read_status
-from ldm.runs.status import held
+from ldm.runs.status import is_locked
 from ldm.training.loop import Interrupted, Loop, TrainingError
 from ldm.training.state import TrainingState
 
@@ -128,7 +128,7 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
         )  # being started again
         run.status("running", 13, 100)
         assert "running, update 13 of 100 (13 %)" in status(path)[1]
-        assert held(path) and held(path)
+        assert is_locked(path) and is_locked(path)
         with pytest.raises(RunError, match="in use by another process"):  # the lock is still theirs
             RunDirectory(path)
         told = json.loads(status(path, "--json")[1])
@@ -177,7 +177,9 @@ def test_where_locks_cannot_be_seen_nothing_is_claimed(
 
     monkeypatch.setattr(fcntl, "flock", without)
     code, said = status(path)
-    assert code == 0 and "running, update 12" in said and "whether a process is at work cannot be seen" in said
+    assert (
+        code == 0 and "running, update 12" in said and "this file system does not show if a process is at work" in said
+    )
 
 
 def test_a_start_in_the_moment_of_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_a_start_in_the_moment_of_a_look(tmp_path: Path, monkeypatch: pytest.Mon
     fcntl.flock(looking, fcntl.LOCK_SH)
     monkeypatch.setattr("ldm.runs.directory.time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
     with RunDirectory(path):
-        assert held(path)
+        assert is_locked(path)
     os.close(looking)
 
 

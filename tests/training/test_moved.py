@@ -184,7 +184,7 @@ def test_a_run_without_checkpoint_cannot_say_what_it_had(
     (run / "status.json").unlink()
     shutil.copytree(here / "clip", tmp_path / "clip")
     assert main([*run_of("whole", run, here, here / "ldm"), f"text={tmp_path}/clip"]) == 2
-    assert "no checkpoint, which would say what was there" in capsys.readouterr().err
+    assert "no checkpoint, which would identify what it used" in capsys.readouterr().err
 
 
 # other circumstances

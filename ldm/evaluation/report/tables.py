@@ -31,7 +31,7 @@ def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
 def evaluation(file: Path) -> Html:
     """A report.json, shares with their intervals; a sentence for one that cannot be read."""
     try:
-        rows = [_judged(name, value) for name, value in record.figures(record.parse(read_bytes(file).decode()))]
+        rows = [_judged(name, value) for name, value in record.report_metrics(record.parse(read_bytes(file).decode()))]
     except (OSError, ValueError) as error:
         return element("p", f"{file}: cannot be read: {error}", class_="bad")
     return join([element("h3", "Evaluation (report.json)"), table(("figure", "value", "95 % interval", "n"), rows)])
