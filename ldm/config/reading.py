@@ -112,8 +112,8 @@ def _fit(cls: type, values: Any) -> int:
     hints = typing.get_type_hints(cls)
     known = sum(1 if key in hints else -1 for key in values)
     missing = sum(_is_required(field) for field in dataclasses.fields(cls) if field.name not in values)
-    groups = [(hints[key], value) for key, value in values.items() if key in hints and isinstance(value, dict)]
-    inside = sum(_fit(hint, value) for hint, value in groups if dataclasses.is_dataclass(hint))
+    groups = [key for key, value in values.items() if isinstance(value, dict)]
+    inside = sum(_fit(hints[key], values[key]) for key in groups if dataclasses.is_dataclass(hints.get(key)))
     return known + inside - missing
 
 

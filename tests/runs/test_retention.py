@@ -111,7 +111,7 @@ def test_where_none_is_intact_a_run_does_not_start_over(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         flip(path)
     with pytest.raises(
-        CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*put back"
+        CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*restore a copy"
     ):
         choose(tmp_path)
 
@@ -214,8 +214,8 @@ def test_a_network_that_does_not_fit_is_named_from_the_headers(tmp_path: Path) -
     require_fit(path, {"model": {"w": torch.empty(4)}})
     for named, message in (
         ({"w": torch.empty(5)}, "w is of shape 4 there and of shape 5 in this model"),
-        ({"w": torch.empty(4), "x": torch.empty(1)}, "x is not there and of shape 1"),
-        ({}, "w is of shape 4 there and not in this model"),
+        ({"w": torch.empty(4), "x": torch.empty(1)}, "x is missing there and of shape 1"),
+        ({}, "w is of shape 4 there and missing in this model"),
     ):
         with pytest.raises(CheckpointError, match=message):
             require_fit(path, {"model": named})
