@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.photos import open_folder, paint
 
-from ldm.config import DataConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Skipped
-from ldm.data.sources import open_source
 from ldm.errors import DataError
 
 
@@ -35,9 +34,7 @@ def rows(n: int) -> list[dict]:
 
 
 def opened(folder: Path, split: str = "train", **settings) -> FolderSource:
-    source = open_source(DataConfig(folder=str(folder), **{"min_side": 1, **settings}), split)
-    assert isinstance(source, FolderSource)
-    return source
+    return open_folder(folder, split, **{"min_side": 1, **settings})
 
 
 def test_folder_reads_images_captions_and_columns(tmp_path):
@@ -149,12 +146,6 @@ def test_missing_metadata_names_what_was_found_instead(tmp_path):
 
 
 # --- other layouts
-
-
-def paint(folder: Path, *names: str) -> None:
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name)
 
 
 def everything(folder: Path, **settings) -> dict[str, str]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.photos import open_folder
 
-from ldm.config import ClipConfig, DataConfig
+from ldm.config import ClipConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Sample
-from ldm.data.sources import open_source
 from ldm.errors import DataError
 from ldm.models.text import CaptionTable, TextEncoder, build_clip, from_clip, train_tokenizer
 
@@ -94,7 +94,7 @@ FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
     ("a palette with transparency", "palette.gif",
      lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p), near(10, 20, 30, within=0)),
     ("one bit a pixel", "bit.png", lambda p: Image.new("1", (16, 16), 1).save(p), near(255, 255, 255, within=0)),
-    ("32 bits a channel", "float.tiff", lambda p: Image.new("F", (16, 16), 0.5).save(p), "32 bits per channel"),
+    ("32 bits per channel", "float.tiff", lambda p: Image.new("F", (16, 16), 0.5).save(p), "32 bits per channel"),
 ]  # fmt: skip
 
 # rows of metadata: what stands in docs/data.md; the line; why it is left out
@@ -144,10 +144,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, **settings: Any) -> FolderSource:
-    given = {"image_size": 32, "max_skipped": 0.5, "validation_fraction": 0.0, "background": (10, 20, 30), **settings}
-    source = open_source(DataConfig(folder=str(folder), **given), "train")
-    assert isinstance(source, FolderSource)
-    return source
+    given = {"image_size": 32, "max_skipped": 0.5, "validation_fraction": 0.0, "background": (10, 20, 30)}
+    return open_folder(folder, **{**given, **settings})
 
 
 def read(source: FolderSource, name: str) -> Sample:

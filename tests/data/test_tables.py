@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from support.photos import open_folder, paint
 
 from ldm.config import DataConfig
 from ldm.data.folder import FolderSource, in_validation, working_fraction
@@ -19,17 +19,8 @@ NFC, NFD = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
 assert NFC != NFD
 
 
-def paint(folder: Path, *names: str) -> None:
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name, format="PNG")
-
-
 def opened(folder: Path, **settings: Any) -> FolderSource:
-    given = {"image_size": 8, "validation_fraction": 0.0, "max_skipped": 0.99, **settings}
-    source = open_source(DataConfig(folder=str(folder), **given), "train")
-    assert isinstance(source, FolderSource)
-    return source
+    return open_folder(folder, **{"image_size": 8, "validation_fraction": 0.0, "max_skipped": 0.99, **settings})
 
 
 def table(folder: Path, *lines: str, kind: str = "jsonl") -> None:

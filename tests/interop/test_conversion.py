@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
+from support.model_folders import forget_hashes
 from support.pipelines import PROMPTS, array, make, noise, text_encoder, theirs
 from torch import nn
 

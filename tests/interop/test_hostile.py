@@ -1,12 +1,12 @@
 """Model folders whose JSON is damaged or hostile: one line and its exit code, from every command that opens them, at once."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import make
 
 from ldm.cli.main import main
@@ -21,18 +21,6 @@ from ldm.interop.open import read_any
 from ldm.interop.sizes import check_sizes
 from ldm.models.text import padded_with
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str = "inspect") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import flip
 from torch import Tensor, nn
 
 from ldm.config import ScheduleConfig
@@ -39,12 +40,6 @@ def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bo
         and all(a[g][n].dtype == b[g][n].dtype and torch.equal(a[g][n], b[g][n]) for n in a[g])
         for g in a
     )
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import checkpoints
+from support.checkpoints import updates
 
 from ldm.config import ConfigError, ScheduleConfig, TrainConfig
 from ldm.distributed.processes import ElsewhereError, Processes
@@ -17,7 +19,7 @@ from ldm.errors import CheckpointError
 from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.checkpoints import resume
 from ldm.runs.checkpoints.files import require_fit, save
-from ldm.runs.checkpoints.folder import newest_valid, step_of, steps
+from ldm.runs.checkpoints.folder import newest_valid, step_of
 from ldm.runs.checkpoints.resume import agreed, choose, set_aside
 
 CONFIG = ScheduleConfig()
@@ -30,15 +32,8 @@ def written(folder: Path, *updates: int, **retention: Any) -> list[Path]:
     ]
 
 
-def updates(folder: Path) -> list[int]:
-    return [step_of(path) for path in steps(folder)]
-
-
 def flip(checkpoint: Path) -> None:
-    file = checkpoint / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    checkpoints.flip(checkpoint / "model.safetensors")
 
 
 # retention
@@ -111,7 +106,8 @@ def test_where_none_is_intact_a_run_does_not_start_over(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         flip(path)
     with pytest.raises(
-        CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*restore a copy"
+        CheckpointError,
+        match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*restore a copy",
     ):
         choose(tmp_path)
 
