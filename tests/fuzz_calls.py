@@ -1,4 +1,4 @@
-"""A call of a command, or of the library, in a process of its own, with limits on time, memory and the size of files."""
+"""Calls of commands and of the library in a process each, with limits on time, memory and file size."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python tests/mutants.py [--jobs 2] [WORD …]     those whose file or description holds one of the words
 
-The table is `tests/planted.py`. Nothing is changed in place: every process has a copy of the tree for itself. First the
-named tests must pass on the copy as it is; an error then counts as caught where one of its tests fails. Exit code 1 where
-one survives, or where tests could not be run.
+The table is `tests/planted.py`. Nothing is changed in place: every process has a copy of the tree. First the named
+tests must pass on the copy as it is; an error then counts as caught if one of its tests fails. Exit code 1 if one
+survives, or if tests could not be run.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("autoencoder", "ldm", "tests", "configs", "docs", "scripts", "pyproject.toml", "README.md", "Makefile")
 LIBRARIES = (  # loaded once, before any fork: they take most of a short test
-    "accelerate", "diffusers.schedulers", "diffusers.models", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "hypothesis", "matplotlib.figure", "pytest", "scipy.stats", "torch", "transformers.models.clip.modeling_clip",
+    "accelerate", "diffusers.schedulers", "diffusers.models",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "hypothesis", "matplotlib.figure", "pytest",
+    "scipy.stats", "torch", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 LONGEST = 600  # seconds; a loop without end is an error that was found
 CAUGHT, SURVIVED, NOT_RUN = "caught", "SURVIVED", "NOT RUN"
@@ -172,7 +173,7 @@ def _judged_there(mutant: Mutant) -> tuple[Mutant, str, str, float]:
 
 
 def sound(mutants: list[Mutant], root: Path) -> str | None:
-    """Why nothing can be said of the mutants: one that cannot be planted, or a test that fails without any; None: nothing."""
+    """Reason that the mutants cannot be judged, a bad entry or a test that fails without any; None: none."""
     if problems := [wrong for mutant in mutants if (wrong := mutant.wrong(root))]:
         return "\n".join(problems)
     tests = {test for mutant in mutants for test in mutant.paths}

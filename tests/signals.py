@@ -1,4 +1,4 @@
-"""Signals × launchers × phases of training: what is saved, what the caller sees, who is left. `make signals` prints the table.
+"""Signals × launchers × phases of training: what is saved, seen and left running; `make signals` prints it.
 
 signals.py [LAUNCHER…]            the table
 signals.py --train PHASE CONFIG…  what it starts: `ldm train-ldm`, slow and announced in one phase

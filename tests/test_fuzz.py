@@ -1,4 +1,4 @@
-"""The judge of `make fuzz` sees planted faults, a call is a function of its number, and a few calls of each kind are answered well."""
+"""`make fuzz` finds planted faults, its calls depend on their number alone, and a few of each kind pass."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_the_house_is_in_order() -> None:
 
 
 def circles(root: Path) -> list[set[str]]:
-    """Modules under ``root`` that import each other in a circle, imports inside functions included, those for types alone not."""
+    """Modules under ``root`` in import cycles, with imports inside functions, without those for types."""
     trees = {}
     for file in (f for package in PACKAGES for f in (root / package).rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
@@ -267,13 +267,15 @@ def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expecte
         ),
         (
             "ldm/diffusion/x.py",
-            "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\nfrom ldm.config import X\nfrom . import y",
+            "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\n"
+            "from ldm.config import X\nfrom . import y",
         ),
         ("ldm/interop/diffusers/index.py", "from ldm.interop import diffusers"),
         ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
         (
             "ldm/data/x.py",
-            "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)",
+            "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\n"
+            "Image.open(f)\nos.open(f, 0)\nread_text(f)",
         ),
     ],
 )
@@ -300,8 +302,8 @@ def test_annotations_are_enforced_in_the_tests() -> None:
 
 
 TURNS = re.compile(  # word for word from another language; CONTRIBUTING.md has the plain ones
-    r"\bgoes on\b|\bgo on\b|\bgoing on\b|(?<![Tt]here )\bis no (?!longer|more)|\bsomebody\b|\bby itself\b|\bmend\b|\bof before\b"
-    r"|behind training"
+    r"\bgoes on\b|\bgo on\b|\bgoing on\b|(?<![Tt]here )\bis no (?!longer|more)|\bsomebody\b|\bby itself\b|\bmend\b"
+    r"|\bof before\b|behind training"
 )
 OPENINGS = re.compile(r"(What|Whether|Where|Of) ")
 

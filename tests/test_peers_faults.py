@@ -1,4 +1,4 @@
-"""Silent faults of published training scripts: each test fails if this code had the fault. docs/faults.md lists them all."""
+"""Silent faults of published training scripts; each test fails on the fault. docs/faults.md lists all."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_validation_and_pictures_see_the_average_and_training_gets_its_weights_b
 
 
 def test_the_adversarial_weight_is_that_of_the_global_batch(tmp_path: Path) -> None:
-    """The adaptive weight from the gradients of each process alone: one for each, and another training for each number."""
+    """An adaptive weight from each process's own gradients, which differs with the number of processes."""
     whole, first, second = (autoencoder(tmp_path) for _ in range(3))
     samples = [whole.stream[p] for p in range(4)]
     for task, part in ((whole, samples), (first, samples[:2]), (second, samples[2:])):

@@ -1,4 +1,4 @@
-"""A damaged latent cache is never trained on: it is named and made again, the same to the last bit, on all processes alike."""
+"""A damaged latent cache is never trained on: it is named and made again, bit for bit, on all ranks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder as people have them: whatever lies in it is read rightly, or left out by name. docs/data.md has the same table."""
+"""A realistic folder: each file is read correctly or left out by name; docs/data.md has the same table."""
 
 from __future__ import annotations
 
@@ -80,13 +80,16 @@ def near(*colour: int, at: tuple[int, int] = (4, 4), within: int = 6) -> Check:
 # what stands in docs/data.md; file; how it is made; what becomes of it: a check of the pixels, or why it is left out
 FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
     ("a truncated PNG", "cut.png", truncated, "cannot be decoded"),
-    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"), "not an image in one of the formats"),
+    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"),
+     "not an image in one of the formats"),
     ("an empty file", "empty.png", lambda p: p.touch(), "the file is empty"),
     ("16-bit grey", "grey16.png", grey16, lambda i: i[:, 0, 0].tolist() == [round(v * 4096 / 257) for v in range(16)]),
-    ("RGBA, hidden colours under transparency", "alpha.png", lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
+    ("RGBA, hidden colours under transparency", "alpha.png",
+     lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
      lambda i: near(10, 20, 30, within=0)(i) and near(0, 0, 255, at=(4, 20), within=0)(i)),
     ("CMYK", "ink.jpg", lambda p: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(p, quality=95), near(255, 0, 0)),
-    ("turned by EXIF", "turned.jpg", turned, lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
+    ("turned by EXIF", "turned.jpg", turned,
+     lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
     ("1×1", "dot.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1×1 is smaller than 8 pixels"),
     ("an animated GIF", "moving.gif", moving, near(200, 30, 30, within=0)),
     ("an animated WEBP", "moving.webp", moving, near(200, 30, 30, within=0)),

@@ -1,4 +1,4 @@
-"""Files written by hand, bit by bit, against arithmetic: depths, negatives, transparent colours, other colour spaces."""
+"""Image files written bit by bit, compared with arithmetic: depths, negatives, transparency, colour spaces."""
 
 import struct
 import zlib
@@ -37,8 +37,8 @@ def tiff(
 ) -> bytes:
     """One strip. ``tags``: `t339=(2,)` and the like; all are SHORT but the offsets."""
     entries: dict[int, tuple[int, ...]] = {
-        256: (WIDTH,), 257: (height,), 258: bits, 259: (1,), 262: (photometric,), 273: (8,), 277: (len(bits),), 278: (height,),
-        279: (len(data),), **{int(name[1:]): value for name, value in tags.items()},
+        256: (WIDTH,), 257: (height,), 258: bits, 259: (1,), 262: (photometric,), 273: (8,), 277: (len(bits),),
+        278: (height,), 279: (len(data),), **{int(name[1:]): value for name, value in tags.items()},
     }  # fmt: skip
     data += b"\0" * (len(data) % 2)
     place = 8 + len(data) + 2 + 12 * len(entries) + 4

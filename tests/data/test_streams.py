@@ -222,7 +222,7 @@ def test_flips_are_half_and_crops_even() -> None:
 
 
 def test_each_choice_has_draws_of_its_own() -> None:
-    """Mirror and place of the crop are those of the streams `flip` and `crop`, vertical first, and tell nothing of `t` and `drop`."""
+    """Mirror and crop follow the streams `flip` and `crop`, vertical first, independent of `t` and `drop`."""
     data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
     reading, positions = Stream(Ramp(None, (8, 11)), data, 6, RandomFields({}, ("t", "drop"))), range(2000)
     samples = [reading[p] for p in positions]
@@ -301,7 +301,7 @@ def test_a_data_error_arrives_as_one_line(workers: int) -> None:
 
 
 def test_workers_leave_signals_to_the_trainer() -> None:
-    """Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group, but the trainer still needs its batches."""
+    """Ctrl-C and a scheduler's signals reach the whole process group; the trainer still needs its batches."""
     reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}))
     feed = batches(reading, BatchPlan(5, 5, 1, 0), 0, 30, workers=2)
     for _ in range(2):  # one from each, so that both are at work

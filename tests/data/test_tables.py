@@ -1,4 +1,4 @@
-"""Tables and captions as people have them: rows that say two things, names in other forms, odd texts. Right, or named with the line."""
+"""Realistic tables and captions: ambiguous rows, names in other forms, odd texts; read, or named by line."""
 
 import json
 import unicodedata
@@ -93,10 +93,11 @@ def test_a_csv_whose_columns_are_not_clear_is_refused(tmp_path: Path, head: str,
 
 
 def test_a_csv_of_spreadsheets_and_data_frames(tmp_path: Path) -> None:
-    """A mark of the byte order, an index without a name, blank rows, quotes, old line ends, a caption longer than csv's own limit."""
+    """A byte order mark, an unnamed index, blank rows, quotes, old line ends, a caption beyond csv's limit."""
     paint(tmp_path, "a.png", "b.png", "c.png")
     long = "x" * 200_000
-    content = f'\ufeff,file_name,text\r\n0,a.png,"one ""two"", three\r\nfour"\r\n\r\n,,\r\n1,b.png,\u2028\x0c\r\n2,c.png,{long}\r\n'
+    content = '\ufeff,file_name,text\r\n0,a.png,"one ""two"", three\r\nfour"\r\n\r\n,,\r\n'
+    content += f"1,b.png,\u2028\x0c\r\n2,c.png,{long}\r\n"
     for text in (content, content.replace("\r\n", "\n"), content.replace("\r\n", "\r")):
         (tmp_path / "metadata.csv").write_bytes(text.encode())
         source = opened(tmp_path)

@@ -222,7 +222,9 @@ def processes_of(path: Path) -> list[str]:
     [
         (False, "another process has ended: its own line, if it could write one, says why"),
         pytest.param(
-            True, "another process has not answered for 10 s (train.rank_timeout): it hangs, or its work takes longer than that",
+            True,
+            "another process has not answered for 10 s (train.rank_timeout):"
+            " it hangs, or its work takes longer than that",
             marks=pytest.mark.slow,
         ),
     ],

@@ -146,7 +146,8 @@ for line in sys.stdin:  # one child for each line, which saves until it is kille
     if not (child := os.fork()):
         for step in range(int(line), 10**6):
             w = torch.full((200_000,), float(step))
-            save(Path(sys.argv[1]), step, {"model": {"w": w}, "ema": {"w": torch.zeros(1000)}}, {"step": step}, ScheduleConfig())
+            groups = {"model": {"w": w}, "ema": {"w": torch.zeros(1000)}}
+            save(Path(sys.argv[1]), step, groups, {"step": step}, ScheduleConfig())
     print(child, flush=True)
     os.waitpid(child, 0)
     print("gone", flush=True)

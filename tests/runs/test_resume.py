@@ -1,4 +1,4 @@
-"""Whole runs that resume: from the newest, from the one asked for, with damage, with other frozen models, after failing saves."""
+"""Runs that resume: newest or given checkpoint, damage, changed frozen models, failing saves."""
 
 import errno
 import json

@@ -79,11 +79,14 @@ def seconds_of(path: Path) -> str:
         ("done", None, 0, "done, update 12 of 100 (12 %), 0 s, last checkpoint at update 10"),
         (
             "interrupted", Interrupted("stopped"), 75,
-            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; the same command continues from there",
+            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10;"
+            " the same command continues from there",
         ),
         ("interrupted", None, 75, "interrupted and saved at"),  # written by an older ldm
-        ("interrupted", KeyboardInterrupt(), 130, "at once at update 12 of 100 (12 %), 0 s; the same command continues from update 10"),
-        ("failed", TrainingError("a\nb"), 5, "failed at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; exit code 5: a b"),
+        ("interrupted", KeyboardInterrupt(), 130,
+         "at once at update 12 of 100 (12 %), 0 s; the same command continues from update 10"),
+        ("failed", TrainingError("a\nb"), 5,
+         "failed at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; exit code 5: a b"),
         ("failed", CheckpointError("disk full"), 4, "exit code 4: disk full"),
         ("failed", ZeroDivisionError(), 1, "exit code 1: ZeroDivisionError"),
         ("failed", None, 1, "exit code 1: no reason was recorded"),
@@ -133,8 +136,8 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
             RunDirectory(path)
         told = json.loads(status(path, "--json")[1])
         assert told == {
-            "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"], "checkpoint": None, "locked": True,
-            "exit_code": 0, "reason": None,
+            "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"],
+            "checkpoint": None, "locked": True, "exit_code": 0, "reason": None,
         }  # fmt: skip
     assert status(path)[0] == 1 and "the same command continues from the beginning" in status(path)[1]
 
@@ -246,8 +249,8 @@ def test_every_start_leaves_a_line(
     now = datetime.now(UTC)
     for line in lines:
         assert set(line) == {
-            "time", "step", "processes", "device", "python", "torch", "accelerate", "ldm", "commit", "dirty", "arguments",
-            "processor", "threads",
+            "time", "step", "processes", "device", "python", "torch", "accelerate", "ldm", "commit", "dirty",
+            "arguments", "processor", "threads",
         }  # fmt: skip
         assert abs((now - datetime.fromisoformat(line["time"])).total_seconds()) < 3600
         assert (line["processes"], line["device"]) == (1, "cpu") or torch.cuda.is_available()

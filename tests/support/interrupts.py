@@ -6,7 +6,7 @@ import threading
 class PowerCut(BaseException):
     """An end that nothing catches, so that nothing is saved before it.
 
-    Of the checkpoint being written it waits for the end, so that what is on the disk does not depend on the machine's speed.
+    It waits for the checkpoint being written, so that the disk does not depend on the machine's speed.
     """
 
     def __init__(self) -> None:

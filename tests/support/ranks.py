@@ -1,4 +1,4 @@
-"""What tests/training/test_ranks.py starts, alone or under torchrun: training from a checkpoint, with gradients and draws written down.
+"""Training from a checkpoint with gradients and draws recorded, as tests/training/test_ranks.py starts it.
 
 ranks.py train JOBS                                   continue from copies of runs: JSON, the fields of Job
 ranks.py sabotage OUT COMMAND CONFIG                  wrong set-ups, each of which must be refused
@@ -38,7 +38,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Go on from update ``at`` of a copy of the run ``base`` in OUT/run, and write what ``watch`` sees of updates ``gradients``."""
+    """Resume a copy of the run ``base`` in OUT/run from update ``at``; write what ``watch`` records."""
 
     out: str
     command: str
@@ -56,7 +56,7 @@ def made(command: str, config: str, run: Path, *overrides: str) -> Loop:
 
 
 def watch(loop: Loop, updates: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """The gradients of some updates, by update, network and parameter, and a digest of each position's sample: filled as it trains."""
+    """Gradients by update, network and parameter, and digests of the samples, filled during training."""
     gradients: dict[str, torch.Tensor] = {}
     draws: dict[int, str] = {}
     norm, micro_step = loop.optimizers.norm, loop.task.micro_step

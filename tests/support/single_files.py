@@ -38,9 +38,9 @@ def text_config(
 ) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 40, "hidden_size": width,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 7,
-        "hidden_act": act, "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 1,
-        "projection_dim": width,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "max_position_embeddings": 7, "hidden_act": act, "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+        "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 1, "projection_dim": width,
     }  # fmt: skip
 
 
