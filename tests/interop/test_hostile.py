@@ -200,7 +200,7 @@ def test_settings_of_a_tokenizer_that_cannot_be_read(content: bytes) -> None:
     ("index", "words"),
     [
         ({"weight_map": {"a": 3}}, "weight_map should name"),
-        ({"weight_map": {"a": "../x.safetensors"}}, "not a name of a file beside it"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "not the name of a file beside it"),
         ({"weight_map": {"a": "a\0b.safetensors"}}, "missing"),
         ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, ""),
         ({"weight_map": []}, "weight_map should name"),
