@@ -138,7 +138,7 @@ class Pipeline:
     @property
     def learned_variance(self) -> bool:
         """True if the second half of the U-Net's output channels is the reverse variance."""
-        return self.unet.out_channels == 2 * self.unet.in_channels
+        return self.unet.spec.learned_variance
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move every network to ``device``."""
@@ -375,9 +375,8 @@ class Pipeline:
         """The model as its files hold it; the tensors are those of the networks, not copies. Raises ConfigError under live LoRAs."""
         if self._live:
             raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
-        side, unet = self.sample_size // self.factor, self.unet
-        config = unet_to_diffusers(unet.config, unet.in_channels, unet.out_channels, unet.context_dim, side)
-        parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
+        config = unet_to_diffusers(self.unet.spec, self.sample_size // self.factor)
+        parts, tokenizer = {UNET: Part(config, self.unet.state_dict())}, {}
         if self.codec:
             vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
             scale = {
