@@ -29,7 +29,7 @@ DATA: dict[str, list[Row]] = {
         ("accumulation forgets the processes", "// (self.micro_batch * self.processes)", "// self.micro_batch", "streams::test_every_split_covers_the_same_positions_once"),
         ("ranks overlap", "+ self.rank * self.micro_batch", "+ self.rank", "streams::test_every_split_covers_the_same_positions_once"),
         ("each process validates on all", "range(rank, total, processes)", "range(0, total, processes)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
-        ("the last, smaller batch of validation is dropped", "range(0, len(mine), batch_size)", "range(0, len(mine) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
+        ("the last, smaller batch of validation is dropped", "range(0, len(share), batch_size)", "range(0, len(share) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
         ("validation t: parts drawn twice", "while math.gcd(stride, total) != 1:", "while False:", "streams::test_validation_draws_every_part_once_and_not_in_order"),
         ("validation t: the lower end of each part", "(parts + 0.5) / total", "parts / total", "streams::test_validation_draws_every_part_once_and_not_in_order"),
     ],

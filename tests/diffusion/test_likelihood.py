@@ -52,7 +52,7 @@ from ldm.evaluation.likelihood import likelihood, measure
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
-from ldm.runs.records import figures
+from ldm.runs.records import report_metrics
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -612,7 +612,7 @@ def measured(
 def flat(report: dict[str, Any]) -> list[float]:
     return [
         v
-        for k, v in figures({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]})
+        for k, v in report_metrics({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]})
         if isinstance(v, float)
     ]
 

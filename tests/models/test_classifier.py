@@ -227,7 +227,7 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
         ("data.image_size=32", "data.image_size is 32 but the diffusion model's is 16"),
         ("data.image_channels=3", "data.image_channels is 3 but the diffusion model's is 1"),
         ("data={source: shapes, size: 10}", "classes are those of source: digits"),
-        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier offers none"),
+        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier does not support it"),
         ("model.groups=3", "model.channels 8 is not a positive multiple of groups 3"),
         ("diffusion=nowhere", "no run or model folder nowhere"),
     ],

@@ -1,7 +1,6 @@
 """Numbers that are none: in the weights of a model, in what its parts compute, in pixels. Named, and no picture is written."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import PROMPTS, make
 from torch import Tensor
 
@@ -37,18 +37,6 @@ PLACES = {  # of each part: a tensor, its name there, the part as messages call 
     VAE: ("decoder.conv_in.bias", "autoencoder"),
     TEXT: ("text_model.final_layer_norm.bias", "text encoder"),
 }
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finite") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def plant(folder: Path, part: str, value: float) -> str:
