@@ -132,8 +132,8 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the mean is shifted by the deviation", "pred, s, t).square() * mean_shift", "pred, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
     ],
     "ldm/diffusion/samplers/langevin.py": [
-        ("a quarter of the step", "(2 * snr * said", "(snr * said", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
-        ("the whole drift", "delta / 2 * said.score", "delta * said.score", "langevin::test_steps_without_end_keep_the_variance"),
+        ("a quarter of the step", "(2 * snr * pred", "(snr * pred", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
+        ("the whole drift", "delta / 2 * pred.score", "delta * pred.score", "langevin::test_steps_without_end_keep_the_variance"),
     ],
     "ldm/diffusion/samplers/dpm_solver.py": [
         ("2M without its half", "like(1 / (2 * r), history[0]) * (history[0] - history[1])", "like(1 / r, history[0]) * (history[0] - history[1])", "samplers::test_dpmpp_2m_is_diffusers"),

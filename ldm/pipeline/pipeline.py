@@ -30,7 +30,7 @@ from ldm.data.transforms import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
-from ldm.diffusion.samplers.path import Callback as StepCallback
+from ldm.diffusion.samplers.nodes import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.files.disk import file_hash

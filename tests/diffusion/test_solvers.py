@@ -25,7 +25,7 @@ from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
 from ldm.diffusion.samplers.edm import adams_weights, dpm2, euler, euler_ancestral, heun, lms
 from ldm.diffusion.samplers.grids import GRIDS
-from ldm.diffusion.samplers.path import Nodes
+from ldm.diffusion.samplers.nodes import Nodes
 from ldm.diffusion.samplers.pndm import plms
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.samplers.unipc import unipc
