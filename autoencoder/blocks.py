@@ -100,12 +100,12 @@ def res_blocks(c_in: int, c_out: int, count: int, groups: int) -> nn.ModuleList:
 
 
 def attention_blocks(c: int, count: int, groups: int, attends: bool) -> nn.ModuleList:
-    """One attention block for each of ``count`` residual blocks where the level attends, else none."""
+    """One attention block for each of ``count`` residual blocks if the level attends, else none."""
     return nn.ModuleList([Attention(c, groups) for _ in range(count)] if attends else [])
 
 
 class DownLevel(nn.Module):
-    """The residual blocks of one encoder level, attention after each where it attends and, but for the last level, the halving."""
+    """One encoder level: residual blocks, each with attention if it attends, and (except the last) halving."""
 
     def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()
@@ -125,8 +125,10 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The residual blocks of one decoder level (one more than the encoder's), attention after each where it attends and, but for
-    the level of full resolution, the doubling."""
+    """One decoder level: residual blocks, one more than the encoder's, each with attention if it attends.
+
+    Except at full resolution, the doubling follows.
+    """
 
     def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()

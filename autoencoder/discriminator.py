@@ -1,4 +1,4 @@
-"""The patch discriminator of the adversarial loss (Isola et al. 2017), free of anything computed across a batch."""
+"""The patch discriminator of the adversarial loss (Isola et al. 2017), without statistics across a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_WIDENING = 8  # channels stop growing at this multiple of the first layer's
 
 
 class PatchDiscriminator(nn.Module):
-    """4×4 convolutions that say of each patch how real it looks.
+    """4×4 convolutions that give each patch a logit, positive for real.
 
     ``layers`` convolutions of stride 2 (the first from ``channels``, doubling up to 8 ×), one of stride 1, then the
     logits. GroupNorm over each image replaces BatchNorm, and there is no spectral norm by power iteration: a logit
@@ -59,6 +59,7 @@ class PatchDiscriminator(nn.Module):
         if not (self.patches(height) and self.patches(width)):
             least = 3 * 2**self.layers
             raise ValueError(
-                f"image {height}×{width} is too small for {self.layers} discriminator layers: each side needs at least {least} pixels"
+                f"image {height}×{width} is too small for {self.layers} discriminator layers: "
+                f"each side needs at least {least} pixels"
             )
         return self.body(image)

@@ -1,9 +1,10 @@
 """The stage-1 loss (docs/equations.md L8; Esser et al. 2021, eq. 4 to 7) as plain functions.
 
-Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over latent elements, hinge over
-patches. Published weights go with the reconstruction and the KL summed per image; dividing both sums by the C·H·W image
-elements leaves KL_mean · c·h·w / (C·H·W), so a published KL weight is multiplied by c·h·w / (C·H·W) to be used here
-(1e-6 at factor 8 with 4 latent and 3 image channels: 2.1e-8), see LossConfig.
+Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over
+latent elements, hinge over patches. Published weights go with the reconstruction and the KL summed
+per image; dividing both sums by the C·H·W image elements leaves KL_mean · c·h·w / (C·H·W), so a
+published KL weight is multiplied by c·h·w / (C·H·W) to be used here (1e-6 at factor 8 with 4 latent
+and 3 image channels: 2.1e-8), see LossConfig.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def reconstruction_terms(
 def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
     """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (docs/equations.md L12).
 
-    ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is summed over the latent.
+    ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is
+    summed over the latent.
     """
     return log_likelihood - posterior.kl().flatten(1).sum(1)
 

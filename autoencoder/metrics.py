@@ -12,9 +12,8 @@ from autoencoder.posterior import DiagonalGaussian
 DATA_RANGE = 2.0
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-ACTIVE_VARIANCE = (
-    0.01  # of the posterior mean over the set, above which a latent channel is used (Burda et al. 2016, section 5.2)
-)
+# Variance of the posterior mean over the set above which a latent channel is active (Burda et al. 2016, section 5.2).
+ACTIVE_VARIANCE = 0.01
 
 
 def psnr(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:

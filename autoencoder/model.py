@@ -81,10 +81,10 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def _start_plain(self) -> None:
-        """Let training begin near a linear map (residual blocks add little) with posterior deviations of about e⁻³.
+        """Start near a linear map (residual blocks add little), with posterior deviations near e⁻³.
 
-        With PyTorch's own initial values the posterior is N(≈0, 1), and the first hundreds of updates go into being heard
-        above that noise.
+        With PyTorch's own initial values the posterior is N(≈0, 1), and the first hundreds of updates
+        are spent on making the signal exceed that noise.
         """
         for module in self.modules():
             if isinstance(module, ResBlock):
@@ -93,11 +93,12 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def whiten(self, latent: Float[Tensor, "b c h w"]) -> None:
-        """Before training: give the posterior means ``latent`` zero mean and the identity as covariance over channels.
+        """Before training: give the posterior means zero mean and the identity as covariance over channels.
 
-        ``latent`` is what encode returns for some training images; only the encoder's 1×1 convolution changes, in place.
-        At random weights the channels nearly repeat each other, and training leaves them so: some of the latent's few
-        channels then carry next to nothing. Computed in float64.
+        ``latent`` holds the means that encode returns for some training images; only the encoder's 1×1
+        convolution changes, in place. At random weights the channels are nearly copies of each other,
+        and training leaves them so: some of the latent's few channels then carry next to nothing.
+        Computed in float64.
         """
         c = self.config.latent_channels
         values = _float64(latent.transpose(0, 1).flatten(1))
@@ -106,7 +107,7 @@ class AutoencoderKL(nn.Module):
         self._map_mean((axes / variances.clamp(min=floor).sqrt()).T, values.mean(1))
 
     def _map_mean(self, matrix: Float[Tensor, "c c"], mean: Float[Tensor, " c"]) -> None:
-        """Let encode return matrix · (μ − mean) where it returned the posterior mean μ. Both are float64 on the CPU."""
+        """Let encode return matrix · (μ − mean) in place of the posterior mean μ. Both are float64 on the CPU."""
         c = self.config.latent_channels
         weight, bias = (_float64(p) for p in (self.quant_conv.weight, _bias(self.quant_conv)))
         weight[:c, :, 0, 0] = matrix @ weight[:c, :, 0, 0]
@@ -189,11 +190,10 @@ class AutoencoderKL(nn.Module):
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    return (
-        tensor.detach().cpu().double().clone()
-    )  # on the CPU: some devices have no float64; a copy, whatever the dtype was
+    # on the CPU, since some devices have no float64; a copy, whatever the dtype was
+    return tensor.detach().cpu().double().clone()
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None  # every convolution here has one; the type of nn.Conv2d does not say so
+    assert conv.bias is not None  # every convolution here has one, which the type of nn.Conv2d leaves open
     return conv.bias

@@ -1,4 +1,4 @@
-"""The encoder's answer: a Gaussian with diagonal covariance at each latent element."""
+"""The encoder's output: a Gaussian with diagonal covariance over the latent elements."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LOGVAR_MIN, LOGVAR_MAX = (
-    -30.0,
-    20.0,
-)  # the limits of the published checkpoints; a wider range overflows exp in half precision
+# the limits of the published checkpoints; a wider range overflows exp in half precision
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Gaussians (docs/equations.md B1): log density, entropy and KL, and the discretised Gaussian of 8-bit pixels (L5). All in nats.
+"""Gaussians: log density, entropy, KL, and the discretised Gaussian of 8-bit pixels, in nats.
 
-The diagonal forms are element by element, so that a caller sums over what it calls one sample. They are given
-log variances: what networks learn, and what stays exact where a variance is 1e-9.
+docs/equations.md B1 and L5. The diagonal forms work element by element; the caller sums over the
+dimensions of a sample. They take log variances: networks learn those, and they stay exact where a
+variance is 1e-9.
 """
 
 from __future__ import annotations
@@ -82,11 +83,12 @@ def _mahalanobis(factor: Tensor, difference: Tensor) -> Tensor:
 def discretised_log_probability(
     x: Float[Tensor, "*d"], mean: Float[Tensor, "..."], log_variance: Float[Tensor, "..."]
 ) -> Float[Tensor, "*d"]:
-    """log of the mass that N(mean, exp(log_variance)) gives to the bin of each 8-bit pixel (Ho et al. 2020, eq. 13; L5).
+    """log of the mass that N(mean, exp(log_variance)) gives to the bin of each 8-bit pixel.
 
-    ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side, the first and the last to infinity, so the 256
-    masses sum to 1. Computed in float64 with the exact normal CDF and returned in the type of ``x``: finite, with
-    finite gradients, however far x lies from the mean.
+    Ho et al. 2020, eq. 13; L5. ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side, the
+    first and the last to infinity, so the 256 masses sum to 1. Computed in float64 with the exact
+    normal CDF and returned in the dtype of ``x``: finite, with finite gradients, however far x lies
+    from the mean.
     """
     exact, std = x.double(), torch.exp(0.5 * log_variance.double())
     lower, upper = ((exact + edge - mean.double()) / std for edge in (-HALF_BIN, HALF_BIN))

@@ -1,9 +1,11 @@
-"""The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3), the joints behind it (F7) and its gap (L9).
+"""The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3).
 
     −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I)) + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
 
-in the notes' steps; in the code's, x_1 is t = 0 and the sum runs over t = 1 … T−1. Network outputs come in their own
-type; everything after them is float64, since the terms of small t are small differences of large numbers.
+with t = 1 … T as in the papers; in the code x_1 is t = 0 and the sum runs over t = 1 … T−1. Network
+outputs keep their dtype; everything after them is float64, since the terms of small t are small
+differences of large numbers. The joint distributions (F7) and the gap of the bound (L9) stand at the
+end, as reference forms.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance
 def decoder_log_likelihood(
     pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool
 ) -> Float[Tensor, "b *d"]:
-    """log p(x_0 | x_t) of each dimension, for a prediction at t = 0: a density, or the mass of an 8-bit pixel's bin (L5)."""
+    """log p(x_0 | x_t) of each dimension, for a prediction at t = 0 (L5).
+
+    A density, or for ``pixels`` the mass of an 8-bit pixel's bin.
+    """
     score = gaussian.discretised_log_probability if pixels else gaussian.log_density
     return score(x0.double(), pred.x0.double(), reverse_log_variance(pred, variance))
 
@@ -82,8 +87,9 @@ def all_steps(schedule: Schedule, batch: int) -> Steps:
 def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
     """Probabilities with which ``drawn_steps`` draws each of t = 1 … T−1.
 
-    Half evenly, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits that step t has where the data are N(0, I): small t
-    weigh most, and no weight exceeds 2 (T−1)/k. Evenly altogether where no step holds any signal (T = 2, the last without).
+    Half of it is uniform, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits of step t for data
+    N(0, I): small t are drawn most, and no weight exceeds 2 (T−1)/k. All of it is uniform where no step
+    holds any signal (T = 2, the last step without signal).
     """
     expected = schedule.alphas_cumprod[1:] * -schedule.half_log_snr_table.diff()
     expected = torch.where(expected.sum() > 0, expected, 1.0)
@@ -91,7 +97,10 @@ def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
 
 
 def drawn_steps(schedule: Schedule, uniform: Float[Tensor, "b k"]) -> Steps:
-    """k steps for each sample from draws in [0, 1), one in each k-th part of ``step_probabilities``: stratified, unbiased."""
+    """k steps for each sample from draws in [0, 1), one in each k-th part of ``step_probabilities``.
+
+    Stratified and unbiased.
+    """
     k, probability = uniform.shape[1], step_probabilities(schedule)
     place = (torch.arange(k, device=uniform.device) + uniform.double()) / k
     index = torch.searchsorted(probability.cumsum(0), place, right=True).clamp(max=len(probability) - 1)
@@ -131,12 +140,14 @@ def bounds(
     """The bound with each reverse variance, all from the same k + 1 network calls.
 
     ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an 8-bit image and its
-    likelihood a probability; otherwise a density. Raises ValueError for an ε prediction where a step has no signal.
+    likelihood a probability; otherwise a density. Raises ValueError for an ε or score prediction where
+    a step has no signal.
     """
     schedule = denoiser.schedule
     if blind(denoiser.target) and bool(schedule.alphas_cumprod[-1] == 0):
         raise ValueError(
-            f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0"
+            f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: "
+            "predict v or x0"
         )
 
     def pred(t: Shaped[Tensor, " b"], number: int) -> Prediction:

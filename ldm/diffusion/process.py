@@ -1,4 +1,4 @@
-"""Transitions between any two steps, the posterior, the reverse mean and variance, and the equivalent predictions.
+"""Transitions, posterior, reverse mean and variance of any two steps, and equivalent predictions.
 
 Formulas F1, F3 and P1 to P5 of docs/equations.md.
 """
@@ -65,7 +65,7 @@ def learned_log_variance(
 ) -> Float[Tensor, "b *d"]:
     """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped (P5; Nichol & Dhariwal 2021, eq. 15).
 
-    The posterior's variance is 0 where s is clean data; its logarithm is then that of the pair (0, 1).
+    Where s is clean data the posterior's variance is 0, and that of the pair (0, 1) takes its place.
     """
     _, v = transition(schedule, s, t)
     small = torch.where(
@@ -105,7 +105,7 @@ def to_eps(
 def from_x0(
     schedule: Schedule, target: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """The prediction of ``target`` that says x̂_0 (P4). For all but x_0 it needs s_t > 0."""
+    """The prediction of ``target`` that amounts to x̂_0 (P4). For all but x_0 it needs s_t > 0."""
     return targets.from_x0(target, x0, x_t, *_levels(schedule, x_t, t))
 
 

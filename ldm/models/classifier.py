@@ -16,7 +16,7 @@ class NoisyClassifier(nn.Module):
     Args:
         config: widths and depths.
         in_channels: c of x_t.
-        classes: how many.
+        classes: number of classes.
     """
 
     def __init__(self, config: ClassifierConfig, in_channels: int, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Training CLIP by contrast: the loss, and how well images and captions find each other (Radford et al. 2021)."""
+"""Contrastive training of CLIP: the loss, and accuracies of retrieval (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contrastive_loss(
 def retrieval_top1(
     image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "k d"], truth: Int[Tensor, " b"]
 ) -> float:
-    """Share of images whose most similar one of ``k`` distinct captions is their own, ``truth[i]``."""
+    """Share of images whose most similar caption, out of ``k`` distinct ones, is their own: ``truth[i]``."""
     similarity = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T  # [b, k]
     return (similarity.argmax(dim=1) == truth.to(similarity.device)).double().mean().item()
 
@@ -48,7 +48,7 @@ _RELATION = re.compile(r"\b(" + "|".join(_OPPOSITE) + r")\b", re.IGNORECASE)
 
 
 def swap_relation(caption: str) -> str | None:
-    """The caption with left and right, above and below exchanged; None where it names no such relation."""
+    """The caption with left and right, above and below exchanged; None if it names no such relation."""
     swapped, count = _RELATION.subn(lambda match: _OPPOSITE[match[0].lower()], caption)
     return swapped if count else None
 
@@ -56,7 +56,7 @@ def swap_relation(caption: str) -> str | None:
 def left_right_accuracy(
     image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "b d"], swapped_embeds: Float[Tensor, "b d"]
 ) -> float:
-    """Share of images more similar to their own caption than to the same with its relation swapped; chance is ½.
+    """Share of images more similar to their own caption than to its swapped form; chance is ½.
 
     Row i of ``swapped_embeds`` embeds ``swap_relation`` of caption i. Raises ValueError for no images.
     """

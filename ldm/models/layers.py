@@ -94,9 +94,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList(
-            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
-        )  # 1: dropout elsewhere
+        # the second is dropout in diffusers
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         for layer in self.net:
@@ -105,7 +104,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention (where there is a context), feed-forward; each after a LayerNorm, each residual."""
+    """Self-attention, cross-attention (with a context) and feed-forward, each residual after a LayerNorm."""
 
     def __init__(self, width: int, heads: int, context_dim: int | None) -> None:
         super().__init__()
@@ -168,7 +167,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to ``size`` (twice the side, or one less where the way down rounded up), then a convolution."""
+    """Nearest-neighbour enlargement to ``size``, then a convolution.
+
+    ``size`` is twice the side, or one less where the downsampling rounded up.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -341,8 +341,8 @@ class Pipeline:
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
-            weak=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
-            weak_scale=settings.autoguidance_scale,
+            guide=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
+            guide_scale=settings.autoguidance_scale,
             gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
             threshold=settings.dynamic_threshold,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gaussians against torch.distributions, scipy, and 60-digit arithmetic; the discretised one against its own definition."""
+"""Gaussians against torch, scipy and 60-digit arithmetic; the discretised one against its own definition."""
 
 import math
 

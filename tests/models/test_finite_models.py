@@ -1,4 +1,4 @@
-"""Numbers that are none: in the weights of a model, in what its parts compute, in pixels. Named, and no picture is written."""
+"""NaN and infinity in the weights of a model, in its parts' outputs, in pixels: named, and no image is written."""
 
 import json
 import shutil
