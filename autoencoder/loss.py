@@ -49,6 +49,7 @@ def reconstruction_terms(
     return terms
 
 
+# Reference form: no command calls it; docs/equations.md L12 cites it, and tests compare the loss and the KL with it.
 def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
     """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (docs/equations.md L12).
 

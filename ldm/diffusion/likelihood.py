@@ -4,8 +4,7 @@
 
 with t = 1 … T as in the papers; in the code x_1 is t = 0 and the sum runs over t = 1 … T−1. Network
 outputs keep their dtype; everything after them is float64, since the terms of small t are small
-differences of large numbers. The joint distributions (F7) and the gap of the bound (L9) stand at the
-end, as reference forms.
+differences of large numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ldm.diffusion import gaussian
 from ldm.diffusion.denoiser import Denoiser, Prediction
-from ldm.diffusion.process import forward_step, learned_log_variance, posterior_mean
+from ldm.diffusion.process import learned_log_variance, posterior_mean
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.targets import blind
 
@@ -177,53 +176,6 @@ def two_stage_bound(
 def bits_per_dimension(nats: Float[Tensor, "*b"], dimensions: int) -> Float[Tensor, "*b"]:
     """Nats summed over an image's dimensions in bits for each; ``dimensions`` are C·H·W of the ORIGINAL image (L6)."""
     return nats / (dimensions * math.log(2))
-
-
-def draw_chain(schedule: Schedule, x0: Float[Tensor, "b *d"], noise: Noise) -> Float[Tensor, "nodes b *d"]:
-    """x_0 and a draw of every noisier sample from q(x_{1:T} | x_0): T + 1 nodes, node i + 1 at t = i."""
-    chain = [x0]
-    for t in range(schedule.num_steps):
-        chain.append(forward_step(schedule, chain[-1], noise(t), torch.tensor(t)))
-    return torch.stack(chain)
-
-
-def log_forward(schedule: Schedule, chain: Float[Tensor, "nodes b *d"]) -> Float[Tensor, " b"]:
-    """log q(x_{1:T} | x_0) of a chain (F7)."""
-    log_beta = torch.log(schedule.betas)
-    decay = torch.sqrt(1 - schedule.betas)
-    terms = [
-        gaussian.log_density(chain[t + 1].double(), decay[t] * chain[t].double(), log_beta[t])
-        for t in range(schedule.num_steps)
-    ]
-    return torch.stack([_summed(term) for term in terms]).sum(0)
-
-
-def log_reverse(
-    denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance: Variance, pixels: bool = False
-) -> Float[Tensor, " b"]:
-    """log p(x_{0:T}) of a chain: the prior, the reverse steps and the decoder (F7)."""
-    zero = torch.zeros((), dtype=torch.float64, device=chain.device)
-    total = _summed(gaussian.log_density(chain[-1].double(), zero, zero))
-    for t in range(denoiser.schedule.num_steps - 1, 0, -1):
-        pred = denoiser(chain[t + 1], torch.tensor(t, device=chain.device))
-        mean = posterior_mean(denoiser.schedule, pred.x0.double(), pred.x_t.double(), pred.t - 1, pred.t)
-        total = total + _summed(gaussian.log_density(chain[t].double(), mean, reverse_log_variance(pred, variance)))
-    pred = denoiser(chain[1], torch.tensor(0, device=chain.device))
-    return total + _summed(decoder_log_likelihood(pred, chain[0], variance, pixels))
-
-
-def gap(
-    denoiser: Denoiser,
-    chain: Float[Tensor, "nodes b *d"],
-    log_p: Float[Tensor, " b"],
-    variance: Variance,
-    pixels: bool = False,
-) -> Float[Tensor, " b"]:
-    """log q(x_{1:T}|x_0) − log p(x_{1:T}|x_0) of a chain, given log p(x_0) of the model (L9).
-
-    Its mean over chains is the KL of the joints, by which the bound misses −log p(x_0).
-    """
-    return log_forward(denoiser.schedule, chain) - log_reverse(denoiser, chain, variance, pixels) + log_p
 
 
 def _summed(values: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:

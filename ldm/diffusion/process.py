@@ -1,6 +1,6 @@
-"""Transitions, posterior, reverse mean and variance of any two steps, and equivalent predictions.
+"""Transition, posterior and learned variance of any two steps, and equivalent predictions.
 
-Formulas F1, F3 and P1 to P5 of docs/equations.md.
+Formulas F3, P1, P2, P4 and P5 of docs/equations.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,6 @@ from torch import Tensor
 
 from ldm.diffusion import targets
 from ldm.diffusion.schedule import Schedule, like
-
-
-def forward_step(
-    schedule: Schedule, x: Float[Tensor, "b *d"], z: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
-) -> Float[Tensor, "b *d"]:
-    """√(1−β_t) x_{t−1} + √β_t z, a draw from q(x_t | x_{t−1}) (F1; z standard normal)."""
-    beta = schedule.betas[t]
-    return like((1 - beta).sqrt(), x) * x + like(beta.sqrt(), x) * z
 
 
 def transition(
@@ -46,18 +38,6 @@ def posterior_mean(
     ratio, v = transition(schedule, s, t)
     var_t = schedule.sigma(t).square()
     return like(schedule.alpha(s) * v / var_t, x0) * x0 + like(ratio * schedule.sigma(s).square() / var_t, x_t) * x_t
-
-
-def reverse_mean(
-    schedule: Schedule,
-    eps: Float[Tensor, "b *d"],
-    x_t: Float[Tensor, "b *d"],
-    s: Shaped[Tensor, "*k"],
-    t: Shaped[Tensor, "*k"],
-) -> Float[Tensor, "b *d"]:
-    """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε. Needs a_t > 0."""
-    ratio, v = transition(schedule, s, t)
-    return (x_t - like(v / schedule.sigma(t), x_t) * eps) / like(ratio, x_t)
 
 
 def learned_log_variance(

@@ -13,17 +13,16 @@ import ldm.training.trackers
 from ldm.config import TARGETS, ConfigError, ScheduleConfig
 from ldm.diffusion.objective import WEIGHTINGS, target
 from ldm.diffusion.process import (
-    forward_step,
     from_x0,
     learned_log_variance,
     posterior_mean,
     posterior_variance,
-    reverse_mean,
     score,
     to_eps,
     to_x0,
     transition,
 )
+from ldm.diffusion.reference import forward_step, reverse_mean
 from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS

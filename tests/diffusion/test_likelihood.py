@@ -34,16 +34,13 @@ from ldm.diffusion.likelihood import (
     all_steps,
     bits_per_dimension,
     bounds,
-    draw_chain,
     drawn_steps,
-    gap,
-    log_forward,
-    log_reverse,
     prior_kl,
     step_probabilities,
     two_stage_bound,
 )
 from ldm.diffusion.process import from_x0
+from ldm.diffusion.reference import draw_chain, gap, kl_full, log_forward, log_reverse
 from ldm.diffusion.schedule import Schedule
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation import decoder_noise
@@ -358,7 +355,7 @@ def test_the_gap_is_the_kl_of_the_joints(variance: str, x0: float) -> None:
     a, s = SHORT.alpha(t), SHORT.sigma(t)
     later, earlier = torch.maximum(t[:, None], t), torch.minimum(t[:, None], t)
     ours = a * x0, a[later] / a[earlier] * s[earlier] ** 2
-    kl = gaussian.kl_full(*ours, *theirs)
+    kl = kl_full(*ours, *theirs)
     assert kl > 0.01
     assert log_p.item() + bound_at(x0, variance) == pytest.approx(kl.item(), rel=1e-8)
     n = 20_000
