@@ -3,6 +3,7 @@
 A test is `objective::test_name` for `tests/diffusion/test_objective.py::test_name`; name the fewest that should notice. The text stands in its
 file exactly once (`tests/test_mutants.py` looks).
 """
+
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -159,14 +160,16 @@ TRAINING: dict[str, list[Row]] = {
         ("loss_by_t: shifted by half a tenth", "bins = t * BINS // self.schedule.num_steps", "bins = (t * BINS + BINS * 50) // self.schedule.num_steps % BINS", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("validation adds the weights", "cond).error.double()", "cond).total.double()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("the error of one image for the mean's", ".clamp(min=0) / n).sqrt()", ".clamp(min=0)).sqrt()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
-        ("importance without its weights", "loss = (weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+        ("importance without its weights", "loss = (noising.weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+    ],
+    "ldm/training/stages/learned_schedule.py": [
         ("a learned schedule at the network's rate", 'self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0', "1.0", "learned_schedule"),
     ],
     "ldm/training/loop.py": [
         ("accumulated gradients are sums", "self.accelerator.backward(loss / n)", "self.accelerator.backward(loss)", "training::test_accumulation_gives_the_gradient_of_the_whole_batch[ldm]"),
         ("metrics are sums over micro-batches", "{k: v / n + sums.get(k, 0.0)", "{k: v + sums.get(k, 0.0)", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
-        ("validation of the weights as trained", "with self.ema.swap(network), _evaluating", "with _evaluating", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
-        ("samples of the weights as trained", "with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():\n            return", "with _evaluating(self.task.networks), torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("validation of the weights as trained", "with self._averaged():\n            metrics", "with torch.no_grad():\n            metrics", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("samples of the weights as trained", "with self._averaged():\n            return", "with torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("the average takes in broken updates", "self.ema.update(self.step, finite)", "self.ema.update(self.step)", "training::test_an_update_that_is_not_finite_changes_nothing"),
     ],
     "ldm/training/ema.py": [
@@ -181,8 +184,8 @@ TRAINING: dict[str, list[Row]] = {
         ("gradients are not clipped", "self.config.clip if self.config.clip is not None else math.inf", "math.inf", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
         ("networks have one rate", "* scale(name)", "* 1.0", "training::test_each_update_uses_its_rate"),
         ("no weight decay", "weight_decay=config.weight_decay", "weight_decay=0.0", "training::test_the_optimizer_is_adamw_as_configured"),
-        ("betas are torch's own", "betas=config.betas, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
-        ("epsilon is torch's own", "eps=config.adam_eps, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
+        ("betas are torch's own", "betas=config.betas,", "", "training::test_the_optimizer_is_adamw_as_configured"),
+        ("epsilon is torch's own", "eps=config.adam_eps,", "", "training::test_the_optimizer_is_adamw_as_configured"),
     ],
     "ldm/runs/checkpoints/folder.py": [
         ("numbers of nine digits are no checkpoints", 'r"step-(\\d{8,})"', 'r"step-(\\d{8})"', "retention::test_more_digits_are_more"),

@@ -226,9 +226,8 @@ def test_the_hybrid_is_l1_and_a_thousandth_of_the_bound(steps: int, pixels: bool
         p_std = (nu * beta.log() + (1 - nu) * small.log()).exp().sqrt()
         if k:
             of_x0, of_x_t = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
-            shift = of_x_t * x_t[i]
-            posterior, model = Normal(of_x0 * x0[i] + shift, small.sqrt()), Normal(of_x0 * mean[i] + shift, p_std)
-            nats = kl_divergence(posterior, model)
+            posterior, reverse = (of_x0 * x + of_x_t * x_t[i] for x in (x0[i], mean[i]))
+            nats = kl_divergence(Normal(posterior, small.sqrt()), Normal(reverse, p_std))
         elif pixels:
             low, high = ((x0[i] + edge - mean[i]) / p_std for edge in (-1 / 255, 1 / 255))
             low, high = low.where(x0[i] > -0.999, -math.inf), high.where(x0[i] < 0.999, math.inf)
@@ -517,7 +516,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(folder: Path, *overrides: str) -> DiffusionTask:
-    return DiffusionTask(ldm.config.load(DiffusionTrainingConfig, folder / "ldm.yaml", list(overrides)), lambda _: None)
+    return DiffusionTask.from_config(
+        ldm.config.load(DiffusionTrainingConfig, folder / "ldm.yaml", list(overrides)), lambda _: None
+    )
 
 
 def history(run: Path, step: int) -> dict[str, Any]:
@@ -534,7 +535,7 @@ def test_a_hybrid_run_trains_validates_and_draws(trained: Path) -> None:
 
 def test_validation_is_the_plain_loss_of_the_first_half(trained: Path) -> None:
     hybrid, plain = task(trained), task(trained, "objective.learned_variance=false", "objective.weighting=simple")
-    half = HalfOnly(hybrid.unet)
+    half = HalfOnly(hybrid.trained.unet)
     plain.networks["unet"] = half
     with torch.no_grad():
         figures = [one.validate(0, lambda tensor: tensor, 0, 1) for one in (hybrid, plain)]
@@ -569,8 +570,8 @@ def test_the_training_step_weighs_by_importance_and_remembers_without(trained: P
     batch = collate([one.stream[p] for p in range(16, 24)])
     p = filled(3).probabilities
     t = (batch["t"][:, None] >= p.cumsum(0)).sum(1)
-    logged = one.micro_step(batch, 2, passed.append)
-    losses = one.objective.loss(one.unet, batch["image"], batch["eps"], t, Condition()).detach()
+    logged = one.micro_step(one.networks, batch, 2, passed.append)
+    losses = one.objective.loss(one.trained.unet, batch["image"], batch["eps"], t, Condition()).detach()
     expected = (losses / (3 * p[t])).mean()
     assert len(set(t.tolist())) > 1
     for found in (passed[0].detach(), logged["loss"]):
@@ -592,7 +593,7 @@ def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(train
         for one, micro_batches in zip(tasks, parts, strict=True):
             one.timesteps.history = filled(3)
             for positions in micro_batches:
-                one.micro_step(collate([one.stream[p] for p in positions]), 1, lambda loss: None)
+                one.micro_step(one.networks, collate([one.stream[p] for p in positions]), 1, lambda loss: None)
         mean = torch.stack([one.timesteps._update for one in tasks]).mean(0)
         for one in tasks:
             one.after_update(1, lambda _: mean, torch.tensor(True))
