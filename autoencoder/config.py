@@ -27,7 +27,10 @@ def shown(value: Any) -> str:
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
-    """Require each named field to be a finite number ≥ ``low`` (``None`` passes). For counts use ``between``."""
+    """Require each named field to be a finite number ≥ ``low`` (``None`` passes).
+
+    For counts use ``between``.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not (value >= low and value < math.inf):
@@ -51,7 +54,7 @@ def one_of(config: Any, choices: tuple[str, ...], *names: str) -> None:
 
 
 def divisible(channels: tuple[int, ...], groups: int) -> None:
-    """Require one to ten levels, whose channels are positive multiples of the GroupNorm groups, not too many."""
+    """Require one to ten levels, whose channels are multiples of the GroupNorm groups, not too many."""
     if not 1 <= len(channels) <= 10:
         raise ConfigError(f"channels must name at least one level and at most 10, got {len(channels)}")
     for c in channels:
@@ -105,8 +108,9 @@ PERCEPTUAL_NETS = ("alex", "vgg")
 class LossConfig:
     """Weights of the stage-1 loss (docs/equations.md L8). Every term is a MEAN per element.
 
-    A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the ratio of
-    latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is 2.1e-8 here.
+    A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the
+    ratio of latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is
+    2.1e-8 here.
     """
 
     l1: float = 1.0

@@ -26,9 +26,10 @@ COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", 
 def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
     """Return the JSON-ready config from which diffusers' AutoencoderKL builds the same network.
 
-    ``scaling_factor`` is 1 because the latents' statistics are folded into the weights; it is written
-    out since the reader's default is 0.18215. ``sample_size`` (pixels) only sets the tile of tiled decoding;
-    ``force_upcast`` keeps readers from half precision, which is untested on these weights.
+    ``scaling_factor`` is 1 because the latents' statistics are folded into the weights; it is
+    written out since the reader's default is 0.18215. ``sample_size`` (pixels) only sets the tile
+    of tiled decoding; ``force_upcast`` keeps readers from half precision, which is untested on
+    these weights.
     """
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     return {
@@ -123,7 +124,9 @@ def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels
 
 
 def latent_scale(layout: Mapping[str, Any]) -> tuple[float, float]:
-    """(scale, shift) of the normalised latent (z − shift)·scale; absent keys take that class's defaults.
+    """(scale, shift) of the normalised latent (z − shift)·scale.
+
+    Absent keys take that class's defaults.
 
     Raises ConfigError unless both are finite numbers and the scale is positive.
     """

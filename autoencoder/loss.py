@@ -35,9 +35,10 @@ def reconstruction_terms(
     config: LossConfig,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the unweighted terms ``l1``, ``kl`` (nats per latent element) and, where weighted, ``mse`` and ``lpips``.
+    """Return the unweighted terms ``l1``, ``kl`` and, if weighted, ``mse`` and ``lpips``.
 
-    Raises ValueError if config.lpips is positive and no ``perceptual`` is given.
+    ``kl`` is in nats per latent element. Raises ValueError if config.lpips is positive and no
+    ``perceptual`` is given.
     """
     terms = {"l1": reconstruction_loss(reconstruction, image), "kl": posterior.kl().mean()}
     if config.mse > 0.0:
@@ -51,7 +52,9 @@ def reconstruction_terms(
 
 # Reference form: no command calls it; docs/equations.md L12 cites it, and tests compare the loss and the KL with it.
 def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
-    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (docs/equations.md L12).
+    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats.
+
+    docs/equations.md L12.
 
     ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is
     summed over the latent.
@@ -79,8 +82,9 @@ def discriminator_hinge(
 def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor) -> Float[Tensor, ""]:
     """Return ‖∇rec‖ / (‖∇gan‖ + 1e-4) clamped to [0, 1e4], detached (Esser et al. 2021, eq. 7).
 
-    Takes the gradients at the decoder's last layer, of one shape, already averaged over the global batch: the norm
-    of an average is not the average of norms, so a per-process value would depend on the number of processes.
+    Takes the gradients at the decoder's last layer, of one shape, already averaged over the global
+    batch: the norm of an average is not the average of norms, so a per-process value would depend
+    on the number of processes.
     """
     rec_norm, gan_norm = rec_grad.detach().norm(), gan_grad.detach().norm()
     return (rec_norm / (gan_norm + GRADIENT_FLOOR)).clamp(0.0, ADAPTIVE_MAX)

@@ -23,12 +23,13 @@ RANDOM_SEED = 0
 class PerceptualLoss(nn.Module):
     """LPIPS distance between images, all weights frozen; gradients flow to the images.
 
-    ``weights`` is the torchvision trunk's file, ``torchvision`` for the file in torchvision's download
-    cache, or ``random`` for an untrained trunk of fixed seed, whose distances are meaningless
-    (``meaningful`` is False). The linear heads are those of the installed lpips. Nothing is downloaded.
+    ``weights`` is the torchvision trunk's file, ``torchvision`` for the file in torchvision's
+    download cache, or ``random`` for an untrained trunk of fixed seed, whose distances are
+    meaningless (``meaningful`` is False). The linear heads are those of the installed lpips.
+    Nothing is downloaded.
 
-    Raises ConfigError if the net is unknown, or if the file is missing, not a whole state dict of that
-    network, or not finite.
+    Raises ConfigError if the net is unknown, or if the file is missing, not a whole state dict of
+    that network, or not finite.
     """
 
     def __init__(self, net: str = "vgg", weights: str | Path = "torchvision") -> None:
@@ -49,14 +50,14 @@ class PerceptualLoss(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        """Stay in evaluation mode: the heads hold dropout, and a frozen measure has no training mode."""
+        """Stay in evaluation mode: the heads hold dropout, and a frozen metric does not train."""
         return super().train(False)
 
     def forward(self, a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
         """Return the distance of each pair of images in [−1, 1], shape [b].
 
-        One channel is repeated to three. Raises ValueError for other channel counts than 1 and 3, and for
-        sides below 31 pixels (alex) or 16 (vgg).
+        One channel is repeated to three. Raises ValueError for other channel counts than 1 and 3,
+        and for sides below 31 pixels (alex) or 16 (vgg).
         """
         if a.shape[1] not in (1, 3):
             raise ValueError(
@@ -85,7 +86,7 @@ def _locate(net: str, weights: str | Path) -> Path:
 
 
 def _read(path: Path, net: str) -> nn.Module:
-    """The whole torchvision network in the file, read strictly: no other file may pass for weights."""
+    """The whole torchvision network in the file, strictly: no other file may pass for it."""
     expected = f"expected the whole state dict of torchvision's {net} ({TORCHVISION_FILES[net]})"
     try:
         if path.suffix == ".safetensors":
@@ -107,6 +108,9 @@ def _read(path: Path, net: str) -> nn.Module:
 
 
 def _load_trunk(trunk: nn.Module, network: nn.Module) -> None:
-    """Copy the convolutions in; lpips numbers them by slice and by torchvision's index in ``features``."""
+    """Copy the convolutions in.
+
+    They are numbered in lpips by slice and by torchvision's index in ``features``.
+    """
     features = network.get_submodule("features").state_dict()
     trunk.load_state_dict({key: features[key.split(".", 1)[1]] for key in trunk.state_dict()}, strict=True)

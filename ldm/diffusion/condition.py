@@ -45,7 +45,10 @@ NO_CONDITION = Condition()
 
 
 def concatenate(a: Condition, b: Condition) -> Condition:
-    """Both conditions as one batch, ``a`` first. Raises ValueError unless they hold the same kinds."""
+    """Both conditions as one batch, ``a`` first.
+
+    Raises ValueError unless they hold the same kinds.
+    """
 
     def join(name: str) -> Tensor | tuple[Tensor, ...] | None:
         first, second = getattr(a, name), getattr(b, name)

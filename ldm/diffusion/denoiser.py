@@ -21,8 +21,8 @@ class Prediction:
 
     Attributes:
         raw: the network's output, a prediction of its target.
-        variance_output: the second half of the output channels if the network has learned the reverse
-            variance (P5), else None.
+        variance_output: the second half of the output channels if the network has learned the
+            reverse variance (P5), else None.
     """
 
     denoiser: Denoiser
@@ -47,7 +47,10 @@ class Prediction:
         return score(self.denoiser.schedule, self.denoiser.target, self.raw, self.x_t, self.t)
 
     def log_variance(self, s: Shaped[Tensor, "*k"]) -> Float[Tensor, "b *d"]:
-        """The learned log variance of p(x_s | x_t). Raises ValueError if the network has learned none."""
+        """The learned log variance of p(x_s | x_t).
+
+        Raises ValueError if the network has learned none.
+        """
         if self.variance_output is None:
             raise ValueError("this model has not learned the reverse variance: take variance posterior or beta")
         return learned_log_variance(self.denoiser.schedule, self.variance_output, s, self.t)
@@ -57,7 +60,8 @@ class Prediction:
 class Denoiser:
     """``predict(x_t, t)``, guidance included, with its process and its target.
 
-    ``learned_variance``: the network returns twice the channels of x_t, the second half for the reverse variance.
+    ``learned_variance``: the network returns twice the channels of x_t, the second half for the
+    reverse variance.
     """
 
     schedule: Schedule

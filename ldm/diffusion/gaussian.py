@@ -44,10 +44,10 @@ def discretised_log_probability(
 ) -> Float[Tensor, "*d"]:
     """log of the mass that N(mean, exp(log_variance)) gives to the bin of each 8-bit pixel.
 
-    Ho et al. 2020, eq. 13; L5. ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side, the
-    first and the last to infinity, so the 256 masses sum to 1. Computed in float64 with the exact
-    normal CDF and returned in the dtype of ``x``: finite, with finite gradients, however far x lies
-    from the mean.
+    Ho et al. 2020, eq. 13; L5. ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side,
+    the first and the last to infinity, so the 256 masses sum to 1. Computed in float64 with the
+    exact normal CDF and returned in the dtype of ``x``: finite, with finite gradients, however far
+    x lies from the mean.
     """
     exact, std = x.double(), torch.exp(0.5 * log_variance.double())
     lower, upper = ((exact + edge - mean.double()) / std for edge in (-HALF_BIN, HALF_BIN))

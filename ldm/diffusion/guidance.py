@@ -1,4 +1,6 @@
-"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out (docs/equations.md G1–G3).
+"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out.
+
+docs/equations.md G1–G3.
 
 The steps in their order, each applied to the result of the one before; a step that is off costs
 nothing:
@@ -41,17 +43,18 @@ class Guidance:
     """A model with its guidance; ``t`` is the same for the whole batch.
 
     Attributes:
-        model, cond, null_cond: the model, its condition and the null condition (or a negative prompt's).
+        model, cond, null_cond: the model, its condition and the null condition (or a negative
+            prompt's).
         schedule, target: its process, and what it predicts.
         learned_variance: the model returns 2c channels; guidance changes the first half, and the
             second half is that of the evaluation with the condition.
-        scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional one,
-            each with one evaluation, from which the steps below then start.
+        scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional
+            one, each with one evaluation, from which the steps below then start.
         rescale: φ of ``rescaled``.
-        interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one evaluation,
-            with the condition (γ = 1), or with the null condition if γ = 0.
-        guide, guide_scale: autoguidance, a weaker model under the same condition, ``guide(x_t, t)``,
-            and its scale.
+        interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one
+            evaluation, with the condition (γ = 1), or with the null condition if γ = 0.
+        guide, guide_scale: autoguidance: ``guide(x_t, t)``, a weaker model under the same
+            condition, and its scale.
         gradient: w ∇ log p(y | x_t), added to the score.
         threshold: p of ``thresholded``, 0 < p ≤ 1; None: none.
     """
@@ -104,10 +107,12 @@ class Guidance:
 
 
 def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:
-    """True if σ = s/a of this step lies in the interval, ends included (Kynkäänniemi et al. 2024, eq. 5; G3).
+    """True if σ = s/a of this step lies in the interval, ends included.
 
-    Where no signal is left σ is infinite, outside any finite interval. Raises ValueError if the samples
-    of a batch differ.
+    Kynkäänniemi et al. 2024, eq. 5; G3.
+
+    Where no signal is left σ is infinite, outside any finite interval. Raises ValueError if the
+    samples of a batch differ.
     """
     if interval == EVERYWHERE:
         return True
@@ -123,8 +128,8 @@ def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, 
 def rescaled(guided: Float[Tensor, "b *d"], cond: Float[Tensor, "b *d"], phi: float) -> Float[Tensor, "b *d"]:
     """φ · (guided, with the conditional output's deviation) + (1 − φ) · guided.
 
-    Lin et al. 2023, eq. 15 and 16. Outputs are the network's own, whatever its target; deviations are
-    over all dimensions but the batch.
+    Lin et al. 2023, eq. 15 and 16. Outputs are the network's own, whatever its target; deviations
+    are over all dimensions but the batch.
     """
     dims = tuple(range(1, guided.ndim))
     return guided * (phi * cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True) + 1 - phi)
@@ -147,17 +152,20 @@ def moved_score(
     gradient: Float[Tensor, "b *d"],
     t: Shaped[Tensor, " b"],
 ) -> Float[Tensor, "b *d"]:
-    """The prediction whose score is larger by ``gradient``: ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇.
+    """The prediction whose score is larger by ``gradient`` (G2, P4).
 
-    G2, P4. Where a_t = 0 there is no signal that a classifier could see: its gradient is taken to be 0,
-    as it should be.
+    ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇, or score + ∇. Where a_t = 0 there is no
+    signal that a classifier could see: its gradient is taken to be 0, as it should be.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
     return prediction + like(torch.where(a > 0, per_score(target, a, s), 0.0), prediction) * gradient
 
 
 def classifier_gradient(classifier: Classifier, label: Int[Tensor, " b"], scale: float) -> Gradient:
-    """w ∇_{x_t} log p(y | x_t) of a classifier of noisy samples (Dhariwal & Nichol 2021; G2), by autograd."""
+    """w ∇_{x_t} log p(y | x_t) of a classifier of noisy samples, by autograd.
+
+    Dhariwal & Nichol 2021; G2.
+    """
 
     def gradient(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -56,7 +56,7 @@ class LearnedSchedule(nn.Module):
         )
 
     def forward(self) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-        """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior alone."""
+        """γ(0 … T−1) twice, float64: differentiable in the ends alone, and in the interior."""
         ends = self.lowest + self.width * torch.sigmoid(self.first_ends + self.ends.double())
         increments = self.increments.double()
         return self._gamma(ends, increments.detach()), self._gamma(ends.detach(), increments)
@@ -82,7 +82,7 @@ class LearnedSchedule(nn.Module):
 
 
 def _cosine_rise(ends: Float[Tensor, "2"], parts: int) -> Float[Tensor, " parts"]:
-    """Shares of the rise from γ_min to γ_max that the cosine schedule covers in equal parts of its time."""
+    """Shares of the cosine schedule's rise from γ_min to γ_max in equal parts of its time."""
     first, last = torch.atan(torch.exp(ends / 2)).unbind()
     place = torch.arange(parts + 1, dtype=torch.float64, device=ends.device) / parts
     gamma = 2 * torch.log(torch.tan(first + (last - first) * place))
@@ -90,7 +90,7 @@ def _cosine_rise(ends: Float[Tensor, "2"], parts: int) -> Float[Tensor, " parts"
 
 
 class InputTap:
-    """A model that keeps its last input and output, so that the output can be differentiated by the input."""
+    """A model that keeps its last input and output, to differentiate one by the other."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -137,9 +137,12 @@ def schedule_loss(
     """A number whose gradient trains the schedule, and metrics to log.
 
     t is uniform on 0 … T−1; all in nats per dimension. One draw of the denoising terms is
-    D = T·½(SNR_{t−1} − SNR_t)·mean‖x_0 − x̂_0‖² = T·½ expm1(γ_t − γ_{t−1})·m, and 0 at t = 0 (L2, L3 with
-    σ² = β̃). The ends (first table) receive the gradient of prior + decoder + D, the interior (second
-    table) that of D²: of the variance, as far as the mean does not depend on it.
+
+        D = T·½(SNR_{t−1} − SNR_t)·mean‖x_0 − x̂_0‖² = T·½ expm1(γ_t − γ_{t−1})·m
+
+    and 0 at t = 0 (L2, L3 with σ² = β̃). The ends (first table) receive the gradient of prior +
+    decoder + D, the interior (second table) that of D²: of the variance, as far as the mean does
+    not depend on it.
     """
     gamma, steps, earlier = tables[0].detach(), len(tables[0]), (t - 1).clamp(min=0)
     rise = gamma[t] - gamma[earlier]  # 0 at t = 0, where the term and its gradient vanish with it
@@ -167,9 +170,9 @@ def decoder(
 ) -> Float[Tensor, " b"]:
     """−log p(x_0|x_t) at γ of the first step, mean over dimensions.
 
-    p is a density, or for ``pixels`` the mass of a bin (L5): a Gaussian about
-    x_t/a_t = x_0 + (s_t/a_t) ε with variance s_t²/a_t² = e^γ (Kingma et al. 2021, eq. 12). It leaves the
-    network out, so that every sample informs the first end, and not only those drawn at t = 0.
+    p is a density, or for ``pixels`` the mass of a bin (L5): a Gaussian about x_t/a_t = x_0 +
+    (s_t/a_t) ε with variance s_t²/a_t² = e^γ (Kingma et al. 2021, eq. 12). It leaves the network
+    out, so that every sample informs the first end, and not only those drawn at t = 0.
     """
     x0, score = x0.double(), gaussian.discretised_log_probability if pixels else gaussian.log_density
     return -score(x0, x0 + torch.exp(gamma / 2) * eps.double(), gamma).flatten(1).mean(1)

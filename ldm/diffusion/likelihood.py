@@ -1,6 +1,7 @@
 """The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3).
 
-    −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I)) + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
+    −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I))
+                  + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
 
 with t = 1 … T as in the papers; in the code x_1 is t = 0 and the sum runs over t = 1 … T−1. Network
 outputs keep their dtype; everything after them is float64, since the terms of small t are small
@@ -38,7 +39,10 @@ def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b 
 
 
 def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, "b *d"]:
-    """The log variance of p(x_{t−1} | x_t) (P5). At t = 0, where β̃ is 0, ``posterior`` is that of t = 1."""
+    """The log variance of p(x_{t−1} | x_t) (P5).
+
+    At t = 0, where β̃ is 0, ``posterior`` is that of t = 1.
+    """
     s = pred.t - 1
     if callable(variance):
         return variance(pred, s, pred.t)
@@ -52,7 +56,7 @@ def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, 
 
 
 def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
-    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, for a prediction at t ≥ 1."""
+    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, at t ≥ 1."""
     schedule, t, x_t = pred.denoiser.schedule, pred.t, pred.x_t.double()
     mean, guess = (posterior_mean(schedule, x.double(), x_t, t - 1, t) for x in (x0, pred.x0))
     return gaussian.kl(mean, reverse_log_variance(pred, "posterior"), guess, reverse_log_variance(pred, variance))
@@ -71,7 +75,10 @@ def decoder_log_likelihood(
 
 @dataclass(frozen=True)
 class Steps:
-    """The t of 1 … T−1 that are evaluated for each sample, with weights: Σ_k weight_k · L(t_k) estimates Σ_t L(t)."""
+    """The t of 1 … T−1 that are evaluated for each sample, and their weights.
+
+    Σ_k weight_k · L(t_k) estimates Σ_t L(t).
+    """
 
     t: Int[Tensor, "b k"]
     weight: Float[Tensor, "b k"]
@@ -87,8 +94,8 @@ def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
     """Probabilities with which ``drawn_steps`` draws each of t = 1 … T−1.
 
     Half of it is uniform, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits of step t for data
-    N(0, I): small t are drawn most, and no weight exceeds 2 (T−1)/k. All of it is uniform where no step
-    holds any signal (T = 2, the last step without signal).
+    N(0, I): small t are drawn most, and no weight exceeds 2 (T−1)/k. All of it is uniform where no
+    step holds any signal (T = 2, the last step without signal).
     """
     expected = schedule.alphas_cumprod[1:] * -schedule.half_log_snr_table.diff()
     expected = torch.where(expected.sum() > 0, expected, 1.0)
@@ -96,7 +103,7 @@ def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
 
 
 def drawn_steps(schedule: Schedule, uniform: Float[Tensor, "b k"]) -> Steps:
-    """k steps for each sample from draws in [0, 1), one in each k-th part of ``step_probabilities``.
+    """k steps for each sample, one in each k-th part of ``step_probabilities``, from draws in [0, 1).
 
     Stratified and unbiased.
     """
@@ -138,9 +145,9 @@ def bounds(
 ) -> list[Bound]:
     """The bound with each reverse variance, all from the same k + 1 network calls.
 
-    ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an 8-bit image and its
-    likelihood a probability; otherwise a density. Raises ValueError for an ε or score prediction where
-    a step has no signal.
+    ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an
+    8-bit image and its likelihood a probability; otherwise a density. Raises ValueError for an ε or
+    score prediction where a step has no signal.
     """
     schedule = denoiser.schedule
     if blind(denoiser.target) and bool(schedule.alphas_cumprod[-1] == 0):
@@ -166,15 +173,19 @@ def bounds(
 def two_stage_bound(
     log_p_image: Float[Tensor, "*b"], log_q_latent: Float[Tensor, "*b"], latent: Float[Tensor, "*b"]
 ) -> Float[Tensor, "*b"]:
-    """An upper bound of −log p(x) of an autoencoder whose prior is a diffusion model, nats summed over dimensions (L6).
+    """An upper bound of −log p(x) of an autoencoder whose prior is a diffusion model (L6).
 
-    −log p(x) ≤ E_{z∼q(z|x)} [−log p(x|z) + log q(z|x) + bound of −log p(z)], the arguments with their own signs.
+    In nats, summed over dimensions. −log p(x) ≤ E_{z∼q(z|x)} [−log p(x|z) + log q(z|x) + bound of
+    −log p(z)], the arguments with their own signs.
     """
     return latent - log_p_image + log_q_latent
 
 
 def bits_per_dimension(nats: Float[Tensor, "*b"], dimensions: int) -> Float[Tensor, "*b"]:
-    """Nats summed over an image's dimensions in bits for each; ``dimensions`` are C·H·W of the ORIGINAL image (L6)."""
+    """Bits per dimension of nats summed over an image (L6).
+
+    ``dimensions``: C·H·W of the ORIGINAL image.
+    """
     return nats / (dimensions * math.log(2))
 
 

@@ -47,7 +47,10 @@ def min_snr(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
 
 
 def p2(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
-    """1/(1 + SNR)^γ on ε, which favours content over detail (Choi et al. 2022, eq. 8 with k = 1)."""
+    """1/(1 + SNR)^γ on ε, which favours content over detail.
+
+    Choi et al. 2022, eq. 8 with k = 1.
+    """
     snr = _snr(schedule)
     return snr / (1 + snr) ** config.p2_gamma
 
@@ -55,21 +58,27 @@ def p2(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
 def variational_beta(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
     """The terms of the variational bound with reverse variance β_t, in nats, up to a constant.
 
-    β_t/(2 α_t (1 − ᾱ_t)) on ε (Ho et al. 2020, eq. 12). At t = 1 it is the Gaussian density of x_0 with
-    variance β_1 (L5).
+    β_t/(2 α_t (1 − ᾱ_t)) on ε (Ho et al. 2020, eq. 12). At t = 1 it is the Gaussian density of x_0
+    with variance β_1 (L5).
     """
     s, t = _neighbours(schedule)
     return _variational(schedule, transition(schedule, s, t)[1])
 
 
 def variational_posterior(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
-    """The same with reverse variance β̃_t: ½(SNR_{t−1} − SNR_t) on x_0; β̃_1 = 0 is replaced by β̃_2, as for P5."""
+    """The same with reverse variance β̃_t: ½(SNR_{t−1} − SNR_t) on x_0.
+
+    As for P5, β̃_1 = 0 is replaced by β̃_2.
+    """
     variance = posterior_variance(schedule, *_neighbours(schedule))
     return _variational(schedule, torch.cat([variance[1:2], variance[1:]]))
 
 
 def score_matching(schedule: Schedule, config: ObjectiveConfig) -> Float[Tensor, " T"]:
-    """s_t² on the score: denoising score matching of Song & Ermon 2019, eq. 5 and 6, which is L1 on ε (L10)."""
+    """s_t² on the score, which is L1 on ε.
+
+    L10; denoising score matching, Song & Ermon 2019, eq. 5, 6.
+    """
     snr = _snr(schedule)
     return schedule.sigma(_neighbours(schedule)[1]).square() * error_ratio("score", snr)
 
@@ -110,7 +119,8 @@ class Terms(NamedTuple):
     Attributes:
         total: the loss to minimise.
         error: mean‖target − prediction‖² over the elements, unweighted.
-        vlb: with a learned variance, the bound as this t estimates it: T · L_t in bits per dimension. Else None.
+        vlb: with a learned variance, the bound as this t estimates it: T · L_t in bits per
+            dimension. Else None.
     """
 
     total: Float[Tensor, " b"]
@@ -121,8 +131,8 @@ class Terms(NamedTuple):
 class Objective:
     """The denoising loss of one configuration. Weights for all T steps are tabulated once.
 
-    Raises ValueError for an ε or score target if the last step holds no signal: there it says nothing
-    of x_0.
+    Raises ValueError for an ε or score target if the last step holds no signal: there it says
+    nothing of x_0.
 
     Args:
         config: the objective's settings, or its target alone: ``Objective("v", schedule)``.
@@ -157,7 +167,10 @@ class Objective:
         t: Int[Tensor, " b"],
         cond: Condition = NO_CONDITION,
     ) -> Terms:
-        """w_t · mean‖target − model(x_t, t, c)‖², and with a learned variance ``vlb_weight`` times the bound (L4)."""
+        """w_t · mean‖target − model(x_t, t, c)‖², plus ``vlb_weight`` times the bound (L4).
+
+        The bound is there with a learned variance alone.
+        """
         denoiser = Denoiser(
             self.schedule, self.config.target, lambda x_t, t: model(x_t, t, cond), self.config.learned_variance
         )

@@ -22,7 +22,10 @@ def transition(
 
 
 def posterior_variance(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Variance V s_s²/s_t² of q(x_s | x_t, x_0) for s < t (P2; β̃_t for neighbours, 0 at s = −1), float64."""
+    """Variance V s_s²/s_t² of q(x_s | x_t, x_0) for s < t (P2), float64.
+
+    It is β̃_t for neighbours, and 0 at s = −1.
+    """
     _, v = transition(schedule, s, t)
     return v * (schedule.sigma(s) / schedule.sigma(t)).square()
 
@@ -43,9 +46,12 @@ def posterior_mean(
 def learned_log_variance(
     schedule: Schedule, output: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped (P5; Nichol & Dhariwal 2021, eq. 15).
+    """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped.
 
-    Where s is clean data the posterior's variance is 0, and that of the pair (0, 1) takes its place.
+    P5; Nichol & Dhariwal 2021, eq. 15.
+
+    Where s is clean data the posterior's variance is 0, and that of the pair (0, 1) takes its
+    place.
     """
     _, v = transition(schedule, s, t)
     small = torch.where(

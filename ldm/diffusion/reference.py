@@ -37,7 +37,10 @@ def reverse_mean(
     s: Shaped[Tensor, "*k"],
     t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
-    """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε. Needs a_t > 0."""
+    """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε.
+
+    Needs a_t > 0.
+    """
     ratio, v = transition(schedule, s, t)
     return (x_t - like(v / schedule.sigma(t), x_t) * eps) / like(ratio, x_t)
 
@@ -64,7 +67,10 @@ def kl_full(
     other_mean: Float[Tensor, "*b d"],
     other_covariance: Float[Tensor, "*b d d"],
 ) -> Float[Tensor, "*b"]:
-    """½[log|Σ₂|/|Σ₁| − d + tr(Σ₂⁻¹Σ₁) + Δμᵀ Σ₂⁻¹ Δμ]. Raises ValueError for a Σ that is not positive definite."""
+    """½[log|Σ₂|/|Σ₁| − d + tr(Σ₂⁻¹Σ₁) + Δμᵀ Σ₂⁻¹ Δμ].
+
+    Raises ValueError for a Σ that is not positive definite.
+    """
     one, two = _cholesky(covariance), _cholesky(other_covariance)
     trace = torch.linalg.solve_triangular(two, one, upper=False).square().sum((-2, -1))
     return 0.5 * (_log_det(two) - _log_det(one) - mean.shape[-1] + trace + _mahalanobis(two, mean - other_mean))
@@ -90,7 +96,7 @@ def _mahalanobis(factor: Tensor, difference: Tensor) -> Tensor:
 
 
 def draw_chain(schedule: Schedule, x0: Float[Tensor, "b *d"], noise: Noise) -> Float[Tensor, "nodes b *d"]:
-    """x_0 and a draw of every noisier sample from q(x_{1:T} | x_0): T + 1 nodes, node i + 1 at t = i."""
+    """A draw from q(x_{1:T} | x_0) after x_0 itself: T + 1 nodes, node i + 1 at t = i."""
     chain = [x0]
     for t in range(schedule.num_steps):
         chain.append(forward_step(schedule, chain[-1], noise(t), torch.tensor(t)))

@@ -39,7 +39,10 @@ def scaled_linear_betas(num_steps: int, beta_start: float = 0.00085, beta_end: f
 
 
 def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Float[Tensor, " T"]:
-    """β_t = min(1 − f(t)/f(t−1), 0.999), f(t) = cos²((t/T + o)/(1 + o) · π/2) (Nichol & Dhariwal 2021, eq. 17)."""
+    """β_t = min(1 − f(t)/f(t−1), 0.999), f(t) = cos²((t/T + o)/(1 + o) · π/2).
+
+    Nichol & Dhariwal 2021, eq. 17.
+    """
     t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     f = torch.cos((t + offset) / (1 + offset) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
@@ -54,7 +57,10 @@ def sigmoid_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.
 def sigmoid_signal_betas(
     num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> Float[Tensor, " T"]:
-    """ᾱ through a sigmoid that falls from 1 to 0 (Jabri et al. 2022, algorithm 1); β clipped at 0.999 as for cosine."""
+    """ᾱ through a sigmoid that falls from 1 to 0 (Jabri et al. 2022, algorithm 1).
+
+    Its β are clipped at 0.999 as for cosine.
+    """
     u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     value = torch.sigmoid((start + u * (end - start)) / tau)
     bar = (value[-1] - value) / (value[-1] - value[0])
@@ -85,8 +91,8 @@ def zero_terminal(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
 def shifted(betas: Float[Tensor, " T"], ratio: float) -> Float[Tensor, " T"]:
     """β of the process with λ' = λ − log(ratio), ratio = side / base side in diffused pixels.
 
-    Hoogeboom et al. 2023, F5. A larger image averages noise away, so it gets more of it. A last β of 1
-    stays 1.
+    Hoogeboom et al. 2023, F5. A larger image averages noise away, so it gets more of it. A last β
+    of 1 stays 1.
     """
     log_bar = torch.cumsum(torch.log1p(-betas.double()), 0)
     log_snr = log_bar - torch.log(-torch.expm1(log_bar)) - 2 * math.log(ratio)
@@ -95,15 +101,15 @@ def shifted(betas: Float[Tensor, " T"], ratio: float) -> Float[Tensor, " T"]:
 
 
 class Schedule:
-    """A forward process: how much signal (α) and noise (σ) a sample holds at each t, with α² + σ² = 1.
+    """A forward process: the signal α and the noise σ of a sample at each t, with α² + σ² = 1.
 
     Args:
-        betas: [T], T ≥ 2, the variance added at each step, in (0, 1); the last may be 1 (zero terminal
-            SNR).
+        betas: [T], T ≥ 2, the variance added at each step, in (0, 1); the last may be 1 (zero
+            terminal SNR).
         check: check the values, which waits for the GPU.
 
-    Raises ValueError for other betas. With T = 1 there is no variance β̃_2 for the first step (P5), and
-    there are no steps to sample along.
+    Raises ValueError for other betas. With T = 1 there is no variance β̃_2 for the first step (P5),
+    and there are no steps to sample along.
     """
 
     def __init__(self, betas: Float[Tensor, " T"], check: bool = True) -> None:
@@ -180,7 +186,10 @@ class Schedule:
         return (self.alpha(t) / self.sigma(t)).square()
 
     def half_log_snr(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """λ_t = ½ log SNR_t = log(a_t/s_t), float64; infinite at t = −1, and −∞ where no signal is left."""
+        """λ_t = ½ log SNR_t = log(a_t/s_t), float64.
+
+        Infinite at t = −1, and −∞ where no signal is left.
+        """
         return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
 
     def time(self, half_log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -202,7 +211,7 @@ class Schedule:
 
 
 def like(coefficient: Float[Tensor, "*b"], x: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
-    """A per-sample coefficient [b] (or a scalar) in the type and number of dimensions of ``x`` [b, …]."""
+    """A coefficient [b] or a scalar, in the dtype and number of dimensions of ``x`` [b, …]."""
     coefficient = coefficient.to(x.dtype)
     return (
         coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient

@@ -1,8 +1,8 @@
 """Timesteps of a training step: uniform, stratified over an update, or by importance.
 
-docs/equations.md T1, L7. Each t is made from a random number in [0, 1) that comes with the sample, as
-a function of its position in the training stream. So t does not depend on how an update is split over
-processes and micro-batches.
+docs/equations.md T1, L7. Each t is made from a random number in [0, 1) that comes with the sample,
+as a function of its position in the training stream. So t does not depend on how an update is split
+over processes and micro-batches.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def in_strata(uniform: Float[Tensor, " b"], place: Int[Tensor, " b"], batch_size
 
 
 class LossHistory:
-    """Importance sampling by the second moment of the loss: p_t ∝ √E[L_t²] (Nichol & Dhariwal 2021, section 3.3).
+    """Importance sampling by the second moment of the loss: p_t ∝ √E[L_t²].
 
-    E[L_t²] is over the last ``HISTORY`` losses of each t. A share of 0.001 stays uniform, and all of the
-    distribution until every t has its losses. Nothing here waits for the device.
+    Nichol & Dhariwal 2021, section 3.3.
+
+    E[L_t²] is over the last ``HISTORY`` losses of each t. A share of 0.001 stays uniform, and all
+    of the distribution until every t has its losses. Nothing here waits for the device.
     """
 
     def __init__(self, num_steps: int, device: torch.device | str = "cpu") -> None:
@@ -89,8 +91,8 @@ class LossHistory:
 class Timesteps:
     """The timesteps of the updates of one run; ``name`` is that of ``ObjectiveConfig.timesteps``.
 
-    Importance sampling learns once an update, from the losses of the whole global batch in the order of
-    their positions.
+    Importance sampling learns once an update, from the losses of the whole global batch in the
+    order of their positions.
     """
 
     def __init__(self, name: str, num_steps: int, batch_size: int, device: torch.device | str = "cpu") -> None:
@@ -111,7 +113,7 @@ class Timesteps:
         return uniform_timesteps(uniform, self.num_steps), torch.ones_like(uniform)
 
     def note(self, position: Int[Tensor, " b"], t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
-        """Keep the losses of a micro-batch, without the weights of ``draw``, until its update is over."""
+        """Keep the losses of a micro-batch, without ``draw``'s weights, until its update is over."""
         if self.history is not None:
             rows = torch.stack([torch.ones_like(losses), t.to(losses.dtype), losses])
             self._update[:, position % self.batch_size] = rows.to(self._update.dtype)

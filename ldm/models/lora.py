@@ -1,4 +1,7 @@
-"""Low-rank changes of a network's layers, W + s (α/r) B A with W frozen (LoRA, Hu et al. 2021, section 4.1)."""
+"""Low-rank changes of a network's layers, W + s (α/r) B A with W frozen.
+
+LoRA, Hu et al. 2021, section 4.1.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ _COMPILED = "_orig_mod"  # torch.compile's name for the module inside
 class LowRank(nn.Module):
     """The change of one linear or convolutional layer.
 
-    B starts at 0, so that training starts from the layer without a change. A convolution's A has its
-    kernel, stride and padding, and B is 1×1.
+    B starts at 0, so that training starts from the layer without a change. A convolution's A has
+    its kernel, stride and padding, and B is 1×1.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
@@ -54,7 +57,7 @@ class LowRank(nn.Module):
 
 
 class Lora(nn.Module):
-    """Changes of named layers of one network, which is not part of this module and keeps its weights.
+    """Changes of named layers of a network, which is not part of this module.
 
     So parameters, state and gradients of this module are those of the changes alone, named
     `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
@@ -100,10 +103,10 @@ class Lora(nn.Module):
         self.network.gradient_checkpointing = value  # type: ignore[assignment]
 
     def attach(self, scale: float = 1.0, network: nn.Module | None = None) -> Callable[[], None]:
-        """Let the base compute with these changes, times ``scale``, in addition to any attached already.
+        """Let the base compute with these changes, times ``scale``, on top of any attached already.
 
-        Returns a function that detaches them. Every thread that uses the base sees them. ``network``: a
-        ``shared_copy`` of the base that computes with them in its place.
+        Returns a function that detaches them. Every thread that uses the base sees them.
+        ``network``: a ``shared_copy`` of the base that computes with them in its place.
         """
         layers = changeable(network or self.network)
         handles = [
@@ -121,7 +124,7 @@ class Lora(nn.Module):
 
     @torch.no_grad()
     def merge(self, scale: float = 1.0) -> None:
-        """Add the changes, times ``scale``, to the base's weights: in float32, then rounded to their precision."""
+        """Add the changes, times ``scale``, to the base's weights, in float32 before rounding."""
         layers = changeable(self.network)
         for name, change in self.changes.items():
             weight = layers[name].weight
@@ -135,8 +138,8 @@ class Lora(nn.Module):
 def shared_copy(module: Network) -> Network:
     """A copy of all modules of a network that shares its tensors.
 
-    Hooks attached to the copy change the copy alone. The copy of a compiled network is not compiled:
-    torch copies no compiled code, and such code would not look at hooks again.
+    Hooks attached to the copy change the copy alone. The copy of a compiled network is not
+    compiled: torch copies no compiled code, and such code would not look at hooks again.
     """
     module = getattr(module, _COMPILED, module)
     copied = copy.copy(module)
@@ -147,7 +150,10 @@ def shared_copy(module: Network) -> Network:
 
 
 def changeable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be changed, by name; names are the same where parts of the network are compiled."""
+    """The layers that can be changed, by name.
+
+    Names are the same where parts of the network are compiled.
+    """
     return {
         ".".join(part for part in name.split(".") if part != _COMPILED): module
         for name, module in network.named_modules()

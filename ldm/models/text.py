@@ -58,9 +58,9 @@ _OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
 def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CLIPTokenizer:
     """Learn a byte-complete BPE in OpenAI's layout, so that no text is unknown.
 
-    The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges`` learned
-    merges (fewer if the captions have fewer pairs), start and end of text. The same captions give the
-    same tokenizer. Words are cut after LONGEST_WORD characters.
+    The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges``
+    learned merges (fewer if the captions have fewer pairs), start and end of text. The same
+    captions give the same tokenizer. Words are cut after LONGEST_WORD characters.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point, which is OpenAI's order
     base = symbols + [s + WORD_END for s in symbols]
@@ -91,7 +91,7 @@ def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
-    """Write ``tokenizer.json`` and its configuration, and ``vocab.json`` and ``merges.txt`` for older readers."""
+    """Write ``tokenizer.json``, its configuration, and ``vocab.json``, ``merges.txt`` for older readers."""
     tokenizer.save_pretrained(str(folder))
     tokenizer.backend_tokenizer.model.save(str(folder))
 
@@ -100,10 +100,10 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
 
 
 def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, image_channels: int) -> CLIPModel:
-    """A new CLIP with text and vision towers of one width, for images [b, image_channels, image_size, image_size].
+    """A new CLIP with text and vision towers of one width.
 
-    Weights come from torch's global generator. ``logit_scale`` is the logarithm of the inverse
-    temperature.
+    Images are [b, image_channels, image_size, image_size]. Weights come from torch's global
+    generator. ``logit_scale`` is the logarithm of the inverse temperature.
     """
     if image_size % config.patch_size:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {config.patch_size}")
@@ -136,8 +136,8 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tuple[Int[Tensor, "b l"], int]:
     """Token ids, each row padded or cut to ``length``, and the number of captions that were cut.
 
-    A caption that spells ``<|endoftext|>`` holds those characters, not the token. A caption longer than
-    LONGEST_CAPTION is read up to that length, after folding its white space.
+    A caption that spells ``<|endoftext|>`` holds those characters, not the token. A caption longer
+    than LONGEST_CAPTION is read up to that length, after folding its white space.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     folded = [text if len(text) <= LONGEST_CAPTION else _SPACE.sub(" ", text) for text in captions]
@@ -177,10 +177,10 @@ class TextEncoder:
     def from_tensors(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Mapping[str, bytes]
     ) -> TextEncoder:
-        """Build from the contents of files: config.json, weights named `text_model.…`, the tokenizer's files.
+        """Build from the contents of config.json, the weights and the tokenizer's files.
 
-        Weights in float32 stay memory-mapped. Raises ValueError if weights and configuration do not
-        belong together.
+        Weights are named `text_model.…`; those in float32 stay memory-mapped. Raises ValueError if
+        weights and configuration do not belong together.
         """
         _check_config(config)
         tower = {key: value for key, value in (config.get("text_config") or config).items() if key not in _OUTPUT}
@@ -211,7 +211,7 @@ class TextEncoder:
         return {f"text_model.{key}": value for key, value in _tower(self.model).state_dict().items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers and transformers read them."""
+        """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers reads them."""
         target = Path(folder) / "text_encoder"
         replace(target / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -290,7 +290,10 @@ class TextEncoder:
             raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
-        """Token ids, each row padded to ``max_length``, and the number of captions cut. Runs on the CPU."""
+        """Token ids, each row padded to ``max_length``, and the number of captions cut.
+
+        Runs on the CPU.
+        """
         return tokenize(self.tokenizer, captions, self.max_length)
 
     def cut(self, captions: Iterable[str]) -> list[Cut]:
@@ -322,14 +325,17 @@ class TextEncoder:
 
 
 def from_clip(clip_model: CLIPModel, tokenizer: CLIPTokenizer) -> TextEncoder:
-    """An independent copy of a trained CLIP's text tower, with the final layer norm, without the projection."""
+    """An independent copy of a trained CLIP's text tower, without the projection."""
     model = CLIPTextModel(copy.deepcopy(clip_model.config.text_config))  # type: ignore[arg-type]
     _tower(model).load_state_dict(clip_model.text_model.state_dict())
     return TextEncoder(model, tokenizer)
 
 
 def save_clip(clip_model: CLIPModel, folder: str | Path) -> None:
-    """Write both towers in transformers' own format, each file whole or not at all. Raises OSError."""
+    """Write both towers in transformers' own format, each file whole or not at all.
+
+    Raises OSError.
+    """
     with _quiet():
         files = _written(lambda temporary: clip_model.save_pretrained(temporary))
     for name, content in files.items():
@@ -351,8 +357,8 @@ def _written(save: Callable[[str], Any]) -> dict[str, bytes]:
 class CaptionTable:
     """States of a set of captions, encoded once and kept on the encoder's device.
 
-    They take 4 · max_length · width bytes a caption. NULL_CAPTION is always among them. ``truncated``
-    counts the captions cut to fit.
+    They take 4 · max_length · width bytes a caption. NULL_CAPTION is always among them.
+    ``truncated`` counts the captions cut to fit.
     """
 
     def __init__(self, encoder: TextEncoder, captions: Iterable[str], batch: int) -> None:
@@ -369,7 +375,10 @@ class CaptionTable:
         return len(self._row)
 
     def __getitem__(self, captions: list[str]) -> Float[Tensor, "b l d"]:
-        """States in the order of ``captions``. Raises ValueError for a caption that was not encoded."""
+        """States in the order of ``captions``.
+
+        Raises ValueError for a caption that was not encoded.
+        """
         for caption in captions:
             if caption not in self._row:
                 raise ValueError(f"caption {caption!r} is not among the {len(self)} of the table")
@@ -378,12 +387,18 @@ class CaptionTable:
 
 
 def _tower(model: CLIPTextModel) -> torch.nn.Module:
-    """The module whose parameters have no prefix; earlier releases of transformers 5 nest it in the model."""
+    """The module whose parameters have no prefix.
+
+    Earlier releases of transformers 5 nest it in the model.
+    """
     return getattr(model, "text_model", model)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in ``folder``. Raises ValueError if there is none: transformers would make one up."""
+    """The tokenizer in ``folder``.
+
+    Raises ValueError if there is none: transformers would make one up.
+    """
     there = {file.name for file in folder.glob("*")}
     # both of them: without merges, single letters are found and nothing else
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
@@ -397,7 +412,10 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
-    """The files of a tokenizer that pads with another token. Raises ValueError if its settings cannot be read."""
+    """The files of a tokenizer that pads with another token.
+
+    Raises ValueError if its settings cannot be read.
+    """
     files = {name: content for name, content in tokenizer.items() if name != "special_tokens_map.json"}
     try:
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -409,7 +427,10 @@ def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
 
 
 def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the tower, built without memory, its weights. Raises ValueError unless names and shapes are its own."""
+    """Give the tower, built without memory, its weights.
+
+    Raises ValueError unless names and shapes are its own.
+    """
     wanted = tower.state_dict()
     for names, what in (
         (wanted.keys() - tensors.keys(), "is missing"),
@@ -430,7 +451,7 @@ def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_config(layout: object) -> None:
-    """Raise ValueError for a model that is not a CLIP, an unknown setting, or a value out of range."""
+    """Raise ValueError for a model other than CLIP, an unknown setting, or a value out of range."""
     kind = layout.get("model_type") if isinstance(layout, Mapping) else layout
     if kind not in ("clip", "clip_text_model") or not isinstance(layout, Mapping):
         raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")
@@ -454,7 +475,10 @@ def _check_config(layout: object) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and load report off the terminal; their faults are checked and raised."""
+    """Keep transformers' progress bar and load report off the terminal.
+
+    Their faults are checked and raised.
+    """
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

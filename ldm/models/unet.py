@@ -1,6 +1,7 @@
 """The conditional U-Net (docs/equations.md N1): `model(x_t, t, cond) -> prediction`.
 
-Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves both.
+Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves
+both.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class NetworkSpec:
     Attributes:
         config: widths, depths and attention.
         in_channels: channels of x_t, without ``config.concat_channels``.
-        out_channels: channels of the prediction: those of x_t, or twice as many where the variance is learned.
+        out_channels: channels of the prediction: those of x_t, or twice as many where the variance
+            is learned.
         context_dim: width of the cross-attended context; None: no cross-attention.
     """
 
@@ -47,7 +49,7 @@ class NetworkSpec:
 
 
 class Stage(nn.Module):
-    """One level of the U-Net: residual blocks, each with a transformer if the level attends, and a resize."""
+    """One level: residual blocks, each with a transformer if the level attends, and a resize."""
 
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer]) -> None:
         super().__init__()

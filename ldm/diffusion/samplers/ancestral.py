@@ -20,11 +20,13 @@ def ddpm(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     variance: str | None = None, mean_shift: Gradient | None = None, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1). No noise where the step ends at clean data.
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1).
 
-    ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or ``learned``;
-    None: learned if the network has learned it, else posterior. ``mean_shift(x_t, t)``, multiplied
-    by that variance, is added to the mean (classifier guidance, G2).
+    No noise where the step ends at clean data.
+
+    ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or
+    ``learned``; None: learned if the network has learned it, else posterior. The mean is shifted by
+    ``mean_shift(x_t, t)`` times that variance (classifier guidance, G2).
     """
     schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
     if variance not in VARIANCES:
@@ -52,7 +54,9 @@ def ddim(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     eta: float = 0.0, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2).
+    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance.
+
+    Song et al. 2021, eq. 12; S2.
 
     η runs from 0 (deterministic) to 1 (ancestral); ValueError outside. Stable Diffusion's own DDIM
     ends at ᾱ[0] and not at clean data: that is a grid whose last entry is 0.
@@ -79,7 +83,8 @@ def ddim_inversion(
 
     ``grid`` as for ``ddim``: falling, and ending at the noise level of ``x``. Each step calls the
     network at the noise level of the sample that it holds, or at t = 0 for clean data, on which no
-    network is trained (Song et al. 2021, section 4.3; S2). For use from Python: no command calls it.
+    network is trained (Song et al. 2021, section 4.3; S2). For use from Python: no command calls
+    it.
     """
     schedule = denoiser.schedule
     for i, (s, t) in enumerate(pairwise(Nodes.of(schedule, grid, x).t.flip(0))):

@@ -43,7 +43,10 @@ def dpmpp_3m(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++(3M) with the full second derivative of x̂_0: third order (Lu et al. 2022, appendix; S5)."""
+    """DPM-Solver++(3M) with the full second derivative of x̂_0: third order.
+
+    Lu et al. 2022, appendix; S5.
+    """
     return _multistep(denoiser, x, grid, 3, _three, start, lower_final, callback)
 
 
@@ -65,9 +68,9 @@ def dpmpp_2s(
     """DPM-Solver++(2S) on pairs of steps, with the node between them as the middle: second order.
 
     Lu et al. 2022, Algorithm 1. The first step of a pair is of first order; the second repeats the
-    pair from its beginning, with x̂_0 at both nodes. With an odd number of steps the last step is of
-    first order; with an even number too if ``lower_final`` is set or if it ends at clean data. A middle
-    that the callback replaced begins a new pair. One call a step. Deterministic.
+    pair from its beginning, with x̂_0 at both nodes. With an odd number of steps the last step is
+    of first order; with an even number too if ``lower_final`` is set or if it ends at clean data. A
+    middle that the callback replaced begins a new pair. One call a step. Deterministic.
     """
     nodes = Nodes.of(denoiser.schedule, grid, x)
     middle, first, x0_first = False, x, x  # is x the middle of a pair, and how did the pair begin
@@ -93,7 +96,10 @@ def dpmpp_sde(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5). Equals DDIM with η = 1."""
+    """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5).
+
+    Equals DDIM with η = 1.
+    """
     return _multistep_sde(denoiser, x, grid, noise, 1, True, callback)
 
 
@@ -101,7 +107,9 @@ def dpmpp_2m_sde(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense (Lu et al. 2022, section 5).
+    """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense.
+
+    Lu et al. 2022, section 5.
 
     One call a step.
     """
@@ -161,7 +169,10 @@ def _solved(nodes: Nodes, i: int, j: int, x: Tensor, data: Tensor) -> Tensor:
 
 
 def _two(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
-    """x̂_0 at the middle of the step, on the line through the last two; the last x̂_0 if it is the only one."""
+    """x̂_0 at the middle of the step, on the line through the last two.
+
+    The last x̂_0 itself if it is the only one.
+    """
     if len(history) == 1:
         return history[0]
     r = (nodes.lam[i] - nodes.lam[i - 1]) / (nodes.lam[i + 1] - nodes.lam[i])
@@ -169,10 +180,11 @@ def _two(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
 
 
 def _three(nodes: Nodes, i: int, history: list[Tensor], curvature: float = 2.0) -> Tensor:
-    """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', with derivatives by divided differences of the last three.
+    """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', the constant x̂_0 of a third-order step.
 
-    φ_k of −h: φ_1 = (1 − e^{−h})/h, φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: factor from the
-    second divided difference to the second derivative.
+    The derivatives are divided differences of the last three x̂_0. φ_k of −h: φ_1 = (1 − e^{−h})/h,
+    φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: factor from the second divided difference
+    to the second derivative.
     """
     h, before, earlier = (nodes.lam[i + 1 - k] - nodes.lam[i - k] for k in range(3))
     slope = (history[0] - history[1]) / like(before, history[0])

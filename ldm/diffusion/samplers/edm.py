@@ -1,8 +1,10 @@
-"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow (docs/equations.md S3).
+"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow.
+
+docs/equations.md S3.
 
 y = x/α obeys dy/d(σ/α) = (y − x̂_0)/(σ/α) = ε̂. A step from level σ̃ to σ̃_n with any slope d' is
-y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), where d is the slope at its beginning. In this form nothing
-cancels where σ̃ is large.
+y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), where d is the slope at its beginning. In this form
+nothing cancels where σ̃ is large.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ LMS_ORDER = 4
 
 
 def slope(nodes: Nodes, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
-    """dy/d(σ/α) at node i, which is ε̂; from the nodes' α and σ, neither of which is 0 where there is noise."""
+    """dy/d(σ/α) at node i, which is ε̂.
+
+    From the nodes' α and σ, neither of which is 0 where there is noise.
+    """
     return (x - like(nodes.alpha[i], x) * x0) / like(nodes.sigma[i], x)
 
 

@@ -1,4 +1,7 @@
-"""Step grids: the t of each step of a sampler, falling, and the t at which it ends (docs/equations.md S5)."""
+"""Step grids: the t of each step of a sampler, falling, and the t at which it ends.
+
+docs/equations.md S5.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ def linspace_fractional(schedule: Schedule, steps: int) -> Float[Tensor, " nodes
 
 
 def linspace_positive(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """S + 1 equally spaced whole t from T−1 to 0, without the 0: 999, …, 50 for 20. T steps are all t."""
+    """S + 1 equally spaced whole t from T−1 to 0, without the 0: 999, …, 50 for 20.
+
+    T steps are all t.
+    """
     n = _checked(schedule, steps)
     if steps == n:
         return linspace(schedule, n)
@@ -53,9 +59,9 @@ def linspace_positive(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]
 
 
 def leading_positive(schedule: Schedule, steps: int, offset: int = 1) -> Float[Tensor, " nodes"]:
-    """Stable Diffusion's grid of S + 1 nodes without the last: i·(T//(S+1)) + offset: 941, …, 48 for 20.
+    """Stable Diffusion's grid of S + 1 nodes without the last: 941, …, 48 for 20.
 
-    T steps are all t.
+    Its nodes are i·(T//(S+1)) + offset. T steps are all t.
     """
     n = _checked(schedule, steps)
     if steps == n:
@@ -64,7 +70,10 @@ def leading_positive(schedule: Schedule, steps: int, offset: int = 1) -> Float[T
 
 
 def karras(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """(σ/α)^(1/ρ) equally spaced over the schedule's own range, ρ = 7 (Karras et al. 2022, eq. 5); t is fractional."""
+    """(σ/α)^(1/ρ) equally spaced over the schedule's own range, ρ = 7 (Karras et al. 2022, eq. 5).
+
+    The t are fractional.
+    """
     n = _checked(schedule, steps)
     noise = torch.exp(-schedule.half_log_snr_table[[n - 1, 0]])  # σ/α at both ends
     high, low = noise.pow(1 / RHO)
@@ -123,7 +132,7 @@ def _checked(schedule: Schedule, steps: int) -> int:
 
 
 def _offset(nodes: list[int], offset: int, schedule: Schedule) -> Tensor:
-    """The rising nodes, moved up by as much of ``offset`` as 0…T−1 has room for, in falling order."""
+    """The rising nodes, moved up by ``offset`` as far as 0…T−1 has room, in falling order."""
     return _ended([node + min(offset, schedule.num_steps - 1 - nodes[-1]) for node in reversed(nodes)], schedule)
 
 

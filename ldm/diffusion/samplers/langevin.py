@@ -32,11 +32,11 @@ def annealed_langevin(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     corrections: int = PER_LEVEL, snr: float = 0.3, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Annealed Langevin dynamics: ``corrections`` Langevin steps at each noise level after the first.
+    """Annealed Langevin dynamics: ``corrections`` steps at each noise level after the first.
 
-    The original (Song & Ermon 2019, Algorithm 1; S4) keeps x from one level to the next, in a process
-    that only adds noise. Its x is x_t/a_t here, so the sample is multiplied by a_s/a_t. Where the grid
-    ends at clean data, the last step is x̂_0, one call (Song & Ermon 2020).
+    The original (Song & Ermon 2019, Algorithm 1; S4) keeps x from one level to the next, in a
+    process that only adds noise. Its x is x_t/a_t here, so the sample is multiplied by a_s/a_t.
+    Where the grid ends at clean data, the last step is x̂_0, one call (Song & Ermon 2020).
     """
 
     def follow(i: int, nodes: Nodes, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +51,7 @@ def predictor_corrector(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     eta: float = 0.0, corrections: int = 1, snr: float = SNR, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """A DDIM step to each level (η = 1: ancestral), then ``corrections`` Langevin steps at that level.
+    """A DDIM step to each level (η = 1: ancestral), then ``corrections`` Langevin steps.
 
     Song et al. 2021, Algorithm 1; S4. No correction at clean data. The factor 1 − β of their
     Algorithm 5 is left out of δ: a sub-sequence has no β.
@@ -73,7 +73,8 @@ def predictor_corrector(
 def langevin_step(pred: Prediction, z: Float[Tensor, "b *d"], snr: float) -> Float[Tensor, "b *d"]:
     """x + (δ/2) ŝ + √δ z, δ = 4 r² s_t², at the prediction's noise level.
 
-    On Gaussian data of variance V at that level, repeated steps converge to variance V/(1 − δ/(4V)).
+    On Gaussian data of variance V at that level, repeated steps converge to variance
+    V/(1 − δ/(4V)).
     """
     delta = like((2 * snr * pred.denoiser.schedule.sigma(pred.t)).square(), z)
     return pred.x_t + delta / 2 * pred.score + delta.sqrt() * z

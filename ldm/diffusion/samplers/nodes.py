@@ -35,7 +35,8 @@ def no_noise(step: int) -> Tensor:
 class Nodes:
     """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
 
-    λ is infinite at clean data only: where no signal is left, ``Schedule.least_signal`` stands for ᾱ.
+    λ is infinite at clean data only: where no signal is left, ᾱ is taken to be
+    ``Schedule.least_signal``.
     """
 
     t: Float[Tensor, " nodes"]
@@ -71,7 +72,7 @@ class Nodes:
         return self.sigma / self.alpha
 
     def order(self, step: int, highest: int, lowered: bool) -> int:
-        """The order of a multistep solver in λ at ``step``: at most one more than the steps before it.
+        """The order of a multistep solver in λ at ``step``: at most ``step + 1``.
 
         ``lowered``: at most the number of steps that are left. A step into clean data, where λ is
         infinite, is of first order.

@@ -1,4 +1,7 @@
-"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler (docs/equations.md S3)."""
+"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler.
+
+docs/equations.md S3.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,12 @@ def plms(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step; the first step is Heun's.
+    """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step.
 
-    Liu et al. 2022, eq. 9 and 12. S + 1 calls for S steps, S at least 2. Second order: it would be of
-    fourth if the steps were equal in σ/α. Deterministic.
+    The first step is Heun's.
+
+    Liu et al. 2022, eq. 9 and 12. S + 1 calls for S steps, S at least 2. Second order: it would be
+    of fourth if the steps were equal in σ/α. Deterministic.
 
     Raises:
         ValueError: fewer than 2 steps.

@@ -1,4 +1,7 @@
-"""UniPC: a predictor and a corrector of any order in λ for x̂_0 (Zhao et al. 2023; docs/equations.md S3)."""
+"""UniPC: a predictor and a corrector of any order in λ for x̂_0.
+
+Zhao et al. 2023; docs/equations.md S3.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,15 @@ def unipc(
     """UniPC-p, p = ``order``: of order p + 1 with its corrector, of order p without it (UniP-p).
 
     One call a step. The call at a node serves twice: first to correct the sample there, then to
-    predict the next one; so the last step is not corrected. ``callback`` sees samples as predicted; a
-    sample that it replaces is not corrected. Deterministic.
+    predict the next one; so the last step is not corrected. ``callback`` sees samples as predicted;
+    a sample that it replaces is not corrected. Deterministic.
 
     Args:
         solver: ``bh1`` or ``bh2``, the B(h) of the paper.
-        start: exact samples at the nodes 1, 2, …, taken in place of the solver's own, to measure its
-            order.
-        lower_final: no step has a higher order than there are steps left. A step into clean data is of
-            first order in any case.
+        start: exact samples at the nodes 1, 2, …, taken in place of the solver's own, to measure
+            its order.
+        lower_final: no step has a higher order than there are steps left. A step into clean data is
+            of first order in any case.
 
     Raises:
         ValueError: unknown order or solver.
@@ -88,7 +91,8 @@ def _updated(
 def _weights(h: Float[Tensor, ""], ratios: Float[Tensor, " k"], scale: Float[Tensor, ""]) -> Float[Tensor, " k"]:
     """The solution ρ of Σ_m ρ_m r_m^{n−1} = n! φ_{n+1}(−h) (−h)/B(h), n = 1 … k.
 
-    ½ if there is one unknown, as in the paper's code. φ_1(z) = (e^z − 1)/z, φ_{n+1}(z) = (φ_n(z) − 1/n!)/z.
+    ½ if there is one unknown, as in the paper's code. φ_1(z) = (e^z − 1)/z and
+    φ_{n+1}(z) = (φ_n(z) − 1/n!)/z.
     """
     if len(ratios) == 1:
         return torch.full_like(ratios, 0.5)
