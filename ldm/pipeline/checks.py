@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from os import PathLike
 from types import NoneType
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.config.values import plain
 from ldm.diffusion.samplers.grids import check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.pipeline.prompts import check_text
 
 LARGEST = 2**14  # pixels a side: beyond, not even the noise of one image fits into a machine
 LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that look ahead fail (docs/samplers.md)
@@ -67,20 +66,6 @@ def check_start(schedule: ScheduleConfig, target: str, settings: SampleConfig) -
         )
 
 
-def check_prompts(prompts: Any) -> list[str]:
-    """The prompts as a list. Raises ConfigError naming the first that is not text."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts must be a text or several, got {shown(prompts)}")
-    texts = [plain(prompt) for prompt in prompts]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ConfigError(f"prompts[{i}] must be text, got {shown(text)}")
-        check_text(text, f"prompts[{i}]")
-    return texts
-
-
 def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.device:
     """The device of the networks: ``device``, or a GPU where there is one. Raises ConfigError naming what is of another type.
 
@@ -91,23 +76,28 @@ def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.dev
     for name, value in names.items():
         if not isinstance(value, (str, PathLike, NoneType)):
             raise ConfigError(f"{name} must be text, got {shown(value)}")
+    check_dtype(dtype)
+    return check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """The type itself. Raises ConfigError unless it is a floating-point type of torch."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype must be a floating-point type of torch, such as torch.bfloat16, got {shown(dtype)}")
+    return dtype
+
+
+def check_device(device: Any) -> torch.device:
+    """The device by its name. Raises ConfigError unless torch has it and computes on it."""
     try:
-        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        place = torch.device(device)
         torch.zeros(1, device=place).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}"
+            f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {reason}"
         ) from None
     return place
-
-
-def check_text(text: str, name: str) -> None:
-    """Raise ConfigError for half of a surrogate pair, which is what bytes on a command line become that are not UTF-8."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{name} is not text in UTF-8: {shown(text)}")
 
 
 def check_drawable(unet: UNetConfig) -> None:

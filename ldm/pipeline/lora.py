@@ -15,7 +15,7 @@ from ldm.interop.convert import DTYPES
 from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import find_lora, read_lora, write_lora
 from ldm.models.lora import Lora
-from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.model import Model
 
 
 def base_of(source: Path, named: str | None) -> str | Path:
@@ -44,7 +44,7 @@ def convert_lora(
 
 def networks_of(base: str | Path, **reading: Any) -> dict[str, nn.Module]:
     """The networks of a model that a LoRA may change. Raises FolderError, ConfigError."""
-    return Pipeline.from_pretrained(base, "cpu", **reading).networks
+    return Model.from_pretrained(base, "cpu", **reading).networks
 
 
 def verify_lora(loras: Mapping[str, Lora], written: Path, networks: Mapping[str, nn.Module]) -> str:

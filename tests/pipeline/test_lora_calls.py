@@ -170,7 +170,7 @@ def test_gradients_under_loras_are_the_same_with_gradient_checkpointing(here: Pa
     gradients: list[Tensor] = []
     for checkpointing in (False, True):
         x, t, context = inputs()
-        model = pipe._under(SampleConfig(lora=(str(here / "one"),)))
+        model = pipe.with_loras(SampleConfig(lora=(str(here / "one"),)))
         model.unet.gradient_checkpointing = checkpointing
         loss = model.unet(x.requires_grad_(), t, Condition(context=context)).square().sum()
         loss.backward()
@@ -191,7 +191,7 @@ def test_a_scale_that_is_not_one_is_refused_and_changes_nothing(here: Path, pipe
 
 def test_both_networks_are_changed(here: Path, pipe: Pipeline) -> None:
     """By a LoRA of both: every layer that it names, and no other."""
-    model = pipe._under(SampleConfig(lora=(str(here / "one"),)))
+    model = pipe.with_loras(SampleConfig(lora=(str(here / "one"),)))
     for part, network in model.networks.items():
         hooked = {name for name, layer in changeable(network).items() if layer._forward_hooks}
         assert hooked == set(pipe._lora(str(here / "one"))[part].changes) and part in (UNET, TEXT)

@@ -1,0 +1,316 @@
+"""A trained model: its networks, its process and its settings, read from files and written to them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
+from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
+from ldm.config.sample import check_lora_scale
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.schedule import Schedule
+from ldm.files.disk import file_hash
+from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
+from ldm.interop.diffusers import index as layout
+from ldm.interop.diffusers import schedulers
+from ldm.interop.diffusers.folder import write_folder
+from ldm.interop.diffusers.unet import unet_to_diffusers
+from ldm.interop.lora import find_lora, read_lora
+from ldm.models.lora import Lora, shared_copy
+from ldm.models.unet import UNet
+from ldm.pipeline import habits
+from ldm.pipeline.checks import (
+    check_device,
+    check_drawable,
+    check_dtype,
+    check_guidance,
+    check_opening,
+    check_sampling,
+    check_start,
+)
+from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
+from ldm.pipeline.info import ModelInfo, load_unet
+from ldm.pipeline.prompts import warn_cut
+
+if TYPE_CHECKING:
+    from typing import Self, TypeAlias
+
+    from ldm.models.text import TextEncoder
+
+    Text: TypeAlias = str
+    Place: TypeAlias = str | Path
+    Device: TypeAlias = torch.device | str
+    Dtype: TypeAlias = torch.dtype
+else:  # checked by the call itself, as the configuration checks them and with the argument's name
+    Self = Text = Place = Device = Dtype = Any
+
+_READING = RLock()  # a LoRA that several threads ask for at once is read once
+
+
+@dataclass
+class Model:
+    """A trained model.
+
+    Attributes:
+        unet, schedule_config, target: the denoiser, its process, and what it predicts.
+        codec: the autoencoder, or None: the samples are images.
+        text: the text encoder, or None: unconditional.
+        sample_size: side of the training images in pixels, the default.
+        defaults: sampling settings for what a call leaves out.
+        null_caption: the caption that means no condition.
+        caption_dropout: share of captions dropped in training; None where unknown.
+        files: of the weights; none before saving.
+    """
+
+    unet: UNet
+    schedule_config: ScheduleConfig
+    target: str
+    codec: LatentCodec | None
+    text: TextEncoder | None
+    sample_size: int
+    defaults: SampleConfig = field(default_factory=SampleConfig)
+    null_caption: str = NULL_CAPTION
+    caption_dropout: float | None = None
+    files: tuple[Path, ...] = ()
+    # LoRAs that were read, by file, time and size; those loaded, live and merged; the live ones, with how to take each off
+    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)
+    _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)
+    _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)
+    _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule.from_config(self.schedule_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the U-Net's weights."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by the side of what is diffused."""
+        return self.codec.autoencoder.config.factor if self.codec else 1
+
+    @property
+    def learned_variance(self) -> bool:
+        """True if the second half of the U-Net's output channels is the reverse variance."""
+        return self.unet.out_channels == 2 * self.unet.in_channels
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the weights' files and the LoRAs loaded since, read for it; empty before saving."""
+        digest = joined_hash(self.files) if self.files else ""
+        for path, scale in self._loaded:
+            digest = sha256(f"{digest} {file_hash(find_lora(path))} {scale}".encode()).hexdigest()
+        return digest
+
+    def to(self, *place: Device | Dtype | None, device: Device | None = None, dtype: Dtype | None = None) -> Self:
+        """Move every network to a device, cast it to a floating-point type, or both, in either order; returns itself.
+
+        The schedule stays in float64, the sampler's state in float32, and the autoencoder decodes in float32. Raises ConfigError.
+        """
+        for given in place:
+            if isinstance(given, torch.dtype):
+                dtype = given
+            elif given is not None:
+                device = given
+        if dtype is not None:
+            self._cast(check_dtype(dtype))
+        if device is not None:
+            self._move(check_device(device))
+        return self
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        self.unet.to(dtype)
+        if self.codec:
+            self.codec.autoencoder.to(dtype)
+        if self.text:
+            self.text.model.to(dtype)  # type: ignore[arg-type]
+
+    def _move(self, device: torch.device) -> None:
+        self.unet.to(device)
+        self.schedule = self.schedule.to(device)
+        if self.codec:
+            self.codec.autoencoder.to(device)
+        if self.text:
+            self.text.to(device)
+        for lora in (lora for loras in self._loras.values() for lora in loras.values()):
+            lora.to(device)
+
+    # ------------------------------------------------------------ what the networks compute
+
+    def condition(self, captions: list[str]) -> Condition:
+        """The condition for these captions. Any other kind (labels, numbers, images) would be encoded here too."""
+        if self.text is None:
+            return Condition()
+        return Condition(context=self.text.encode(captions).to(self.device, self.dtype))
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The U-Net's prediction, computed in its own precision and returned in float32, the sampler's."""
+        return self.unet(x_t.to(self.dtype), t, cond).float()
+
+    def check(self, settings: SampleConfig, size: int) -> None:
+        """Raise ConfigError where the settings do not fit this model."""
+        check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
+        if settings.variance == "learned" and not self.learned_variance:
+            raise ConfigError(
+                "variance learned: this model has not learned the reverse variance, take posterior or beta"
+            )
+        check_guidance(settings, self.codec is not None)
+        check_drawable(self.unet.config)
+        check_start(self.schedule_config, self.target, settings)
+        for path, _ in settings.loras():
+            self._lora(path)
+
+    def warn_cut(self, prompts: Iterable[str], settings: SampleConfig, stacklevel: int) -> None:
+        """Warn once of each prompt or negative prompt that is longer than the text encoder takes."""
+        if self.text is not None:
+            warn_cut(self.text, prompts, settings.negative_prompt, self._cut, stacklevel + 1)
+
+    # ------------------------------------------------------------ LoRAs
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA may change: the U-Net and the text encoder's tower."""
+        return {UNET: self.unet} | ({TEXT: self.text.tower} if self.text else {})
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Let the networks compute with the LoRA at ``path`` (a file, folder or run), times ``scale``.
+
+        It is added to those loaded before and holds for every later call, in all threads: call it while no thread draws.
+        For one call: ``pipe(…, lora=…)``. Raises FolderError where it does not fit and ConfigError for a scale that is out
+        of range, and then changes nothing.
+        """
+        check_lora_scale(scale, path)
+        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path)).values()]
+        self._loaded.append((str(path), scale))
+
+    def merge_lora(self) -> None:
+        """Add the loaded LoRAs to the weights for good, so that they cost nothing when drawing.
+
+        To be without them, open the model again. Call it while no thread draws: the weights are those of all threads.
+        """
+        for lora, scale, detach in self._live:
+            detach()
+            lora.merge(scale)
+        self._live.clear()
+
+    def with_loras(self, settings: SampleConfig) -> Self:
+        """This model under the LoRAs of a call: the weights are shared, so that no other call sees them."""
+        wanted = [(part, lora, scale) for path, scale in settings.loras() for part, lora in self._lora(path).items()]
+        if not wanted:
+            return self
+        model = copy.copy(self)
+        model.unet = shared_copy(self.unet)
+        model.text = self.text and self.text.shared_copy()
+        networks = model.networks
+        for part, lora, scale in wanted:
+            lora.attach(scale, networks[part])
+        return model
+
+    def _lora(self, path: str) -> dict[str, Lora]:
+        """The changes of each network by the LoRA at ``path``, not attached."""
+        file = find_lora(path)
+        version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
+        with _READING:
+            if version not in self._loras:
+                read = read_lora(file, self.networks)
+                self._loras[version] = {part: lora.to(self.device) for part, lora in read.items()}
+            return self._loras[version]
+
+    # ------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Place,
+        device: Device | None = None,
+        dtype: Dtype = torch.float32,
+        variant: Text | None = None,
+        vae: Text | None = None,
+        text: Text | None = None,
+        **reading: Any,
+    ) -> Self:
+        """Open a run, a model folder (ours or diffusers') or a single file. Raises FolderError or ConfigError.
+
+        Args:
+            dtype: of the U-Net; the autoencoder and the text encoder stay in float32.
+            device: left out, a GPU where there is one.
+            variant: of a folder's weights: fp16, non_ema.
+            vae, text: an autoencoder or text encoder in the place of the model's own, or that it lacks: a run, folder or file.
+            reading: what a single file does not say (``ldm.interop.open.read_file``): ``prediction``, ``tokenizer`` …
+        """
+        dtype, reading = habits.opening(dtype, reading)
+        place = check_opening(path, device, dtype, variant=variant, vae=vae, text=text)
+        info = ModelInfo.read(path, variant, vae and str(vae), text and str(text), **reading)
+        if info.lora is not None:
+            info.lora.check(info.hash)
+        codec = codec_of(info.bundle.parts[VAE]) if info.autoencoder is not None else None
+        encoder = None
+        if info.has_text:
+            from ldm.interop.text import text_of  # transformers takes seconds to import
+
+            encoder = text_of(info.bundle, info.path)
+        model = cls(
+            load_unet(info).to(dtype), info.schedule, info.target, codec, encoder, info.sample_size, info.defaults,
+            info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
+        )  # fmt: skip
+        if info.lora is not None:
+            model.load_lora(info.lora.folder)
+        return model.to(place)
+
+    def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
+        """Write the model folder.
+
+        ``for_diffusers``: refuse (ConfigError, by name) what no pipeline of diffusers can express, instead of writing it
+        under our own class name.
+        """
+        bundle = self.bundle()
+        if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:
+            raise ConfigError(
+                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}"
+            )
+        self.files = write_folder(bundle, Path(folder))
+        self._loaded.clear()  # merged, and so in the files
+
+    def bundle(self) -> Bundle:
+        """The model as its files hold it; the tensors are the networks' own. Raises ConfigError under live LoRAs."""
+        if self._live:
+            raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
+        side, unet = self.sample_size // self.factor, self.unet
+        config = unet_to_diffusers(unet.config, unet.in_channels, unet.out_channels, unet.context_dim, side)
+        parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
+        if self.codec:
+            vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
+            scale = {
+                "sample_size": self.sample_size,
+                "scaling_factor": self.codec.scale,
+                "shift_factor": self.codec.shift or None,
+            }
+            parts[VAE] = Part({**vae, **scale}, self.codec.autoencoder.state_dict())
+        if self.text:
+            parts[TEXT], tokenizer = Part(self.text.config, self.text.tensors), self.text.tokenizer_files()
+        extra = {
+            "format": 1,
+            "null_caption": self.null_caption,
+            "caption_dropout": self.caption_dropout,
+            "sample_size": self.sample_size,
+            "defaults": dataclasses.asdict(self.defaults),
+        }
+        scheduler = schedulers.scheduler_to_diffusers(self.schedule_config, self.target, self.defaults)
+        return Bundle(parts, scheduler, tokenizer, extra)
