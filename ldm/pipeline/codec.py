@@ -24,7 +24,7 @@ from ldm.interop.weights import fill
 
 @dataclass(frozen=True)
 class LatentCodec:
-    """Image to latent and back, with the scale and shift of a foreign autoencoder (ours: 1 and 0, folded into its weights)."""
+    """Image to latent and back, with an autoencoder's scale and shift (ours: 1 and 0, folded into its weights)."""
 
     autoencoder: AutoencoderKL
     scale: float = 1.0
@@ -33,11 +33,11 @@ class LatentCodec:
 
     @property
     def hash(self) -> str | None:
-        """sha256 of the weights' file (of the hashes of several); None for an autoencoder that was read from none."""
+        """sha256 of the weights' file (of the hashes of several); None if it was not read from a file."""
         return files_hash(self.files) if self.files else None
 
     def latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Float[Tensor, "b c h w"]:
-        """A draw of the normalised latent from a posterior."""
+        """The normalised latent of a draw from the posterior."""
         return (posterior.sample(noise) - self.shift) * self.scale
 
     def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:

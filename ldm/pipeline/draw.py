@@ -1,4 +1,4 @@
-"""From noise to samples: with a trained model (prepare, denoise, decode), or with any network of the U-Net's signature."""
+"""From noise to samples, with any network of the U-Net's signature or with a trained model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ldm.pipeline.watch import Watch, unseen
 def draw_noise(
     seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Float[Tensor, "b *d"]:
-    """Standard normal arrays, one for each image number: a function of (seed, name, number), not of the batch around it."""
+    """One standard normal array for each image: a function of (seed, name, number), not of the batch around it."""
     return torch.from_numpy(np.stack([rng.normal(seed, f"sample/{name}", n, shape) for n in numbers])).to(device)
 
 
@@ -98,10 +98,11 @@ def sample(
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a call draws, checked.
+    """A call that was checked: its model, its settings and its images.
 
     Attributes:
-        prompts, numbers: the caption of each image, and its number within the seed, which determines its noise.
+        prompts, numbers: the caption of each image, and its number within the seed, which determines
+            its noise.
         batch_size: images computed together.
         shape: [c, h, w] of one image as it is diffused.
         grid: t at each node of the sampler, float64.
@@ -136,7 +137,7 @@ def prepare(
     batch_size: Any = 16,
     numbers: Sequence[int] | None = None,
 ) -> Drawing:
-    """Check a call before anything slow. Raises ConfigError; warnings name the line that called the caller of this function."""
+    """Check a call before anything slow. Raises ConfigError; warnings point at the caller's caller."""
     side: int = model.sample_size if size is None else typed(int, size, "size")
     together: int = typed(int, batch_size, "batch_size")
     prompts = check_prompts(prompts)
@@ -205,7 +206,7 @@ def decode(model: Model, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C
 def draw(
     drawing: Drawing, callback: Callback | None = None, decoded: bool = True
 ) -> Iterator[Float[Tensor, "b C H W"]]:
-    """The images of each batch, or what is diffused where they are not to be decoded."""
+    """The images of each batch, or, not decoded, what is diffused."""
     for captions, numbers in drawing.batches():
         latent = denoise(drawing, captions, numbers, callback)
         yield decode(drawing.model, latent) if decoded else latent

@@ -36,7 +36,7 @@ class Guides:
             classifier.to(device)
 
     def weak(self, model: Model, path: str, captions: list[str], settings: SampleConfig) -> Denoise:
-        """The model at ``path`` under the condition that autoguidance starts from. Raises ConfigError where it does not fit."""
+        """The model at ``path``, conditioned as autoguidance starts. Raises ConfigError where it does not fit."""
         weak = self._weaker(model, path)
         weak.warn_cut(captions, settings, stacklevel=1)
         null = settings.negative_prompt or weak.null_caption
@@ -63,7 +63,7 @@ class Guides:
             return self.weaker[path]
 
     def gradient(self, model: Model, captions: list[str], settings: SampleConfig, form: str) -> Gradient | None:
-        """w ∇ log p(y | x_t) of the classifier, y the class of each caption; None unless the settings ask for this form."""
+        """w ∇ log p(y | x_t) of the classifier, y the class of each caption; None unless settings ask for it."""
         if settings.classifier is None or settings.classifier_form != form or settings.classifier_scale == 0:
             return None
         info, classifier = self.classifier(model, settings.classifier)

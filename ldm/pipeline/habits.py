@@ -1,6 +1,6 @@
-"""Habits of diffusers' users: what they write, and either what it is called here or the answer in one line.
+"""Habits of diffusers' users: the name here of what they write, or the answer in one line.
 
-Names that mean the same in both (``guidance_scale``, ``negative_prompt``, ``eta``, ``guidance_rescale``) are not listed.
+Names that are the same in both (``guidance_scale``, ``negative_prompt``, ``eta`` …) are not listed.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _square(sides: Mapping[str, Any], size: Any, sample_size: int) -> Any:
 
 
 def _check_names(given: Iterable[str]) -> None:
-    """Raise ConfigError for a name that is nearly one of the call's own; those of SampleConfig are checked with its values."""
+    """Raise ConfigError for a misspelt name of the call's own; ``changed`` checks those of SampleConfig."""
     settings = [field.name for field in dataclasses.fields(SampleConfig)]
     own = [*OF_THE_CALL, "batch_size", "callback", "progress", *RENAMED, *TAKEN]
     for name in given:
@@ -102,7 +102,7 @@ def _check_names(given: Iterable[str]) -> None:
             raise ConfigError(f"unknown key {name}: did you mean {near[0]}?")
 
 
-# ---------------------------------------------------------------- what a call returns, and calls
+# ---------------------------------------------------------------- results and callbacks of a call
 
 
 class Pictures(list):
@@ -119,9 +119,7 @@ class Pictures(list):
 
 
 def finished(kind: str, images: Float[Tensor, "b c h w"]) -> list[Image.Image] | np.ndarray | Tensor:
-    """One batch in [−1, 1] as ``output_type`` asks for it: pil pictures; np [b, h, w, c] or pt [b, c, h, w] in [0, 1];
-    latent as it is.
-    """
+    """One batch in [−1, 1] as pictures (pil), in [0, 1] as np [b, h, w, c] or pt, or as it is (latent)."""
     if kind == "pil":
         return to_pil(to_uint8(images))
     if kind == "latent":
@@ -131,7 +129,7 @@ def finished(kind: str, images: Float[Tensor, "b c h w"]) -> list[Image.Image] |
 
 
 def together(kind: str, batches: Sequence[Any]) -> Pictures:
-    """What ``finished`` made of each batch, as one list."""
+    """The batches that ``finished`` made, as one list."""
     if kind == "pil" or not batches:
         return Pictures(picture for batch in batches for picture in batch)
     stacked = np.concatenate(batches) if kind == "np" else torch.cat(list(batches))
@@ -139,7 +137,7 @@ def together(kind: str, batches: Sequence[Any]) -> Pictures:
 
 
 def step_end(pipe: Any, function: Callable[..., Any], grid: Float[Tensor, " nodes"]) -> Callback:
-    """A sampler's callback that calls ``function(pipe, step, t, {"latents": x})`` and takes the latents that it returns."""
+    """A sampler's callback that calls ``function(pipe, step, t, {"latents": x})`` and takes the latents it returns."""
 
     def after(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
         returned = function(pipe, step, grid[step], {"latents": x})
@@ -175,8 +173,8 @@ OPENING = {  # torch_dtype is taken for dtype
 }
 
 
-def opening(dtype: torch.dtype, reading: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The dtype of from_pretrained and its further arguments, in our words. Raises ConfigError for one that is answered."""
+def opening(dtype: Any, reading: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """``dtype`` and further arguments of from_pretrained. Raises ConfigError for one that is answered."""
     for name in reading:
         if name in OPENING:
             raise ConfigError(f"{name}: {OPENING[name]}")
@@ -200,8 +198,9 @@ ATTRIBUTES = {
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), "there is none: leave it out"),
     **dict.fromkeys(
         (
-            "enable_attention_slicing", "disable_attention_slicing", "set_attention_slice", "set_use_memory_efficient_attention_xformers",
+            "enable_attention_slicing", "disable_attention_slicing", "set_attention_slice",
             "enable_xformers_memory_efficient_attention", "disable_xformers_memory_efficient_attention",
+            "set_use_memory_efficient_attention_xformers",
         ),
         _ATTENTION,
     ),
@@ -213,8 +212,8 @@ ATTRIBUTES = {
     "fuse_lora": "pipe.merge_lora()",
     **dict.fromkeys(
         (
-            "set_adapters", "get_active_adapters", "delete_adapters", "enable_lora", "disable_lora", "unload_lora_weights",
-            "unfuse_lora", "save_lora_weights",
+            "set_adapters", "get_active_adapters", "delete_adapters", "enable_lora", "disable_lora",
+            "unload_lora_weights", "unfuse_lora", "save_lora_weights",
         ),
         _LORA,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -40,7 +41,7 @@ from ldm.pipeline.checks import (
 )
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.info import ModelInfo, load_unet
-from ldm.pipeline.prompts import warn_cut
+from ldm.pipeline.prompts import cut_prompts
 
 if TYPE_CHECKING:
     from typing import Self, TypeAlias
@@ -82,7 +83,7 @@ class Model:
     null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     files: tuple[Path, ...] = ()
-    # LoRAs that were read, by file, time and size; those loaded, live and merged; the live ones, with how to take each off
+    # LoRAs: those read, by file, time and size; those loaded, live or merged; the live ones, with what takes each off
     _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)
     _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)
     _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)
@@ -120,9 +121,10 @@ class Model:
         return digest
 
     def to(self, *place: Device | Dtype | None, device: Device | None = None, dtype: Dtype | None = None) -> Self:
-        """Move every network to a device, cast it to a floating-point type, or both, in either order; returns itself.
+        """Move every network to a device, cast it to a floating-point type, or both; returns itself.
 
-        The schedule stays in float64, the sampler's state in float32, and the autoencoder decodes in float32. Raises ConfigError.
+        The schedule stays in float64, the sampler's state in float32, and decoding in float32.
+        Raises ConfigError.
         """
         for given in place:
             if isinstance(given, torch.dtype):
@@ -179,8 +181,8 @@ class Model:
 
     def warn_cut(self, prompts: Iterable[str], settings: SampleConfig, stacklevel: int) -> None:
         """Warn once of each prompt or negative prompt that is longer than the text encoder takes."""
-        if self.text is not None:
-            warn_cut(self.text, prompts, settings.negative_prompt, self._cut, stacklevel + 1)
+        if self.text and (line := cut_prompts(self.text, prompts, settings.negative_prompt, self._cut)):
+            warnings.warn(line, stacklevel=stacklevel)
 
     # ------------------------------------------------------------ LoRAs
 
@@ -192,9 +194,9 @@ class Model:
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Let the networks compute with the LoRA at ``path`` (a file, folder or run), times ``scale``.
 
-        It is added to those loaded before and holds for every later call, in all threads: call it while no thread draws.
-        For one call: ``pipe(…, lora=…)``. Raises FolderError where it does not fit and ConfigError for a scale that is out
-        of range, and then changes nothing.
+        It is added to those loaded before and holds for every later call, in all threads: call it
+        while no thread draws. For one call: ``pipe(…, lora=…)``. Raises FolderError where it does not
+        fit and ConfigError for a scale that is out of range, and then changes nothing.
         """
         check_lora_scale(scale, path)
         self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path)).values()]
@@ -252,8 +254,10 @@ class Model:
             dtype: of the U-Net; the autoencoder and the text encoder stay in float32.
             device: left out, a GPU where there is one.
             variant: of a folder's weights: fp16, non_ema.
-            vae, text: an autoencoder or text encoder in the place of the model's own, or that it lacks: a run, folder or file.
-            reading: what a single file does not say (``ldm.interop.open.read_file``): ``prediction``, ``tokenizer`` …
+            vae, text: a run, folder or file with the autoencoder or text encoder to use instead of the
+                model's own, or that it lacks.
+            reading: what a single file does not state (``ldm.interop.open.read_file``):
+                ``prediction``, ``tokenizer`` …
         """
         dtype, reading = habits.opening(dtype, reading)
         place = check_opening(path, device, dtype, variant=variant, vae=vae, text=text)
@@ -277,8 +281,8 @@ class Model:
     def save_pretrained(self, folder: str | Path, for_diffusers: bool = False) -> None:
         """Write the model folder.
 
-        ``for_diffusers``: refuse (ConfigError, by name) what no pipeline of diffusers can express, instead of writing it
-        under our own class name.
+        ``for_diffusers``: refuse (ConfigError, by name) what no pipeline of diffusers can express,
+        instead of writing it under our own class name.
         """
         bundle = self.bundle()
         if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:

@@ -39,8 +39,8 @@ else:  # checked by the call itself, as the configuration checks them and with t
 class Pipeline(Model):
     """A trained model, ready to draw from.
 
-    Several threads may draw at the same time, each with LoRAs and guides of its own. Methods that change the model for all
-    (``load_lora``, ``merge_lora``, ``to``) may be called while no thread draws.
+    Several threads may draw at the same time, each with LoRAs and guides of its own. Methods that
+    change the model for all (``load_lora``, ``merge_lora``, ``to``) may be called while no thread draws.
     """
 
     _guides: Guides = field(default_factory=Guides, init=False, repr=False)
@@ -66,16 +66,17 @@ class Pipeline(Model):
         """One picture per prompt, in a list. Image i of a seed starts from the same noise at any batch size.
 
         Args:
-            prompts: one or several captions (an unconditional model ignores them but for their number); "" is a caption too.
-            steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's own defaults hold.
+            prompts: one or several captions, of which an unconditional model takes only the number;
+                "" is a caption too.
+            steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's defaults hold.
             size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
             batch_size: pictures computed together.
-            output_type: pil; np or pt: arrays [n, h, w, c] or [n, c, h, w] in [0, 1]; latent: not decoded. The whole array
-                is ``.images`` of the list.
+            output_type: pil; np or pt, in [0, 1]; latent, not decoded. ``.images`` of the list is then
+                the whole array, [n, h, w, c] of np and [n, c, h, w] of the others.
             callback: called with (pictures finished, pictures in all) after each batch.
             progress: a bar of the steps on stderr; left out, where that is a terminal.
-            further: any other field of SampleConfig: ``guidance_rescale``, ``guidance_interval``, ``autoguidance``,
-                ``classifier`` …; and what diffusers calls otherwise (``ldm.pipeline.habits``).
+            further: any other field of SampleConfig (``guidance_rescale``, ``autoguidance``,
+                ``classifier`` …) and diffusers' names of these arguments (``ldm.pipeline.habits``).
 
         Raises:
             ConfigError: an argument is unknown, of another type or out of range; the message names it.
@@ -119,10 +120,10 @@ class Pipeline(Model):
     ) -> Iterator[Float[Tensor, "b C H W"]]:
         """Batches of images in about [−1, 1], in the order of the prompts. Arguments are checked at once.
 
-        ``indices``: the number of each image within the seed, which determines its noise (left out: 0, 1, …); a process
-        that draws a share of the images passes theirs.
-        ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the step used, both as
-        diffused; what it returns, unless None, replaces the sample.
+        ``indices``: the number of each image within the seed, which determines its noise (left out:
+        0, 1, …); a process that draws a share of the images passes theirs.
+        ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the
+        step used, both as diffused; its return value, unless None, replaces the sample.
         """
         return draw.draw(draw.prepare(self, self._guides, prompts, settings, size, batch_size, indices), callback)
 

@@ -1,8 +1,7 @@
-"""Prompts of a call: checked, and the long ones warned of."""
+"""Prompts of a call: checked, and what the text encoder drops of long ones."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +36,22 @@ def check_text(text: str, name: str) -> None:
         raise ConfigError(f"{name} is not text in UTF-8: {shown(text)}")
 
 
-def warn_cut(text: TextEncoder, prompts: Iterable[str], negative: str, warned: set[str], stacklevel: int) -> None:
-    """One warning of all prompts that are longer than the encoder takes. Those in ``warned`` are skipped, the others added."""
+def cut_prompts(text: TextEncoder, prompts: Iterable[str], negative: str, warned: set[str]) -> str | None:
+    """One line naming all prompts that are longer than the encoder takes, or None where there is none.
+
+    Those in ``warned`` are left out; the others are added to it.
+    """
     found = [("prompt", cut) for cut in text.cut(one for one in prompts if one not in warned)]
     found += [("negative prompt", cut) for cut in text.cut({negative} - warned)]
-    if not found:
-        return
     warned |= {cut.caption for _, cut in found}
     lines = [
-        f"{kind} {_short(cut.caption, 40)} ends early, its last {cut.tokens} tokens are dropped: {_short(cut.text, QUOTED)}"
+        f"{kind} {_short(cut.caption, 40)} ends early,"
+        f" its last {cut.tokens} tokens are dropped: {_short(cut.text, QUOTED)}"
         for kind, cut in found[:SHOWN]
     ]
     if len(found) > SHOWN:
         lines.append(f"{len(found) - SHOWN} more are cut")
-    warnings.warn(f"the text encoder takes {text.max_length - 2} tokens: {'; '.join(lines)}", stacklevel=stacklevel)
+    return f"the text encoder takes {text.max_length - 2} tokens: {'; '.join(lines)}" if found else None
 
 
 def _short(text: str, most: int) -> str:
