@@ -24,7 +24,6 @@ from ldm.interop.bundle import UNET
 from ldm.interop.diffusers.folder import read_part, write_folder
 from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.interop.weights import fill
-from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 
 COLUMNS = ("open, s", "open, peak MB", "open, anonymous MB", "touched, s", "touched, peak MB", "touched, anonymous MB")
@@ -44,7 +43,7 @@ def ours(folder: Path, what: str) -> list[torch.nn.Module]:
         assert pipe.codec and pipe.text
         return [pipe.unet, pipe.codec.autoencoder, pipe.text.model]
     part, _ = read_part(folder / UNET, UNET)
-    return [fill(lambda: UNet(*unet_from_diffusers(part.config)), part)]
+    return [fill(unet_from_diffusers(part.config).make, part)]
 
 
 def theirs(folder: Path, what: str) -> list[torch.nn.Module]:

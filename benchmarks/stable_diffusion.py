@@ -35,6 +35,7 @@ from ldm.interop.diffusers.folder import write_folder
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.models.text import save_tokenizer
+from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 
 VOCABULARY = 49408
@@ -89,7 +90,7 @@ def random_bundle(model: str) -> Bundle:
     config = load(DiffusionTrainingConfig, ROOT / f"configs/{model}/ldm.yaml")
     text = CLIPTextConfig(**TEXT_SIZES[model], vocab_size=VOCABULARY, projection_dim=512).to_dict()
     configs = {
-        UNET: unet_to_diffusers(config.unet, 4, 4, text["hidden_size"], 64),
+        UNET: unet_to_diffusers(NetworkSpec(config.unet, 4, 4, text["hidden_size"]), 64),
         VAE: {**to_diffusers(AutoencoderConfig()), "sample_size": 512, "scaling_factor": 0.18215},
         TEXT: {**text, "architectures": ["CLIPTextModel"]},
     }

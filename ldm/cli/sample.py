@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     size = info.sample_size if arguments.size is None else arguments.size
     check_sampling(settings, size, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
-    check_drawable(info.unet[0])
+    check_drawable(info.unet.config)
     check_start(info.schedule, info.target, settings)
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:

@@ -10,7 +10,8 @@ from autoencoder.config import ConfigError, at_least, between, one_of
 SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
 LEARNED = "learned"  # the schedule that is trained with the network
 GIVEN = "given"  # the schedule whose β are listed in the configuration
-TARGETS = ("eps", "x0", "v", "score")
+TARGETS = ("eps", "x0", "v", "score")  # rows of ldm.diffusion.targets.TABLE
+BLIND = ("eps", "score")  # those of them that say nothing of x_0 where no signal is left
 WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
 TIMESTEPS = ("uniform", "stratified", "importance")
 
@@ -71,7 +72,7 @@ class ScheduleConfig:
 
     def blind_at_the_end(self, target: str) -> bool:
         """True if a prediction of ``target`` does not determine the image at the last step: x̂_0 would be a division by 0."""
-        return self.ends_without_signal and target in ("eps", "score")
+        return self.ends_without_signal and target in BLIND
 
 
 @dataclass(frozen=True)

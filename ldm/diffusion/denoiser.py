@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ldm.config import TARGETS
 from ldm.diffusion.process import learned_log_variance, score, to_eps, to_x0
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import TABLE
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # denoise(x_t [b, …], t [b]) -> prediction [b, …]
 
@@ -65,8 +65,8 @@ class Denoiser:
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.target not in TABLE:
+            raise ValueError(f"target must be one of {', '.join(TABLE)}, got {self.target!r}")
 
     def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]) -> Prediction:
         """One network call; ``t`` is one for the whole batch, or one for each sample."""

@@ -25,6 +25,7 @@ from ldm.diffusion.condition import Condition, concatenate
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.process import from_x0, to_x0
 from ldm.diffusion.schedule import Schedule, like
+from ldm.diffusion.targets import per_score
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # model(x_t [b, …], t [b], cond) -> prediction [b, …]
 Classifier = Callable[[Tensor, Tensor], Tensor]  # classifier(x_t [b, …], t [b]) -> logits [b, classes]
@@ -143,8 +144,7 @@ def moved_score(
     Where a_t = 0 there is no signal that a classifier could see, so its gradient is taken for the 0 that it should be.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
-    factor = {"eps": -s, "x0": s.square() / a, "v": -s / a, "score": torch.ones_like(s)}[target]
-    return prediction + like(torch.where(a > 0, factor, 0.0), prediction) * gradient
+    return prediction + like(torch.where(a > 0, per_score(target, a, s), 0.0), prediction) * gradient
 
 
 def classifier_gradient(classifier: Classifier, label: Int[Tensor, " b"], scale: float) -> Gradient:

@@ -17,6 +17,7 @@ from ldm.diffusion import gaussian
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.schedule import Schedule, like
+from ldm.diffusion.targets import to_eps
 
 KNOTS = 32  # parts of equal length on the time axis, each with a slope of its own
 FLOOR = 1e-3  # share of the way that is spread evenly over the parts, so that none can shrink to nothing
@@ -114,13 +115,7 @@ def error_and_slope(
     x_t, prediction = watched.x_t, watched.prediction[:, : x0.shape[1]].to(x0.dtype)  # the rest is a variance
     gamma = (-2 * schedule.half_log_snr_table[t]).requires_grad_()
     a, s = like(torch.sigmoid(-gamma).sqrt(), x0), like(torch.sigmoid(gamma).sqrt(), x0)
-    if target == "v":
-        predicted = s * x_t + a * prediction
-    elif target == "x0":
-        predicted = (x_t - a * prediction) / s
-    else:
-        predicted = -s * prediction if target == "score" else prediction
-    error = (predicted - eps).square().flatten(1).sum(1)
+    error = (to_eps(target, prediction, x_t, a, s) - eps).square().flatten(1).sum(1)
     through_p4, at_input = torch.autograd.grad(error.sum(), (gamma, x_t), retain_graph=True, materialize_grads=True)
     moved = (a * s * (a * eps - s * x0)).detach() / 2
     slope = through_p4 + (at_input * moved).flatten(1).sum(1)

@@ -20,6 +20,7 @@ from ldm.diffusion import gaussian
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.process import forward_step, learned_log_variance, posterior_mean
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import blind
 
 # posterior, beta or learned (P5), or variance(prediction, s, t): the log variance of p(x_s | x_t), of the shape of x
 Variance = str | Callable[[Prediction, Tensor, Tensor], Tensor]
@@ -133,7 +134,7 @@ def bounds(
     likelihood a probability; otherwise a density. Raises ValueError for an ε prediction where a step has no signal.
     """
     schedule = denoiser.schedule
-    if denoiser.target in ("eps", "score") and bool(schedule.alphas_cumprod[-1] == 0):
+    if blind(denoiser.target) and bool(schedule.alphas_cumprod[-1] == 0):
         raise ValueError(
             f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0"
         )

@@ -22,20 +22,14 @@ from ldm.diffusion.guidance import Model
 from ldm.diffusion.likelihood import decoder_log_likelihood, denoising_kl
 from ldm.diffusion.process import posterior_variance, transition
 from ldm.diffusion.schedule import Schedule, like
+from ldm.diffusion.targets import blind, combine, error_ratio
 
 
 def target(
     schedule: Schedule, name: str, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b *d"]:
-    """The training target: ε, x_0, v = a_t ε − s_t x_0 (Salimans & Ho 2022), or the kernel's score −ε/s_t."""
-    if name == "v":
-        return like(schedule.alpha(t), x0) * eps - like(schedule.sigma(t), x0) * x0
-    return {"eps": eps, "x0": x0, "score": -eps / like(schedule.sigma(t), eps)}[name]
-
-
-def error_ratio(name: str, snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """‖Δtarget‖² / ‖Δx_0‖² (L2): 1 for x_0, SNR for ε, SNR + 1 for v, SNR (SNR + 1) for the score, since 1/s² = SNR + 1."""
-    return {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "score": snr * (snr + 1)}[name]
+    """The training target: what a network that knows x_0 and ε would predict."""
+    return combine(name, x0, eps, like(schedule.alpha(t), x0), like(schedule.sigma(t), x0))
 
 
 # Weights on ‖Δx_0‖² for t = 0 … T−1, float64 [T].
@@ -133,7 +127,7 @@ class Objective:
         config = ObjectiveConfig(target=config) if isinstance(config, str) else config
         self.config, self.schedule, self.pixels = config, schedule, pixels
         snr = _snr(schedule)
-        if config.target in ("eps", "score") and bool((snr == 0).any()):
+        if blind(config.target) and bool((snr == 0).any()):
             raise ValueError(f"{config.target} targets are undefined where the SNR is 0: predict v or x0")
         self.weights = WEIGHTINGS[config.weighting](schedule, config) / error_ratio(config.target, snr)
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ldm.diffusion import targets
 from ldm.diffusion.schedule import Schedule, like
 
 
@@ -74,6 +75,11 @@ def learned_log_variance(
     return nu * like(torch.log(v), output) + (1 - nu) * like(torch.log(small), output)
 
 
+def _levels(schedule: Schedule, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(a_t, s_t) as coefficients of ``x``."""
+    return like(schedule.alpha(t), x), like(schedule.sigma(t), x)
+
+
 def to_x0(
     schedule: Schedule,
     target: str,
@@ -82,12 +88,7 @@ def to_x0(
     t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """x̂_0 from a prediction of ``target`` (P4). Predictions of ε and of the score need a_t > 0."""
-    if target == "x0":
-        return prediction
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "v":
-        return a * x_t - s * prediction
-    return (x_t - s * to_eps(schedule, target, prediction, x_t, t)) / a
+    return targets.to_x0(target, prediction, x_t, *_levels(schedule, x_t, t))
 
 
 def to_eps(
@@ -98,25 +99,14 @@ def to_eps(
     t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
-    if target == "eps":
-        return prediction
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "score":
-        return -s * prediction
-    return (x_t - a * prediction) / s if target == "x0" else s * x_t + a * prediction
+    return targets.to_eps(target, prediction, x_t, *_levels(schedule, x_t, t))
 
 
 def from_x0(
     schedule: Schedule, target: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
     """The prediction of ``target`` that says x̂_0 (P4). For all but x_0 it needs s_t > 0."""
-    if target == "x0":
-        return x0
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "v":
-        return (a * x_t - x0) / s
-    eps = (x_t - a * x0) / s
-    return eps if target == "eps" else -eps / s
+    return targets.from_x0(target, x0, x_t, *_levels(schedule, x_t, t))
 
 
 def score(

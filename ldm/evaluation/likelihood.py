@@ -120,8 +120,7 @@ def likelihood(
     timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:
         raise ConfigError(f"timesteps must lie between 1 and {last}, or be 0 for all of them, got {timesteps}")
-    learned = pipe.unet.out_channels == 2 * pipe.unet.in_channels
-    variances = (*FIXED, "learned") if learned else FIXED
+    variances = (*FIXED, "learned") if pipe.learned_variance else FIXED
     if variance is not None and variance not in variances:
         raise ConfigError(f"variance must be one of {', '.join(variances)} for this model, got {variance}")
     std = decoder_noise.of_run(run, pipe, config.data, processes, say) if pipe.codec else None
@@ -139,7 +138,7 @@ def likelihood(
     rows = [row for row in processes.over(min(images, source.length or images), share) if row is not None]
     if not rows:
         raise DataError(f"{run}: none of its {SPLIT} images can be read")
-    chosen = variance or ("learned" if learned else "beta" if pipe.codec else "posterior")
+    chosen = variance or ("learned" if pipe.learned_variance else "beta" if pipe.codec else "posterior")
     found = summary(pipe, config.data, rows, variances, chosen)
     settings = {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
     given = {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}

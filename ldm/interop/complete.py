@@ -20,7 +20,8 @@ def lacking(bundle: Bundle) -> dict[str, str]:
     """The parts that a model with a U-Net was made with and that are not there, and how that is seen. Raises ConfigError."""
     if UNET not in bundle.parts:
         return {}
-    _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)
+    unet = unet_from_diffusers(bundle.parts[UNET].config)
+    channels, context = unet.in_channels, unet.context_dim
     hashed = {str(name).split("/")[0] for name in bundle.extra.get(HASHES, {})}
     side, size = sample_side(bundle.parts[UNET].config), bundle.extra.get("sample_size") or 0
     signs = {
@@ -49,7 +50,8 @@ def check_complete(bundle: Bundle, where: str | Path) -> None:
         )
     if UNET not in bundle.parts:
         return
-    _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)
+    unet = unet_from_diffusers(bundle.parts[UNET].config)
+    channels, context = unet.in_channels, unet.context_dim
     if (
         VAE in bundle.parts
         and (latent := autoencoder_from_diffusers(bundle.parts[VAE].config).latent_channels) != channels

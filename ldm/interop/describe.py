@@ -68,7 +68,8 @@ def _size(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _unet(part: Part) -> dict[str, Any]:
-    config, channels, out_channels, context = unet_from_diffusers(part.config)
+    spec = unet_from_diffusers(part.config)
+    config = spec.config
     return {
         "channels": list(config.channels),
         "layers_per_level": config.layers_per_level,
@@ -76,10 +77,10 @@ def _unet(part: Part) -> dict[str, Any]:
         "heads": list(config.heads),
         "transformer_layers": config.transformer_layers,
         "linear_projection": config.linear_projection,
-        "context": context,
-        "takes": channels + config.concat_channels,
-        "predicts": out_channels,
-        "learned_variance": out_channels == 2 * channels,
+        "context": spec.context_dim,
+        "takes": spec.in_channels + config.concat_channels,
+        "predicts": spec.out_channels,
+        "learned_variance": spec.learned_variance,
     }
 
 

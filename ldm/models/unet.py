@@ -6,6 +6,7 @@ Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,32 @@ from torch.utils.checkpoint import checkpoint
 from ldm.config import UNetConfig
 from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.models.layers import Downsample, ResidualBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that fixes the parameters of a UNet: its arguments, by name.
+
+    Attributes:
+        config: widths, depths and attention.
+        in_channels: channels of x_t, without ``config.concat_channels``.
+        out_channels: channels of the prediction: those of x_t, or twice as many where the variance is learned.
+        context_dim: width of the cross-attended context; None: no cross-attention.
+    """
+
+    config: UNetConfig
+    in_channels: int
+    out_channels: int
+    context_dim: int | None = None
+
+    @property
+    def learned_variance(self) -> bool:
+        """True if the second half of the output channels is the reverse variance."""
+        return self.out_channels == 2 * self.in_channels
+
+    def make(self) -> UNet:
+        """A UNet with fresh weights."""
+        return UNet(self.config, self.in_channels, self.out_channels, self.context_dim)
 
 
 class Stage(nn.Module):
@@ -102,6 +129,11 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """The arguments that this network was built with."""
+        return NetworkSpec(self.config, self.in_channels, self.out_channels, self.context_dim)
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition = NO_CONDITION

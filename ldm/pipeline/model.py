@@ -110,7 +110,7 @@ class Model:
     @property
     def learned_variance(self) -> bool:
         """True if the second half of the U-Net's output channels is the reverse variance."""
-        return self.unet.out_channels == 2 * self.unet.in_channels
+        return self.unet.spec.learned_variance
 
     @property
     def hash(self) -> str:
@@ -296,9 +296,8 @@ class Model:
         """The model as its files hold it; the tensors are the networks' own. Raises ConfigError under live LoRAs."""
         if self._live:
             raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
-        side, unet = self.sample_size // self.factor, self.unet
-        config = unet_to_diffusers(unet.config, unet.in_channels, unet.out_channels, unet.context_dim, side)
-        parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
+        config = unet_to_diffusers(self.unet.spec, self.sample_size // self.factor)
+        parts, tokenizer = {UNET: Part(config, self.unet.state_dict())}, {}
         if self.codec:
             vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
             scale = {

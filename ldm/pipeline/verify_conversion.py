@@ -19,7 +19,6 @@ from ldm.interop.compvis.spelling import spelled
 from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.interop.open import read_any
 from ldm.interop.weights import fill
-from ldm.models.unet import UNet
 from ldm.pipeline.codec import codec_of
 
 SIDE = 16  # of the latents of the forward pass
@@ -96,9 +95,9 @@ def _copied(part: Part) -> Part:
 
 
 def _unet(bundle: Bundle) -> Tensor:
-    arguments = unet_from_diffusers(bundle.parts[UNET].config)
-    config, channels, _, context = arguments
-    unet = fill(lambda: UNet(*arguments), bundle.parts[UNET]).float()
+    spec = unet_from_diffusers(bundle.parts[UNET].config)
+    config, channels, context = spec.config, spec.in_channels, spec.context_dim
+    unet = fill(spec.make, bundle.parts[UNET]).float()
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The start of a training: its place checked, its task made, the loop run. Imports no torch at its top."""
+"""Start a training: check its place, make its task, run the loop. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def train(configuration: Any, *overrides: str, reporter: Reporter | None = None)
         reporter: gets messages and progress; left out, they are printed.
 
     Raises:
-        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command prints.
+        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command
+        prints.
     """
     if isinstance(configuration, (str, Path)):
         settings = config.load_any(configuration, overrides)
@@ -57,7 +58,7 @@ def train_settings(settings: Any, reporter: Reporter, start: str | None = None) 
 
     require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
     from ldm.distributed.launch import launched
-    from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.loop import Loop  # importing torch and accelerate takes seconds
     from ldm.training.precision import accelerator_of
     from ldm.training.stopping import end_with_launcher
 
@@ -71,13 +72,14 @@ def train_settings(settings: Any, reporter: Reporter, start: str | None = None) 
         raise
     for line in task.summary:
         reporter.say(line)
-    Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start).train()
+    with Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start) as loop:
+        loop.train()
     reporter.say(f"done: {settings.run}")
 
 
 def make_task(settings: Any, reporter: Reporter) -> Task:
-    """The task of a run's configuration, whichever command it is of."""
-    match settings:  # each brings torch, and some transformers: seconds
+    """Make the task of a run's configuration, of whichever stage."""
+    match settings:  # importing torch and transformers takes seconds
         case config.AutoencoderTrainingConfig():
             from ldm.training.stages.autoencoder import AutoencoderTask
 
@@ -89,15 +91,19 @@ def make_task(settings: Any, reporter: Reporter) -> Task:
         case config.ClassifierTrainingConfig():
             from ldm.training.stages.classifier import ClassifierTask
 
-            return ClassifierTask(settings, reporter.say)
+            return ClassifierTask.from_config(settings, reporter.say)
+        case config.DiffusionTrainingConfig() if settings.schedule.name == config.LEARNED:
+            from ldm.training.stages.learned_schedule import LearnedScheduleTask
+
+            return LearnedScheduleTask.from_config(settings, reporter.say)
         case _:
             from ldm.training.stages.diffusion import DiffusionTask
 
-            return DiffusionTask(settings, reporter.say)
+            return DiffusionTask.from_config(settings, reporter.say)
 
 
 def _fail(settings: Any, error: Exception) -> None:
-    """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
+    """Write to an existing run's status that this start failed, so that a script does not restart it forever."""
     from ldm.errors import RunError
     from ldm.runs.directory import RunDirectory
 
@@ -108,7 +114,7 @@ def _fail(settings: Any, error: Exception) -> None:
 
 
 def _finished(settings: Any, reporter: Reporter) -> bool:
-    """True if the run is trained to its end and exported; prints so."""
+    """True if the run is finished and exported; reports it."""
     from ldm.runs.directory import RunDirectory
     from ldm.runs.records import read_status
 
@@ -132,7 +138,7 @@ def _finished(settings: Any, reporter: Reporter) -> bool:
 
 
 def _lacks_its_base(path: Path) -> bool:
-    """True if the run has exported a LoRA whose base is no longer where the export says."""
+    """True if the base of the run's exported LoRA is no longer where the export says."""
     from ldm.errors import FolderError
     from ldm.interop.diffusers.lora_folder import Reference
 

@@ -27,7 +27,8 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics
-from ldm.training.stages.diffusion import UNCLIPPED, DiffusionTask
+from ldm.training.stages.diffusion import DiffusionTask
+from ldm.training.stages.learned_schedule import UNCLIPPED, LearnedScheduleTask
 
 pytestmark = pytest.mark.usefixtures("seed")
 Function = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -393,20 +394,22 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(
 def gradients_of_the_network(task: DiffusionTask) -> dict[str, Tensor]:
     task.to(torch.device("cpu"))
     for start in (0, 4):
-        task.micro_step(collate([task.stream[i] for i in range(start, start + 4)]), 0, lambda loss: loss.backward())
-    return {name: p.grad for name, p in task.unet.named_parameters() if p.grad is not None}
+        task.micro_step(
+            task.networks, collate([task.stream[i] for i in range(start, start + 4)]), 0, lambda loss: loss.backward()
+        )
+    return {name: p.grad for name, p in task.trained.unet.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: str) -> None:
     chosen = settings(run, f"objective.target={target}")
-    task = DiffusionTask(chosen, lambda _: None)
+    task = LearnedScheduleTask.from_config(chosen, lambda _: None)
     table = configuration.to_dict(saved(run).given())
-    fixed = DiffusionTask(
+    fixed = DiffusionTask.from_config(
         configuration.build(DiffusionTrainingConfig, {**configuration.to_dict(chosen), "schedule": table}),
         lambda _: None,
     )
-    assert task.learned is not None and fixed.learned is None and list(fixed.networks) == ["unet"]
+    assert list(task.networks) == ["unet", "schedule"] and list(fixed.networks) == ["unet"]
     task.learned.load_state_dict(saved(run).state_dict())
     mine, theirs = gradients_of_the_network(task), gradients_of_the_network(fixed)
     assert mine.keys() == theirs.keys() and len(mine) > 20
@@ -417,9 +420,9 @@ def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: 
 
 
 def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -> None:
-    task = DiffusionTask(settings(run), lambda _: None)
+    task = LearnedScheduleTask.from_config(settings(run), lambda _: None)
     task.to(torch.device("cpu"))
-    assert task.learned is not None and task.lr_scale("schedule") * task.config.train.lr == pytest.approx(0.1)
+    assert task.lr_scale("schedule") * task.config.train.lr == pytest.approx(0.1)
     assert task.lr_scale("unet") == 1.0 and task.averaged == "unet"
     one = collate([task.stream[i] for i in range(4)])
 
@@ -427,7 +430,7 @@ def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -
     def validate() -> None:
         task.validate(0, lambda x: x, 0, 1)
 
-    for use in (validate, lambda: task.micro_step(one, 0, lambda loss: None)):
+    for use in (validate, lambda: task.micro_step(task.networks, one, 0, lambda loss: None)):
         with torch.no_grad():
             task.learned.ends.add_(0.1)
         use()

@@ -42,12 +42,15 @@ from ldm.interop.compvis.schedule import buffers
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.models.text import train_tokenizer
+from ldm.models.unet import NetworkSpec
 
 # ---------------------------------------------------------------- models
 
 
-SD1 = unet_to_diffusers(UNetConfig((32, 32, 64, 64), heads=(8,)), 4, 4, 768, 64)
-SD2 = unet_to_diffusers(UNetConfig((64, 64, 128, 128), heads=(1, 1, 2, 2), linear_projection=True), 4, 4, 1024, 96)
+SD1 = unet_to_diffusers(NetworkSpec(UNetConfig((32, 32, 64, 64), heads=(8,)), 4, 4, 768), 64)
+SD2 = unet_to_diffusers(
+    NetworkSpec(UNetConfig((64, 64, 128, 128), heads=(1, 1, 2, 2), linear_projection=True), 4, 4, 1024), 96
+)
 KL8 = AutoencoderConfig(channels=(32, 32, 64, 64))
 
 
@@ -55,7 +58,7 @@ KL8 = AutoencoderConfig(channels=(32, 32, 64, 64))
 def sd1() -> Bundle:
     """Stable Diffusion 1 to those who look at its kind of projection and context, and as small as that can be."""
     torch.manual_seed(0)
-    unet = unet_to_diffusers(UNetConfig((32,), 1, (), (8,)), 4, 4, 768, 64)
+    unet = unet_to_diffusers(NetworkSpec(UNetConfig((32,), 1, (), (8,)), 4, 4, 768), 64)
     vae = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
     return Bundle({UNET: unet_part(unet), VAE: vae_part(vae), TEXT: text_part(text_config(layers=1))}, scheduler())
 
@@ -165,7 +168,7 @@ def size(tensors: dict[str, Tensor], prefix: str) -> tuple[int, int]:
 
 def test_names_and_shapes_of_stable_diffusion_1() -> None:
     text = {**text_config(layers=12, inner=3072), "vocab_size": 49408, "max_position_embeddings": 77}
-    bundle = published(unet_to_diffusers(UNetConfig(), 4, 4, 768, 64), text)
+    bundle = published(unet_to_diffusers(NetworkSpec(UNetConfig(), 4, 4, 768), 64), text)
     tensors, _ = to_compvis(bundle)
     assert size(tensors, "model.diffusion_model.") == (686, 859_520_964)
     assert size(tensors, "first_stage_model.") == (248, 83_653_863)
@@ -180,7 +183,7 @@ def test_names_and_shapes_of_stable_diffusion_1() -> None:
 
 def test_names_of_stable_diffusion_2() -> None:
     config = unet_to_diffusers(
-        UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024, 96
+        NetworkSpec(UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024), 96
     )
     vocabulary = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 77}
     text = {**text_config(1024, 23, 16, "gelu", 4096), **vocabulary}
@@ -219,20 +222,25 @@ STRUCTURES = {
     "sd1": SD1,
     "sd2": SD2,
     "inpainting": unet_to_diffusers(
-        UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768, 64
+        NetworkSpec(UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768), 64
     ),
     "vector": unet_to_diffusers(
-        UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)),
-        4,
-        4,
-        768,
+        NetworkSpec(
+            UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)),
+            4,
+            4,
+            768,
+        ),
         64,
     ),
     "attention elsewhere": unet_to_diffusers(
-        UNetConfig((32, 32, 64, 64), attention_levels=(1, 3), layers_per_level=1, heads=(2, 4, 8, 1)), 4, 4, 20, 64
+        NetworkSpec(
+            UNetConfig((32, 32, 64, 64), attention_levels=(1, 3), layers_per_level=1, heads=(2, 4, 8, 1)), 4, 4, 20
+        ),
+        64,
     ),
     "classes": {
-        **unet_to_diffusers(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768, 64),
+        **unet_to_diffusers(NetworkSpec(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768), 64),
         "num_class_embeds": 10,
     },
 }
@@ -321,7 +329,9 @@ def any_model(draw: Callable[[st.SearchStrategy], Any]) -> Bundle:
         vae = AutoencoderConfig(*sizes, 2, draw(st.booleans()), attention)
     channels_in, context = (vae.latent_channels if vae else draw(st.integers(1, 4))), draw(st.integers(1, 3)) * 2
     learned = draw(st.booleans())
-    parts = {UNET: unet_part(unet_to_diffusers(unet, channels_in, (1 + learned) * channels_in, context, 8))}
+    parts = {
+        UNET: unet_part(unet_to_diffusers(NetworkSpec(unet, channels_in, (1 + learned) * channels_in, context), 8))
+    }
     if vae is not None:
         parts[VAE] = vae_part(vae, draw(st.floats(0.1, 10.0)))
     tokenizer: dict[str, bytes] = {}
@@ -359,7 +369,9 @@ def hints_for(bundle: Bundle) -> Hints:
 
 @pytest.mark.parametrize(("given_channels", "concat"), [(3, 0), (6, 0), (3, 5)])
 def test_pixel_models_with_and_without_a_learned_variance(given_channels: int, concat: int) -> None:
-    config = unet_to_diffusers(UNetConfig((32,), 1, (), (8,), concat_channels=concat), 3, given_channels, 20, 64)
+    config = unet_to_diffusers(
+        NetworkSpec(UNetConfig((32,), 1, (), (8,), concat_channels=concat), 3, given_channels, 20), 64
+    )
     tensors, _ = to_compvis(Bundle({UNET: unet_part(config)}, scheduler()))
     read = from_compvis(tensors, hints=Hints(prediction="eps", heads=8, image_size=64)).parts[UNET].config
     assert read == config and ("learned_variance" in read) == (given_channels == 6)
@@ -678,10 +690,12 @@ def test_a_faulty_file_is_refused(sd1: Bundle, fault: str, header: bool) -> None
 
 
 def test_what_no_tensor_says_is_asked_for() -> None:
-    sd2 = unet_to_diffusers(UNetConfig((64,), 1, (), (1,), linear_projection=True), 4, 4, 1024, 96)
+    sd2 = unet_to_diffusers(NetworkSpec(UNetConfig((64,), 1, (), (1,), linear_projection=True), 4, 4, 1024), 96)
     with pytest.raises(ConfigError, match=r"give prediction: eps for Stable Diffusion 2\.0-base.*v for 2\.0 and 2\.1"):
         from_compvis(to_compvis(Bundle({UNET: unet_part(sd2)}, scheduler("v")))[0])
-    odd = unet_to_diffusers(UNetConfig((16, 16), heads=(2,), attention_levels=(1,), groups=4), 4, 4, 20, 64)
+    odd = unet_to_diffusers(
+        NetworkSpec(UNetConfig((16, 16), heads=(2,), attention_levels=(1,), groups=4), 4, 4, 20), 64
+    )
     tensors, metadata = to_compvis(Bundle({UNET: unet_part(odd)}, scheduler("v")))
     hints: dict[str, Any] = {}
     for name, value in (("heads", 2), ("prediction", "v"), ("groups", 4), ("image_size", 64)):
@@ -708,7 +722,7 @@ def test_what_no_tensor_says_is_asked_for() -> None:
 
 
 def without_context() -> dict[str, Any]:
-    return unet_to_diffusers(UNetConfig((32,), heads=(8,), attention_levels=()), 3, 3, None, 64)
+    return unet_to_diffusers(NetworkSpec(UNetConfig((32,), heads=(8,), attention_levels=()), 3, 3, None), 64)
 
 
 @pytest.mark.parametrize(

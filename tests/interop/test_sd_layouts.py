@@ -28,7 +28,7 @@ from ldm.interop.text import read_text
 from ldm.interop.weights import read_module
 from ldm.models.layers import Attention
 from ldm.models.text import save_tokenizer, train_tokenizer
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,8 +113,8 @@ def theirs_saved(name: str, folder: Path) -> Any:
 
 
 def read(folder: Path) -> UNet:
-    arguments = unet_from_diffusers(json.loads((folder / "config.json").read_text()))
-    return read_module(lambda: UNet(*arguments), folder / WEIGHTS).train().requires_grad_()
+    spec = unet_from_diffusers(json.loads((folder / "config.json").read_text()))
+    return read_module(spec.make, folder / WEIGHTS).train().requires_grad_()
 
 
 def labels(config: UNetConfig, batch: int = 2) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def test_unet_settings_go_there_and_back(name: str) -> None:
     with torch.device("meta"):
         before: Any = diffusers.UNet2DConditionModel(**UNETS[name][0])
         layout = json.loads(before.to_json_string())
-        back = unet_to_diffusers(*unet_from_diffusers(layout), sample_size=sample_side(layout))
+        back = unet_to_diffusers(unet_from_diffusers(layout), sample_size=sample_side(layout))
         after: Any = diffusers.UNet2DConditionModel.from_config(back)
     assert plain(after.config) == plain(before.config)
 
@@ -189,7 +189,7 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         assert theirs <= known and {key for key in known - theirs if not key.startswith("_")} <= {"learned_variance"}
     defaults: Any = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
     layout = {key: p.default for key, p in defaults.items() if key != "self"}
-    assert unet_from_diffusers(layout) == (UNetConfig(), 4, 4, 1280)
+    assert unet_from_diffusers(layout) == NetworkSpec(UNetConfig(), 4, 4, 1280)
 
 
 @pytest.mark.parametrize(
@@ -629,7 +629,7 @@ def both(name: str) -> tuple[nn.Module, Any]:
         if name == "vae":
             return AutoencoderKL(from_diffusers(PUBLISHED[name][0])), diffusers.AutoencoderKL(**PUBLISHED[name][0])
         layout = published_unet(name)
-        return UNet(*unet_from_diffusers(layout)), diffusers.UNet2DConditionModel(**layout)
+        return unet_from_diffusers(layout).make(), diffusers.UNet2DConditionModel(**layout)
 
 
 def share_weights(ours: nn.Module, theirs: nn.Module) -> None:
@@ -655,7 +655,7 @@ def test_published_networks_have_their_parameters(name: str) -> None:
     assert shapes[0] == shapes[1]
     if name != "vae":
         layout = published_unet(name)
-        back = unet_to_diffusers(*unet_from_diffusers(layout), sample_size=sample_side(layout))
+        back = unet_to_diffusers(unet_from_diffusers(layout), sample_size=sample_side(layout))
         assert {key: plain(back)[key] for key in layout} == layout
 
 
@@ -681,7 +681,7 @@ def test_shipped_configurations_have_the_published_sizes(file: str, name: str, c
         else:
             run = settings.load(settings.DiffusionTrainingConfig, path)
             ours, theirs = UNet(run.unet, 4, 4, context_dim), both(name)[0]
-            assert run.unet == unet_from_diffusers(published_unet(name))[0]
+            assert run.unet == unet_from_diffusers(published_unet(name)).config
     assert count(ours) == PUBLISHED[name][1]
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     assert run.data.image_size % 8 == 0 and f"{PUBLISHED[name][1] / 1e6:.2f} M" in path.read_text()

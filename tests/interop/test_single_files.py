@@ -22,6 +22,7 @@ from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.compvis.spelling import spelled
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.interop.open import read_autoencoder, read_file
+from ldm.models.unet import NetworkSpec
 
 Tensors = dict[str, Tensor]
 KL = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
@@ -30,7 +31,7 @@ KL = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
 @pytest.fixture(scope="module")
 def model() -> Bundle:
     torch.manual_seed(0)
-    unet = unet_to_diffusers(UNetConfig((32,), 1, (), (8,)), 4, 4, 768, 64)
+    unet = unet_to_diffusers(NetworkSpec(UNetConfig((32,), 1, (), (8,)), 4, 4, 768), 64)
     return Bundle({UNET: unet_part(unet), VAE: vae_part(KL), TEXT: text_part(text_config(layers=1))}, scheduler())
 
 

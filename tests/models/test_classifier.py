@@ -157,10 +157,10 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(
 
 def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: x_t = a x_0 + s ε at the t of the draw, −log softmax at the digit that is written."""
-    task = ClassifierTask(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml"), print)
+    task = ClassifierTask.from_config(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml"), print)
     batch = collate([task.stream[i] for i in range(8)])
     seen: list[torch.Tensor] = []
-    logged = task.micro_step(batch, 0, seen.append)
+    logged = task.micro_step(task.networks, batch, 0, seen.append)
     expected = []
     for i in range(8):
         t = int(float(batch["t"][i]) * 20)
@@ -175,7 +175,7 @@ def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: py
 
 def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
     """Image by image: t from its part of 1…T, −log softmax at the digit, and whether it is the likeliest."""
-    task = ClassifierTask(
+    task = ClassifierTask.from_config(
         configuration.load(ClassifierTrainingConfig, here / "pixels.yaml", ["train.validation_size=43"]), print
     )
     schedule, parts, found = task.schedule, scattered(list(range(43)), 43), []

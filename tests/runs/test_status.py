@@ -28,7 +28,8 @@ from ldm.runs.checkpoints.files import CheckpointError
 from ldm.runs.directory import RunDirectory
 from ldm.runs.records import read_starts, read_status
 from ldm.runs.status import held
-from ldm.training.loop import Interrupted, Loop, TrainingError
+from ldm.training.finite import TrainingError
+from ldm.training.loop import Interrupted, Loop
 from ldm.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]

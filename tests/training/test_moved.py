@@ -32,7 +32,10 @@ def photos(folder: Path, shade: int = 0) -> None:
 
 
 def trees(here: Path, base: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Of each kind of training that names something: its command and configuration, all it names below ``here`` and ``base``."""
+    """Of each kind of training that names something.
+
+    Its command and configuration, all it names below ``here`` and ``base``.
+    """
     data = {
         "source": "folder",
         "folder": f"{here}/photos",

@@ -1,4 +1,7 @@
-"""The worst cells of the table that `make signals` prints: a launcher that forwards nothing, and one that dies of the signal."""
+"""The worst cells of the table that `make signals` prints.
+
+A launcher that forwards nothing, and one that dies of the signal.
+"""
 
 import signal
 from pathlib import Path

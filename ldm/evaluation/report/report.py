@@ -138,7 +138,7 @@ def _parameters(run: Path) -> dict[str, int]:
             with safe_open(file, "pt") as weights:
                 counts[file.stem.removeprefix("model_")] = sum(
                     math.prod(weights.get_slice(k).get_shape()) for k in weights.keys()
-                )  # noqa: SIM118
+                )
     except (OSError, SafetensorError):  # deleted meanwhile by the training that continues
         return {}
     return counts

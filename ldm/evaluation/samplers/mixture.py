@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import TABLE, absent
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,12 @@ class GaussianMixture:
         def predict(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
             x, a, s = x_t.double().flatten(1), schedule.alpha(t), schedule.sigma(t)
             prior = None if cond.vector is None else cond.vector.double() * self.weights
-            score = self.score(x, a, s, prior)
-            if target == "score":
-                said = score
-            elif target == "eps":
-                said = -_row(s) * score
-            else:
-                x0 = self.denoised(x, a, s, prior)
-                said = x0 if target == "x0" else -_row(a * s) * score - _row(s) * x0
-            return said.to(x_t.dtype).reshape(x_t.shape)
+            row, terms = TABLE[target](_row(a), _row(s)), []
+            if not absent(row.p):  # ε is −s times the score
+                terms.append(-_row(s) * row.p / row.r * self.score(x, a, s, prior))
+            if not absent(row.q):
+                terms.append(row.q / row.r * self.denoised(x, a, s, prior))
+            return reduce(torch.add, terms).to(x_t.dtype).reshape(x_t.shape)
 
         return predict
 

@@ -20,6 +20,7 @@ from ldm.interop.compvis.extras import PUBLISHED_SCALE
 from ldm.interop.compvis.shapes import Shapes, missing
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
+from ldm.models.unet import NetworkSpec
 
 PUBLISHED_FACTOR = 8  # image side over latent side of both
 PUBLISHED_GROUPS = 32  # of every GroupNorm in that code
@@ -141,7 +142,8 @@ def infer_unet(
         and target == "v",  # published so: in half precision it overflows
     )
     factor = factor or (PUBLISHED_FACTOR if family else 1)
-    layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)
+    spec = NetworkSpec(config, x_channels, out, context)
+    layout = unet_to_diffusers(spec, _image_size(hints, family, target) // factor)
     classes = {"num_class_embeds": shapes("label_emb.weight", 0)} if shapes.has("label_emb.weight") else {}
     return {**layout, **classes}, target
 

@@ -16,7 +16,6 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.model import AutoencoderKL
 from ldm.interop.bundle import UNET, VAE
 from ldm.interop.diffusers.unet import unet_from_diffusers
-from ldm.models.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ _UNET_ENDS = {
 
 def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
     """Every tensor of the U-Net of a unet/config.json. Raises ConfigError naming what we cannot express."""
-    arguments = unet_from_diffusers(config)
+    spec = unet_from_diffusers(config)
     with torch.device("meta"):
-        network = UNet(*arguments)
+        network = spec.make()
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     layers, attends = (
         network.config.layers_per_level,

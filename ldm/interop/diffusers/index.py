@@ -20,14 +20,14 @@ PIPELINES = (OUR_PIPELINE, THEIR_PIPELINE, INPAINTING, "StableDiffusionImg2ImgPi
 
 def ours_alone(bundle: Bundle) -> str | None:
     """The part of a model that diffusers' text-to-image (or inpainting) pipeline cannot express, or None."""
-    unet, channels, out_channels, _ = unet_from_diffusers(bundle.parts[UNET].config)
+    unet = unet_from_diffusers(bundle.parts[UNET].config)
     target = scheduler_from_diffusers(bundle.scheduler or {})[1]
     reasons = {
         "without autoencoder (a pixel model)": VAE not in bundle.parts,
         "without text encoder (an unconditional model)": TEXT not in bundle.parts,
-        "with a vector, label or concatenated condition": unet.class_embedded
-        or unet.concat_channels not in (0, channels + 1),
-        "with a learned variance": out_channels == 2 * channels,
+        "with a vector, label or concatenated condition": unet.config.class_embedded
+        or unet.config.concat_channels not in (0, unet.in_channels + 1),
+        "with a learned variance": unet.learned_variance,
         "with a score target": target == "score",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -36,7 +36,7 @@ def ours_alone(bundle: Bundle) -> str | None:
 def model_index(bundle: Bundle) -> dict[str, Any]:
     """`model_index.json`: which class reads which sub-folder; our own class name for what none of theirs can express."""
     nothing = [None, None]
-    concat = unet_from_diffusers(bundle.parts[UNET].config)[0].concat_channels
+    concat = unet_from_diffusers(bundle.parts[UNET].config).config.concat_channels
     scheduler = class_name(bundle.scheduler or {})
     return {
         "_class_name": OUR_PIPELINE if ours_alone(bundle) else INPAINTING if concat else THEIR_PIPELINE,

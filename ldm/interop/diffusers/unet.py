@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.config import ConfigError, UNetConfig, build
+from ldm.models.unet import NetworkSpec
 
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
 OUR_UNET = "LatentDiffusionUNet"  # attention on a level without a context, or a learned variance: no UNet2DConditionModel has them
@@ -66,22 +67,20 @@ _VECTOR_MAPS = {"projection": "mlp", "simple_projection": "linear", "identity": 
 _CLASS_EMBEDDINGS = (None, "timestep", *_VECTOR_MAPS)
 
 
-def unet_to_diffusers(
-    config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int
-) -> dict[str, Any]:
+def unet_to_diffusers(spec: NetworkSpec, sample_size: int) -> dict[str, Any]:
     """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
 
     Attention on a level without a context, and a learned variance (twice the channels of x_t come out), carry our own class name.
     """
-    learned = out_channels == 2 * in_channels
+    config, context_dim = spec.config, spec.context_dim
     levels, heads = len(config.channels), list(config.heads)
     attends = [level in config.attending for level in range(levels)]
     return {
-        "_class_name": OUR_UNET if learned or (context_dim is None and any(attends)) else THEIR_UNET,
+        "_class_name": OUR_UNET if spec.learned_variance or (context_dim is None and any(attends)) else THEIR_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
         "sample_size": sample_size,
-        "in_channels": in_channels + config.concat_channels,
-        "out_channels": out_channels,
+        "in_channels": spec.in_channels + config.concat_channels,
+        "out_channels": spec.out_channels,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": list(config.channels),
@@ -95,7 +94,9 @@ def unet_to_diffusers(
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         **_class_embedding_to_diffusers(config),
         **{key: _FIXED[key] for key in _WRITTEN},
-        **({"learned_variance": True} if learned else {}),  # a key of ours: which half of the output is what
+        **(
+            {"learned_variance": True} if spec.learned_variance else {}
+        ),  # a key of ours: which half of the output is what
     }
 
 
@@ -111,8 +112,8 @@ def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int, int | None]:
-    """(config, in_channels, out_channels, context_dim) of a unet/config.json. Raises ConfigError naming what we cannot express.
+def unet_from_diffusers(layout: Mapping[str, Any]) -> NetworkSpec:
+    """The network of a unet/config.json. Raises ConfigError naming what we cannot express.
 
     Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked latent). x_t has the
     channels that come out, or half of them where the variance is learned.
@@ -141,7 +142,7 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
         "concat_channels": concat,
         **_class_embedding_from_diffusers(layout),
     }
-    return build(UNetConfig, settings, "unet."), x_channels, out_channels, context_dim
+    return NetworkSpec(build(UNetConfig, settings, "unet."), x_channels, out_channels, context_dim)
 
 
 def sample_side(layout: Mapping[str, Any]) -> int:
