@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +15,14 @@ from torch import Tensor, nn
 
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
-from ldm.config.sample import check_lora_scale
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.schedule import Schedule
-from ldm.files.disk import file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.diffusers import index as layout
 from ldm.interop.diffusers import schedulers
 from ldm.interop.diffusers.folder import write_folder
 from ldm.interop.diffusers.unet import unet_to_diffusers
-from ldm.interop.lora import find_lora, read_lora
-from ldm.models.lora import Lora, shared_copy
+from ldm.models.lora import shared_copy
 from ldm.models.unet import UNet
 from ldm.pipeline import habits
 from ldm.pipeline.checks import (
@@ -41,6 +36,7 @@ from ldm.pipeline.checks import (
 )
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.info import ModelInfo, load_unet
+from ldm.pipeline.loras import Loras
 from ldm.pipeline.prompts import cut_prompts
 
 if TYPE_CHECKING:
@@ -54,8 +50,6 @@ if TYPE_CHECKING:
     Dtype: TypeAlias = torch.dtype
 else:  # checked by the call itself, as the configuration checks them and with the argument's name
     Self = Text = Place = Device = Dtype = Any
-
-_READING = RLock()  # a LoRA that several threads ask for at once is read once
 
 
 @dataclass
@@ -83,10 +77,7 @@ class Model:
     null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     files: tuple[Path, ...] = ()
-    # LoRAs: those read, by file, time and size; those loaded, live or merged; the live ones, with what takes each off
-    _loras: dict[tuple[Path, int, int], dict[str, Lora]] = field(default_factory=dict, init=False, repr=False)
-    _loaded: list[tuple[str, float]] = field(default_factory=list, init=False, repr=False)
-    _live: list[tuple[Lora, float, Callable[[], None]]] = field(default_factory=list, init=False, repr=False)
+    _loras: Loras = field(default_factory=Loras, init=False, repr=False)
     _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
 
     def __post_init__(self) -> None:
@@ -115,10 +106,7 @@ class Model:
     @property
     def hash(self) -> str:
         """sha256 over the weights' files and the LoRAs loaded since, read for it; empty before saving."""
-        digest = joined_hash(self.files) if self.files else ""
-        for path, scale in self._loaded:
-            digest = sha256(f"{digest} {file_hash(find_lora(path))} {scale}".encode()).hexdigest()
-        return digest
+        return self._loras.hash(joined_hash(self.files) if self.files else "")
 
     def to(self, *place: Device | Dtype | None, device: Device | None = None, dtype: Dtype | None = None) -> Self:
         """Move every network to a device, cast it to a floating-point type, or both; returns itself.
@@ -151,8 +139,7 @@ class Model:
             self.codec.autoencoder.to(device)
         if self.text:
             self.text.to(device)
-        for lora in (lora for loras in self._loras.values() for lora in loras.values()):
-            lora.to(device)
+        self._loras.to(device)
 
     # ------------------------------------------------------------ what the networks compute
 
@@ -177,7 +164,7 @@ class Model:
         check_drawable(self.unet.config)
         check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():
-            self._lora(path)
+            self._loras.read(path, self.networks)
 
     def warn_cut(self, prompts: Iterable[str], settings: SampleConfig, stacklevel: int) -> None:
         """Warn once of each prompt or negative prompt that is longer than the text encoder takes."""
@@ -198,42 +185,27 @@ class Model:
         while no thread draws. For one call: ``pipe(…, lora=…)``. Raises FolderError where it does not
         fit and ConfigError for a scale that is out of range, and then changes nothing.
         """
-        check_lora_scale(scale, path)
-        self._live += [(lora, scale, lora.attach(scale)) for lora in self._lora(str(path)).values()]
-        self._loaded.append((str(path), scale))
+        self._loras.load(str(path), scale, self.networks)
 
     def merge_lora(self) -> None:
         """Add the loaded LoRAs to the weights for good, so that they cost nothing when drawing.
 
         To be without them, open the model again. Call it while no thread draws: the weights are those of all threads.
         """
-        for lora, scale, detach in self._live:
-            detach()
-            lora.merge(scale)
-        self._live.clear()
+        self._loras.merge()
 
     def with_loras(self, settings: SampleConfig) -> Self:
         """This model under the LoRAs of a call: the weights are shared, so that no other call sees them."""
-        wanted = [(part, lora, scale) for path, scale in settings.loras() for part, lora in self._lora(path).items()]
-        if not wanted:
+        if not settings.loras():
             return self
         model = copy.copy(self)
         model.unet = shared_copy(self.unet)
         model.text = self.text and self.text.shared_copy()
         networks = model.networks
-        for part, lora, scale in wanted:
-            lora.attach(scale, networks[part])
+        for path, scale in settings.loras():
+            for part, lora in self._loras.read(path, self.networks).items():
+                lora.attach(scale, networks[part])
         return model
-
-    def _lora(self, path: str) -> dict[str, Lora]:
-        """The changes of each network by the LoRA at ``path``, not attached."""
-        file = find_lora(path)
-        version = file, file.stat().st_mtime_ns, file.stat().st_size  # a file that was written anew is read anew
-        with _READING:
-            if version not in self._loras:
-                read = read_lora(file, self.networks)
-                self._loras[version] = {part: lora.to(self.device) for part, lora in read.items()}
-            return self._loras[version]
 
     # ------------------------------------------------------------ files
 
@@ -290,11 +262,11 @@ class Model:
                 f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}"
             )
         self.files = write_folder(bundle, Path(folder))
-        self._loaded.clear()  # merged, and so in the files
+        self._loras.loaded.clear()  # merged, and so in the files
 
     def bundle(self) -> Bundle:
         """The model as its files hold it; the tensors are the networks' own. Raises ConfigError under live LoRAs."""
-        if self._live:
+        if self._loras.live:
             raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
         config = unet_to_diffusers(self.unet.spec, self.sample_size // self.factor)
         parts, tokenizer = {UNET: Part(config, self.unet.state_dict())}, {}

@@ -184,7 +184,7 @@ def test_a_scale_that_is_not_one_is_refused_and_changes_nothing(here: Path, pipe
     plain = out(pipe.unet)
     with pytest.raises(ConfigError, match="its scale must be a number from -100 to 100, got"):
         pipe.load_lora(here / "one", scale)
-    assert torch.equal(out(pipe.unet), plain) and not pipe._live
+    assert torch.equal(out(pipe.unet), plain) and not pipe._loras.live
     with pytest.raises(ConfigError, match="lora must be PATH or PATH:SCALE with a scale from -100 to 100"):
         SampleConfig(lora=(f"{here}/one:nan",))
 
@@ -194,4 +194,4 @@ def test_both_networks_are_changed(here: Path, pipe: Pipeline) -> None:
     model = pipe.with_loras(SampleConfig(lora=(str(here / "one"),)))
     for part, network in model.networks.items():
         hooked = {name for name, layer in changeable(network).items() if layer._forward_hooks}
-        assert hooked == set(pipe._lora(str(here / "one"))[part].changes) and part in (UNET, TEXT)
+        assert hooked == set(pipe._loras.read(str(here / "one"), pipe.networks)[part].changes) and part in (UNET, TEXT)

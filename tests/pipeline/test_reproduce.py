@@ -45,7 +45,7 @@ def stir(file: Path, amount: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained run as `run`, with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model."""
+    """The trained `run` with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
     other = here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
@@ -329,7 +329,7 @@ def test_a_picture_of_an_older_ldm(call: Call, tmp_path: Path) -> None:
 
 
 def test_sums_of_a_batch_are_made_in_a_batch(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pixels depend on the batch's size and the place in it, the picture is drawn in its place of such a batch."""
+    """Where pixels depend on the batch's size and the place in it, the picture is drawn in its place of one."""
     plain = Pipeline.sample
 
     def dependent(self: Pipeline, prompts: list[str], settings: SampleConfig, **options: Any) -> Iterator[torch.Tensor]:
