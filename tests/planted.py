@@ -266,6 +266,20 @@ MODELS: dict[str, list[Row]] = {
 }  # fmt: skip
 
 AROUND: dict[str, list[Row]] = {
+    "ldm/pipeline/habits.py": [
+        ("height and width may differ", "if height != width:", "if False:", "habits::test_what_is_wrong_is_named"),
+        ("what a callback returns is lost", "return latents.to(x)", "return None", "habits::test_the_callback_after_each_step_is_theirs"),
+        ("arrays in [−1, 1]", "(images * 0.5 + 0.5).clamp(0, 1)", "images.clamp(-1, 1)", "habits::test_types_of_output"),
+    ],
+    "ldm/pipeline/pipeline.py": [
+        ("the prompts are repeated as a whole", "[text for text in check_prompts(prompts) for _ in range(copies)]", "check_prompts(prompts) * copies", "habits::test_a_call_of_theirs_draws_what_it_draws_there"),
+    ],
+    "ldm/pipeline/draw.py": [
+        ("a warning points into the library", "settings, stacklevel=4)", "settings, stacklevel=3)", "habits::test_warnings_point_at_the_line_that_calls"),
+    ],
+    "ldm/pipeline/model.py": [
+        ("the text encoder is not cast", "self.text.model.to(dtype)", "self.text.model.to(self.device)", "habits::test_every_network_is_cast_and_pictures_stay_pictures"),
+    ],
     "ldm/pipeline/guides.py": [
         ("the weak model is conditioned at scale 0", "captions if settings.guidance_scale else [null] * len(captions)", "captions", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
         ("the weak model has no negative prompt", "settings.negative_prompt or weak.null_caption", "weak.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
