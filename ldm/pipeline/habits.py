@@ -69,19 +69,19 @@ def in_our_words(given: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
     if given.pop("return_dict", True) is not True:
         raise ConfigError("return_dict: a call returns the list of pictures, which is its own .images: leave it out")
     tensors = given.pop("callback_on_step_end_tensor_inputs", ["latents"])
-    if list(tensors) != ["latents"]:
+    if tensors not in (["latents"], ("latents",)):
         raise ConfigError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {shown(tensors)}")
     if given.setdefault("output_type", "pil") not in OUTPUTS:
         raise ConfigError(f"output_type must be one of {', '.join(OUTPUTS)}, got {shown(given['output_type'])}")
-    count = typed(int, given.setdefault("num_images_per_prompt", 1), "num_images_per_prompt")
+    count = typed(int, given.get("num_images_per_prompt", 1), "num_images_per_prompt")
     if count < 1:
         raise ConfigError(f"num_images_per_prompt must be at least 1, got {count}")
     _check_names(given)
-    return given
+    return {**given, "num_images_per_prompt": count}
 
 
 def _square(sides: Mapping[str, Any], size: Any, sample_size: int) -> Any:
-    """The side that height, width and size say alike; one left out is that of training, as in diffusers."""
+    """The side that height and width agree on; the one that is left out is that of training, as in diffusers."""
     height, width = sides.get("height", sample_size), sides.get("width", sample_size)
     if size is not None:
         raise ConfigError(f"{' and '.join(sides)} {'is' if len(sides) == 1 else 'are'} size: give one of them")

@@ -142,7 +142,7 @@ class Pipeline(Model):
         self._bar = options
 
     def _progress(self, drawing: draw.Drawing, progress: bool | None) -> tqdm:
-        """A bar of all steps; left to itself it shows where stderr is a terminal, which is tqdm's ``disable=None``."""
+        """A bar of all steps, by default where stderr is a terminal (tqdm's ``disable=None``)."""
         options = {"disable": None, **self._bar}
         if progress is not None:
             options["disable"] = not progress
@@ -156,7 +156,7 @@ class Pipeline(Model):
     if not TYPE_CHECKING:  # where every other name is a mistake
 
         def __getattr__(self, name: str) -> Any:
-            """The parts that diffusers names otherwise, and one line for what it has and this has not."""
+            """Parts under diffusers' names, and one line for names that it has and this has not."""
             if name in habits.PARTS:
                 return habits.PARTS[name](self)
             if name in habits.ATTRIBUTES:
