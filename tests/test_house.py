@@ -96,7 +96,7 @@ def locale_bound(tree: ast.Module) -> Iterator[int]:
         )
         of = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if (
-            name not in TEXT_CALLS or of in ("os", "Image", "self.recorder") or (name == "read_text" and not of)
+            name not in TEXT_CALLS or of in ("os", "Image") or (name == "read_text" and not of)
         ):  # those of ours say it
             continue
         given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]

@@ -37,8 +37,8 @@ class EMA:
         weights = [p.detach().float() for p in self.model.parameters()]
         share = torch.tensor(1.0 - decay) if finite is None else (1.0 - decay) * finite.float()
         shadow = list(self._shadow.values())
-        # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_lerp_(shadow, weights, [share.to(s.device) for s in shadow])
+        shares = [share.to(s.device) for s in shadow]
+        torch._foreach_lerp_(shadow, weights, shares)  # pyright: ignore[reportPrivateImportUsage]
         for name, buffer in _buffers(self.model).items():
             self._buffers[name].copy_(buffer)
 

@@ -35,7 +35,7 @@ class Logger:
         self._slow: set[str] = set()  # names that were reported as slow
 
     @contextmanager
-    def open(self, trackers: Sequence[str], step: int) -> Iterator[None]:
+    def tracking(self, trackers: Sequence[str], step: int) -> Iterator[None]:
         """Context in which the trackers of these names log as well, from update ``step`` on."""
         self.skipped.update()  # samples left out before training
         if self.run:

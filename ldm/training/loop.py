@@ -197,7 +197,7 @@ class Loop:
         with ExitStack() as stack:
             if self.writer:
                 stack.enter_context(self.writer)
-            stack.enter_context(self.logger.open(config.trackers, self.step))
+            stack.enter_context(self.logger.tracking(config.trackers, self.step))
             feed = batches(self.task.stream, self.split, self.step, config.steps, self.workers)
             stack.enter_context(closing(feed))
             try:

@@ -92,8 +92,8 @@ def test_one_process_alone_raises_what_was_raised() -> None:
 
 def about(file: Path) -> dict[str, Any]:
     """What the picture says, but for how the work was shared out."""
-    # type: ignore[attr-defined]
-    return {k: v for k, v in json.loads(Image.open(file).text["ldm"]).items() if k != "drawn"}
+    drawn = json.loads(Image.open(file).text["ldm"])  # type: ignore[attr-defined]
+    return {k: v for k, v in drawn.items() if k != "drawn"}
 
 
 def assert_same_pictures(one: Path, other: Path) -> None:

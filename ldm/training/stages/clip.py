@@ -96,11 +96,10 @@ class ClipTask:
         """Retrieval top-1 among held-out captions; share of images closer to their caption than to its swapped one."""
         network, train = self.clip, self.config.train
         images, texts = [], []
-        for _, batch in validation_batches(
-            self.validation, train.validation_size, train.batch_size, 0, 1
-        ):  # small, so every process computes all
-            # type: ignore[union-attr]
-            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)
+        # the set is small, so every process computes all of it
+        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):
+            features = network.get_image_features(batch["image"].to(self.device))
+            images.append(features.pooler_output)  # type: ignore[union-attr]
             texts += batch["text"]
         image = torch.cat(images)
         distinct = sorted(set(texts))
@@ -121,8 +120,8 @@ class ClipTask:
 
     def _embed(self, captions: list[str]) -> Tensor:
         chunks = [self._ids(captions[i : i + 256]) for i in range(0, len(captions), 256)]
-        # type: ignore[union-attr]
-        return torch.cat([cast(Tensor, self.clip.get_text_features(ids).pooler_output) for ids in chunks])
+        features = [self.clip.get_text_features(ids).pooler_output for ids in chunks]  # type: ignore[union-attr]
+        return torch.cat([cast(Tensor, one) for one in features])
 
     def previews(self) -> dict[str, np.ndarray]:
         """The first validation images."""
