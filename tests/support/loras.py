@@ -55,9 +55,8 @@ def write_model(folder: Path) -> Path:
     unet = UNet(UNetConfig((16, 32), 1, (1,), (2,), groups=8), 4, 4, 32)
     stir(unet, 0.05)
     stir(codec.autoencoder, 0.05)
-    pipe = Pipeline(
-        unet, ScheduleConfig(), "v", codec, from_clip(clip, tokenizer), 16, SampleConfig(steps=5, guidance_scale=3.0)
-    )
+    encoder, defaults = from_clip(clip, tokenizer), SampleConfig(steps=5, guidance_scale=3.0)
+    pipe = Pipeline(unet, ScheduleConfig(), "v", codec, encoder, 16, defaults)
     pipe.save_pretrained(folder, for_diffusers=True)
     return folder
 
