@@ -28,7 +28,7 @@ from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
 from ldm.runs.directory import RunDirectory
-from ldm.training.logger import Recorder
+from ldm.training.logger import Logger
 from ldm.training.skipped import SkipLog
 
 NAN, INF = float("nan"), float("inf")
@@ -224,7 +224,7 @@ def test_a_preview_that_is_none_does_not_end_the_training(tmp_path: Path) -> Non
         def progress(self, step: int, steps: int, values: Any) -> None: ...
 
     with RunDirectory(tmp_path / "run") as run:
-        recorder = Recorder(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
+        recorder = Logger(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
         with pytest.warns(
             UserWarning, match=r"no pictures from update 3 on, training continues: NonFiniteError: pixels of a picture"
         ):
