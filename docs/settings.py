@@ -8,13 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
-    "ldm/config/runs.py", "ldm/config/data.py", "autoencoder/config.py", "ldm/config/networks.py", "ldm/config/process.py",
+    "ldm/config/runs.py", "ldm/config/data.py", "autoencoder/config.py", "ldm/config/networks.py",
+    "ldm/config/process.py",
     "ldm/config/train.py", "ldm/config/sample.py",
 )  # fmt: skip
 TITLE = """# Settings
 
-Every setting of a configuration file, generated from the classes that check it (`python docs/settings.py > docs/settings.md`). A section
-such as `train:` of a file holds the settings of the class named as its type; `train.lr=2e-4` on the command line replaces one.
+Every setting of a configuration file, generated from the classes that check it
+(`python docs/settings.py > docs/settings.md`). A section such as `train:` of a file holds the settings of the class named as
+its type; `train.lr=2e-4` on the command line replaces one.
 """
 
 

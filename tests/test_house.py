@@ -139,7 +139,8 @@ def test_the_house_is_in_order() -> None:
 def circles(root: Path) -> list[set[str]]:
     """Modules under ``root`` that import each other in a circle, imports inside functions and for types alone included.
 
-    `ldm` itself offers names of all rooms to type checkers, and rooms take the version from it: those of `ldm` are left out.
+    `ldm` itself offers names of all rooms to type checkers, and rooms take the version from it: its own imports
+    are left out.
     """
     trees = {}
     for file in (f for package in PACKAGES for f in (root / package).rglob("*.py")):

@@ -68,7 +68,7 @@ class UNetConfig:
         return self.vector_dim is not None or self.num_labels is not None or self.sinusoidal_labels
 
     def _check_class_embedding(self) -> None:
-        """Raise ConfigError for several conditions on the timestep embedding, or a map without a vector."""
+        """Raise ConfigError for several embedded conditions, or a map without a vector."""
         one_of(self, VECTOR_MAPS, "vector_map")
         given = {
             "vector_dim": self.vector_dim,

@@ -67,7 +67,7 @@ class SampleConfig:
         between(self, 0, 2**63 - 1, "seed")
 
     def loras(self) -> list[tuple[str, float]]:
-        """Path and scale of each LoRA: the scale is the text after the last colon, if that is a number."""
+        """Path and scale of each LoRA; a number after the last colon is the scale."""
         pairs: list[tuple[str, float]] = []
         for entry in self.lora:
             path, _, scale = entry.rpartition(":")

@@ -273,7 +273,7 @@ def test_guides_move_and_are_cast_with_their_pipeline(written: Path) -> None:
     settings = {"autoguidance": str(written), "autoguidance_scale": 2.0, "steps": 2}
     model(PROMPTS[:1], **settings)
     model.to(torch.bfloat16)
-    (weak,) = model._guides.weaker.values()
+    (weak,) = model._guides.models.values()
     assert weak.dtype == torch.bfloat16 and not isinstance(weak, Pipeline)
     assert len(model(PROMPTS[:1], **settings)) == 1
 
