@@ -29,7 +29,7 @@ DATA: dict[str, list[Row]] = {
         ("accumulation forgets the processes", "// (self.micro_batch * self.processes)", "// self.micro_batch", "streams::test_every_split_covers_the_same_positions_once"),
         ("ranks overlap", "+ self.rank * self.micro_batch", "+ self.rank", "streams::test_every_split_covers_the_same_positions_once"),
         ("each process validates on all", "range(rank, total, processes)", "range(0, total, processes)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
-        ("the last, smaller batch of validation is dropped", "range(0, len(mine), batch_size)", "range(0, len(mine) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
+        ("the last, smaller batch of validation is dropped", "range(0, len(share), batch_size)", "range(0, len(share) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
         ("validation t: parts drawn twice", "while math.gcd(stride, total) != 1:", "while False:", "streams::test_validation_draws_every_part_once_and_not_in_order"),
         ("validation t: the lower end of each part", "(parts + 0.5) / total", "parts / total", "streams::test_validation_draws_every_part_once_and_not_in_order"),
     ],
@@ -87,7 +87,7 @@ DIFFUSION: dict[str, list[Row]] = {
         ("rescale by what is left of phi", "keepdim=True) + 1 - phi)", "keepdim=True) + 1)", "guidance::test_rescale_is_that_of_diffusers_on_the_networks_own_output"),
         ("thresholding makes small images loud", "dim=1).clamp(min=1)", "dim=1)", "guidance::test_dynamic_thresholding_is_imagens"),
         ("no signal, and yet a gradient", "torch.where(a > 0, per_score(target, a, s), 0.0)", "per_score(target, a, s)", "guidance::test_no_signal_is_nothing_to_classify"),
-        ("autoguidance counted from 0", "(self.weak_scale - 1) *", "self.weak_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
+        ("autoguidance counted from 0", "(self.guide_scale - 1) *", "self.guide_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
         ("the variance is the unconditional one", "uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)", "(uncond, variance), cond = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)[0]", "guidance::test_a_learned_variance_is_that_of_the_conditional_evaluation"),
         ("the shift of the mean has no interval", "gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)", "gradient(x_t, t)", "guidance"),
     ],
@@ -133,8 +133,8 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the mean is shifted by the deviation", "pred, s, t).square() * mean_shift", "pred, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
     ],
     "ldm/diffusion/samplers/langevin.py": [
-        ("a quarter of the step", "(2 * snr * said", "(snr * said", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
-        ("the whole drift", "delta / 2 * said.score", "delta * said.score", "langevin::test_steps_without_end_keep_the_variance"),
+        ("a quarter of the step", "(2 * snr * pred", "(snr * pred", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
+        ("the whole drift", "delta / 2 * pred.score", "delta * pred.score", "langevin::test_steps_without_end_keep_the_variance"),
     ],
     "ldm/diffusion/samplers/dpm_solver.py": [
         ("2M without its half", "like(1 / (2 * r), history[0]) * (history[0] - history[1])", "like(1 / r, history[0]) * (history[0] - history[1])", "samplers::test_dpmpp_2m_is_diffusers"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.cut_runs import Silent
 from support.stages import AUTOENCODER, DIFFUSION, TRAIN
 from torch import Tensor, nn
 
@@ -25,14 +26,6 @@ from ldm.runs.checkpoints import folder as shelf
 from ldm.training.loop import Loop
 from ldm.training.stages.autoencoder import AutoencoderTask
 from ldm.training.stages.diffusion import DiffusionTask
-
-
-class Silent:
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def progress(self, step: int, steps: int, values: Any) -> None:
-        """Nothing."""
 
 
 def autoencoder(run: Path, **loss: Any) -> AutoencoderTask:

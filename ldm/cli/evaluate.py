@@ -22,7 +22,7 @@ from typing import Any
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.config import VARIANCES, ConfigError, config_file
-from ldm.runs.records import figures
+from ldm.runs.records import report_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     sizes = arguments.images, arguments.tune, arguments.batch_size
     report = evaluate(folder, *sizes, console.progress, console.say, *launched(), parts(arguments))
-    for name, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
+    for name, value in report_metrics({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
         console.say(_line(name, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
 
@@ -94,7 +94,7 @@ def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -
     about = f"({found['images']} images, variance {found['variance']})"
     console.say(f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   {about}")
     shown = ("parts", "terms", "latent", "with_standard_normal_prior", "by_variance")
-    for name, value in figures({k: found[k] for k in shown if k in found}):
+    for name, value in report_metrics({k: found[k] for k in shown if k in found}):
         console.say(_line(name, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'likelihood.png'}")
 

@@ -19,7 +19,7 @@ import json
 import time
 
 from ldm.cli.console import Console
-from ldm.runs.status import line, standing
+from ldm.runs.status import run_status, status_line
 
 POLL = 0.2  # seconds
 
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read and print; returns the exit code of the state."""
-    now = standing(arguments.run)
+    now = run_status(arguments.run)
     while arguments.wait and now["locked"]:
         time.sleep(POLL)
-        now = standing(arguments.run)
-    Console().say(json.dumps(now, indent=2, ensure_ascii=False) if arguments.json else line(now))
+        now = run_status(arguments.run)
+    Console().say(json.dumps(now, indent=2, ensure_ascii=False) if arguments.json else status_line(now))
     return int(now["exit_code"])

@@ -21,7 +21,7 @@ from typing import Any
 from ldm.cli import training
 from ldm.cli.console import Console
 from ldm.config import RUNS, ConfigError, load, load_any
-from ldm.runs.status import held
+from ldm.runs.status import is_locked
 
 LEAST = 4  # updates: two before the checkpoint, one lost, one after it
 
@@ -87,7 +87,7 @@ def _folder(run: str, keep: str | None) -> Path:
             parent.mkdir(parents=True, exist_ok=True)
             prefix = f".verify-{Path(run).name}-"
             for left in parent.glob(f"{glob.escape(prefix)}*"):  # left by a check that was killed
-                if (left / ".lock").is_file() and held(left) is False:
+                if (left / ".lock").is_file() and is_locked(left) is False:
                     shutil.rmtree(left, ignore_errors=True)
             return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         folder = Path(keep)

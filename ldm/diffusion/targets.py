@@ -4,12 +4,13 @@ Every target is a combination of the two parts of x_t = a x_0 + s ε:
 
     prediction = (p ε + q x_0) / r
 
-with p, q and r functions of (a, s): ε, x_0, v = a ε − s x_0 (Salimans & Ho 2022), the score −ε/s, and the velocity
-ε − x_0 of rectified flow (Liu et al. 2023), which no training configuration offers yet. All that depends on the target
-follows from its row: the training target, x̂_0 and ε̂ of a prediction, the prediction of an x̂_0, the ratio of squared
-errors, and the change of a prediction with its score. A new target is a row here and its name in ``ldm.config.TARGETS``.
+with p, q and r functions of (a, s): ε, x_0, v = a ε − s x_0 (Salimans & Ho 2022), the score −ε/s,
+and the velocity ε − x_0 of rectified flow (Liu et al. 2023), which no training configuration offers
+yet. Everything that depends on the target follows from its row: the training target, x̂_0 and ε̂ of
+a prediction, the prediction for an x̂_0, the ratio of squared errors, and the change of a
+prediction with its score. A new target is a row here and its name in ``ldm.config.TARGETS``.
 
-``a`` and ``s`` are the caller's coefficients, in the type and number of dimensions of what they multiply.
+``a`` and ``s`` are passed by the caller, with the dtype and number of dimensions of the tensors.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ Coefficient = Tensor | float | int
 
 
 class Row(NamedTuple):
-    """The coefficients of a target at one (a, s). Numbers, where they do not depend on it: 0 and 1 then cost nothing.
+    """The coefficients of a target at one (a, s).
+
+    Those that do not depend on (a, s) are numbers: terms with 0 are left out, factors of 1 too.
 
     Attributes:
         p, q, r: prediction = (p ε + q x_0) / r.
-        det: a p − s q, the determinant of (x_0, ε) → (x_t, r · prediction), simplified by a² + s² = 1.
+        det: a p − s q, the determinant of (x_0, ε) → (x_t, r · prediction), simplified for v by
+            a² + s² = 1.
     """
 
     p: Coefficient
@@ -46,8 +50,8 @@ TABLE: dict[str, Callable[[Coefficient, Coefficient], Row]] = {
     "flow": lambda a, s: Row(p=1, q=-1, r=1, det=a + s),
 }
 
-# (det / (s r))² by the SNR alone, since a²/s² = SNR and 1/s² = SNR + 1. Weights of losses are made of it: as it is written
-# here it has the last bit that it always had, which (det / (s r))² itself has not.
+# (det / (s r))² as functions of the SNR alone, with a²/s² = SNR and 1/s² = SNR + 1. The weights of the loss are made of
+# them, and computed from det, s and r they would differ in the last bit: runs would not resume exactly.
 _ERROR_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
     "eps": lambda snr: snr,
     "x0": torch.ones_like,
@@ -92,7 +96,10 @@ def to_eps(
 def from_x0(
     name: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], a: Coefficient, s: Coefficient
 ) -> Float[Tensor, "b *d"]:
-    """The prediction that says x̂_0: (p x_t − det x̂_0) / (s r) (P4). For all but x_0 it needs s > 0."""
+    """The prediction that amounts to x̂_0: (p x_t − det x̂_0) / (s r) (P4).
+
+    For all but x_0 it needs s > 0.
+    """
     row = TABLE[name](a, s)
     if absent(row.p):
         return x0
@@ -100,18 +107,24 @@ def from_x0(
 
 
 def error_ratio(name: str, snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """‖Δprediction‖² / ‖Δx_0‖² at one x_t (L2): 1 for x_0, SNR for ε, SNR + 1 for v, SNR (SNR + 1) for the score."""
+    """‖Δprediction‖² / ‖Δx_0‖² at one x_t (L2).
+
+    SNR for ε, 1 for x_0, SNR + 1 for v, SNR (SNR + 1) for the score.
+    """
     return _ERROR_RATIOS[name](snr)
 
 
 def per_score(name: str, a: Float[Tensor, "*b"], s: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """dprediction/dscore at one x_t, −s det/(a r) (G2): −s for ε, s²/a for x_0, −s/a for v, 1 for the score."""
+    """dprediction/dscore at one x_t, −s det/(a r) (G2).
+
+    −s for ε, s²/a for x_0, −s/a for v, 1 for the score.
+    """
     row = TABLE[name](a, s)
     return -s / row.r if absent(row.q) else -s * row.det / a
 
 
 def blind(name: str) -> bool:
-    """True if a prediction says nothing of x_0 where no signal is left: det is 0 at a = 0, as it is for multiples of ε."""
+    """True if a prediction says nothing of x_0 where no signal is left: det is 0 at a = 0."""
     return bool(TABLE[name](0.0, 1.0).det == 0)
 
 

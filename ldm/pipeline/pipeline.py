@@ -30,7 +30,7 @@ from ldm.data.transforms import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
-from ldm.diffusion.samplers.path import Callback as StepCallback
+from ldm.diffusion.samplers.nodes import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.files.disk import file_hash
@@ -341,8 +341,8 @@ class Pipeline:
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
-            weak=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
-            weak_scale=settings.autoguidance_scale,
+            guide=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
+            guide_scale=settings.autoguidance_scale,
             gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
             threshold=settings.dynamic_threshold,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.command_line import Call, caller
 from support.stages import DIFFUSION, TRAIN
 
 from ldm import config as configuration
 from ldm.cli.console import Console
-from ldm.cli.main import main
 from ldm.config import DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.distributed.processes import ElsewhereError, Processes
 from ldm.evaluation.figures.plots import is_figure
@@ -42,7 +42,6 @@ from ldm.training.stopping import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXELS = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0}
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +79,8 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def call(here: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """A command's exit code, and what it wrote."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    """Run a command in the copied folder."""
+    return caller(capsys)
 
 
 # a disk that takes nothing

@@ -1,4 +1,4 @@
-"""The learned schedule: its table, its two gradients against finite differences, the proof on exact denoisers, and whole runs."""
+"""The learned schedule: its table, its gradients against differences, exact denoisers, and whole runs."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ STD, STEPS = 0.3, 1000
 
 
 def exact(a: Tensor, s: Tensor, x_t: Tensor) -> Tensor:
-    """E[ε | x_t] of the equal mixture of N(MEANS, STD²): x_t is a mixture of N(a·MEANS, a² STD² + s²). a and s: [b, 1]."""
+    """E[ε | x_t] of the equal mixture of N(MEANS, STD²): x_t mixes N(a·MEANS, a² STD² + s²). a and s: [b, 1]."""
     away, variance = x_t[:, None] - a[:, :, None] * MEANS, a.square() * STD**2 + s.square()
     weight = torch.softmax(-away.square().sum(2) / (2 * variance), 1)
     return s / variance * (weight[:, :, None] * away).sum(1)
@@ -245,7 +245,10 @@ def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def common_draws() -> tuple[Tensor, Tensor]:
-    """100 draws for comparisons. The noise has mean square 1 exactly: half of what it lacks would count for each unit of γ_min."""
+    """100 draws for comparisons, whose noise has mean square 1 exactly.
+
+    Half of any shortfall would count for each unit of γ_min.
+    """
     x0, eps = drawn(100, torch.Generator().manual_seed(11))
     return x0, eps / eps.square().mean().sqrt()
 
@@ -258,7 +261,7 @@ def errors_at(gamma: Tensor) -> Tensor:
 
 
 def variance_and_bound(gamma: Tensor) -> tuple[float, float]:
-    """Variance of the estimator of the denoising terms, over t exactly and over common draws; and prior + decoder + their mean."""
+    """Variance of the estimator of the denoising terms, exact over t; and prior + decoder + their mean."""
     snr, squared = torch.exp(-gamma), errors_at(gamma[1:])
     terms = len(gamma) / 2 * ((snr[:-1] - snr[1:]) / snr[1:])[:, None] * squared
     mean, square = terms.sum(0).mean() / len(gamma), terms.square().sum(0).mean() / len(gamma)
@@ -312,7 +315,8 @@ def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_opt
     print(f"variance {variance:.3f}, cosine {cosine_variance:.3f}, optimum {best_variance:.3f}")
     print(f"bound {bound:.4f}, cosine {cosine_bound:.4f}, optimum {best_bound:.4f}")
     print(
-        f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, ends now {first:.2f}, {last:.2f}"
+        f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, "
+        f"ends now {first:.2f}, {last:.2f}"
     )
     assert variance < 0.2 * cosine_variance and variance < 2.5 * best_variance
     assert bound < cosine_bound and bound < best_bound + 0.01
@@ -330,7 +334,8 @@ TREE: dict[str, Any] = {
     "objective": {"target": "v"},
     "sample": {"steps": 2},
     "train": {
-        "steps": 4, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "warmup": 1, "ema_decay": 0.9, "log_every": 1, "validate_every": 4,
+        "steps": 4, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "warmup": 1, "ema_decay": 0.9, "log_every": 1,
+        "validate_every": 4,
         "validation_size": 4, "sample_every": 4, "checkpoint_every": 2, "trackers": [],
     },
 }  # fmt: skip

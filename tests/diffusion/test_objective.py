@@ -1,4 +1,4 @@
-"""Objectives against Gaussian KLs, autograd and enumeration; the learned variance against Gaussian data; timestep sampling; whole runs."""
+"""Objectives against Gaussian KLs, autograd and enumeration; learned variance, timestep sampling, whole runs."""
 
 import json
 import math
@@ -126,7 +126,7 @@ def test_weights_as_published(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_variational_weights_are_the_terms_of_the_bound(schedule: Schedule, name: str) -> None:
-    """The part of KL(q(x_{t−1}|x_t,x_0) ‖ p) that the network moves, and at t = 0 of −log p(x_0|x_1), by torch's Gaussians."""
+    """The network's part of KL(q(x_{t−1}|x_t,x_0) ‖ p), and of −log p(x_0|x_1) at t = 0, by torch's Gaussians."""
     t = torch.arange(1000)
     x0, eps, wrong = randn(1000, 3), randn(1000, 3), randn(1000, 3)
     x_t = schedule.add_noise(x0, eps, t)
@@ -263,7 +263,7 @@ def test_l1_teaches_the_mean_and_the_bound_the_variance(name: str) -> None:
 
 
 def test_on_gaussian_data_the_exact_reverse_variance_is_learned() -> None:
-    """x_0 ~ N(0, 0.3): p(x_{t−1}|x_t) has variance β_t m_{t−1}/m_t, m_t = 0.3 ᾱ_t + 1 − ᾱ_t. Expectations by quadrature."""
+    """x_0 ~ N(0, 0.3): p(x_{t−1}|x_t) has variance β_t m_{t−1}/m_t, m_t = 0.3 ᾱ_t + 1 − ᾱ_t. By quadrature."""
     steps, power = 6, 0.3
     schedule = Schedule.from_config(ScheduleConfig("linear", steps, 0.02, 0.6))
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(4))  # exact to the seventh power

@@ -115,7 +115,7 @@ def test_a_perfect_network_says_the_same_in_every_target(name: str) -> None:
 
 
 def test_flow_is_the_velocity_of_a_straight_path() -> None:
-    """On its own process, α = 1 − τ and σ = τ (Liu et al. 2023): dx/dτ, constant, so that one step of any length is exact."""
+    """dx/dτ on its own process, α = 1 − τ and σ = τ (Liu et al. 2023): constant, so any step is exact."""
     tau = torch.linspace(0.01, 0.99, 200, dtype=torch.float64)[:, None].requires_grad_()
     x0, eps = samples()
     x_t = (1 - tau) * x0 + tau * eps

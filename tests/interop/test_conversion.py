@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
+from support.model_folders import forget_hashes
 from support.pipelines import PROMPTS, array, make, noise, text_encoder, theirs
 from torch import nn
 
@@ -527,7 +527,7 @@ def test_a_lora_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("model/text_encoder", [], 4, "one part of a pipeline"),
         ("parts", [], 4, "holds unet/ but no model_index.json"),
         ("empty", [], 4, "holds no model: expected model_index.json"),
-        ("page.safetensors", [], 4, "should be safetensors and holds nothing that is known"),
+        ("page.safetensors", [], 4, "should be safetensors and holds something unknown"),
     ],
 )
 def test_a_wrong_call_is_one_line(

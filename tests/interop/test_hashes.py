@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
+from support.model_folders import folder, forget_hashes, written  # noqa: F401
 from support.pipelines import PROMPTS, make
 
 from ldm.cli.main import main
@@ -23,18 +23,6 @@ from ldm.interop.open import read_any
 from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hashes") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def flip(file: Path) -> None:

@@ -1,12 +1,12 @@
 """Model folders with damaged or hostile JSON: one line and its exit code from every command, at once."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import make
 
 from ldm.cli.main import main
@@ -21,18 +21,6 @@ from ldm.interop.open import read_any
 from ldm.interop.sizes import check_sizes
 from ldm.models.text import padded_with
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str = "inspect") -> str:
@@ -213,7 +201,7 @@ def test_settings_of_a_tokenizer_that_cannot_be_read(content: bytes) -> None:
     ("index", "words"),
     [
         ({"weight_map": {"a": 3}}, "weight_map should name"),
-        ({"weight_map": {"a": "../x.safetensors"}}, "not a name of a file beside it"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "not the name of a file beside it"),
         ({"weight_map": {"a": "a\0b.safetensors"}}, "missing"),
         ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, ""),
         ({"weight_map": []}, "weight_map should name"),

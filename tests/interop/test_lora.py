@@ -17,7 +17,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.loras import (
+from support.loras import (  # noqa: F401
     ALL,
     PROMPTS,
     TEXT_TARGETS,
@@ -30,10 +30,11 @@ from support.loras import (
     networks,
     out,
     pictures,
+    pipe,
     plain_keys,
     same,
     theirs,
-    write_model,
+    written,
 )
 from torch import Tensor
 
@@ -48,17 +49,6 @@ from ldm.interop.lora_settings import TOWER
 from ldm.models.lora import Lora, changeable, named_layers
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
-
 
 # ---------------------------------------------------------------- the layers
 
@@ -436,7 +426,7 @@ def test_files_that_are_no_lora(pipe: Pipeline, tmp_path: Path) -> None:
     )
     (tmp_path / "pytorch_lora_weights.bin").unlink()
     (tmp_path / FILE).write_bytes(b"short")
-    assert "should be safetensors and holds nothing that is known: not opened" in said(tmp_path)
+    assert "should be safetensors and holds something unknown: not opened" in said(tmp_path)
     (tmp_path / FILE).unlink()
     save_file(
         {"base_model.model.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, tmp_path / "adapter_model.safetensors"

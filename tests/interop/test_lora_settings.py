@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.loras import close, inputs, out, write_model
+from support.loras import close, inputs, out, pipe, written  # noqa: F401
 
 from ldm.cli.main import main
 from ldm.config import UNetConfig
@@ -26,16 +26,6 @@ from ldm.pipeline import Pipeline
 
 TARGETS = ["to_q", "to_v", "conv1"]
 SIZE = {"r": 4, "lora_alpha": 6}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, stir, write_model
+from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, pipe, stir, written  # noqa: F401
 from torch import Tensor, nn
 
 from ldm.cli.main import main
@@ -24,16 +24,6 @@ from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
 
 SCALE = 0.8
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
 
 
 def mixed(pipe: Pipeline) -> dict[str, Lora]:

@@ -1,4 +1,4 @@
-"""The classifier of noisy latents: its network, its training and resume, what it refuses, and guidance in the pipeline."""
+"""The classifier of noisy latents: network, training and resume, refusals, guidance in the pipeline."""
 
 import dataclasses
 import json
@@ -44,8 +44,8 @@ from ldm.runs.records import read_metrics
 from ldm.training.stages.classifier import ClassifierTask, find_classes
 
 TRAIN = {
-    "steps": 6, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 6, "validation_size": 20,
-    "sample_every": 6, "checkpoint_every": 2, "trackers": [],
+    "steps": 6, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 6,
+    "validation_size": 20, "sample_every": 6, "checkpoint_every": 2, "trackers": [],
 }  # fmt: skip
 DATA = {"source": "digits", "image_size": 16, "image_channels": 1}
 TREE: dict[str, Any] = {
@@ -71,7 +71,7 @@ def pipeline(codec: LatentCodec | None, **changes: Any) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Diffusion models of latents and of pixels (untrained), others that do not fit them, and a classifier of each of the first two."""
+    """Diffusion models of latents and of pixels (untrained), misfits, and a classifier of each of the first two."""
     folder = tmp_path_factory.mktemp("here")
     torch.manual_seed(0)
     made = [
@@ -227,7 +227,7 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
         ("data.image_size=32", "data.image_size is 32 but the diffusion model's is 16"),
         ("data.image_channels=3", "data.image_channels is 3 but the diffusion model's is 1"),
         ("data={source: shapes, size: 10}", "classes are those of source: digits"),
-        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier offers none"),
+        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier does not support it"),
         ("model.groups=3", "model.channels 8 is not a positive multiple of groups 3"),
         ("diffusion=nowhere", "no run or model folder nowhere"),
     ],
@@ -258,7 +258,7 @@ def test_each_form_moves_the_picture_and_zero_does_not(here: Path, pipe: Pipelin
 
 
 def test_strong_guidance_makes_the_classifier_sure(here: Path, pipe: Pipeline) -> None:
-    """The whole way: label, gradient, target and sampler; by the classifier's own word on the latents that are reached."""
+    """Label, gradient, target and sampler together, by the classifier's own judgement of the latents drawn."""
     info, network = load_classifier(here / "of-latents")
     with torch.no_grad():
         network.linear.weight *= 20  # it has hardly been trained
@@ -352,8 +352,9 @@ def test_the_command_line_draws_and_the_picture_says_how(
     assert main([*arguments, "--prompt", THREE]) == 0, capsys.readouterr().err
     about = json.loads(Image.open(tmp_path / "00000-a-handwritten-digit-three.png").text["ldm"])  # type: ignore[attr-defined]
     expected = {
-        "classifier": str(here / "of-latents"), "classifier_scale": 4.0, "classifier_form": "mean", "guidance_interval": [0.1, 50.0],
-        "guidance_rescale": 0.3, "autoguidance": str(here / "weak"), "autoguidance_scale": 1.5, "sampler": "ddpm",
+        "classifier": str(here / "of-latents"), "classifier_scale": 4.0, "classifier_form": "mean",
+        "guidance_interval": [0.1, 50.0], "guidance_rescale": 0.3,
+        "autoguidance": str(here / "weak"), "autoguidance_scale": 1.5, "sampler": "ddpm",
     }  # fmt: skip
     assert {name: about[name] for name in expected} == expected
     assert main([*arguments, "--prompt", "a handwritten digit eleven"]) == 2

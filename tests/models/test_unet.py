@@ -105,7 +105,7 @@ def test_a_network_knows_what_it_was_built_with() -> None:
 
 
 def test_attention_without_a_context_is_ours_alone() -> None:
-    """It equals the network with a context whose cross-attention is silenced; diffusers has no such network, and says so."""
+    """It equals the network with a context whose cross-attention is silenced; diffusers refuses to build it."""
     torch.manual_seed(0)
     config = UNetConfig((8, 16), 1, (0, 1), (1, 2), groups=8, transformer_layers=2)
     ours, silenced = UNet(config, 1, 1, None), UNet(config, 1, 1, 6)
@@ -126,7 +126,8 @@ def test_attention_without_a_context_is_ours_alone() -> None:
 def test_published_architectures_are_read() -> None:
     """The config.json of Stable Diffusion 1.5 and 2.1 as published, less what is not a setting of the network."""
     common = {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
         "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
@@ -136,7 +137,8 @@ def test_published_architectures_are_read() -> None:
     assert unet_from_diffusers({**common, **one}) == NetworkSpec(UNetConfig(), 4, 4, 768)
     assert unet_from_diffusers({**common, **one, "attention_head_dim": 4}).config.heads == (4,)
     two = {
-        "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False, "use_linear_projection": True,
+        "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+        "use_linear_projection": True,
         "num_class_embeds": None, "only_cross_attention": False, "upcast_attention": True,
     }  # fmt: skip
     published = UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True)

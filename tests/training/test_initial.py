@@ -13,8 +13,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from support.cut_runs import assert_same_end, at_position, power_cut
-from support.folders import forget_hashes
 from support.interrupts import PowerCut
+from support.model_folders import forget_hashes
 from support.stages import DIFFUSION, TRAIN, Stages
 
 from ldm.cli.main import main

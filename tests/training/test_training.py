@@ -554,7 +554,7 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
     said = capsys.readouterr().err
     if name == "ldm":
         assert (
-            "this latent cache was made with another data (images, captions or further columns have changed): delete"
+            "this latent cache was made with another data (images, captions or other columns have changed): delete"
             " the folder" in said
         )
         shutil.rmtree(tmp_path / "run/latents")

@@ -317,7 +317,7 @@ def test_the_kind_of_a_configuration(
     bare = tmp_path / "bare.yaml"
     bare.write_text(yaml.safe_dump({"run": f"{tmp_path}/run", "data": {"source": "shapes", "image_size": 32}}))
     assert main(["verify-resume", str(bare)]) == 2
-    assert "may be of train-autoencoder or of train-clip: say which by --command" in capsys.readouterr().err
+    assert "may be for train-autoencoder or for train-clip: say which by --command" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"unknown key train\.stepz"):
         load_any(configs["ldm"], ["train.stepz=3"])
     assert main(["verify-resume", str(configs["ldm"]), "--updates", "3"]) == 2

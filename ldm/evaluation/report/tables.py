@@ -31,7 +31,9 @@ def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
 def evaluation(file: Path) -> Html:
     """Results in a report.json, shares with their intervals; a message if it cannot be read."""
     try:
-        rows = [_judged(name, value) for name, value in records.figures(records.parse(read_bytes(file).decode()))]
+        rows = [
+            _judged(name, value) for name, value in records.report_metrics(records.parse(read_bytes(file).decode()))
+        ]
     except (OSError, ValueError) as error:
         return element("p", f"{file}: cannot be read: {error}", class_="bad")
     return join([element("h3", "Evaluation (report.json)"), table(("metric", "value", "95 % interval", "n"), rows)])

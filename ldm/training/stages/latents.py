@@ -45,7 +45,7 @@ def ensure_cache(
     Raises DataError if it was made from other data or another autoencoder.
     """
     folder = Path(config.run) / "latents"
-    key = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
+    key = cache.cache_key(autoencoder_hash(config.autoencoder), source, config.data)
     try:
         return cache.LatentCache(folder, key, processes)
     except cache.DamagedCacheError as error:  # on all processes alike
