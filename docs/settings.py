@@ -15,8 +15,8 @@ FILES = (
 TITLE = """# Settings
 
 Every setting of a configuration file, generated from the classes that check it
-(`python docs/settings.py > docs/settings.md`). A section such as `train:` of a file holds the settings of the class named as
-its type; `train.lr=2e-4` on the command line replaces one.
+(`python docs/settings.py > docs/settings.md`). A section such as `train:` of a file holds the settings of the class
+named as its type; `train.lr=2e-4` on the command line replaces one.
 """
 
 
