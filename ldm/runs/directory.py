@@ -233,7 +233,7 @@ def require_same(path: Path, config: Any) -> None:
         old = configuration.load(type(config), file)
     except configuration.ConfigError as error:
         raise RunError(f"{file} is not a configuration of this command ({error}): use another run: directory") from None
-    changes = _changes(old, config)
+    changes = refused_changes(old, config)
     if changes and changes.keys() <= PLACES.keys():
         problems = {key: moved_problem(key, path, old, config) for key in changes}
         changes = {key: f"{text} ({problems[key]})" for key, text in changes.items() if problems[key] is not None}
@@ -241,12 +241,8 @@ def require_same(path: Path, config: Any) -> None:
         raise RunError(f"{file}: {'; '.join(changes.values())}: use another run: directory or restore the setting")
 
 
-def refused_changes(old: Any, new: Any) -> list[str]:
-    """Differing settings that a resumed run may not change, as ``key old → new``."""
-    return list(_changes(old, new).values())
-
-
-def _changes(old: Any, new: Any) -> dict[str, str]:
+def refused_changes(old: Any, new: Any) -> dict[str, str]:
+    """Differing settings that a resumed run may not change, each with ``key old → new``."""
     before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":

@@ -69,6 +69,8 @@ def save(
 ) -> Path:
     """Write checkpoint ``step`` into ``folder``, then delete those that ``retained`` does not name.
 
+    Reference form of the background writer, in one thread: for scripts and tests.
+
     ``config`` is the run's configuration dataclass; ``state`` must be JSON. An existing checkpoint
     of this step is kept if intact and replaced if damaged. Raises CheckpointError; older ones are
     then untouched.
