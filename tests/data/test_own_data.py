@@ -18,7 +18,8 @@ from ldm.config import ClipConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Sample
 from ldm.errors import DataError
-from ldm.models.text import CaptionTable, TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
+from ldm.models.text import CaptionTable, TextEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = 40

@@ -20,8 +20,9 @@ from ldm.data import rng as streams
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.lora_settings import TOWER
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
 from ldm.models.lora import Lora
-from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec

@@ -15,7 +15,8 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm.config import ClipConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data import rng as streams
-from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
