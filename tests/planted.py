@@ -282,7 +282,7 @@ AROUND: dict[str, list[Row]] = {
     ],
     "ldm/pipeline/guides.py": [
         ("the weak model is conditioned at scale 0", "captions if settings.guidance_scale else [null] * len(captions)", "captions", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
-        ("the weak model has no negative prompt", "settings.negative_prompt or guide.null_caption", "weak.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
+        ("the weak model has no negative prompt", "settings.negative_prompt or guide.null_caption", "guide.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
         ("a guide of other latents", "if autoencoder != own:", "if False:", "classifier::test_a_classifier_of_other_latents_or_schedule_is_refused"),
     ],
     "ldm/pipeline/codec.py": [
