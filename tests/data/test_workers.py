@@ -220,7 +220,7 @@ def processes_of(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("hangs", "said"),
     [
-        (False, "another process has ended: its own line, if it could write one, says why"),
+        (False, "another process has ended: its own message, if it could write one, says why"),
         pytest.param(
             True,
             "another process has not answered for 10 s (train.rank_timeout):"

@@ -198,7 +198,7 @@ def test_guides_are_named(written: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(network, "forward", spoil(type(network).forward.__get__(network), 2))
     with pytest.raises(NonFiniteError, match="the gradient of classifier judge at step 2 of 3"):
         pipe(["a"], steps=3, sampler="ddpm", classifier="judge", classifier_form="mean")
-    monkeypatch.setattr(pipe._guides, "weak", lambda *_: spoil(lambda x, t: torch.zeros_like(x), 1))
+    monkeypatch.setattr(pipe._guides, "guide", lambda *_: spoil(lambda x, t: torch.zeros_like(x), 1))
     with pytest.raises(NonFiniteError, match="the prediction of autoguidance weak at step 1 of 3"):
         pipe(["a"], steps=3, autoguidance="weak")
 

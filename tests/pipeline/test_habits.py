@@ -11,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from support.pipelines import PROMPTS, array, folder, make, noise, pipe, theirs, written  # noqa: F401
+from support.model_folders import folder  # noqa: F401
+from support.pipelines import PROMPTS, array, make, noise, pipe, theirs, written  # noqa: F401
 from torch import Tensor
 
 from ldm.config import ConfigError, SampleConfig

@@ -218,7 +218,10 @@ def refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
         (("autoencoder=none",), "autoencoder: channels of the latent: 4 in init {init}, 3 in this configuration"),
         (("text=none",), "text: width of the context: 16 in init {init}, None in this configuration"),
         (("init=nowhere",), "no run or model folder nowhere"),
-        (("schedule.name=learned",), "schedule.name learned needs a network that learns with it"),
+        (
+            ("schedule.name=learned",),
+            "schedule.name learned needs a network that is trained from scratch: leave init out",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["whole", "lora"])

@@ -138,7 +138,7 @@ def test_who_draws_an_image_changes_neither_its_noise_nor_its_file(
             noises[-1][name, number] = of_one
         return noise
 
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
+    monkeypatch.setattr("ldm.pipeline.draw.draw_noise", recorded)
     for processes, out in ((1, "one"), (count, "many")):
         noises.append({})
         assert (
@@ -189,7 +189,7 @@ def test_a_report_does_not_depend_on_how_many_make_it(
         drawn.extend((seed, number) for number in numbers if name == "x_T")
         return original(seed, name, numbers, shape, device)
 
-    monkeypatch.setattr("ldm.pipeline.pipeline.draw_noise", recorded)
+    monkeypatch.setattr("ldm.pipeline.draw.draw_noise", recorded)
     monkeypatch.setattr("ldm.evaluation.figures.plots.curves", lambda *arguments: written.append("curves"))
     monkeypatch.setattr(
         "ldm.evaluation.figures.plots.captioned",
@@ -247,7 +247,7 @@ def test_a_cache_that_one_process_cannot_write_leaves_nothing(
 
 # what a person reads
 
-GONE = "another process has ended: its own line, if it could write one, says why"
+GONE = "another process has ended: its own message, if it could write one, says why"
 SILENT = "another process has not answered for 5 s: it hangs, or its work takes longer than that"
 
 
