@@ -128,7 +128,7 @@ class ShapesJudge:
         return readings
 
     def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
-        """The best object of another colour whose square touches the other's nowhere: index into [c · place], [n, b]."""
+        """The best object of another colour whose square does not touch the other's: index into [c · place], [n, b]."""
         kernel = self._templates[PLAIN].shape[-1]
         width = self.side - kernel + 1
         place = torch.arange(width * width)
