@@ -123,7 +123,7 @@ class ShapesJudge:
                 objects.append(
                     Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, PLAIN))
                 )
-            readings.append(_ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
+            readings.append(ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
         return readings
 
     def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
@@ -144,7 +144,8 @@ class ShapesJudge:
         return reduction.masked_fill(~allowed, -math.inf).flatten(2).argmax(-1)
 
 
-def _ordered(background: str, one: Object, two: Object) -> Reading:
+def ordered(background: str, one: Object, two: Object) -> Reading:
+    """The scene of two objects, left to right or top to bottom, whichever they lie farther apart along."""
     if abs(one.x - two.x) >= abs(one.y - two.y):
         return Reading(background, (one, two) if one.x <= two.x else (two, one), "left of")
     return Reading(background, (one, two) if one.y <= two.y else (two, one), "above")

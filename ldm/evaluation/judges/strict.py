@@ -1,0 +1,290 @@
+"""Reads a picture of drawn shapes strictly: what it shows must be nearer to a drawn scene than to anything else, or is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, SMALLEST_SIDE, STRIPE, Object, Scene, inside
+from ldm.evaluation.judges.outlines import DECOYS, Outline
+from ldm.evaluation.judges.shapes import ShapesJudge, ordered
+
+RESIDUAL = 0.08  # the largest accepted; set by `python benchmarks/judge.py --threshold`
+TOLERANCE = 0.1  # of a radius
+LOOSE_TOLERANCE = 0.2  # of a radius where captions name no size
+OFF_PALETTE = 58  # levels from a colour of the palette: half the distance of the nearest two
+FAINTEST = 0.7  # contrast of an object over that of the colours it is read as
+LEAST_BACKGROUND = 0.25  # of the picture
+EMPTY = 30  # levels of contrast below which nothing is drawn
+BLUR = 0.7  # px (Gaussian σ) of pictures and templates before they are compared
+BLURS = (0.2, 0.75)  # px that templates are blurred besides, as pictures from latents are
+COMPONENTS = 128  # principal components in which the templates are weighed
+MARGIN = 0.01  # by which a decoy's residual must be smaller than a shape's
+SIDES = 32  # larger pictures of one object are averaged down to between this side and twice of it
+STEP = 1.08  # ratio of neighbouring radii of the templates
+SMALLEST, LARGEST = 0.4, 1.3  # radii of templates, over the smallest and the largest that is drawn
+_REACH = 2  # half pixels that a template's centroid may lie from the picture's, along either axis
+CHI_SQUARE = 3 / 1.2125  # the mean of its distribution with 3 degrees of freedom over its first quartile
+_FINE = 4  # samples per pixel along either axis
+_CHUNK = 256  # objects weighed at once
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A picture as it was read.
+
+    Attributes:
+        scene: the nearest scene.
+        refused: why the picture shows no scene, by attribute as in ``agreement``; empty where it is accepted.
+        residual: squared error of the worst object's fit over the energy that the fit explains.
+    """
+
+    scene: Scene
+    refused: dict[str, str]
+    residual: float
+
+
+@dataclass(frozen=True)
+class Template:
+    """What one row of a bank draws; ``name``: of a shape or of a decoy."""
+
+    name: str
+    radius: float  # px
+    dx: float  # of the outline's origin from the window's middle, px
+    dy: float
+    striped: bool = False
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The fits of some pictures' objects.
+
+    Attributes:
+        best: [n] row of the bank that fits best.
+        drawn: [n] the best among those of drawn shapes.
+        margin: [n] by how much the residual of the first is smaller.
+        residual: [n] squared error of that one over the energy that it explains.
+        colour: [n, 3] of the object in 0…1.
+        x, y: [n] the window's middle.
+    """
+
+    best: Tensor
+    drawn: Tensor
+    margin: Tensor
+    residual: Tensor
+    colour: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class Bank:
+    """Templates of all shapes and decoys as unit vectors.
+
+    ``drawn``: radii of the scenes' objects in px, ``tolerance``: as a share of them, ``stripe``: height in px, None: none striped.
+
+    Attributes:
+        window: side of a template, px.
+        rows: float32 [k, window²], blurred, each of norm 1.
+        norms: float32 [k], of the rows before.
+        templates: what each row is.
+        drawn: number of the rows that are of drawn shapes; they come first.
+    """
+
+    def __init__(self, drawn: tuple[float, ...], tolerance: float, stripe: float | None) -> None:
+        least, most = SMALLEST * min(drawn), LARGEST * max(drawn)
+        near = sorted({r * STEP**k for r in drawn for k in range(-9, 10) if abs(STEP**k - 1) < 1.6 * tolerance})
+        rest = [least * STEP**k for k in range(math.ceil(math.log(most / least) / math.log(STEP)))]
+        rest = [r for r in rest if all(abs(math.log(r / n)) > 0.7 * math.log(STEP) for n in near)]
+        self.window = 2 * math.ceil(most) + 3
+        self.templates: list[Template] = []
+        fine: list[Tensor] = []
+        for shape, radius in itertools.product(SHAPES, near + rest):
+            for height in (None,) if stripe is None or radius in rest else (None, stripe):
+                fine.append(self._fine(shape, partial(inside, shape), radius, height))
+        self.drawn = len(self.templates)
+        for name, outlines in DECOYS.items():
+            fine += [self._fine(name, outline, radius, None) for outline, radius in itertools.product(outlines, near)]
+        sharp = torch.stack(fine)
+        rows = torch.stack([blur(sharp, 2 * math.hypot(BLUR, sigma)) for sigma in BLURS], 1)  # σ in half pixels
+        rows = rows.flatten(0, 1)
+        starts = range(2 * _REACH + 1)
+        rows = torch.stack([rows[:, y:, x:][:, ::2, ::2][:, :self.window, :self.window] for y in starts for x in starts], 1)
+        rows = rows.reshape(len(self.templates), -1)
+        self.norms = rows.norm(dim=1)
+        self.rows = rows / self.norms[:, None]
+        self.basis = torch.linalg.eigh(self.rows.T @ self.rows).eigenvectors[:, -COMPONENTS:]
+        self.weights = self.rows @ self.basis
+
+    def _fine(self, name: str, outline: Outline, radius: float, stripe: float | None) -> Tensor:
+        """Coverage of whole pixels at every half pixel, with the outline's centroid in the middle."""
+        wide = self.window + _REACH
+        points = (np.arange(wide * _FINE) + 0.5) / _FINE - wide / 2  # px from the middle
+        mask = outline(points[None] / radius, points[:, None] / radius)
+        if stripe is not None:
+            mask = mask & (np.floor(points / stripe + 0.5) % 2 == 0)[:, None]
+        area = mask.sum()
+        x0, y0 = (round(float((mask.sum(axis) * points).sum() / area) * _FINE) for axis in (0, 1))
+        mask = np.roll(mask, (-y0, -x0), (0, 1)).astype(np.float32)
+        half = [i / 2 - _REACH / 2 for i in range(2 * _REACH + 1)]
+        self.templates += [
+            Template(name, radius, -dx - x0 / _FINE, -dy - y0 / _FINE, stripe is not None)
+            for _, dy, dx in itertools.product(BLURS, half, half)
+        ]
+        return F.avg_pool2d(torch.from_numpy(mask)[None], _FINE, _FINE // 2)[0]
+
+
+@lru_cache(maxsize=8)
+def bank(drawn: tuple[float, ...], tolerance: float, stripe: float | None) -> Bank:
+    """The templates of objects with the radii ``drawn`` (px)."""
+    return Bank(drawn, tolerance, stripe)
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of the last two axes, edges repeated; σ in px."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
+    kernel = kernel / kernel.sum()
+    flat = images.reshape(-1, 1, *images.shape[-2:])
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel[None, None, None])
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel[None, None, :, None])
+    return flat.reshape(images.shape)
+
+
+class StrictJudge:
+    """Reads pictures by comparing each object with templates of all shapes and decoys, in any colour, place and size.
+
+    The background's colour is the median of the pixels nearest to it; an object's is that of least squares. Two objects
+    are looked for where the nearest scene has them, and each owns the pixels that are nearer to it than to the other.
+    """
+
+    def __init__(self, side: int, objects: int, striped: bool = False) -> None:
+        self.side, self.objects = side, objects
+        self._coarse = max(1, side // SMALLEST_SIDE) if objects == 2 else 1
+        self._nearest = ShapesJudge(side // self._coarse, objects, striped)
+        self._factor = max(1, side // SIDES) if objects == 1 else 1
+        self._sizes: tuple[str | None, ...] = SIZES if objects == 1 else (None,)
+        self._radii = tuple(RADII[size] * side / self._factor for size in self._sizes)
+        self._tolerance = TOLERANCE if objects == 1 else LOOSE_TOLERANCE
+        self._bank = bank(self._radii, self._tolerance, STRIPE * side / self._factor if striped else None)
+        self._backgrounds = torch.tensor(list(BACKGROUNDS.values())) / 255
+        self._colours = torch.tensor(list(COLOURS.values())) / 255
+
+    def read(self, images: np.ndarray) -> list[Verdict]:
+        """The verdict on each image, uint8 [n, side, side, 3]."""
+        scenes = self._nearest.read(self._averaged(images)) if self.objects == 2 else []
+        verdicts: list[Verdict] = []
+        with torch.inference_mode():
+            for start in range(0, len(images), _CHUNK):
+                batch = torch.from_numpy(images[start : start + _CHUNK]).permute(0, 3, 1, 2).float() / 255
+                verdicts += self._verdicts(batch, scenes[start : start + _CHUNK])
+        return verdicts
+
+    def _averaged(self, images: np.ndarray) -> np.ndarray:
+        """Means of squares of pixels, uint8; rows and columns that are left over are dropped."""
+        f, n = self._coarse, self.side // self._coarse
+        squares = images[:, : n * f, : n * f].reshape(len(images), n, f, n, f, 3)
+        return np.rint(squares.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+
+    def _verdicts(self, batch: Tensor, scenes: list[Scene]) -> list[Verdict]:
+        ground, near, share = self._ground(batch)
+        rest = F.avg_pool2d(batch, self._factor) - ground[..., None, None]
+        rest = blur(rest, BLUR)
+        cells = self._cells(scenes, rest)
+        fits = [self._fit(rest * cells[:, i, None], cells[:, i], ground) for i in range(self.objects)]
+        verdicts = []
+        for i, b in enumerate(near.tolist()):
+            refused = {}
+            if (ground[i] - self._backgrounds[b]).norm() * 255 > OFF_PALETTE or share[i] < LEAST_BACKGROUND:
+                refused["background"] = "no background colour"
+            objects = [self._object(fit, i, b, refused) for fit in fits]
+            residual = max(float(fit.residual[i]) for fit in fits)
+            background = list(BACKGROUNDS)[b]
+            scene = Scene(background, tuple(objects)) if len(objects) == 1 else ordered(background, *objects)
+            verdicts.append(Verdict(scene, refused, residual))
+        return verdicts
+
+    def _ground(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The background's colour [n, 3], number [n] and share of the picture [n]."""
+        pixels = batch.flatten(2).transpose(1, 2)  # [n, p, 3]
+        close = torch.cdist(pixels, self._backgrounds[None]) * 255 <= OFF_PALETTE  # [n, p, b]
+        share, near = close.float().mean(1).max(1)
+        mine = close.gather(2, near[:, None, None].expand(-1, close.shape[1], 1))
+        median = pixels.masked_fill(~mine, math.nan).nanmedian(1).values
+        return median.nan_to_num(0.0), near, share
+
+    def _cells(self, scenes: list[Scene], rest: Tensor) -> Tensor:
+        """Which object each pixel is nearer to, [n, objects, side, side]."""
+        side = rest.shape[-1]
+        if not scenes:
+            return torch.ones(len(rest), 1, side, side, dtype=torch.bool)
+        at = torch.tensor([[(o.x, o.y) for o in scene.objects] for scene in scenes]).float()
+        at = at * self._coarse + (self._coarse - 1) / 2  # [n, 2, xy]
+        place = torch.arange(side)
+        distance = torch.maximum(
+            (place - at[..., :1]).abs()[:, :, None, :], (place - at[..., 1:]).abs()[:, :, :, None]
+        )  # [n, 2, y, x]
+        first = distance[:, 0] <= distance[:, 1]
+        return torch.stack([first, ~first], 1)
+
+    def _fit(self, cell: Tensor, mask: Tensor, ground: Tensor) -> Fit:
+        """The best template for what a cell [n, 3, s, s] shows over the background."""
+        energy = cell.square().sum(1)
+        total = energy.sum((1, 2)).clamp(min=1e-9)
+        place = torch.arange(cell.shape[-1]).float()
+        x = ((energy.sum(1) * place).sum(1) / total).round().long()
+        y = ((energy.sum(2) * place).sum(1) / total).round().long()
+        half = self._bank.window // 2
+        padded, near = F.pad(cell, (half,) * 4), torch.arange(self._bank.window)
+        window = padded[
+            torch.arange(len(cell))[:, None, None], :, (y[:, None] + near)[:, :, None], (x[:, None] + near)[:, None, :]
+        ]  # [n, window, window, 3]
+        window = window.permute(0, 3, 1, 2).flatten(2)  # [n, 3, window²]
+        explained = (window @ self._bank.basis @ self._bank.weights.T).square_().sum(1)  # [n, k]
+        rows = explained.argmax(1), explained[:, : self._bank.drawn].argmax(1)
+        amplitude = [(window * self._bank.rows[k][:, None]).sum(2) for k in rows]  # [n, 3], exactly
+        noise = self._noise(cell, mask)
+        residual = [(total - noise) / a.square().sum(1).clamp(min=1e-9) - 1 for a in amplitude]
+        colour = ground + amplitude[1] / self._bank.norms[rows[1], None]
+        return Fit(rows[0], rows[1], residual[1] - residual[0], residual[1], colour, x, y)
+
+    def _noise(self, cell: Tensor, mask: Tensor) -> Tensor:
+        """Energy of the noise in a cell, [n]: as normal noise has where a quarter of the pixels are as the quietest quarter."""
+        energy = cell.square().sum(1).masked_fill(~mask, math.nan).flatten(1)
+        return energy.nanquantile(0.25, 1) * CHI_SQUARE * mask.sum((1, 2))
+
+    def _object(self, fit: Fit, i: int, background: int, refused: dict[str, str]) -> Object:
+        """The object that a fit found; adds to ``refused``."""
+        many = "s" if self.objects == 2 else ""
+        best, drawn = (self._bank.templates[int(k[i])] for k in (fit.best, fit.drawn))
+        colour = fit.colour[i]
+        distances = (self._colours - colour).norm(dim=1) * 255
+        c = int(distances.argmin())
+        ground = self._backgrounds[background]
+        full = self._colours[c] - ground
+        contrast = float((colour - ground) @ full / full.square().sum())
+        if float((colour - ground).norm()) * 255 < EMPTY:
+            refused["colour" + many] = refused["shape" + many] = "nothing is drawn"
+        elif distances[c] > OFF_PALETTE:
+            refused["colour" + many] = "no colour of the palette"
+        elif contrast < FAINTEST:
+            refused["colour" + many] = "faint"
+        ratios = [abs(drawn.radius / r - 1) for r in self._radii]
+        size = ratios.index(min(ratios))
+        if best.name not in SHAPES and fit.margin[i] > MARGIN:
+            refused.setdefault("shape" + many, best.name)
+        elif fit.residual[i] > RESIDUAL:
+            refused.setdefault("shape" + many, "no shape fits")
+        if min(ratios) > self._tolerance:
+            refused["size" if self.objects == 1 else "shapes"] = "size"
+        x, y = (
+            round((float(middle[i]) + shift) * self._factor + (self._factor - 1) / 2)
+            for middle, shift in ((fit.x, drawn.dx), (fit.y, drawn.dy))
+        )
+        return Object(self._sizes[size], list(COLOURS)[c], drawn.name, x, y, drawn.striped)
