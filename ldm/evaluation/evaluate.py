@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.figures import plots
-from ldm.evaluation.judges import shapes
+from ldm.evaluation.judges import shapes, strict
 from ldm.evaluation.reconstructions import reconstructed
 from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
@@ -36,6 +36,14 @@ Scores = dict[str, dict[str, float]]
 Row = dict[str, bool]  # which attributes of a picture are as asked
 
 
+class Examined(NamedTuple):
+    """A picture beside its caption."""
+
+    row: Row  # which attributes are as asked
+    seen: list[strict.Seen]  # what was asked for, and what it was read as
+    refused: dict[str, str]  # why, by attribute
+
+
 @runtime_checkable
 class Judge(Protocol):
     """Reads pictures and compares them with what their captions ask for."""
@@ -43,8 +51,12 @@ class Judge(Protocol):
     name: str  # the key of its figures in the report
     splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source); the first is seen in training
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
         """For each picture, which attributes are as asked; `all` among them."""
+        ...
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
+        """For each picture the same, what it was read as, and why it was refused."""
         ...
 
 
@@ -52,15 +64,18 @@ class _Shapes:
     splits = (("seen", "validation"), ("held_out", "held_out"))
 
     def __init__(self, side: int, objects: int, striped: bool = False) -> None:
-        self.name, self._judge = {1: "single", 2: "two"}[objects], shapes.ShapesJudge(side, objects, striped)
+        self.name, self._judge = {1: "single", 2: "two"}[objects], strict.StrictJudge(side, objects, striped)
         self._striped = striped
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
+        return [each.row for each in self.examine(images, captions)]
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
         from ldm.data.shapes import parse
 
         return [
-            shapes.agreement(r, parse(c), self._striped)
-            for r, c in zip(self._judge.read(images), captions, strict=True)
+            Examined(*strict.examined(verdict, parse(text), self._striped), verdict.refused)
+            for verdict, text in zip(self._judge.read(images), captions, strict=True)
         ]
 
 
@@ -73,10 +88,14 @@ class _Digits:
         self._judge = DigitJudge(side)
         self.about = {"classifier_on_held_out_real_digits": self._judge.held_out_accuracy}
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
+        return [each.row for each in self.examine(images, captions)]
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
         from ldm.data.digits import caption
 
-        return [{"all": caption(d) == c} for d, c in zip(self._judge.read(images), captions, strict=True)]
+        read = [caption(digit) for digit in self._judge.read(images)]
+        return [Examined({"all": r == c}, [(c, r)], {}) for r, c in zip(read, captions, strict=True)]
 
 
 JUDGES: dict[str, Callable[[int], Judge]] = {
@@ -119,8 +138,11 @@ def evaluate(
     for i, (name, split) in enumerate(judge.splits):
         captions = _captions(open_source(data, split), images)
         chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
-        rows, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        found, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        rows = [each.row for each in found]
         report["judge"][judge.name][name] = _proportions(rows)
+        report.setdefault("confusion", {})[name] = strict.confusion([pair for each in found for pair in each.seen])
+        report.setdefault("refusals", {})[name] = strict.reasons([each.refused for each in found])
         if i == len(judge.splits) - 1 and processes.main:
             _picture(run, shown, captions, rows, name, chosen)
     report |= getattr(judge, "about", {})
@@ -143,22 +165,22 @@ def _captions(source: Source, n: int) -> list[str]:
 def _judged(
     pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
     processes: Processes, first: int = 0,
-) -> tuple[list[Row], list[np.ndarray]]:  # fmt: skip
+) -> tuple[list[Examined], list[np.ndarray]]:  # fmt: skip
     """One picture of each caption, judged, and the first SHOWN pictures. ``first``: the number within the seed of the first."""
 
-    def share(mine: range) -> list[tuple[Row, np.ndarray | None]]:
+    def share(mine: range) -> list[tuple[Examined, np.ndarray | None]]:
         texts, drawn = [captions[i] for i in mine], []
         for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in mine]):
             drawn += list(to_uint8(images))
             if progress:
                 progress(len(drawn), len(mine), {})
         return [
-            (row, image if i < SHOWN else None)
-            for i, row, image in zip(mine, judge.right(np.stack(drawn), texts), drawn, strict=True)
+            (found, image if i < SHOWN else None)
+            for i, found, image in zip(mine, judge.examine(np.stack(drawn), texts), drawn, strict=True)
         ]
 
     pairs = processes.over(len(captions), share)
-    return [row for row, _ in pairs], [image for _, image in pairs if image is not None]
+    return [found for found, _ in pairs], [image for _, image in pairs if image is not None]
 
 
 def _tune(
@@ -168,8 +190,8 @@ def _tune(
     captions, tried = _captions(seen, n), []
     for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
-        rows, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
-        tried.append({"guidance_scale": scale, "all": sum(row["all"] for row in rows) / n})
+        found, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
+        tried.append({"guidance_scale": scale, "all": sum(each.row["all"] for each in found) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
     best = max(tried, key=lambda row: row["all"])  # the first, so the weakest guidance, where several are equal
     return dataclasses.replace(start, guidance_scale=best["guidance_scale"]), tried

@@ -134,5 +134,9 @@ DECOYS: dict[str, tuple[Outline, ...]] = {
     "ring with a wide hole": (less(disc(1), disc(0.66)),),
     "uneven ring": tuple(turned(less(disc(1), disc(0.5, 0, -0.22)), a) for a in _QUARTERS),
     "open ring": tuple(turned(less(_RING, lambda x, y: (x > 0) & (abs(y) < 0.2)), a) for a in _QUARTERS),
-    "square ring": (less(box(0.9, 0.9), box(0.45, 0.45)), less(box(0.9, 0.9), disc(0.5)), less(disc(1), box(0.45, 0.45))),
+    "square ring": (
+        less(box(0.9, 0.9), box(0.45, 0.45)),
+        less(box(0.9, 0.9), disc(0.5)),
+        less(disc(1), box(0.45, 0.45)),
+    ),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -12,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, SMALLEST_SIDE, STRIPE, Object, Scene, inside
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, inside
 from ldm.evaluation.judges.outlines import DECOYS, Outline
-from ldm.evaluation.judges.shapes import ShapesJudge, ordered
+from ldm.evaluation.judges.shapes import ShapesJudge, agreement, matched, ordered
 
-RESIDUAL = 0.08  # the largest accepted; set by `python benchmarks/judge.py --threshold`
+RESIDUAL = 0.05  # the largest accepted; set by `python benchmarks/judge.py --threshold`
 TOLERANCE = 0.1  # of a radius
 LOOSE_TOLERANCE = 0.2  # of a radius where captions name no size
 OFF_PALETTE = 58  # levels from a colour of the palette: half the distance of the nearest two
@@ -26,11 +28,13 @@ EMPTY = 30  # levels of contrast below which nothing is drawn
 BLUR = 0.7  # px (Gaussian σ) of pictures and templates before they are compared
 BLURS = (0.2, 0.75)  # px that templates are blurred besides, as pictures from latents are
 COMPONENTS = 128  # principal components in which the templates are weighed
-MARGIN = 0.01  # by which a decoy's residual must be smaller than a shape's
+MARGIN = 0.003  # by which a decoy's residual must be smaller than a shape's
 SIDES = 32  # larger pictures of one object are averaged down to between this side and twice of it
 STEP = 1.08  # ratio of neighbouring radii of the templates
 SMALLEST, LARGEST = 0.4, 1.3  # radii of templates, over the smallest and the largest that is drawn
 _REACH = 2  # half pixels that a template's centroid may lie from the picture's, along either axis
+NOISIEST = 3 * 0.08**2 / (4 * math.pi * BLUR**2)  # of a pixel's energy: noise of σ 0.08 after the blur
+STRAY, STRAY_SIDE = 50, 0.4  # levels; side of the square over an object's radius
 CHI_SQUARE = 3 / 1.2125  # the mean of its distribution with 3 degrees of freedom over its first quartile
 _FINE = 4  # samples per pixel along either axis
 _CHUNK = 256  # objects weighed at once
@@ -67,18 +71,20 @@ class Fit:
     """The fits of some pictures' objects.
 
     Attributes:
-        best: [n] row of the bank that fits best.
-        drawn: [n] the best among those of drawn shapes.
-        margin: [n] by how much the residual of the first is smaller.
+        shape: [n] row of the bank that fits best among those of drawn shapes.
+        decoy: [n] the best of the others.
+        margin: [n] by how much the residual of the decoy is smaller.
         residual: [n] squared error of that one over the energy that it explains.
+        stray: [n] largest mean of what is left of the cell over a square of STRAY_SIDE, levels.
         colour: [n, 3] of the object in 0…1.
         x, y: [n] the window's middle.
     """
 
-    best: Tensor
-    drawn: Tensor
+    shape: Tensor
+    decoy: Tensor
     margin: Tensor
     residual: Tensor
+    stray: Tensor
     colour: Tensor
     x: Tensor
     y: Tensor
@@ -115,10 +121,13 @@ class Bank:
         rows = torch.stack([blur(sharp, 2 * math.hypot(BLUR, sigma)) for sigma in BLURS], 1)  # σ in half pixels
         rows = rows.flatten(0, 1)
         starts = range(2 * _REACH + 1)
-        rows = torch.stack([rows[:, y:, x:][:, ::2, ::2][:, :self.window, :self.window] for y in starts for x in starts], 1)
+        rows = torch.stack(
+            [rows[:, y:, x:][:, ::2, ::2][:, : self.window, : self.window] for y in starts for x in starts], 1
+        )
         rows = rows.reshape(len(self.templates), -1)
         self.norms = rows.norm(dim=1)
         self.rows = rows / self.norms[:, None]
+        self.origin = torch.tensor([(t.dx, t.dy) for t in self.templates])  # [k, xy]
         self.basis = torch.linalg.eigh(self.rows.T @ self.rows).eigenvectors[:, -COMPONENTS:]
         self.weights = self.rows @ self.basis
 
@@ -166,8 +175,7 @@ class StrictJudge:
 
     def __init__(self, side: int, objects: int, striped: bool = False) -> None:
         self.side, self.objects = side, objects
-        self._coarse = max(1, side // SMALLEST_SIDE) if objects == 2 else 1
-        self._nearest = ShapesJudge(side // self._coarse, objects, striped)
+        self._nearest = ShapesJudge(side, objects, striped)
         self._factor = max(1, side // SIDES) if objects == 1 else 1
         self._sizes: tuple[str | None, ...] = SIZES if objects == 1 else (None,)
         self._radii = tuple(RADII[size] * side / self._factor for size in self._sizes)
@@ -178,22 +186,16 @@ class StrictJudge:
 
     def read(self, images: np.ndarray) -> list[Verdict]:
         """The verdict on each image, uint8 [n, side, side, 3]."""
-        scenes = self._nearest.read(self._averaged(images)) if self.objects == 2 else []
         verdicts: list[Verdict] = []
         with torch.inference_mode():
             for start in range(0, len(images), _CHUNK):
-                batch = torch.from_numpy(images[start : start + _CHUNK]).permute(0, 3, 1, 2).float() / 255
-                verdicts += self._verdicts(batch, scenes[start : start + _CHUNK])
+                verdicts += self._verdicts(images[start : start + _CHUNK])
         return verdicts
 
-    def _averaged(self, images: np.ndarray) -> np.ndarray:
-        """Means of squares of pixels, uint8; rows and columns that are left over are dropped."""
-        f, n = self._coarse, self.side // self._coarse
-        squares = images[:, : n * f, : n * f].reshape(len(images), n, f, n, f, 3)
-        return np.rint(squares.mean((2, 4), dtype=np.float32)).astype(np.uint8)
-
-    def _verdicts(self, batch: Tensor, scenes: list[Scene]) -> list[Verdict]:
+    def _verdicts(self, images: np.ndarray) -> list[Verdict]:
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         ground, near, share = self._ground(batch)
+        scenes = self._nearest.read(images, near.tolist()) if self.objects == 2 else []
         rest = F.avg_pool2d(batch, self._factor) - ground[..., None, None]
         rest = blur(rest, BLUR)
         cells = self._cells(scenes, rest)
@@ -224,8 +226,7 @@ class StrictJudge:
         side = rest.shape[-1]
         if not scenes:
             return torch.ones(len(rest), 1, side, side, dtype=torch.bool)
-        at = torch.tensor([[(o.x, o.y) for o in scene.objects] for scene in scenes]).float()
-        at = at * self._coarse + (self._coarse - 1) / 2  # [n, 2, xy]
+        at = torch.tensor([[(o.x, o.y) for o in scene.objects] for scene in scenes]).float()  # [n, 2, xy]
         place = torch.arange(side)
         distance = torch.maximum(
             (place - at[..., :1]).abs()[:, :, None, :], (place - at[..., 1:]).abs()[:, :, :, None]
@@ -242,27 +243,64 @@ class StrictJudge:
         y = ((energy.sum(2) * place).sum(1) / total).round().long()
         half = self._bank.window // 2
         padded, near = F.pad(cell, (half,) * 4), torch.arange(self._bank.window)
-        window = padded[
-            torch.arange(len(cell))[:, None, None], :, (y[:, None] + near)[:, :, None], (x[:, None] + near)[:, None, :]
-        ]  # [n, window, window, 3]
-        window = window.permute(0, 3, 1, 2).flatten(2)  # [n, 3, window²]
+        at = torch.arange(len(cell))[:, None, None], (y[:, None] + near)[:, :, None], (x[:, None] + near)[:, None, :]
+        window = padded.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2).flatten(2)  # [n, 3, window²]
         explained = (window @ self._bank.basis @ self._bank.weights.T).square_().sum(1)  # [n, k]
-        rows = explained.argmax(1), explained[:, : self._bank.drawn].argmax(1)
-        amplitude = [(window * self._bank.rows[k][:, None]).sum(2) for k in rows]  # [n, 3], exactly
-        noise = self._noise(cell, mask)
-        residual = [(total - noise) / a.square().sum(1).clamp(min=1e-9) - 1 for a in amplitude]
-        colour = ground + amplitude[1] / self._bank.norms[rows[1], None]
-        return Fit(rows[0], rows[1], residual[1] - residual[0], residual[1], colour, x, y)
+        shape = explained[:, : self._bank.drawn].argmax(1)
+        decoy = explained[:, self._bank.drawn :].argmax(1) + self._bank.drawn
+        outside = total - window.square().sum((1, 2)) - self._noise(cell, mask)
+        colour, left = self._refined(window, shape)
+        left_by_decoy = self._refined(window, decoy)[1]
+        fitted = (colour.norm(dim=1) * self._bank.norms[shape]).square().clamp(min=1e-9)
+        residual = (outside + left.square().sum((1, 2))) / fitted
+        margin = (left.square().sum((1, 2)) - left_by_decoy.square().sum((1, 2))) / fitted
+        padded.permute(0, 2, 3, 1)[at] = left.unflatten(2, (self._bank.window,) * 2).permute(0, 2, 3, 1)
+        stray = self._stray(padded, torch.tensor([self._bank.templates[k].radius for k in shape.tolist()]))
+        return Fit(shape, decoy, margin, residual, stray, ground + colour, x, y)
+
+    def _stray(self, left: Tensor, radius: Tensor) -> Tensor:
+        """Largest mean [n], in levels, of what fits leave, over squares of STRAY_SIDE of the objects' radii [n]."""
+        found = torch.zeros(len(left))
+        sides = (STRAY_SIDE * radius).round().clamp(min=3).int()
+        for side in sides.unique().tolist():
+            mine = sides == side
+            found[mine] = F.avg_pool2d(left[mine], side, 1).norm(dim=1).amax((1, 2)) * 255
+        return found
+
+    def _refined(self, window: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Colour over the background [n, 3] by a row [n] of the bank, and what is left of the window [n, 3, window²].
+
+        The template is moved and enlarged to first order by what lowers the error most, up to half a step of the bank.
+        """
+        width = self._bank.window
+        template = self._bank.rows[row] * self._bank.norms[row, None]
+        colour = (window * template[:, None]).sum(2) / template.square().sum(1, keepdim=True)
+        left = window - colour[..., None] * template[:, None]
+        down, across = torch.gradient(template.unflatten(1, (width, width)), dim=(1, 2))
+        middle = torch.arange(width) - width // 2
+        larger = -(
+            down * (middle[:, None] - self._bank.origin[row, 1, None, None])
+            + across * (middle - self._bank.origin[row, 0, None, None])
+        )
+        changes = torch.stack([-across, -down, larger], 1).flatten(2)  # [n, 3 changes, window²]
+        weight = colour.square().sum(1)[:, None, None].clamp(min=1e-9)
+        normal = weight * changes @ changes.transpose(1, 2) + 1e-6 * torch.eye(3)
+        wanted = (changes[:, :, None] * (left * colour[..., None])[:, None]).sum((2, 3))
+        amount = torch.linalg.solve(normal, wanted)
+        most = torch.tensor([0.3, 0.3, math.log(STEP) / 2])
+        amount = amount.clamp(-most, most)
+        moved = (amount[:, None] @ changes)[:, 0]  # [n, window²]
+        return colour, left - colour[..., None] * moved[:, None]
 
     def _noise(self, cell: Tensor, mask: Tensor) -> Tensor:
         """Energy of the noise in a cell, [n]: as normal noise has where a quarter of the pixels are as the quietest quarter."""
         energy = cell.square().sum(1).masked_fill(~mask, math.nan).flatten(1)
-        return energy.nanquantile(0.25, 1) * CHI_SQUARE * mask.sum((1, 2))
+        return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=NOISIEST) * mask.sum((1, 2))
 
     def _object(self, fit: Fit, i: int, background: int, refused: dict[str, str]) -> Object:
         """The object that a fit found; adds to ``refused``."""
         many = "s" if self.objects == 2 else ""
-        best, drawn = (self._bank.templates[int(k[i])] for k in (fit.best, fit.drawn))
+        drawn, decoy = (self._bank.templates[int(k[i])] for k in (fit.shape, fit.decoy))
         colour = fit.colour[i]
         distances = (self._colours - colour).norm(dim=1) * 255
         c = int(distances.argmin())
@@ -277,10 +315,12 @@ class StrictJudge:
             refused["colour" + many] = "faint"
         ratios = [abs(drawn.radius / r - 1) for r in self._radii]
         size = ratios.index(min(ratios))
-        if best.name not in SHAPES and fit.margin[i] > MARGIN:
-            refused.setdefault("shape" + many, best.name)
+        if fit.margin[i] > MARGIN:
+            refused.setdefault("shape" + many, decoy.name)
         elif fit.residual[i] > RESIDUAL:
             refused.setdefault("shape" + many, "no shape fits")
+        elif fit.stray[i] > STRAY:
+            refused.setdefault("shape" + many, "something is added or missing")
         if min(ratios) > self._tolerance:
             refused["size" if self.objects == 1 else "shapes"] = "size"
         x, y = (
@@ -288,3 +328,33 @@ class StrictJudge:
             for middle, shift in ((fit.x, drawn.dx), (fit.y, drawn.dy))
         )
         return Object(self._sizes[size], list(COLOURS)[c], drawn.name, x, y, drawn.striped)
+
+
+REFUSED = "refused"  # the column of a confusion matrix, and the attribute of a row, of pictures that show no scene
+Seen = tuple[str, str]  # a shape that was asked for, and the one that was read or REFUSED
+
+
+def examined(verdict: Verdict, asked: Scene, striped: bool = False) -> tuple[dict[str, bool], list[Seen]]:
+    """The attributes that a picture shows as asked, `refused` beside them, and what each shape was read as.
+
+    An attribute for which a picture is refused is wrong, and so is `all` of a refused picture.
+    """
+    row = agreement(verdict.scene, asked, striped)
+    row = {name: right and name not in verdict.refused for name, right in row.items()}
+    row["all"] = row["all"] and not verdict.refused
+    found = matched(verdict.scene, asked)[0]
+    seen = [(a.shape, REFUSED if verdict.refused else b.shape) for a, b in zip(asked.objects, found, strict=True)]
+    return row | {REFUSED: bool(verdict.refused)}, seen
+
+
+def confusion(seen: Sequence[Seen]) -> dict[str, dict[str, int]]:
+    """How often each shape that was asked for was read as which, or refused; rows and columns in a fixed order."""
+    counts = Counter(seen)
+    asked, read = sorted({a for a, _ in seen}), sorted({b for _, b in seen} - {REFUSED})
+    return {a: {b: counts[a, b] for b in [*read, REFUSED]} for a in asked}
+
+
+def reasons(refused: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """How often pictures were refused for which reason, the most frequent first; a picture may have several."""
+    counts = Counter(f"{attribute}: {reason}" for each in refused for attribute, reason in each.items())
+    return dict(counts.most_common())
