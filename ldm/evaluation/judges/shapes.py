@@ -25,6 +25,12 @@ PLAIN: Kind = (None, None)
 _CHUNK = 2**23  # hypotheses weighed at once
 
 
+def check(images: np.ndarray, side: int) -> None:
+    """Raises ValueError unless the images are uint8 [n, side, side, 3]."""
+    if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 [n, {side}, {side}, 3], got {images.dtype} {list(images.shape)}")
+
+
 class ShapesJudge:
     """Reads pictures by exhaustive template matching.
 
@@ -56,10 +62,7 @@ class ShapesJudge:
 
         ``grounds``: for two objects, the number of each image's background where it is known; the search is then faster.
         """
-        if images.ndim != 4 or images.shape[1:] != (self.side, self.side, 3) or images.dtype != np.uint8:
-            raise ValueError(
-                f"images must be uint8 [n, {self.side}, {self.side}, 3], got {images.dtype} {list(images.shape)}"
-            )
+        check(images, self.side)
         one = (self._backgrounds.shape[0] if grounds is None else 1) * self._contrasts.shape[1] * len(SHAPES)
         places = max((self.side - t.shape[-1] + 1) ** 2 for t in self._templates.values())
         step = max(1, _CHUNK // (one * places))

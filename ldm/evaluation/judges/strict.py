@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, inside
 from ldm.evaluation.judges.outlines import DECOYS, Outline
-from ldm.evaluation.judges.shapes import ShapesJudge, agreement, matched, ordered
+from ldm.evaluation.judges.shapes import ShapesJudge, agreement, check, matched, ordered
 
 RESIDUAL = 0.05  # the largest accepted; set by `python benchmarks/judge.py --threshold`
 TOLERANCE = 0.1  # of a radius
@@ -24,6 +24,7 @@ LOOSE_TOLERANCE = 0.2  # of a radius where captions name no size
 OFF_PALETTE = 58  # levels from a colour of the palette: half the distance of the nearest two
 FAINTEST = 0.7  # contrast of an object over that of the colours it is read as
 LEAST_BACKGROUND = 0.25  # of the picture
+NOTHING = "nothing is drawn"
 EMPTY = 30  # levels of contrast below which nothing is drawn
 BLUR = 0.7  # px (Gaussian σ) of pictures and templates before they are compared
 BLURS = (0.2, 0.75)  # px that templates are blurred besides, as pictures from latents are
@@ -128,7 +129,8 @@ class Bank:
         self.norms = rows.norm(dim=1)
         self.rows = rows / self.norms[:, None]
         self.origin = torch.tensor([(t.dx, t.dy) for t in self.templates])  # [k, xy]
-        self.basis = torch.linalg.eigh(self.rows.T @ self.rows).eigenvectors[:, -COMPONENTS:]
+        some = self.rows[::7]  # prime to the number of offsets and blurs: all of them occur
+        self.basis = torch.linalg.eigh(some.T @ some).eigenvectors[:, -COMPONENTS:]
         self.weights = self.rows @ self.basis
 
     def _fine(self, name: str, outline: Outline, radius: float, stripe: float | None) -> Tensor:
@@ -186,6 +188,7 @@ class StrictJudge:
 
     def read(self, images: np.ndarray) -> list[Verdict]:
         """The verdict on each image, uint8 [n, side, side, 3]."""
+        check(images, self.side)
         verdicts: list[Verdict] = []
         with torch.inference_mode():
             for start in range(0, len(images), _CHUNK):
@@ -308,7 +311,7 @@ class StrictJudge:
         full = self._colours[c] - ground
         contrast = float((colour - ground) @ full / full.square().sum())
         if float((colour - ground).norm()) * 255 < EMPTY:
-            refused["colour" + many] = refused["shape" + many] = "nothing is drawn"
+            refused["colour" + many] = refused["shape" + many] = NOTHING
         elif distances[c] > OFF_PALETTE:
             refused["colour" + many] = "no colour of the palette"
         elif contrast < FAINTEST:
@@ -321,7 +324,7 @@ class StrictJudge:
             refused.setdefault("shape" + many, "no shape fits")
         elif fit.stray[i] > STRAY:
             refused.setdefault("shape" + many, "something is added or missing")
-        if min(ratios) > self._tolerance:
+        if refused.get("shape" + many) != NOTHING and min(ratios) > self._tolerance:
             refused["size" if self.objects == 1 else "shapes"] = "size"
         x, y = (
             round((float(middle[i]) + shift) * self._factor + (self._factor - 1) / 2)
