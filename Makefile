@@ -1,4 +1,4 @@
-# Every target does its own set-up: a .venv beside this file, made once. PYTHON=/path/to/python uses that environment
+# Every target sets up its environment: a .venv beside this file, made once. PYTHON=/path/to/python uses that environment
 # instead and installs nothing.
 
 HERE := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -16,10 +16,10 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture fuzz mutants check format clean
+.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture fuzz mutants check format release clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 .venv/installed: pyproject.toml constraints.txt
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %s: Python 3.11 or newer is needed" % sys.version.split()[0])'
@@ -35,28 +35,28 @@ demo: $(READY) ## train the demo on drawn shapes and evaluate it (CPU)
 	$(LDM) train-ldm configs/demo/ldm.yaml
 	$(LDM) evaluate runs/demo
 
-demo-pixels: $(READY) ## a model of the demo's pixels and the likelihood of both (after demo)
+demo-pixels: $(READY) ## train the demo in pixel space; likelihood of both models (after demo)
 	$(LDM) train-ldm configs/demo-pixels/ldm.yaml
 	$(LDM) evaluate runs/demo --likelihood
 	$(LDM) evaluate runs/demo-pixels --likelihood
 
-demo-lora: $(READY) ## teach the demo stripes by a LoRA, and draw it (after demo)
+demo-lora: $(READY) ## train a LoRA that draws striped objects, and evaluate it (after demo)
 	$(LDM) train-ldm configs/demo-lora/ldm.yaml
 	$(LDM) evaluate runs/demo-lora
 
-digits: $(READY) ## the same on handwritten digits
+digits: $(READY) ## the demo on handwritten digits
 	$(LDM) train-autoencoder configs/digits/autoencoder.yaml
 	$(LDM) train-clip configs/digits/clip.yaml
 	$(LDM) train-ldm configs/digits/ldm.yaml
 	$(LDM) evaluate runs/digits
 
-demo-two: $(READY) ## the same on scenes of two shapes
+demo-two: $(READY) ## the demo on scenes of two shapes
 	$(LDM) train-autoencoder configs/demo-two/autoencoder.yaml
 	$(LDM) train-clip configs/demo-two/clip.yaml
 	$(LDM) train-ldm configs/demo-two/ldm.yaml
 	$(LDM) evaluate runs/demo-two
 
-textures: $(READY) ## two autoencoders, without and with adversarial loss, compared
+textures: $(READY) ## train and compare autoencoders without and with adversarial loss
 	$(LDM) train-autoencoder configs/textures/l1.yaml
 	$(LDM) train-autoencoder configs/textures/gan.yaml
 	$(LDM) compare-autoencoders runs/textures/l1 runs/textures/gan
@@ -67,16 +67,16 @@ test: $(READY) ## run the tests
 slow: $(READY) ## run the tests marked slow
 	$(PY) -m pytest -m slow
 
-signals: $(READY) ## signals × launchers × phases of training: what is saved, with which codes (10 minutes)
+signals: $(READY) ## send signals to each launcher in each phase of training; check what is saved (10 minutes)
 	$(PY) tests/signals.py
 
-torture: $(READY) ## kill training 25 times, each stage, and compare its end with an unbroken run
+torture: $(READY) ## kill each stage's training 25 times, and compare with an uninterrupted run
 	$(PY) tests/torture.py
 
-mutants: $(READY) ## plant errors in copies of the code, one at a time; the tests must find each (15 minutes)
+mutants: $(READY) ## plant errors in copies of the code, one at a time; tests must find each (15 minutes)
 	$(PY) tests/mutants.py
 
-fuzz: $(READY) ## 2,000 calls with damaged and odd input: no traceback, no hang, the right exit code (20 minutes)
+fuzz: $(READY) ## 2,000 calls with damaged or odd input: no traceback, no hang, the right exit code (20 minutes)
 	$(PY) tests/fuzz.py
 
 check: $(READY) ## formatting, lint and types, then the tests
@@ -85,9 +85,12 @@ check: $(READY) ## formatting, lint and types, then the tests
 	$(PY) -m pyright --pythonpath $(PY)
 	$(MAKE) test
 
-format: $(READY) ## format the code and mend what lint can mend
+format: $(READY) ## format the code and fix what lint can fix
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+release: $(READY) ## build sdist and wheel of this version into dist/ and tag it; refuses a dirty tree
+	PYTHON=$(PY) .ci/release
 
 clean: ## delete build leftovers; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

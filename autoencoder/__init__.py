@@ -1,4 +1,7 @@
-"""A KL autoencoder of images and its stage-1 loss; knows nothing of diffusion. Importing it imports no torch."""
+"""A KL autoencoder of images and its stage-1 loss; knows nothing of diffusion.
+
+Importing it imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ EPS = 1e-6  # of every GroupNorm here; the U-Net's differs
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 convolution on x when the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 convolution on x if channels change."""
 
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
@@ -24,7 +24,10 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Float[Tensor, "b c h w"], checkpointing: bool = False) -> Float[Tensor, "b d h w"]:
-        """Map [b, c_in, h, w] to [b, c_out, h, w]; with checkpointing the backward pass recomputes the block."""
+        """Map [b, c_in, h, w] to [b, c_out, h, w].
+
+        With checkpointing the backward pass recomputes the block.
+        """
         if checkpointing:  # no randomness inside, so no generator state to keep
             return checkpoint(self._residual, x, use_reentrant=False, preserve_rng_state=False)
         return self._residual(x)
@@ -100,12 +103,12 @@ def res_blocks(c_in: int, c_out: int, count: int, groups: int) -> nn.ModuleList:
 
 
 def attention_blocks(c: int, count: int, groups: int, attends: bool) -> nn.ModuleList:
-    """One attention block for each of ``count`` residual blocks where the level attends, else none."""
+    """One attention block for each of ``count`` residual blocks if the level attends, else none."""
     return nn.ModuleList([Attention(c, groups) for _ in range(count)] if attends else [])
 
 
 class DownLevel(nn.Module):
-    """The residual blocks of one encoder level, attention after each where it attends and, but for the last level, the halving."""
+    """One encoder level: residual blocks, each with attention if it attends, and halving but at the last."""
 
     def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()
@@ -125,8 +128,10 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The residual blocks of one decoder level (one more than the encoder's), attention after each where it attends and, but for
-    the level of full resolution, the doubling."""
+    """One decoder level: residual blocks, each with attention if it attends, and doubling.
+
+    It has one block more than the encoder's; full resolution is not doubled.
+    """
 
     def __init__(self, c_in: int, c_out: int, config: AutoencoderConfig, level: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every knob of the autoencoder and of its loss, with its range. Imports no torch."""
+"""Every setting of the autoencoder and of its loss, with its range. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
-# Upper limits of what is a size or a count: beyond any use, and below what would hang, overflow or exhaust the machine.
+# Upper limits of sizes and counts: beyond any use, and below what would hang, overflow or exhaust the machine.
 MOST_CHANNELS, MOST_LAYERS, MOST_SIDE, MOST_UPDATES = 16_384, 100, 8192, 10**9
 
 
@@ -27,7 +27,10 @@ def shown(value: Any) -> str:
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
-    """Require each named field to be a finite number ≥ ``low`` (``None`` passes); of a count, use ``between``."""
+    """Require each named field to be a finite number ≥ ``low`` (``None`` passes).
+
+    For counts use ``between``.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not (value >= low and value < math.inf):
@@ -51,7 +54,7 @@ def one_of(config: Any, choices: tuple[str, ...], *names: str) -> None:
 
 
 def divisible(channels: tuple[int, ...], groups: int) -> None:
-    """Require one to ten levels, whose channel counts are positive multiples of the GroupNorm groups, and not too large."""
+    """Require one to ten levels, whose channels are multiples of the GroupNorm groups, not too many."""
     if not 1 <= len(channels) <= 10:
         raise ConfigError(f"channels must name at least one level and at most 10, got {len(channels)}")
     for c in channels:
@@ -74,9 +77,7 @@ class AutoencoderConfig:
     layers_per_level: int = 2  # residual blocks per level of the encoder; the decoder has one more
     groups: int = 32  # GroupNorm groups
     mid_attention: bool = True  # one self-attention block at the lowest resolution
-    attention_levels: tuple[
-        int, ...
-    ] = ()  # levels with self-attention after each residual block (0: the full resolution)
+    attention_levels: tuple[int, ...] = ()  # levels with self-attention after each residual block (0: full resolution)
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_CHANNELS, "image_channels", "latent_channels", "groups")
@@ -84,12 +85,14 @@ class AutoencoderConfig:
         divisible(self.channels, self.groups)
         if not 2 <= self.factor <= 32:
             raise ConfigError(
-                f"channels has {len(self.channels)} levels, so the factor is {self.factor}: use 2 to 6 levels (factor 2 to 32)"
+                f"channels has {len(self.channels)} levels, so the factor is {self.factor}: "
+                "use 2 to 6 levels (factor 2 to 32)"
             )
         for level in self.attention_levels:
             if not 0 <= level < len(self.channels):
+                last = len(self.channels) - 1
                 raise ConfigError(
-                    f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {len(self.channels) - 1})"
+                    f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {last})"
                 )
 
     @property
@@ -105,17 +108,16 @@ PERCEPTUAL_NETS = ("alex", "vgg")
 class LossConfig:
     """Weights of the stage-1 loss (docs/equations.md L8). Every term is a MEAN per element.
 
-    A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the ratio of
-    latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is 2.1e-8 here.
+    A published weight that goes with sums per image (1e-6 in latent diffusion) converts by the
+    ratio of latent to image elements, c·h·w / (C·H·W): 1e-6 at factor 8 with 4 latent channels is
+    2.1e-8 here.
     """
 
     l1: float = 1.0
     mse: float = 0.0  # squared error, for data without fine detail; latent diffusion published none
     lpips: float = 0.0
     lpips_net: str = "vgg"
-    lpips_weights: str = (
-        "torchvision"  # a file; `torchvision`: its download cache; `random`: an untrained trunk, for tests
-    )
+    lpips_weights: str = "torchvision"  # a file; `torchvision`: its download cache; `random`: untrained, for tests
     kl: float = 2.1e-8
     gan: float = 0.0  # factor on top of the adaptive weight; 0: no discriminator
     gan_start: int = 0  # generator updates before the discriminator joins

@@ -1,4 +1,4 @@
-"""The patch discriminator of the adversarial loss (Isola et al. 2017), free of anything computed across a batch."""
+"""The patch discriminator of the adversarial loss (Isola et al. 2017), without batch statistics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ MAX_WIDENING = 8  # channels stop growing at this multiple of the first layer's
 
 
 class PatchDiscriminator(nn.Module):
-    """4×4 convolutions that say of each patch how real it looks.
+    """4×4 convolutions that give each patch a logit, positive for real.
 
-    ``layers`` convolutions of stride 2 (the first from ``channels``, doubling up to 8 ×), one of stride 1, then the
-    logits. GroupNorm over each image replaces BatchNorm, and there is no spectral norm by power iteration: a logit
-    depends on its own image only, so the loss is the same however a batch is split.
+    ``layers`` convolutions of stride 2 (the first from ``channels``, doubling up to 8 ×), one of
+    stride 1, then the logits. GroupNorm over each image replaces BatchNorm, and there is no
+    spectral norm by power iteration: a logit depends on its own image only, so the loss is the same
+    however a batch is split.
     """
 
     def __init__(self, image_channels: int, channels: int = 64, layers: int = 3) -> None:
@@ -51,7 +52,8 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Float[Tensor, "b C H W"]) -> Float[Tensor, "b 1 h w"]:
         """Return logits [b, 1, h, w], positive for real, of images in [−1, 1].
 
-        Raises ValueError if the channels differ or a side leaves no patch: at least 3 · 2^layers pixels are needed.
+        Raises ValueError if the channels differ or a side leaves no patch: at least 3 · 2^layers
+        pixels are needed.
         """
         if image.shape[1] != self.image_channels:
             raise ValueError(f"the discriminator takes {self.image_channels} image channels, got {image.shape[1]}")
@@ -59,6 +61,7 @@ class PatchDiscriminator(nn.Module):
         if not (self.patches(height) and self.patches(width)):
             least = 3 * 2**self.layers
             raise ValueError(
-                f"image {height}×{width} is too small for {self.layers} discriminator layers: each side needs at least {least} pixels"
+                f"image {height}×{width} is too small for {self.layers} discriminator layers: "
+                f"each side needs at least {least} pixels"
             )
         return self.body(image)

@@ -10,7 +10,7 @@ from autoencoder.config import AutoencoderConfig, ConfigError
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 ATTENTION_DOWN, ATTENTION_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
-# Keys that say nothing about the network: tile size, latent scale (`latent_scale`) and the dtype.
+# Keys that do not concern the network: tile size, latent scale (`latent_scale`) and dtype.
 STATISTICS = frozenset({"sample_size", "scaling_factor", "shift_factor", "force_upcast"})
 FIXED = {
     "act_fn": "silu",
@@ -26,9 +26,10 @@ COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", 
 def to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
     """Return the JSON-ready config from which diffusers' AutoencoderKL builds the same network.
 
-    ``scaling_factor`` is 1 because the latents' statistics are folded into the weights; it is written
-    out since the reader's default is 0.18215. ``sample_size`` (pixels) only sets the tile of tiled decoding;
-    ``force_upcast`` keeps readers from half precision, which is untested on these weights.
+    ``scaling_factor`` is 1 because the latents' statistics are folded into the weights; it is
+    written out since the reader's default is 0.18215. ``sample_size`` (pixels) only sets the tile
+    of tiled decoding; ``force_upcast`` keeps readers from half precision, which is untested on
+    these weights.
     """
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     return {
@@ -72,9 +73,8 @@ def from_diffusers(layout: Mapping[str, Any]) -> AutoencoderConfig:
         )
     image_channels = given.pop("in_channels", 3)
     if given.pop("out_channels", 3) != image_channels:
-        raise ConfigError(
-            f"out_channels {layout.get('out_channels', 3)} differs from in_channels {image_channels}: they must be equal"
-        )
+        out_channels = layout.get("out_channels", 3)
+        raise ConfigError(f"out_channels {out_channels} differs from in_channels {image_channels}: they must be equal")
     config = AutoencoderConfig(
         image_channels=image_channels,
         latent_channels=given.pop("latent_channels", 4),
@@ -103,18 +103,18 @@ def _check_types(layout: Mapping[str, Any]) -> None:
         ("up_block_types", str, "names"),
     ):
         values = layout.get(key, [])
-        if (
-            not isinstance(values, (list, tuple))
-            or not all(type(value) is kind for value in values)
-            or (key in layout and not values)
-        ):
+        is_list = isinstance(values, (list, tuple)) and all(type(value) is kind for value in values)
+        if not is_list or (key in layout and not values):
             raise ConfigError(f"{key} is {values!r}: expected a list of {what}, as many as down_block_types")
     if type(layout.get("mid_block_add_attention", True)) is not bool:
         raise ConfigError(f"mid_block_add_attention is {layout['mid_block_add_attention']!r}: expected true or false")
 
 
 def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels: int) -> list[bool]:
-    """Flags of the blocks with attention; takes ``key`` out of ``given``. Raises ConfigError for other blocks or another number of them."""
+    """Flags of the blocks with attention; removes ``key`` from ``given``.
+
+    Raises ConfigError for other blocks or another number of them.
+    """
     blocks = list(given.pop(key, (plain,)))
     if not set(blocks) <= {plain, attention} or len(blocks) != levels:
         raise ConfigError(
@@ -124,7 +124,12 @@ def _attends(given: dict[str, Any], key: str, plain: str, attention: str, levels
 
 
 def latent_scale(layout: Mapping[str, Any]) -> tuple[float, float]:
-    """(scale, shift) of the normalised latent (z − shift)·scale; absent, those of that class. Raises ConfigError for no such number."""
+    """(scale, shift) of the normalised latent (z − shift)·scale.
+
+    Absent keys take that class's defaults.
+
+    Raises ConfigError unless both are finite numbers and the scale is positive.
+    """
     scale, shift = layout.get("scaling_factor", 0.18215), layout.get("shift_factor")
     for key, value in (("scaling_factor", scale), ("shift_factor", 0.0 if shift is None else shift)):
         if type(value) not in (int, float) or not abs(value) <= LARGEST or (key == "scaling_factor" and value <= 0):

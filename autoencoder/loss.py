@@ -1,9 +1,10 @@
 """The stage-1 loss (docs/equations.md L8; Esser et al. 2021, eq. 4 to 7) as plain functions.
 
-Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over latent elements, hinge over
-patches. Published weights go with the reconstruction and the KL summed per image; dividing both sums by the C·H·W image
-elements leaves KL_mean · c·h·w / (C·H·W), so a published KL weight is multiplied by c·h·w / (C·H·W) to be used here
-(1e-6 at factor 8 with 4 latent and 3 image channels: 2.1e-8), see LossConfig.
+Every term is a mean per element: L1 and MSE over pixels and channels, LPIPS over images, KL over
+latent elements, hinge over patches. Published weights go with the reconstruction and the KL summed
+per image; dividing both sums by the C·H·W image elements leaves KL_mean · c·h·w / (C·H·W), so a
+published KL weight is multiplied by c·h·w / (C·H·W) to be used here (1e-6 at factor 8 with 4 latent
+and 3 image channels: 2.1e-8), see LossConfig.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def reconstruction_terms(
     config: LossConfig,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the unweighted terms ``l1``, ``kl`` (nats per latent element) and, where weighted, ``mse`` and ``lpips``.
+    """Return the unweighted terms ``l1``, ``kl`` and, if weighted, ``mse`` and ``lpips``.
 
-    Raises ValueError if config.lpips is positive and no ``perceptual`` is given.
+    ``kl`` is in nats per latent element. Raises ValueError if config.lpips is positive and no
+    ``perceptual`` is given.
     """
     terms = {"l1": reconstruction_loss(reconstruction, image), "kl": posterior.kl().mean()}
     if config.mse > 0.0:
@@ -48,10 +50,14 @@ def reconstruction_terms(
     return terms
 
 
+# Reference form: no command calls it; docs/equations.md L12 cites it, and tests compare the loss and the KL with it.
 def vae_bound(log_likelihood: Float[Tensor, " b"], posterior: DiagonalGaussian) -> Float[Tensor, " b"]:
-    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats (docs/equations.md L12).
+    """Return E_q log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x) for each image, in nats.
 
-    ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is summed over the latent.
+    docs/equations.md L12.
+
+    ``log_likelihood`` is log p(x|z), summed over the image, at draws z of the posterior; the KL is
+    summed over the latent.
     """
     return log_likelihood - posterior.kl().flatten(1).sum(1)
 
@@ -76,8 +82,9 @@ def discriminator_hinge(
 def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor) -> Float[Tensor, ""]:
     """Return ‖∇rec‖ / (‖∇gan‖ + 1e-4) clamped to [0, 1e4], detached (Esser et al. 2021, eq. 7).
 
-    Takes the gradients at the decoder's last layer, of one shape, already averaged over the global batch: the norm
-    of an average is not the average of norms, so a per-process value would depend on the number of processes.
+    Takes the gradients at the decoder's last layer, of one shape, already averaged over the global
+    batch: the norm of an average is not the average of norms, so a per-process value would depend
+    on the number of processes.
     """
     rec_norm, gan_norm = rec_grad.detach().norm(), gan_grad.detach().norm()
     return (rec_norm / (gan_norm + GRADIENT_FLOOR)).clamp(0.0, ADAPTIVE_MAX)

@@ -12,9 +12,8 @@ from autoencoder.posterior import DiagonalGaussian
 DATA_RANGE = 2.0
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-ACTIVE_VARIANCE = (
-    0.01  # of the posterior mean over the set, above which a latent channel is used (Burda et al. 2016, section 5.2)
-)
+# Variance of the posterior mean over the set above which a latent channel is active (Burda et al. 2016, section 5.2).
+ACTIVE_VARIANCE = 0.01
 
 
 def psnr(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
@@ -24,10 +23,11 @@ def psnr(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tens
 
 
 def ssim(a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
-    """Return the structural similarity of each pair of images (Wang et al. 2004, eq. 13), averaged over the channels.
+    """Return the structural similarity of each pair of images, averaged over the channels.
 
-    11×11 Gaussian windows of σ = 1.5 that lie wholly inside the image, statistics without the n/(n−1) correction,
-    K₁ = 0.01, K₂ = 0.03. Raises ValueError for a side below 11 pixels: there is no window then.
+    Wang et al. 2004, eq. 13. 11×11 Gaussian windows of σ = 1.5 that lie wholly inside the image,
+    statistics without the n/(n−1) correction, K₁ = 0.01, K₂ = 0.03. Raises ValueError for a side
+    below 11 pixels: there is no window then.
     """
     if min(a.shape[2:]) < SSIM_WINDOW:
         raise ValueError(
@@ -57,8 +57,8 @@ def high_frequency_energy(
 ) -> Float[Tensor, " b"]:
     """Return each reconstruction's spectral energy above half of Nyquist divided by the original's.
 
-    A frequency counts when it exceeds 1/4 cycle per pixel along either axis. Below 1: blurred; above 1: invented
-    detail. Not finite where the original has none.
+    A frequency counts when it exceeds 1/4 cycle per pixel along either axis. Below 1: blurred;
+    above 1: invented detail. Not finite where the original has none.
     """
     return _high_energy(reconstruction) / _high_energy(image)
 

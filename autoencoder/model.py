@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): images to latents and back."""
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoencoder.posterior import DiagonalGaussian
 
 
 class Encoder(nn.Module):
-    """Image to unnormalised moments: levels of residual blocks at falling resolution, then the mid block."""
+    """Image to unnormalised moments: levels of falling resolution, then the mid block."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def _start_plain(self) -> None:
-        """Let training begin near a linear map (residual blocks add little) with posterior deviations of about e⁻³.
+        """Start near a linear map (residual blocks add little), with posterior deviations near e⁻³.
 
-        With PyTorch's own initial values the posterior is N(≈0, 1), and the first hundreds of updates go into being heard
-        above that noise.
+        With PyTorch's own initial values the posterior is N(≈0, 1), and the first hundreds of
+        updates are spent on making the signal exceed that noise.
         """
         for module in self.modules():
             if isinstance(module, ResBlock):
@@ -93,11 +93,12 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def whiten(self, latent: Float[Tensor, "b c h w"]) -> None:
-        """Before training: give the posterior means ``latent`` zero mean and the identity as covariance over channels.
+        """Before training: give the posterior means zero mean and unit covariance over channels.
 
-        ``latent`` is what encode returns for some training images; only the encoder's 1×1 convolution changes, in place.
-        At random weights the channels nearly repeat each other, and training leaves them so: some of the latent's few
-        channels then carry next to nothing. Computed in float64.
+        ``latent`` holds the means that encode returns for some training images; only the encoder's
+        1×1 convolution changes, in place. At random weights the channels are nearly copies of each
+        other, and training leaves them so: some of the latent's few channels then carry next to
+        nothing. Computed in float64.
         """
         c = self.config.latent_channels
         values = _float64(latent.transpose(0, 1).flatten(1))
@@ -106,7 +107,10 @@ class AutoencoderKL(nn.Module):
         self._map_mean((axes / variances.clamp(min=floor).sqrt()).T, values.mean(1))
 
     def _map_mean(self, matrix: Float[Tensor, "c c"], mean: Float[Tensor, " c"]) -> None:
-        """Let encode return matrix · (μ − mean) where it returned the posterior mean μ. Both are float64 on the CPU."""
+        """Let encode return matrix · (μ − mean) in place of the posterior mean μ.
+
+        Both are float64 on the CPU.
+        """
         c = self.config.latent_channels
         weight, bias = (_float64(p) for p in (self.quant_conv.weight, _bias(self.quant_conv)))
         weight[:c, :, 0, 0] = matrix @ weight[:c, :, 0, 0]
@@ -122,7 +126,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, image: Float[Tensor, "b C H W"]) -> DiagonalGaussian:
         """Return the posterior over latents [b, c, H/f, W/f] of images in [−1, 1].
 
-        Raises ValueError if a side is not a multiple of the factor f or the channels differ from the config's.
+        Raises ValueError if a side is not a multiple of the factor f or the channels differ from
+        the config's.
         """
         factor = self.config.factor
         if image.shape[1] != self.config.image_channels:
@@ -149,7 +154,8 @@ class AutoencoderKL(nn.Module):
     ) -> tuple[Float[Tensor, "b C H W"], DiagonalGaussian]:
         """Return the reconstruction of images and their posterior.
 
-        ``noise`` is standard normal, shaped like the latent; without it the posterior mean is decoded.
+        ``noise`` is standard normal, shaped like the latent; without it the posterior mean is
+        decoded.
         """
         posterior = self.encode(image)
         return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior
@@ -160,13 +166,14 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def fold_statistics(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Fold the latents' per-channel mean m and standard deviation s into the 1×1 convolutions, in place.
+        """Fold the latents' per-channel mean m and deviation s into the 1×1 convolutions, in place.
 
-        Afterwards encode returns (mean − m)/s and logvar − 2 log s, and decode(z) is the former decode(z·s + m):
-        latents have zero mean and unit variance when s² = Var(mean) + E[posterior variance], and
-        decode(encode(x)) is unchanged to rounding. The clamp of the log-variance to [−30, 20] is not folded:
-        an element outside it before or after keeps its mean and gets the limit as its log-variance.
-        Computed in float64, then cast. Raises ValueError for wrong shapes, std ≤ 0 or non-finite values.
+        Afterwards encode returns (mean − m)/s and logvar − 2 log s, and decode(z) is the former
+        decode(z·s + m): latents have zero mean and unit variance when s² = Var(mean) + E[posterior
+        variance], and decode(encode(x)) is unchanged to rounding. The clamp of the log-variance to
+        [−30, 20] is not folded: an element outside it before or after keeps its mean and gets the
+        limit as its log-variance. Computed in float64, then cast. Raises ValueError for wrong
+        shapes, std ≤ 0 or non-finite values.
         """
         c = self.config.latent_channels
         if mean.shape != (c,) or std.shape != (c,):
@@ -189,11 +196,10 @@ class AutoencoderKL(nn.Module):
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    return (
-        tensor.detach().cpu().double().clone()
-    )  # on the CPU: some devices have no float64; a copy, whatever the dtype was
+    # on the CPU, since some devices have no float64; a copy, whatever the dtype was
+    return tensor.detach().cpu().double().clone()
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None  # every convolution here has one; the type of nn.Conv2d does not say so
+    assert conv.bias is not None  # every convolution here has one, which the type of nn.Conv2d leaves open
     return conv.bias

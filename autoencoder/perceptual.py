@@ -21,12 +21,15 @@ RANDOM_SEED = 0
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS distance between images, frozen wholly; gradients flow to the images.
+    """LPIPS distance between images, all weights frozen; gradients flow to the images.
 
-    ``weights`` is the torchvision trunk's file, ``torchvision`` for the file in torchvision's download cache, or
-    ``random`` for an untrained trunk of fixed seed, whose value means nothing (``meaningful`` is False). The linear
-    heads are those of the installed lpips. Nothing is downloaded.
-    Raises ConfigError if the net is unknown, or the file is missing, not a whole state dict of that network, or not finite.
+    ``weights`` is the torchvision trunk's file, ``torchvision`` for the file in torchvision's
+    download cache, or ``random`` for an untrained trunk of fixed seed, whose distances are
+    meaningless (``meaningful`` is False). The linear heads are those of the installed lpips.
+    Nothing is downloaded.
+
+    Raises ConfigError if the net is unknown, or if the file is missing, not a whole state dict of
+    that network, or not finite.
     """
 
     def __init__(self, net: str = "vgg", weights: str | Path = "torchvision") -> None:
@@ -36,13 +39,9 @@ class PerceptualLoss(nn.Module):
         self.net = net
         self.meaningful = str(weights) != "random"
         network = _read(_locate(net, weights), net) if self.meaningful else None
-        with (
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):  # building a network draws from the global generator
-            warnings.filterwarnings(
-                "ignore", "(The parameter 'pretrained'|Arguments other than a weight enum)"
-            )  # lpips' spelling
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # building draws from the global generator
+            # lpips calls torchvision in a deprecated way
+            warnings.filterwarnings("ignore", "(The parameter 'pretrained'|Arguments other than a weight enum)")
             torch.default_generator.manual_seed(RANDOM_SEED)
             self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         if network is not None:
@@ -51,14 +50,14 @@ class PerceptualLoss(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        """Stay in evaluation mode: the heads hold dropout, and a frozen measure has no training mode."""
+        """Stay in evaluation mode: the heads hold dropout, and a frozen metric does not train."""
         return super().train(False)
 
     def forward(self, a: Float[Tensor, "b C H W"], b: Float[Tensor, "b C H W"]) -> Float[Tensor, " b"]:
         """Return the distance of each pair of images in [−1, 1], shape [b].
 
-        One channel is repeated to three. Raises ValueError for other channel counts than 1 and 3, and for
-        sides below 31 pixels (alex) or 16 (vgg).
+        One channel is repeated to three. Raises ValueError for other channel counts than 1 and 3,
+        and for sides below 31 pixels (alex) or 16 (vgg).
         """
         if a.shape[1] not in (1, 3):
             raise ValueError(
@@ -67,7 +66,8 @@ class PerceptualLoss(nn.Module):
         least = SMALLEST[self.net]
         if min(a.shape[2:]) < least:
             raise ValueError(
-                f"image {a.shape[2]}×{a.shape[3]} is too small for LPIPS with {self.net}: each side needs at least {least} pixels"
+                f"image {a.shape[2]}×{a.shape[3]} is too small for LPIPS with {self.net}: "
+                f"each side needs at least {least} pixels"
             )
         if a.shape[1] == 1:
             a, b = a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)
@@ -75,11 +75,8 @@ class PerceptualLoss(nn.Module):
 
 
 def _locate(net: str, weights: str | Path) -> Path:
-    path = (
-        Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION_FILES[net]
-        if str(weights) == "torchvision"
-        else Path(weights)
-    )
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION_FILES[net]
+    path = cached if str(weights) == "torchvision" else Path(weights)
     if not path.is_file():
         raise ConfigError(
             f"LPIPS weights not found at {path}: put torchvision's {TORCHVISION_FILES[net]} there, "
@@ -89,15 +86,14 @@ def _locate(net: str, weights: str | Path) -> Path:
 
 
 def _read(path: Path, net: str) -> nn.Module:
-    """The whole torchvision network in the file, strictly: a file of something else must not pass for weights."""
+    """The whole torchvision network in the file, strictly: no other file may pass for it."""
     expected = f"expected the whole state dict of torchvision's {net} ({TORCHVISION_FILES[net]})"
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # whatever torch raises for a file of something else
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for other files
         raise ConfigError(f"LPIPS weights {path} cannot be read ({type(error).__name__}): {expected}") from error
     with torch.device("meta"):  # takes no memory and draws no numbers
         network = BUILDERS[net](weights=None)
@@ -112,6 +108,9 @@ def _read(path: Path, net: str) -> nn.Module:
 
 
 def _load_trunk(trunk: nn.Module, network: nn.Module) -> None:
-    """Copy the convolutions in; lpips numbers them by slice and by torchvision's index in ``features``."""
+    """Copy the convolutions in.
+
+    They are numbered in lpips by slice and by torchvision's index in ``features``.
+    """
     features = network.get_submodule("features").state_dict()
     trunk.load_state_dict({key: features[key.split(".", 1)[1]] for key in trunk.state_dict()}, strict=True)

@@ -1,4 +1,4 @@
-"""The encoder's answer: a Gaussian with diagonal covariance at each latent element."""
+"""The encoder's output: a Gaussian with diagonal covariance over the latent elements."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LOGVAR_MIN, LOGVAR_MAX = (
-    -30.0,
-    20.0,
-)  # the limits of the published checkpoints; a wider range overflows exp in half precision
+# the limits of the published checkpoints; a wider range overflows exp in half precision
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,19 @@ class DiagonalGaussian:
 
     @property
     def moments(self) -> Float[Tensor, "b c2 h w"]:
-        """Mean and (clamped) log-variance along the channels, [b, 2c, h, w]: what a latent cache stores."""
+        """Mean and clamped log-variance along the channels, [b, 2c, h, w], as a latent cache keeps them."""
         return torch.cat([self.mean, self.logvar], dim=1)
 
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return mean + std · noise for standard normal noise (Kingma & Welling 2014, section 2.4)."""
+        """Return mean + std · noise for standard normal noise.
+
+        Kingma & Welling 2014, section 2.4.
+        """
         return self.mean + self.std * noise
 
     def kl(self) -> Float[Tensor, "b c h w"]:
-        """KL(q(z|x) ‖ N(0, I)) of each element, in nats: ½(μ² + σ² − 1 − log σ²) (docs/equations.md L12)."""
+        """KL(q(z|x) ‖ N(0, I)) of each element, in nats: ½(μ² + σ² − 1 − log σ²).
+
+        docs/equations.md L12.
+        """
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)

@@ -1,8 +1,9 @@
-"""A trained folder drawn by us and by diffusers from the same noise: the two grids and the largest difference.
+"""Draw from a trained model folder with our pipeline and diffusers' from the same noise, and compare.
 
-python benchmarks/diffusers_side_by_side.py runs/demo --out docs/pictures/diffusers.png
+    python benchmarks/diffusers_side_by_side.py runs/demo --out docs/pictures/diffusers.png
 
-The folder's scheduler is replaced by DDIM where it is another; `--steps` and `--guidance-scale` are those of both.
+Both sample with DDIM, whatever the folder's scheduler. Writes the two grids and prints the largest
+difference of a pixel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm.config import DiffusionTrainingConfig, load
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.evaluation.figures.plots import captioned
@@ -43,12 +44,12 @@ def main() -> None:
     )
     pictures = np.concatenate([to_uint8(images) for images in ours.sample(prompts, settings)])
 
-    theirs = StableDiffusionPipeline.from_pretrained(find_model(arguments.run))
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
-    theirs.set_progress_bar_config(disable=True)
+    diffusers = StableDiffusionPipeline.from_pretrained(find_model(arguments.run))
+    diffusers.scheduler = DDIMScheduler.from_config(diffusers.scheduler.config)
+    diffusers.set_progress_bar_config(disable=True)
     side = ours.sample_size // ours.factor
-    noise = np.stack([streams.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
-    drawn = theirs(
+    noise = np.stack([rng.normal(SEED, "sample/x_T", i, (ours.unet.in_channels, side, side)) for i in range(COUNT)])
+    drawn = diffusers(
         prompts,
         num_inference_steps=steps,
         guidance_scale=settings.guidance_scale,
@@ -57,9 +58,8 @@ def main() -> None:
     )
     other = (drawn.images * 255).round().astype(np.uint8)
     difference = np.abs(pictures.astype(int) - other.astype(int))
-    print(
-        f"{COUNT} images, DDIM {steps} steps, guidance {settings.guidance_scale:g}: largest difference {difference.max()} of 255"
-    )
+    sampled = f"{COUNT} images, DDIM {steps} steps, guidance {settings.guidance_scale:g}"
+    print(f"{sampled}: largest difference {difference.max()} of 255")
     rows = np.concatenate([pictures[:8], other[:8], pictures[8:], other[8:]])
     labels = [f"{who}: {p}" for half in (prompts[:8], prompts[8:]) for who in ("ours", "diffusers") for p in half]
     captioned(rows, labels, arguments.out or arguments.run / "diffusers.png", columns=8)

@@ -1,12 +1,15 @@
-"""How far training on two processes is from training on one, and after a change of their number in the middle of a run.
+"""Deviation of training on two processes from training on one, also with the number changed within a run.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=.:tests python benchmarks/elastic.py
+    OMP_NUM_THREADS=1 PYTHONPATH=.:tests:tests/training python benchmarks/elastic.py
 
-The tiny stages of tests/training/test_ranks.py, on the CPU: 4 updates by one process, then 50 more. By one process as one batch of 8, with
-which the rest is compared; by one with accumulation; by two; and with the number of processes changed after 25. Gradients: the largest
-deviation over the largest gradient of the same network, in the first update (equal weights) and in that after the first 25 (weights
-that far apart). Losses: the largest deviation of a logged loss or validation figure, and the same over the largest value of that
-figure (the mean logits of the adversary are near 0). Weights: the largest deviation of a parameter at the end, over the largest
+The tiny stages of tests/training/test_ranks.py on the CPU: 4 updates by one process, then 50 more, by one
+process as one batch of 8 (the reference), by one with accumulation, by two, and with the number of
+processes changed after 25.
+
+Gradients: largest deviation over the largest gradient of the same network, in the first update (equal
+weights) and in the one after 25 (weights that have drifted apart). Losses: largest deviation of a logged
+loss or validation metric, absolute and over the largest value of that metric (the mean logits of the
+discriminator are near 0). Weights: largest deviation of a parameter at the end, over the largest
 parameter of the same network.
 """
 
@@ -28,7 +31,7 @@ VARIANTS = {
 
 
 def loss_deviation(place: Path, straight: Path, after: int) -> tuple[float, float]:
-    """The largest deviation of a logged figure, and the largest over the largest value of that figure."""
+    """Largest deviation of a logged metric, absolute and over the largest value of that metric."""
     found, expected = losses(place / "run", after), losses(straight / "run", after)
     largest = {k: max(abs(line.get(k, 0.0)) for line in expected) for line in expected for k in line}
     apart = [(abs(a[k] - b[k]), largest[k] or 1.0) for a, b in zip(found, expected, strict=True) for k in b]
@@ -36,7 +39,7 @@ def loss_deviation(place: Path, straight: Path, after: int) -> tuple[float, floa
 
 
 def weight_deviation(place: Path, straight: Path) -> float:
-    """The largest deviation of a parameter over the largest parameter, in any network."""
+    """Largest deviation of a parameter over the largest parameter of its network."""
     last = f"run/checkpoints/step-{BASE + UPDATES:08d}"
     shares = []
     for file in (straight / last).glob("model_*.safetensors"):
@@ -47,14 +50,15 @@ def weight_deviation(place: Path, straight: Path) -> float:
 
 
 def main() -> None:
+    """Train all variants and print a table."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         configured(folder)
         trained(folder)
-        print(
-            "| stage | processes × batch | gradients, first update | 25 updates later | losses | over the largest | weights at the end |"
-        )
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        columns = ["stage", "processes × batch", "gradients, first update", "25 updates later"]
+        columns += ["losses", "over the largest", "weights at the end"]
+        print(f"| {' | '.join(columns)} |")
+        print(f"| {' | '.join(['---'] * len(columns))} |")
         for name in TREES:
             for variant, text in VARIANTS.items():
                 if variant in ("1x2", "2x2") and name not in ACCUMULATED:
@@ -64,8 +68,9 @@ def main() -> None:
                 first = f"{largest_share(place, straight, BASE):.1e}" if after == BASE else "–"
                 later = f"{largest_share(place, straight, MIDDLE):.1e}"
                 absolute, relative = loss_deviation(place, straight, after)
-                figures = f"{absolute:.1e} | {relative:.1e} | {weight_deviation(place, straight):.1e}"
-                print(f"| {name} | {text} | {first} | {later} | {figures} |", flush=True)
+                weights = weight_deviation(place, straight)
+                results = f"{absolute:.1e} | {relative:.1e} | {weights:.1e}"
+                print(f"| {name} | {text} | {first} | {later} | {results} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What gradient checkpointing saves and costs: peak memory of a training step, and its time, as ratios side by side.
+"""Gradient checkpointing: its saving of peak memory and its cost in time, as ratios.
 
     python benchmarks/gradient_checkpointing.py
 
-Peak memory is the resident set of a process of its own, over what it was before the step; gradients are compared.
+Peak memory is that of a fresh process above its resident set before the step; gradients are compared.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {"U-Net
 
 
 def step(name: str, flag: bool) -> tuple[float, float, list[list[float]]]:
-    """In a fresh process: megabytes at the peak over those before, seconds of a step (median), and some gradients."""
+    """Run in a fresh process: peak megabytes above those before, median seconds of a step, some gradients."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     network, loss = CASES[name]()
@@ -61,7 +61,7 @@ def step(name: str, flag: bool) -> tuple[float, float, list[list[float]]]:
 
 
 def main() -> None:
-    """Both networks, without and with."""
+    """Measure both networks without and with checkpointing."""
     for name in CASES:
         measured = []
         for flag in (False, True):

@@ -1,11 +1,12 @@
-"""The strict judge of drawn shapes on pictures whose truth is known: real, degraded, and wrong in one way each.
+"""The strict judge of drawn shapes on images whose truth is known: real, degraded, and wrong in one way each.
 
     python benchmarks/judge.py [--objects 1 2] [--side 32 64] [--images 500]
-    python benchmarks/judge.py --threshold [--autoencoder RUN ...]    residuals of real drawings, degraded or reconstructed
-    python benchmarks/judge.py --pictures FOLDER                      grids for the eye, with what the judge says of each picture
+    python benchmarks/judge.py --threshold [--autoencoder RUN ...]
+    python benchmarks/judge.py --pictures FOLDER
 
-The first prints the table of docs/results.md. --threshold prints the quantiles from which ``RESIDUAL`` of
-``ldm.evaluation.judges.strict`` was set; --autoencoder adds the reconstructions of a finished autoencoder run. Seeds are fixed.
+The first command prints the table of docs/results.md; the second the residuals of real drawings, degraded and (with
+--autoencoder) reconstructed by a finished run, from which ``RESIDUAL`` of ``ldm.evaluation.judges.strict`` is set; the
+third writes grids to look at, with the judge's verdict below each image. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -121,9 +122,8 @@ def blob(shape: str, rng: np.random.Generator) -> Outline:
 
     def outline(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         angle = np.arctan2(y, x)
-        return np.hypot(x, y) <= 0.8 + sum(
-            d * np.cos((k + 2) * angle + p) for k, (d, p) in enumerate(zip(depth, phase))
-        )
+        swings = [depth[k] * np.cos((k + 2) * angle + phase[k]) for k in range(3)]
+        return np.hypot(x, y) <= 0.8 + sum(swings)
 
     return outline
 
@@ -174,8 +174,7 @@ def rounded(shape: str, rng: np.random.Generator) -> Outline:
     if shape == "ring":
         return lambda x, y: superellipse(x, y, 5) & ~_disc(0.5)(x, y)
     lobes, depth = {"triangle": (3, 0.13), "star": (5, 0.25), "cross": (4, 0.3)}[shape]
-    turn = 0 if shape != "cross" else 0
-    return lambda x, y: np.hypot(x, y) <= 0.75 * (1 + depth * np.cos(lobes * (np.arctan2(x, -y) + turn)))
+    return lambda x, y: np.hypot(x, y) <= 0.75 * (1 + depth * np.cos(lobes * np.arctan2(x, -y)))
 
 
 def other_shape(shape: str, rng: np.random.Generator) -> Outline:
@@ -383,16 +382,19 @@ def decoys(objects: int, side: int, asked: list[Scene]) -> Iterator[tuple[str, n
 # ---------------------------------------------------------------- what a weak model draws
 
 
+def eroded(outline: Outline, rng: np.random.Generator) -> Outline:
+    """The outer part of a sector of 80° is missing, from nothing to most of it."""
+    lost, sector, start = rng.uniform(0, 1), _sector(rng.uniform(0, 360), 80), rng.uniform(0.3, 0.8)
+    return lambda x, y: outline(x, y) & ~(sector(x, y) & (np.hypot(x, y) > 1.1 - lost * (1.1 - start)))
+
+
 def weak(side: int, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """One object as a model draws it that is not trained enough: one or two faults, each from none to plain."""
     o, ground = scene.objects[0], np.array(BACKGROUNDS[scene.background], float)
     radius, faults = RADII[o.size] * side, set(rng.choice(["warp", "blend", "round", "part", "uneven", "size"], 2))
     outline: Outline = partial(inside, o.shape)
     if "part" in faults:
-        lost, sector, start = rng.uniform(0, 1), _sector(rng.uniform(0, 360), 80), rng.uniform(0.3, 0.8)
-        outline = lambda x, y, whole=outline: (
-            whole(x, y) & ~(sector(x, y) & (np.hypot(x, y) > 1.1 - lost * (1.1 - start)))
-        )  # noqa: E731
+        outline = eroded(outline, rng)
     if "warp" in faults:
         outline = warped(outline, rng.uniform(0, 0.16), rng)
     mask = cover(outline, side, o.x, o.y, radius * (rng.uniform(0.8, 1.25) if "size" in faults else 1))
@@ -453,9 +455,7 @@ def table(objects: list[int], sides: list[int], n: int) -> None:
             rows = {name: judged(judge, change(real), asked) for name, change in DEGRADED.items()}
             rows |= {f"decoy: {name}": judged(judge, images, asked) for name, images in decoys(many, side, asked)}
             columns[many, side] = rows
-    print(
-        f"{n} pictures of each kind; the share that is accepted as what was asked for, and in brackets the share refused\n"
-    )
+    print(f"{n} images of each kind: share accepted as what was asked for (share refused)\n")
     print("| pictures |" + "".join(f" {'one object' if m == 1 else 'two objects'}, {side} px |" for m, side in columns))
     print("| --- |" + " --- |" * len(columns))
     for name in dict.fromkeys(name for rows in columns.values() for name in rows):

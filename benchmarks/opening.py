@@ -1,11 +1,12 @@
-"""Time and peak memory of opening a full-size Stable Diffusion 1.5 of random weights, ours beside diffusers'.
+"""Time and peak memory of opening a full-size Stable Diffusion 1.5 with random weights, beside diffusers.
 
     python benchmarks/opening.py [--what unet] [--rounds 5] [--folder /where/5/GB/fit]
 
-The pipeline folder is written once and deleted afterwards (4.3 GB in float32). Every opening is a process of its own,
-the two in turn, with a warm page cache and imports done before the clock starts. Memory is the resident set over that before:
-at its peak, and what of it is anonymous, that is not the file's own pages, which the system can drop. "open" ends with a module
-that could be called; "touched" after a sum over every parameter.
+The pipeline folder is written once and deleted afterwards (4.3 GB in float32). Every opening is a fresh
+process, the two in turn, with a warm page cache and imports done before the clock starts. Memory is the
+resident set above that before opening: its peak, and its anonymous part (without pages of the file, which
+the system can drop). "open" ends with a module that can be called, "touched" after a sum over every
+parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from ldm.interop.bundle import UNET
 from ldm.interop.diffusers.folder import read_part, write_folder
 from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.interop.weights import fill
-from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 
 COLUMNS = ("open, s", "open, peak MB", "open, anonymous MB", "touched, s", "touched, peak MB", "touched, anonymous MB")
@@ -38,17 +38,17 @@ def prepare(folder: Path) -> None:
 
 
 def ours(folder: Path, what: str) -> list[torch.nn.Module]:
-    """As a pipeline does it: built without memory, given the mapped tensors."""
+    """Open as our pipeline does: modules built without memory, then given memory-mapped tensors."""
     if what == "pipeline":
         pipe = Pipeline.from_pretrained(folder, "cpu")
         assert pipe.codec and pipe.text
         return [pipe.unet, pipe.codec.autoencoder, pipe.text.model]
     part, _ = read_part(folder / UNET, UNET)
-    return [fill(lambda: UNet(*unet_from_diffusers(part.config)), part)]
+    return [fill(unet_from_diffusers(part.config).make, part)]
 
 
 def theirs(folder: Path, what: str) -> list[torch.nn.Module]:
-    """Their way that takes least memory."""
+    """Open as diffusers does with the least memory."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     if what == "pipeline":
@@ -58,22 +58,22 @@ def theirs(folder: Path, what: str) -> list[torch.nn.Module]:
 
 
 def memory(key: str) -> float:
-    """A line of this process's status, in MB."""
+    """An entry of the status of this process, in MB."""
     match = re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())
     assert match
     return int(match[1]) / 1024
 
 
 def measure(who: str, folder: Path, what: str) -> tuple[float, ...]:
-    """In a fresh process: COLUMNS."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401  # both processes hold the same modules
+    """Measure COLUMNS; run in a fresh process."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401  # both processes import the same modules
 
     from ldm.models.text import TextEncoder  # noqa: F401
 
     torch.set_num_threads(1)
     open_ = {"ours": ours, "theirs": theirs}[who]
     rss, anonymous = memory("VmRSS"), memory("RssAnon")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()
     modules = open_(folder, what)
     opened = (time.perf_counter() - start, memory("VmHWM") - rss, memory("RssAnon") - anonymous)
@@ -83,7 +83,7 @@ def measure(who: str, folder: Path, what: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Both in turn, the medians and their ratio."""
+    """Measure both in turn; print medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("pipeline", "unet"), default="pipeline")
     parser.add_argument("--rounds", type=int, default=5)
@@ -100,9 +100,9 @@ def main() -> None:
     print(f"{arguments.what}, float32, {arguments.rounds} rounds, medians (lowest to highest)")
     print(f"{'':24}{'ours':>30}{'diffusers':>30}{'ours/theirs':>14}")
     for i, column in enumerate(COLUMNS):
-        mine, other = ([row[i] for row in measured[who]] for who in measured)
-        a, b = statistics.median(mine), statistics.median(other)
-        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (mine, other)]
+        values = [[row[i] for row in rows] for rows in measured.values()]
+        a, b = map(statistics.median, values)
+        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in values]
         print(f"{column:24}{cells[0]:>30}{cells[1]:>30}{a / b:>14.3f}")
 
 

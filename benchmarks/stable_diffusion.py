@@ -1,10 +1,11 @@
-"""A full-size Stable Diffusion 1.5 or 2.1 of random weights: converted there and back, and drawn by us and by diffusers.
+"""A full-size Stable Diffusion 1.5 or 2.1 with random weights, converted there and back, drawn beside diffusers.
 
     python benchmarks/stable_diffusion.py sd1 [--size 256] [--folder /where/10/GB/fit]
 
-Writes a pipeline folder in float32 (4.3 or 5.2 GB) and a single file of the same size, deleted afterwards. Prints the time and
-peak memory of `ldm convert --verify`, and the largest difference of a pixel between the two pictures of one noise, DDIM 10
-steps, guidance 7.5. The weights are random, and so is the picture: its spread is printed, to show that it is one.
+Writes a pipeline folder in float32 (4.3 or 5.2 GB) and a single file of the same size, both deleted
+afterwards. Prints time and peak memory of `ldm convert --verify`, and the largest difference of a pixel
+between the two images from the same noise (DDIM, 10 steps, guidance 7.5). The weights are random and so
+is the image: its spread is printed to show that it is not constant.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import to_diffusers
 from ldm.config import DiffusionTrainingConfig, ScheduleConfig, load
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.compvis.names import shapes_of
 from ldm.interop.diffusers.folder import write_folder
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.models.text import save_tokenizer
+from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 
 VOCABULARY = 49408
@@ -70,26 +72,21 @@ def main() -> None:
         write_folder(random_bundle(arguments.model), folder)
         for source, target in ((folder, single), (single, back)):
             started = time.monotonic()
-            subprocess.run(
-                [sys.executable, "-m", "ldm.cli.main", "convert", str(source), str(target), "--verify"],
-                check=True,
-                cwd=ROOT,
-            )
+            command = [sys.executable, "-m", "ldm", "convert", str(source), str(target), "--verify"]
+            subprocess.run(command, check=True, cwd=ROOT)
+            seconds = time.monotonic() - started
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-            print(
-                f"{source.name} to {target.name}: {time.monotonic() - started:.0f} s, peak memory so far {peak:.2f} GiB",
-                flush=True,
-            )
+            print(f"{source.name} to {target.name}: {seconds:.0f} s, peak memory so far {peak:.2f} GiB", flush=True)
         single.unlink()
         draw(back, arguments.size)
 
 
 def random_bundle(model: str) -> Bundle:
-    """The configurations of configs/sd1 or sd2 with random weights, scaled so that signals neither die nor explode."""
+    """The networks of configs/sd1 or sd2 with random weights, scaled to keep activations near unit variance."""
     config = load(DiffusionTrainingConfig, ROOT / f"configs/{model}/ldm.yaml")
     text = CLIPTextConfig(**TEXT_SIZES[model], vocab_size=VOCABULARY, projection_dim=512).to_dict()
     configs = {
-        UNET: unet_to_diffusers(config.unet, 4, 4, text["hidden_size"], 64),
+        UNET: unet_to_diffusers(NetworkSpec(config.unet, 4, 4, text["hidden_size"]), 64),
         VAE: {**to_diffusers(AutoencoderConfig()), "sample_size": 512, "scaling_factor": 0.18215},
         TEXT: {**text, "architectures": ["CLIPTextModel"]},
     }
@@ -102,7 +99,7 @@ def random_bundle(model: str) -> Bundle:
 
 
 def _random(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
-    """A norm's weight near 1, a bias near 0, a matrix of unit gain."""
+    """Norm weights near 1, biases near 0, matrices of unit gain."""
     values = torch.empty(shape).normal_(generator=random)
     if len(shape) == 1:
         return 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
@@ -110,7 +107,7 @@ def _random(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch
 
 
 def _tokenizer() -> dict[str, bytes]:
-    """One with as many tokens as the published: its merges are all pairs of bytes, in order, as far as they are needed."""
+    """A tokenizer with as many tokens as the published one; its merges are pairs of bytes in order."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = symbols + [s + "</w>" for s in symbols]
     merges = list(product(symbols, base))[: VOCABULARY - len(base) - 2]
@@ -124,25 +121,19 @@ def _tokenizer() -> dict[str, bytes]:
 
 
 def draw(folder: Path, size: int) -> None:
-    """One picture of each, one model in memory at a time."""
+    """Draw one image with each pipeline, one model in memory at a time; print the difference."""
     ours = Pipeline.from_pretrained(folder, "cpu")
     started = time.monotonic()
     settings = {"sampler": "ddim", "steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED, "size": size}
     a = np.asarray(ours([PROMPT], **settings)[0]).astype(int)
     seconds = time.monotonic() - started
     del ours
-    theirs = StableDiffusionPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(streams.normal(SEED, "sample/x_T", 0, (4, size // 8, size // 8)))[None]
+    diffusers = StableDiffusionPipeline.from_pretrained(folder)
+    diffusers.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(rng.normal(SEED, "sample/x_T", 0, (4, size // 8, size // 8)))[None]
     started = time.monotonic()
-    options = {
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "latents": noise,
-        "height": size,
-        "width": size,
-    }
-    b = np.asarray(theirs(PROMPT, **options).images[0]).astype(int)
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": size, "width": size}
+    b = np.asarray(diffusers(PROMPT, latents=noise, **options).images[0]).astype(int)
     inside = float(((b > 0) & (b < 255)).mean())
     times = f"ours {seconds:.0f} s, diffusers {time.monotonic() - started:.0f} s"
     print(f"{size} px, DDIM {STEPS} steps, guidance {GUIDANCE:g}: largest difference {abs(a - b).max()} of 255")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline as Pipeline
     from ldm.training.start import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AutoencoderConfig": ("autoencoder.config", "AutoencoderConfig"),

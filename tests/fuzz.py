@@ -1,13 +1,13 @@
-"""Call the commands with damaged and odd input, and judge each answer: its exit code, its one line, what it leaves behind.
+"""Call the commands with damaged and odd input, and judge exit code, error line and files of each.
 
   python tests/fuzz.py --calls 2000        (`make fuzz`)
   python tests/fuzz.py --case 0:137        call 137 of seed 0 again, with all that it says
 
-Call i of a seed is a function of both alone: its kind, a fresh copy of small examples with one of them damaged (`fuzz_inputs.py`),
-and a command that reads it. It runs in a process of its own, with limits on time and memory. A fault is a traceback, a
-hang, an end by a signal, an exit code that is not documented for the kind, more or less than one line where the input is
-refused, and files that are written though it is or that are changed by a command that only reads. Where a change of the
-input alters nothing that it says, the answer must be that to the input as it was.
+Call i of a seed depends on both alone: its kind, a fresh copy of small examples with one of them damaged
+(`fuzz_inputs.py`), and a command that reads it. It runs in a process of its own, with limits on time and memory.
+Faults are a traceback, a hang, an end by a signal, an exit code that is not documented for the kind, more or less than
+one line for refused input, files written although the input is refused, and files changed by a command that only
+reads. Where a change does not alter the meaning of the input, the result must be that for the original input.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def result(outcome: Outcome) -> dict[str, str]:
 
 
 def faults(call: Call, outcome: Outcome, other: Sequence[str] = ()) -> list[str]:
-    """What is wrong with an answer. ``other``: what differs from the result for the input as it was, though it should not."""
+    """Faults of an answer. ``other``: unexpected differences from the result for the original input."""
     name, code, lines = call.argv[0] if call.argv else "", outcome.code, outcome.lines
     if code is None:
         return [] if AT_WORK.search(outcome.stdout) else [f"hangs: {innermost(outcome.stderr)}"]
@@ -175,7 +175,7 @@ def build(examples: Path) -> None:
 
 
 def cause(fault: str) -> str:
-    """A fault without what may differ from call to call: of a traceback the place and the error's type, else the first words."""
+    """A fault without details: of a traceback the place and the error's type, else the first words."""
     place = re.match(r"(traceback|hangs): \S+ \w+: [\w.]*", fault)
     return place[0] if place else " ".join(fault.split()[:7])[:100]
 
@@ -239,9 +239,8 @@ def show(examples: Path, seed: int, number: int) -> int:
     """One call, all that it says, and what is wrong with it."""
     warm_up(examples)
     call, outcome, found = case(examples, seed, number, keep=True)
-    print(
-        f"{kind_of(number)}: {call.what}\n{shlex.join(['ldm', *call.argv])}\nexit code {outcome.code}\n{outcome.stdout}{outcome.stderr}"
-    )
+    command = shlex.join(["ldm", *call.argv])
+    print(f"{kind_of(number)}: {call.what}\n{command}\nexit code {outcome.code}\n{outcome.stdout}{outcome.stderr}")
     print("\n".join(found) or "as it should be", f"in {examples.parent}", sep="\n")
     return int(bool(found))
 

@@ -1,4 +1,4 @@
-"""A call of a command, or of the library, in a process of its own, with limits on time, memory and the size of files."""
+"""Calls of commands and of the library in a process each, with limits on time, memory and file size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +106,15 @@ def carried_out(call: Call) -> Outcome:
     stdout, stderr = (one.end() for one in said)
     after = stamps()
     left = tuple(name for name in after if any(Path(name).is_relative_to(place) for place in call.out))
-    changed = tuple(
-        n
-        for n in {**before, **after}
-        if not n.startswith("out") and before.get(n) != after.get(n) and (n in before or n not in call.argv)
-    )
-    return Outcome(code, stdout, stderr, left, changed)
+    differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    changed = [n for n in differing if not n.startswith("out") and (n in before or not asked_for(n, call, before))]
+    return Outcome(code, stdout, stderr, left, tuple(changed))
+
+
+def asked_for(name: str, call: Call, before: Collection[str]) -> bool:
+    """True for a new file that the call names, or below a folder that it names and that held nothing before."""
+    free = [word for word in call.argv if not any(Path(old).is_relative_to(word) for old in before)]
+    return any(Path(name).is_relative_to(word) for word in free)
 
 
 def spent(pid: int) -> float:

@@ -19,39 +19,26 @@ from safetensors.torch import load_file
 from ldm.cli.main import main
 
 DRAW = ["--steps", "2", "--prompt", "a photo", "--out", "out"]
-HINTS = [
-    "--groups",
-    "4",
-    "--vae-groups",
-    "4",
-    "--heads",
-    "2",
-    "--text-heads",
-    "2",
-    "--prediction",
-    "eps",
-    "--image-size",
-    "32",
-]
-HINTS += [
-    "--text-act",
-    "quick_gelu",
-    "--scale",
-    "1",
-    "--tokenizer",
-    "run/model/tokenizer",
-]  # what model.ckpt does not say
+HINTS = [  # what model.ckpt does not say
+    "--groups", "4", "--vae-groups", "4", "--heads", "2", "--text-heads", "2", "--prediction", "eps", "--image-size",
+    "32", "--text-act", "quick_gelu", "--scale", "1", "--tokenizer", "run/model/tokenizer",
+]  # fmt: skip
 READERS = (  # of a model
-    ["sample", "{}", *DRAW], ["inspect", "{}"], ["inspect", "{}", "--json", "--no-hashes"], ["convert", "{}", "out/model.safetensors"],
-    ["convert", "{}", "out", "--verify"], ["diff", "{}", "autoencoder/model"],
+    ["sample", "{}", *DRAW], ["inspect", "{}"], ["inspect", "{}", "--json", "--no-hashes"],
+    ["convert", "{}", "out/model.safetensors"], ["convert", "{}", "out", "--verify"],
+    ["diff", "{}", "autoencoder/model"],
 )  # fmt: skip
 TRAIN = {
-    "steps": 2, "batch_size": 2, "log_every": 1, "validate_every": 2, "validation_size": 2, "sample_every": 2, "checkpoint_every": 1,
-    "trackers": [],
+    "steps": 2, "batch_size": 2, "log_every": 1, "validate_every": 2, "validation_size": 2, "sample_every": 2,
+    "checkpoint_every": 1, "trackers": [],
 }  # fmt: skip
 NETWORKS: dict[str, dict[str, Any]] = {
     "autoencoder": {"model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False}},
-    "clip": {"model": {"width": 16, "layers": 1, "heads": 2, "max_length": 16, "merges": 8, "patch_size": 8, "projection": 8}},
+    "clip": {
+        "model": {
+            "width": 16, "layers": 1, "heads": 2, "max_length": 16, "merges": 8, "patch_size": 8, "projection": 8,
+        },
+    },
     "ldm": {
         "autoencoder": "autoencoder", "text": "clip", "sample": {"steps": 2},
         "unet": {"channels": [8, 8], "layers_per_level": 1, "attention_levels": [1], "heads": [2], "groups": 4},
@@ -61,31 +48,33 @@ TRAIN_LDM = ["train-ldm", "configs/ldm.yaml"]
 RESUME = [*TRAIN_LDM, "train.steps=3"]
 
 COMMANDS = [
-    ["init", "images", "--out", "out"], [*TRAIN_LDM, "run=out"], ["train", "configs", "ldm.run=out"], ["checkpoints", "run"],
-    ["cache-latents", "configs/ldm.yaml", "run=out"], ["sample", "run", *DRAW], ["status", "run"], ["diff", "run", "adapter"],
-    ["reproduce", "pictures/00000-a-photo.png", "--out", "out"], ["report", "run", "--images", "4", "--out", "out"],
+    ["init", "images", "--out", "out"], [*TRAIN_LDM, "run=out"], ["train", "configs", "ldm.run=out"],
+    ["checkpoints", "run"], ["cache-latents", "configs/ldm.yaml", "run=out"], ["sample", "run", *DRAW],
+    ["status", "run"], ["diff", "run", "adapter"], ["reproduce", "pictures/00000-a-photo.png", "--out", "out"],
+    ["report", "run", "--images", "4", "--out", "out"],
     ["plot", "reverse", "run", "--prompt", "a photo", "--out", "out.png"], ["plot", "schedules", "--out", "out.png"],
     ["replay", "run/incidents/x"], ["train-classifier", "classifier.yaml", "run=out"],
-    ["convert", "model.ckpt", "out", *HINTS], ["convert", "run", "out.safetensors", "--verify"], ["inspect", "model.safetensors"],
-    ["compare-autoencoders", "autoencoder", "autoencoder", "--out", "out"],
+    ["convert", "model.ckpt", "out", *HINTS], ["convert", "run", "out.safetensors", "--verify"],
+    ["inspect", "model.safetensors"], ["compare-autoencoders", "autoencoder", "autoencoder", "--out", "out"],
     ["train-autoencoder", "configs/autoencoder.yaml", "run=out"], ["train-clip", "configs/clip.yaml", "run=out"],
-    ["evaluate", "run", "--images", "2", "--likelihood", "--timesteps", "2"], ["verify-resume", "configs/ldm.yaml", "--keep", "out"],
+    ["evaluate", "run", "--images", "2", "--likelihood", "--timesteps", "2"],
+    ["verify-resume", "configs/ldm.yaml", "--keep", "out"],
     ["sampler-report", "run", "--out", "out", "--steps", "2", "--samplers", "ddim", "--images", "2"],
 ]  # fmt: skip
 
 TRAINING = (
-    "train",
     "train-autoencoder",
     "train-clip",
     "train-ldm",
     "train-classifier",
+    "train",
     "cache-latents",
     "verify-resume",
 )
 LOOKS = [  # at a run
-    ["status", "run"], ["status", "run", "--json"], ["checkpoints", "run"], ["checkpoints", "run", "--fast", "--json"], RESUME,
-    ["report", "run", "--images", "0", "--out", "out/report.html"], ["diff", "run", "adapter"], ["sample", "run", *DRAW],
-    ["plot", "forward", "run", "--images", "2"], ["replay", "run/incidents/update-1"],
+    ["status", "run"], ["status", "run", "--json"], ["checkpoints", "run"], ["checkpoints", "run", "--fast", "--json"],
+    RESUME, ["report", "run", "--images", "0", "--out", "out/report.html"], ["diff", "run", "adapter"],
+    ["sample", "run", *DRAW], ["plot", "forward", "run", "--images", "2"], ["replay", "run/incidents/update-1"],
 ]  # fmt: skip
 
 
@@ -106,7 +95,7 @@ class Call:
 
 
 def build_examples() -> None:
-    """Images with captions, runs of three stages and of a LoRA, a model as a single file and as a pickle, a picture; in this folder."""
+    """Write images, runs of three stages and of a LoRA, two single files and a picture to this folder."""
     for name in ("images", "configs", "classes/even", "classes/odd"):
         Path(name).mkdir(parents=True)
     for i in range(12):

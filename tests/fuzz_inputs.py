@@ -284,8 +284,10 @@ def picture(draw: random.Random) -> Call:
 NUMBER = (int, float, np.generic, torch.Tensor)  # numpy's and torch's scalars may be taken
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("steps", "seed", "size", "batch_size", "grid_offset"), (int, np.integer, torch.Tensor)),
-    **dict.fromkeys(("guidance_scale", "eta", "guidance_rescale", "dynamic_threshold", "autoguidance_scale", "classifier_scale"), NUMBER),
-    **dict.fromkeys(("sampler", "negative_prompt", "classifier_form", "grid", "variance", "classifier", "autoguidance"), (str, Path)),
+    **dict.fromkeys(("guidance_scale", "eta", "guidance_rescale", "dynamic_threshold"), NUMBER),
+    **dict.fromkeys(("autoguidance_scale", "classifier_scale"), NUMBER),
+    **dict.fromkeys(("sampler", "negative_prompt", "classifier_form", "grid", "variance"), (str, Path)),
+    **dict.fromkeys(("classifier", "autoguidance"), (str, Path)),
     **dict.fromkeys(("prompts", "lora"), (str, list, tuple, range, set, np.ndarray, Iterator)), "callback": Callable,
     "end_clean": bool, "guidance_interval": (tuple, list, set, range, np.ndarray, torch.Tensor),
 }  # fmt: skip
@@ -313,10 +315,10 @@ def pipeline() -> Any:
 def python(draw: random.Random) -> Call:
     """Arguments of the library's calls."""
     odd = [
-        *(value for value in ODD if not (isinstance(value, str) and value.startswith("@"))), b"x", 1.5, 2.0, 1j, 10**400, np.int64(2),
-        np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.zeros(2, 2), Path("run"), object, {1, 2}, range(3), (v for v in "ab"),
-        (1,), (0.1, 0.5, 2.0), (5.0, 0.1), ("0", "1"), ["x", 2], ["a", ["b"]], [""], "caf\udce9", "a " * 5000, "run:2",
-        ("adapter/model",), ["adapter/model:x"],
+        *(value for value in ODD if not (isinstance(value, str) and value.startswith("@"))), b"x", 1.5, 2.0, 1j,
+        10**400, np.int64(2), np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.zeros(2, 2), Path("run"),
+        object, {1, 2}, range(3), (v for v in "ab"), (1,), (0.1, 0.5, 2.0), (5.0, 0.1), ("0", "1"), ["x", 2],
+        ["a", ["b"]], [""], "caf\udce9", "a " * 5000, "run:2", ("adapter/model",), ["adapter/model:x"],
     ]  # fmt: skip
     name, value = draw.choice([*TYPES, *OPENING, "prompts", "no_such"]), draw.choice(odd)
     words = f"{name}={str(value)[:60]!r} ({type(value).__name__})"
@@ -336,5 +338,8 @@ def python(draw: random.Random) -> Call:
 
 
 KINDS: dict[str, Callable[[random.Random], Call]] = {
-    f.__name__: f for f in (command, config, folder, tensors, pickle, image, rows, prompts, lora, latents, run, picture, disk, python)
+    f.__name__: f
+    for f in (
+        command, config, folder, tensors, pickle, image, rows, prompts, lora, latents, run, picture, disk, python,
+    )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ways to damage what a command reads: trees of JSON and YAML, bytes, files in their places, headers, pickles, images."""
+"""Ways to damage input: trees of JSON and YAML, bytes, files in their places, headers, pickles, images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ import yaml
 
 DIGITS, DEEP = "9" * 5000, "[" * 5000 + "]" * 5000
 ODD: list[Any] = [
-    None, True, "", "x", "\ud800", "a\0b", "y" * 5000, 0, -1, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-320, math.nan, math.inf, [], {},
-    [[]], {"x": 1}, [1, "x"], "@digits", "@deep", "..", "/dev/null", "loop", "pipe", "images", "run", "model.safetensors",
+    None, True, "", "x", "\ud800", "a\0b", "y" * 5000, 0, -1, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-320, math.nan,
+    math.inf, [], {}, [[]], {"x": 1}, [1, "x"], "@digits", "@deep", "..", "/dev/null", "loop", "pipe", "images", "run",
+    "model.safetensors",
 ]  # fmt: skip
 NUMBERS: list[Any] = [-1, 0, 1, 3, 2**20, 2**31, 2**63, 10**30, 0.5, 1e-9, -1e308, math.nan, math.inf, "@digits", "3"]
 WORDS = [
-    "", "-1", "0", "1", "3", "nan", "inf", "1e400", "99999999999", DIGITS, "caf\udce9", "n" * 5000, ".", "..", "/dev/null/x", "run",
-    "images", "model.safetensors", "model.ckpt", "adapter", "/dev/null", "missing", "loop", "pipe", "-", "--", "=", "a=b", "run=",
-    "train.steps=1", "data.size=x", "train=1", "a\nb", "🙂×", ":2", "run:nan", "%s", "{}", "x.safetensors", "metadata", "cpu", "meta",
-    "cuda:9", "ddpm",
+    "", "-1", "0", "1", "3", "nan", "inf", "1e400", "99999999999", DIGITS, "caf\udce9", "n" * 5000, ".", "..",
+    "/dev/null/x", "run", "images", "model.safetensors", "model.ckpt", "adapter", "/dev/null", "missing", "loop",
+    "pipe", "-", "--", "=", "a=b", "run=", "train.steps=1", "data.size=x", "train=1", "a\nb", "🙂×", ":2", "run:nan",
+    "%s", "{}", "x.safetensors", "metadata", "cpu", "meta", "cuda:9", "ddpm",
 ]  # fmt: skip
 ODD_TEXT = [  # inside a caption
-    "\u2028", "\f", "\x85", "\0", "\ud800", "\ufdd0", "\x1b[31m", "\u202e", "../../x", "🙂" * 50, "a" * 20_000, "ß" * 70,
+    "\u2028", "\f", "\x85", "\0", "\ud800", "\ufdd0", "\x1b[31m", "\u202e", "../../x", "🙂" * 50, "a" * 20_000,
+    "ß" * 70,
 ]  # fmt: skip
 
 
@@ -62,7 +64,8 @@ def oddly(draw: random.Random, tree: Any) -> str:
     }
     name = draw.choice(("odd", "odd", "odd", *changes))
     changes[name]()
-    return f"{key} {name}: {str(holder.get(key, '') if isinstance(holder, dict) else value)[:60]!r} (was {str(value)[:40]!r})"
+    now = str(holder.get(key, "") if isinstance(holder, dict) else value)
+    return f"{key} {name}: {now[:60]!r} (was {str(value)[:40]!r})"
 
 
 def written(tree: Any) -> bytes:
@@ -273,10 +276,12 @@ def tiff(draw: random.Random) -> bytes:
 
 
 PICKLED = {  # before the end of data.pkl
-    "os.system": b"cos\nsystem\n(S'true'\ntR0", "builtins.eval": b"c__builtin__\neval\n0", "an unknown class": b"cm\nName\n)\x810",
-    "5,000 digits": b"I" + DIGITS.encode() + b"\n0", "a long of 2 GB": b"\x8b\xff\xff\xff\x7f", "a string of 2 GB": b"X\xff\xff\xff\x7f",
-    "deep tuples": b")" + b"\x85" * 100_000 + b"0", "doubling tuples": b")" + b"2\x86" * 60 + b"0", "a list in itself": b"]2a0",
-    "no such memo": b"h\xff", "an empty stack": b"000000", "a persistent id": b"S'x'\nQ0", "an extension": b"\x82\x01",
-    "a huge memo": b"Nr\xff\xff\xff\x7f0", "a list as key": b"}]Ns0", "build on None": b"NNb0", "a surrogate": b"V\\ud800\n0",
-    "a mark": b"(1", "reduce a list": b"ctorch\nFloatStorage\n]R0", "rebuild of nothing": b"ctorch._utils\n_rebuild_tensor_v2\n)R0",
+    "os.system": b"cos\nsystem\n(S'true'\ntR0", "builtins.eval": b"c__builtin__\neval\n0",
+    "an unknown class": b"cm\nName\n)\x810", "5,000 digits": b"I" + DIGITS.encode() + b"\n0",
+    "a long of 2 GB": b"\x8b\xff\xff\xff\x7f", "a string of 2 GB": b"X\xff\xff\xff\x7f",
+    "deep tuples": b")" + b"\x85" * 100_000 + b"0", "doubling tuples": b")" + b"2\x86" * 60 + b"0",
+    "a list in itself": b"]2a0", "no such memo": b"h\xff", "an empty stack": b"000000", "a persistent id": b"S'x'\nQ0",
+    "an extension": b"\x82\x01", "a huge memo": b"Nr\xff\xff\xff\x7f0", "a list as key": b"}]Ns0",
+    "build on None": b"NNb0", "a surrogate": b"V\\ud800\n0", "a mark": b"(1",
+    "reduce a list": b"ctorch\nFloatStorage\n]R0", "rebuild of nothing": b"ctorch._utils\n_rebuild_tensor_v2\n)R0",
 }  # fmt: skip

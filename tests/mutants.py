@@ -1,10 +1,10 @@
-"""Errors planted in the code one at a time, each of which the tests named beside it must find: `make mutants`.
+"""Plant errors in the code one at a time; the tests named beside each must find it: `make mutants`.
 
-    python tests/mutants.py [--jobs 2] [WORD …]     those whose file or description holds one of the words
+    python tests/mutants.py [--jobs 2] [WORD …]     those whose file or description has one of the words
 
-The table is `tests/planted.py`. Nothing is changed in place: every process has a copy of the tree for itself. First the
-named tests must pass on the copy as it is; an error then counts as caught where one of its tests fails. Exit code 1 where
-one survives, or where tests could not be run.
+The table is `tests/planted.py`. Nothing is changed in place: each process works on its own copy of the tree. The
+named tests must first pass on the unchanged copy; an error then counts as caught if one of its tests fails. Exit code 1
+if an error survives, or if tests could not be run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("autoencoder", "ldm", "tests", "configs", "docs", "scripts", "pyproject.toml", "README.md", "Makefile")
 LIBRARIES = (  # loaded once, before any fork: they take most of a short test
-    "accelerate", "diffusers.schedulers", "diffusers.models", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "accelerate", "diffusers.schedulers", "diffusers.models",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "hypothesis", "matplotlib.figure", "pytest", "scipy.stats", "torch", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 LONGEST = 600  # seconds; a loop without end is an error that was found
@@ -172,7 +173,7 @@ def _judged_there(mutant: Mutant) -> tuple[Mutant, str, str, float]:
 
 
 def sound(mutants: list[Mutant], root: Path) -> str | None:
-    """Why nothing can be said of the mutants: one that cannot be planted, or a test that fails without any; None: nothing."""
+    """Why the mutants cannot be judged (one cannot be planted, or a test fails without any), or None."""
     if problems := [wrong for mutant in mutants if (wrong := mutant.wrong(root))]:
         return "\n".join(problems)
     tests = {test for mutant in mutants for test in mutant.paths}

@@ -3,6 +3,7 @@
 A test is `objective::test_name` for `tests/diffusion/test_objective.py::test_name`; name the fewest that should notice. The text stands in its
 file exactly once (`tests/test_mutants.py` looks).
 """
+
 # ruff: noqa: E501
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DATA: dict[str, list[Row]] = {
         ("accumulation forgets the processes", "// (self.micro_batch * self.processes)", "// self.micro_batch", "streams::test_every_split_covers_the_same_positions_once"),
         ("ranks overlap", "+ self.rank * self.micro_batch", "+ self.rank", "streams::test_every_split_covers_the_same_positions_once"),
         ("each process validates on all", "range(rank, total, processes)", "range(0, total, processes)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
-        ("the last, smaller batch of validation is dropped", "range(0, len(mine), batch_size)", "range(0, len(mine) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
+        ("the last, smaller batch of validation is dropped", "range(0, len(share), batch_size)", "range(0, len(share) - batch_size + 1, batch_size)", "streams::test_validation_is_shared_out_once_and_stops_at_the_source"),
         ("validation t: parts drawn twice", "while math.gcd(stride, total) != 1:", "while False:", "streams::test_validation_draws_every_part_once_and_not_in_order"),
         ("validation t: the lower end of each part", "(parts + 0.5) / total", "parts / total", "streams::test_validation_draws_every_part_once_and_not_in_order"),
     ],
@@ -68,8 +69,6 @@ DIFFUSION: dict[str, list[Row]] = {
         ("importance: no share stays uniform", "UNIFORM_SHARE = 0.001", "UNIFORM_SHARE = 0.0", "objective::test_the_history_is_that_of_a_plain_loop"),
     ],
     "ldm/diffusion/objective.py": [
-        ("v with the wrong sign", "* eps - like(schedule.sigma(t), x0) * x0", "* eps + like(schedule.sigma(t), x0) * x0", "objective::test_losses_of_the_targets_differ_by_the_snr"),
-        ("v weighs like eps", '"v": snr + 1,', '"v": snr,', "objective::test_a_weighting_is_one_objective_for_all_targets"),
         ("min-SNR is a max", "clamp(max=config.min_snr_gamma)", "clamp(min=config.min_snr_gamma)", "objective::test_weights_as_published"),
         ("P2 on x_0", "return snr / (1 + snr) **", "return 1 / (1 + snr) **", "objective::test_weights_as_published"),
         ("the bound's first weight is infinite", "_variational(schedule, torch.cat([variance[1:2], variance[1:]]))", "_variational(schedule, variance)", "objective::test_variational_weights_are_the_terms_of_the_bound"),
@@ -87,9 +86,8 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the interval without its upper end", "(ratio <= interval[1])", "(ratio < interval[1])", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
         ("rescale by what is left of phi", "keepdim=True) + 1 - phi)", "keepdim=True) + 1)", "guidance::test_rescale_is_that_of_diffusers_on_the_networks_own_output"),
         ("thresholding makes small images loud", "dim=1).clamp(min=1)", "dim=1)", "guidance::test_dynamic_thresholding_is_imagens"),
-        ("the classifier pushes eps away", '"eps": -s, "x0"', '"eps": s, "x0"', "guidance::test_the_classifier_moves_the_score"),
-        ("no signal, and yet a gradient", "torch.where(a > 0, factor, 0.0)", "factor", "guidance::test_no_signal_is_nothing_to_classify"),
-        ("autoguidance counted from 0", "(self.weak_scale - 1) *", "self.weak_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
+        ("no signal, and yet a gradient", "torch.where(a > 0, per_score(target, a, s), 0.0)", "per_score(target, a, s)", "guidance::test_no_signal_is_nothing_to_classify"),
+        ("autoguidance counted from 0", "(self.guide_scale - 1) *", "self.guide_scale *", "guidance::test_autoguidance_takes_the_place_of_the_unconditional_model"),
         ("the variance is the unconditional one", "uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)", "(uncond, variance), cond = uncond.chunk(2, dim=1), cond.chunk(2, dim=1)[0]", "guidance::test_a_learned_variance_is_that_of_the_conditional_evaluation"),
         ("the shift of the mean has no interval", "gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)", "gradient(x_t, t)", "guidance"),
     ],
@@ -102,7 +100,14 @@ DIFFUSION: dict[str, list[Row]] = {
     "ldm/diffusion/process.py": [
         ("the transition without its signal", "- (ratio * schedule.sigma(s)).square()", "- schedule.sigma(s).square()", "diffusion::test_posterior_is_bayes_rule"),
         ("the learned variance upside down", "nu = (output + 1) / 2", "nu = (1 - output) / 2", "diffusion::test_learned_variance_lies_between_its_ends"),
-        ("v is read as eps", "return a * x_t - s * prediction", "return (x_t - s * prediction) / a", "diffusion::test_predictions_convert_without_loss"),
+    ],
+    "ldm/diffusion/targets.py": [
+        ("v with the wrong sign", "Row(p=a, q=-s, r=1, det=1)", "Row(p=a, q=s, r=1, det=1)", "objective::test_losses_of_the_targets_differ_by_the_snr"),
+        ("v weighs like eps", '"v": lambda snr: snr + 1,', '"v": lambda snr: snr,', "objective::test_a_weighting_is_one_objective_for_all_targets"),
+        ("flow points at the noise alone", "Row(p=1, q=-1, r=1, det=a + s)", "Row(p=1, q=-1, r=1, det=1)", "targets::test_conversions_solve_the_linear_system"),
+        ("v is read as eps", "_sum((row.p, x_t), (-s * row.r, prediction))", "_sum((1, x_t), (-s * row.r, prediction))", "diffusion::test_predictions_convert_without_loss"),
+        ("the classifier pushes eps away", "return -s / row.r if absent(row.q)", "return s / row.r if absent(row.q)", "guidance::test_the_classifier_moves_the_score"),
+        ("v is blind without signal", "TABLE[name](0.0, 1.0).det == 0)", "TABLE[name](0.0, 1.0).p == 0)", "targets::test_the_rows_are_those_of_the_configuration_and_rectified_flow"),
     ],
     "ldm/diffusion/gaussian.py": [
         ("pixels of level −1 pass", "(level > -0.5)", "(level > -1.5)", "gaussian::test_pixels_are_checked"),
@@ -128,8 +133,8 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the mean is shifted by the deviation", "pred, s, t).square() * mean_shift", "pred, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
     ],
     "ldm/diffusion/samplers/langevin.py": [
-        ("a quarter of the step", "(2 * snr * said", "(snr * said", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
-        ("the whole drift", "delta / 2 * said.score", "delta * said.score", "langevin::test_steps_without_end_keep_the_variance"),
+        ("a quarter of the step", "(2 * snr * pred", "(snr * pred", "langevin::test_a_step_shrinks_and_spreads_as_it_should"),
+        ("the whole drift", "delta / 2 * pred.score", "delta * pred.score", "langevin::test_steps_without_end_keep_the_variance"),
     ],
     "ldm/diffusion/samplers/dpm_solver.py": [
         ("2M without its half", "like(1 / (2 * r), history[0]) * (history[0] - history[1])", "like(1 / r, history[0]) * (history[0] - history[1])", "samplers::test_dpmpp_2m_is_diffusers"),
@@ -155,14 +160,16 @@ TRAINING: dict[str, list[Row]] = {
         ("loss_by_t: shifted by half a tenth", "bins = t * BINS // self.schedule.num_steps", "bins = (t * BINS + BINS * 50) // self.schedule.num_steps % BINS", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("validation adds the weights", "cond).error.double()", "cond).total.double()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("the error of one image for the mean's", ".clamp(min=0) / n).sqrt()", ".clamp(min=0)).sqrt()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
-        ("importance without its weights", "loss = (weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+        ("importance without its weights", "loss = (noising.weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+    ],
+    "ldm/training/stages/learned_schedule.py": [
         ("a learned schedule at the network's rate", 'self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0', "1.0", "learned_schedule"),
     ],
     "ldm/training/loop.py": [
         ("accumulated gradients are sums", "self.accelerator.backward(loss / n)", "self.accelerator.backward(loss)", "training::test_accumulation_gives_the_gradient_of_the_whole_batch[ldm]"),
         ("metrics are sums over micro-batches", "{k: v / n + sums.get(k, 0.0)", "{k: v + sums.get(k, 0.0)", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
-        ("validation of the weights as trained", "with self.ema.swap(network), _evaluating", "with _evaluating", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
-        ("samples of the weights as trained", "with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():\n            return", "with _evaluating(self.task.networks), torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("validation of the weights as trained", "with self._averaged():\n            metrics", "with torch.no_grad():\n            metrics", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("samples of the weights as trained", "with self._averaged():\n            return", "with torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("the average takes in broken updates", "self.ema.update(self.step, finite)", "self.ema.update(self.step)", "training::test_an_update_that_is_not_finite_changes_nothing"),
     ],
     "ldm/training/ema.py": [
@@ -177,8 +184,8 @@ TRAINING: dict[str, list[Row]] = {
         ("gradients are not clipped", "self.config.clip if self.config.clip is not None else math.inf", "math.inf", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
         ("networks have one rate", "* scale(name)", "* 1.0", "training::test_each_update_uses_its_rate"),
         ("no weight decay", "weight_decay=config.weight_decay", "weight_decay=0.0", "training::test_the_optimizer_is_adamw_as_configured"),
-        ("betas are torch's own", "betas=config.betas, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
-        ("epsilon is torch's own", "eps=config.adam_eps, ", "", "training::test_the_optimizer_is_adamw_as_configured"),
+        ("betas are torch's own", "betas=config.betas,", "", "training::test_the_optimizer_is_adamw_as_configured"),
+        ("epsilon is torch's own", "eps=config.adam_eps,", "", "training::test_the_optimizer_is_adamw_as_configured"),
     ],
     "ldm/runs/checkpoints/folder.py": [
         ("numbers of nine digits are no checkpoints", 'r"step-(\\d{8,})"', 'r"step-(\\d{8})"', "retention::test_more_digits_are_more"),

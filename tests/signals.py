@@ -1,4 +1,4 @@
-"""Signals × launchers × phases of training: what is saved, what the caller sees, who is left. `make signals` prints the table.
+"""Signals × launchers × phases of training: what is saved, exit codes, processes left. `make signals`.
 
 signals.py [LAUNCHER…]            the table
 signals.py --train PHASE CONFIG…  what it starts: `ldm train-ldm`, slow and announced in one phase
@@ -36,7 +36,7 @@ LAUNCHERS: dict[str, list[str]] = {
     "accelerate, 1 process": [*ACCELERATE, "--num_processes=1"],
     "accelerate, 2 processes": [*ACCELERATE, "--multi_gpu", "--num_processes=2"],
     "torchrun, 2 processes": TORCHRUN,
-    "torchrun told of SIGUSR1": [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"],
+    "torchrun handling SIGUSR1": [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"],
 }
 LINGER = 1.5  # seconds that the phase is made to last
 PATIENCE = 120  # seconds, after which a launch counts as hanging

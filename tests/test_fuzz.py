@@ -1,4 +1,4 @@
-"""The judge of `make fuzz` sees planted faults, a call is a function of its number, and a few calls of each kind are answered well."""
+"""`make fuzz` finds planted faults, its calls depend on their number alone, and a few of each kind pass."""
 
 from __future__ import annotations
 
@@ -61,6 +61,17 @@ def overwrites(argv: list[str]) -> int:
     return 0
 
 
+def writes_where_told(argv: list[str]) -> int:
+    Path(argv[2], "unet").mkdir(parents=True)
+    Path(argv[2], "unet/config.json").touch()
+    return 0
+
+
+def writes_into_its_input(argv: list[str]) -> int:
+    Path("run/new").touch()
+    return 0
+
+
 def eats(argv: list[str]) -> int:
     return len(bytearray(8 << 30)) % 2
 
@@ -89,6 +100,8 @@ def unprintable(argv: list[str]) -> int:
         (refuses(2, "no such model"), False, "says on stderr: no such model"),
         (writes, False, "written though refused: out/0.png"),
         (overwrites, False, "changes kept"),
+        (writes_where_told, False, None),
+        (writes_into_its_input, False, "changes run/new"),
     ],
 )
 def test_planted_faults_are_found(
@@ -102,7 +115,9 @@ def test_planted_faults_are_found(
     monkeypatch.setattr(fuzz_calls.command_line, "main", command)
     monkeypatch.setattr(fuzz_calls, "LIMIT", 0.4)
     Path("kept").write_text("as it was")
-    call = Call("", ["sample", "run"], (2, 3), refused)
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    call = Call("", ["sample", "run", "data.size=x"], (2, 3), refused)
     found = fuzz.faults(call, carried_out(call))
     assert found == [] if fault is None else [one for one in found if one.startswith(fault)], found
 

@@ -75,11 +75,7 @@ def unsafe_loads(tree: ast.Module) -> Iterator[int]:
             yield node.lineno
 
 
-TEXT_CALLS = (
-    "read_text",
-    "write_text",
-    "open",
-)  # of Path, or the builtin: in the locale's encoding unless they say which
+TEXT_CALLS = ("read_text", "write_text", "open")  # without `encoding` they use the locale's
 
 
 def locale_bound(tree: ast.Module) -> Iterator[int]:
@@ -87,17 +83,9 @@ def locale_bound(tree: ast.Module) -> Iterator[int]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
             continue
-        name = (
-            node.func.attr
-            if isinstance(node.func, ast.Attribute)
-            else node.func.id
-            if isinstance(node.func, ast.Name)
-            else ""
-        )
-        of = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        if (
-            name not in TEXT_CALLS or of in ("os", "Image", "self.recorder") or (name == "read_text" and not of)
-        ):  # those of ours say it
+        of, _, name = ast.unparse(node.func).rpartition(".")
+        ours = of in ("os", "Image") or (name == "read_text" and not of)  # these say the encoding
+        if name not in TEXT_CALLS or ours:
             continue
         given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         modes = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
@@ -129,9 +117,7 @@ def faults(path: str, module: str, name: str) -> Iterator[str]:
     """What is wrong with ``module`` importing ``name``."""
     if name == "ldm.Pipeline":
         name = "ldm.pipeline.Pipeline"
-    here = (
-        "ldm.cli" if module == "ldm.__main__" else room(module)
-    )  # `ldm` itself offers names of all rooms but the command line
+    here = "ldm.cli" if module == "ldm.__main__" else room(module)  # None for `ldm`, which offers names of all rooms
     there = room(name)
     if module == "ldm" and there == "ldm.cli":
         yield f"{module} may not import upward from {there}"
@@ -151,7 +137,7 @@ def test_the_house_is_in_order() -> None:
 
 
 def circles(root: Path) -> list[set[str]]:
-    """Modules under ``root`` that import each other in a circle, imports inside functions included, those for types alone not."""
+    """Circles of modules under ``root`` that import each other, also inside functions, but not for types only."""
     trees = {}
     for file in (f for package in PACKAGES for f in (root / package).rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
@@ -267,13 +253,15 @@ def test_a_planted_breach_is_found(tmp_path: Path, path: str, code: str, expecte
         ),
         (
             "ldm/diffusion/x.py",
-            "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\nfrom ldm.config import X\nfrom . import y",
+            "import math\nimport torch.nn.functional as F\nfrom jaxtyping import Float\n"
+            "from ldm.config import X\nfrom . import y",
         ),
         ("ldm/interop/diffusers/index.py", "from ldm.interop import diffusers"),
         ("autoencoder/perceptual.py", "import lpips, torch\ntorch.load('f', weights_only=True)"),
         (
             "ldm/data/x.py",
-            "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\nImage.open(f)\nos.open(f, 0)\nread_text(f)",
+            "p.read_text(encoding='utf-8')\np.open('rb')\nopen('f', mode='wb')\n"
+            "Image.open(f)\nos.open(f, 0)\nread_text(f)",
         ),
     ],
 )
@@ -300,8 +288,8 @@ def test_annotations_are_enforced_in_the_tests() -> None:
 
 
 TURNS = re.compile(  # word for word from another language; CONTRIBUTING.md has the plain ones
-    r"\bgoes on\b|\bgo on\b|\bgoing on\b|(?<![Tt]here )\bis no (?!longer|more)|\bsomebody\b|\bby itself\b|\bmend\b|\bof before\b"
-    r"|behind training"
+    r"\bgoes on\b|\bgo on\b|\bgoing on\b|(?<![Tt]here )\bis no (?!longer|more)|\bsomebody\b|\bby itself\b"
+    r"|\bmend\b|\bof before\b|behind training"
 )
 OPENINGS = re.compile(r"(What|Whether|Where|Of) ")
 

@@ -13,7 +13,14 @@ import pytest
 from mutants import Mutant
 
 ADD = "def add(a: int, b: int) -> int:\n    return a + b\n"
-TEST = "from small import add\n\ndef test_sum() -> None:\n    assert add(2, 2) == 4\n\ndef test_wrong() -> None:\n    assert add(1, 1) == 3\n"
+TEST = """from small import add
+
+def test_sum() -> None:
+    assert add(2, 2) == 4
+
+def test_wrong() -> None:
+    assert add(1, 1) == 3
+"""
 
 
 def test_every_error_can_be_planted_and_its_tests_exist() -> None:

@@ -1,4 +1,4 @@
-"""Silent faults of published training scripts: each test fails if this code had the fault. docs/faults.md lists them all."""
+"""Silent faults of published training scripts (docs/faults.md): each test fails if this code has the fault."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.cut_runs import Silent
 from support.stages import AUTOENCODER, DIFFUSION, TRAIN
 from torch import Tensor, nn
 
@@ -27,14 +28,6 @@ from ldm.training.stages.autoencoder import AutoencoderTask
 from ldm.training.stages.diffusion import DiffusionTask
 
 
-class Silent:
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def progress(self, step: int, steps: int, values: Any) -> None:
-        """Nothing."""
-
-
 def autoencoder(run: Path, **loss: Any) -> AutoencoderTask:
     return AutoencoderTask(
         build(AutoencoderTrainingConfig, {"run": str(run), **AUTOENCODER, "loss": {**AUTOENCODER["loss"], **loss}})
@@ -44,7 +37,9 @@ def autoencoder(run: Path, **loss: Any) -> AutoencoderTask:
 def test_the_perceptual_term_alone_trains_the_whole_autoencoder(tmp_path: Path) -> None:
     """LPIPS evaluated without gradient."""
     task = autoencoder(tmp_path, l1=0.0, kl=0.0, gan=0.0, lpips=1.0, lpips_net="alex", lpips_weights="random")
-    metrics = task.micro_step(collate([task.stream[p] for p in range(2)]), 0, lambda loss: loss.backward())
+    metrics = task.micro_step(
+        task.networks, collate([task.stream[p] for p in range(2)]), 0, lambda loss: loss.backward()
+    )
     assert float(metrics["lpips"]) > 0
     assert [
         name for name, p in task.autoencoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
@@ -65,14 +60,14 @@ class Wrapper(nn.Module):
 
 def pixels(run: Path) -> DiffusionTask:
     tree = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0}
-    return DiffusionTask(build(DiffusionTrainingConfig, {"run": str(run), **tree}), lambda text: None)
+    return DiffusionTask.from_config(build(DiffusionTrainingConfig, {"run": str(run), **tree}), lambda text: None)
 
 
 @pytest.mark.parametrize("make", [lambda run: autoencoder(run, l1=1.0), pixels])
 def test_every_gradient_comes_through_the_wrapped_network(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     """The bare network called where DistributedDataParallel should be: its gradients are never exchanged."""
     task = make(tmp_path)
-    task.wrapped = {name: Wrapper(network) for name, network in task.networks.items()}
+    wrapped = {name: Wrapper(network) for name, network in task.networks.items()}
     direct = dict.fromkeys(task.networks, 0)
     for name, network in task.networks.items():
 
@@ -80,8 +75,8 @@ def test_every_gradient_comes_through_the_wrapped_network(tmp_path: Path, make: 
             direct[name] += 1
 
         network.register_forward_pre_hook(count)
-    task.micro_step(collate([task.stream[p] for p in range(2)]), 4, lambda loss: loss.backward())
-    through = {name: wrapper.calls for name, wrapper in task.wrapped.items()}
+    task.micro_step(wrapped, collate([task.stream[p] for p in range(2)]), 4, lambda loss: loss.backward())
+    through = {name: wrapper.calls for name, wrapper in wrapped.items()}
     assert through == {
         name: 2 if name == "discriminator" else 1 for name in task.networks
     }  # of images and of reconstructions
@@ -99,33 +94,33 @@ def test_validation_and_pictures_see_the_average_and_training_gets_its_weights_b
     task = pixels(tmp_path)
     seen: list[dict[str, Tensor]] = []
     validate, pictures = task.validate, task.previews
-    task.validate = lambda *a: seen.append(weights(task.unet)) or validate(*a)  # type: ignore[method-assign]
-    task.previews = lambda: seen.append(weights(task.unet)) or pictures()  # type: ignore[method-assign]
-    task.export = lambda run: seen.append(weights(task.unet))  # type: ignore[method-assign]
+    task.validate = lambda *a: seen.append(weights(task.trained.unet)) or validate(*a)  # type: ignore[method-assign]
+    task.previews = lambda: seen.append(weights(task.trained.unet)) or pictures()  # type: ignore[method-assign]
+    task.export = lambda run: seen.append(weights(task.trained.unet))  # type: ignore[method-assign]
     loop = Loop(task, task.config.train, task.config, str(tmp_path), 0, Silent())
-    assert loop.run is not None
+    loop.prepare()
     feed = batches(task.stream, loop.split, 0, 3, 0)
     for _ in range(3):
         loop._update(feed)
         loop.step += 1
-    trained, averaged = weights(task.unet), {name: t.clone() for name, t in loop.ema.state().items()}
+    trained, averaged = weights(task.trained.unet), {name: t.clone() for name, t in loop.ema.state().items()}
     assert any(not torch.equal(trained[name], averaged[name]) for name in averaged)
 
-    for look in (loop._validated, lambda: loop.recorder.pictures(3, loop._drawn), loop._finish):
+    for look in (loop._validated, lambda: loop.logger.pictures(3, loop._drawn), loop._finish):
         look()
         assert len(seen) == 1 and all(torch.equal(seen[0][name], averaged[name]) for name in averaged)
-        assert all(torch.equal(t, trained[name]) for name, t in weights(task.unet).items())
-        assert task.unet.training
+        assert all(torch.equal(t, trained[name]) for name, t in weights(task.trained.unet).items())
+        assert task.trained.unet.training
         seen.clear()
-    loop.run.close()
+    loop.close()
 
 
 def test_the_adversarial_weight_is_that_of_the_global_batch(tmp_path: Path) -> None:
-    """The adaptive weight from the gradients of each process alone: one for each, and another training for each number."""
+    """Weights from each process's own gradients would differ, and so would training with another number of them."""
     whole, first, second = (autoencoder(tmp_path) for _ in range(3))
     samples = [whole.stream[p] for p in range(4)]
     for task, part in ((whole, samples), (first, samples[:2]), (second, samples[2:])):
-        task.micro_step(collate(part), 4, lambda loss: None)
+        task.micro_step(task.networks, collate(part), 4, lambda loss: None)
     theirs: list[Tensor] = []
     second.after_update(4, lambda mine: theirs.append(mine) or mine, torch.tensor(True))
     alone = float(second._adaptive)

@@ -1,12 +1,14 @@
-"""Kill training at random moments, continue by the same command, and compare the end with that of a run that nobody killed.
+"""Kill training at random moments, continue by the same command, and compare with an uninterrupted run.
 
   python tests/torture.py --trials 25        (`make torture`)
 
-Stage 1 (an autoencoder with its discriminator) and stage 2 (a latent diffusion model) run side by side, each as a command of its own
-that saves every update. A kill is SIGKILL to the whole process group, at a moment drawn evenly from the unbroken run's first update to
-the end of its export, and placed by the update logged before it, so that another speed of the machine does not move it.
-The same command is then started until it ends with 0. Equal must be, to the last bit: weights, average and optimizers of the last
-checkpoint, its state, all of model/, and metrics.jsonl but for the speed.
+Stage 1 (an autoencoder with its discriminator) and stage 2 (a latent diffusion model) run side by side, each as its own
+command that saves every update. A kill is SIGKILL to the whole process group, at a moment drawn uniformly between the
+first update of the uninterrupted run and the end of its export. The moment is placed by the update logged before it, so
+that it does not depend on the speed of the machine. The same command is then started until it ends with 0.
+
+These must be equal bit for bit: weights, average and optimizers of the last checkpoint, its state, all of model/, and
+metrics.jsonl except for the speed.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ PATIENCE = 300  # seconds for one start of a command
 MORE_KILLS = (0.4, 0.3)  # chances of a second kill and, after it, of a third
 STARTS = 8  # of one command at most, kills included
 TRAIN = {
-    "steps": STEPS, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "lr_schedule": "cosine", "ema_decay": 0.9, "log_every": 1,
-    "validate_every": 10, "validation_size": 4, "sample_every": 20, "checkpoint_every": 1, "trackers": [],
+    "steps": STEPS, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "lr_schedule": "cosine", "ema_decay": 0.9,
+    "log_every": 1, "validate_every": 10, "validation_size": 4, "sample_every": 20, "checkpoint_every": 1,
+    "trackers": [],
 }  # fmt: skip
 AUTOENCODER = {
     "data": {"source": "shapes", "image_size": 32, "size": 64},
@@ -150,7 +153,7 @@ def straight(name: str, config: Path, run: Path) -> Stage:
 
 
 def moment(stage: Stage, reached: int, draw: random.Random) -> tuple[int, float]:
-    """An even draw over the time from update ``reached`` to the end: updates logged by then, and seconds since the last."""
+    """A uniform draw from update ``reached`` to the end: updates logged by then, and seconds since the last."""
     at = draw.uniform(stage.logged[reached], stage.logged[-1])
     updates = max(n for n, time_ in enumerate(stage.logged[:-1]) if time_ <= at)
     return updates, at - stage.logged[updates]

@@ -1,1 +1,1 @@
-"""The commands; the only code that reads sys.argv or prints."""
+"""The commands. They alone read sys.argv."""

@@ -1,4 +1,9 @@
-"""Encode the images of a diffusion run once, into RUN/latents. train-ldm does it automatically where it is missing."""
+"""Encode the images of a diffusion run once, into RUN/latents.
+
+  ldm cache-latents configs/demo/ldm.yaml
+
+train-ldm does this automatically if there is no cache; an existing one is checked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ add_arguments = training.add_settings
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the cache, or check the one that is there."""
+    """Write the cache, or check an existing one."""
     settings = config.load(config.DiffusionTrainingConfig, arguments.config, arguments.overrides)
     check_place(settings)
     if settings.autoencoder == config.NONE or not settings.cache_latents:

@@ -1,7 +1,10 @@
-"""Compare an autoencoder trained without a discriminator and one trained with it, on the same data.
+"""Compare two autoencoders of the same data, trained without and with a discriminator.
 
-Writes a picture (originals, then both reconstructions) and the figures: PSNR, high-frequency energy of the
-reconstruction over the original's (median), and the mean logit that the trained discriminator gives.
+  ldm compare-autoencoders runs/textures/l1 runs/textures/gan
+
+Writes a picture (originals, then both reconstructions) and, as JSON beside it, metrics on validation
+images: PSNR in dB (higher is better), high-frequency energy of the reconstruction over the original's
+(median; 1 is right), and the mean logit of the trained discriminator (higher: more realistic to it).
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from ldm.config import config_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two runs."""
+    """The two runs and the output file."""
     parser.add_argument("plain", metavar="RUN", help="a run of train-autoencoder with loss.gan 0")
-    parser.add_argument("adversarial", metavar="RUN_WITH_GAN", help="the same with loss.gan above 0")
+    parser.add_argument("adversarial", metavar="RUN_WITH_GAN", help="one on the same data with loss.gan above 0")
     parser.add_argument(
         "--out",
-        help="the picture, a .png (default: comparison.png beside the second run); the figures are in a .json beside it",
+        metavar="FILE",
+        help="the picture: .png, .pdf or .svg (default: comparison.png in the folder that holds RUN_WITH_GAN)",
     )
 
 
@@ -36,8 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.evaluation.compare_autoencoders import compare
 
     console = Console()
-    for name, figures in compare(plain, adversarial, file).items():
-        console.say(
-            f"{name:12s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None)
-        )
+    for name, metrics in compare(plain, adversarial, file).items():
+        shown = "  ".join(f"{key} {value:.3f}" for key, value in metrics.items() if value is not None)
+        console.say(f"{name:12s} {shown}")
     console.say(f"picture: {file}")

@@ -1,14 +1,15 @@
-"""Write a model in another layout: a diffusers pipeline folder, or a single file as CompVis' code and many tools read it.
+"""Convert a model: to a diffusers pipeline folder, or to a single file in CompVis' layout.
 
-  ldm convert sd-v1-5.ckpt models/sd15 --verify            # a single file to a folder
-  ldm convert runs/demo demo.safetensors --verify          # a run or folder to a single file
-  ldm convert kl-f8.ckpt models/kl-f8                      # an autoencoder alone
-  ldm convert runs/lora lora.safetensors --lora-layout kohya   # a LoRA for kohya's scripts, ComfyUI, AUTOMATIC1111
+  ldm convert sd-v1-5.ckpt models/sd15 --verify               # a single file to a folder
+  ldm convert runs/demo demo.safetensors --verify             # a run or folder to a single file
+  ldm convert kl-f8.ckpt models/kl-f8                         # an autoencoder alone
+  ldm convert runs/lora lora.safetensors --lora-layout kohya  # a LoRA for kohya, ComfyUI, AUTOMATIC1111
 
-SRC is opened as by `ldm inspect`. Every tensor is used, or known to be carried besides and named; anything else is an error.
-Types are kept unless --dtype says otherwise. A weight that is not finite, and a file that has changed since it was written with
-its folder, are refused. --verify reads what was written, compares the hash of every tensor, there and
-back again, and one forward pass of each network; where they differ, nothing is left.
+SRC may be anything that `ldm inspect` opens. Every tensor is converted, or listed as one that is known
+to be unused; any other is an error. Types are kept unless --dtype is given. Weights that are not finite
+are refused, and so is a file that has changed since it was written with its folder. --verify reads the
+result back, compares the hash of every tensor in both directions and one forward pass of each network;
+if anything differs, nothing is written.
 """
 
 from __future__ import annotations
@@ -26,32 +27,37 @@ LORA_LAYOUTS = ("diffusers", "kohya")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """From where, to where."""
+    """Source, target, and what to change on the way."""
     parser.add_argument("source", metavar="SRC", help="a run, a model folder, or a single file (.safetensors, .ckpt)")
-    parser.add_argument("target", metavar="DST", help="a new folder, or a new file that ends in .safetensors")
-    parser.add_argument("--verify", action="store_true", help="compare what was written with what was read")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default keep)")
+    parser.add_argument("target", metavar="DST", help="a new folder, or a new file whose name ends in .safetensors")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare it with SRC")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the weights written (default keep)")
     parser.add_argument(
-        "--shard-size", type=float, metavar="GB", help="split the files of a folder's weights above this size"
+        "--shard-size",
+        type=float,
+        metavar="GB",
+        help="for a folder: split weight files above this size (default: never)",
     )
     parser.add_argument(
         "--openclip",
         action="store_true",
-        help="a single file of Stable Diffusion 2: the text encoder in OpenCLIP's names",
+        help="for a single file of Stable Diffusion 2: write the text encoder under OpenCLIP's names",
     )
     parser.add_argument(
         "--lora-layout",
         choices=LORA_LAYOUTS,
-        help="SRC is a LoRA: the names in the new file (float32 unless --dtype says another)",
+        help="SRC is a LoRA: names to use in the new file (in float32 unless --dtype is given)",
     )
     parser.add_argument(
-        "--lora-base", metavar="MODEL", help="the model that a LoRA changes, where SRC is not a run, which knows it"
+        "--lora-base",
+        metavar="MODEL",
+        help="the model that a LoRA was trained on (default: the one named by the run SRC)",
     )
     add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check everything, convert, and say what became of each tensor."""
+    """Check everything, convert, and print what became of each tensor."""
     target = Path(arguments.target)
     _check_target(target, arguments.shard_size, arguments.openclip)
     if arguments.lora_layout is not None:
@@ -68,14 +74,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console()
     if Path(arguments.source).is_dir() and resolved(target).is_relative_to(resolved(arguments.source)):
-        raise ConfigError(f"{target} lies inside {arguments.source}, which it would add to: name a place beside it")
+        raise ConfigError(f"{target} lies inside {arguments.source}, the model itself: name a place outside it")
     source = read_any(arguments.source, **reading(arguments))
-    if target.suffix != ".safetensors":  # a single file may hold a part of a model, a folder is drawn from
+    if target.suffix != ".safetensors":  # a single file may hold part of a model; a folder must be able to draw
         check_complete(source, arguments.source)
     if TEXT in source.parts and not source.tokenizer and target.suffix != ".safetensors":
         raise ConfigError(
-            f"{arguments.source} holds no tokenizer, without which a folder draws nothing: give --tokenizer, a folder that has it or"
-            " a name of the hub (Stable Diffusion: openai/clip-vit-large-patch14)"
+            f"{arguments.source} holds no tokenizer, and a model folder cannot draw without one: name a folder or"
+            " a model of the hub that has it by --tokenizer (Stable Diffusion: openai/clip-vit-large-patch14)"
         )
     for name, part in source.parts.items():
         check_intact(part, name)
@@ -94,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
-    """A LoRA into another layout."""
+    """Convert a LoRA to another layout."""
     if target.suffix != ".safetensors" or arguments.shard_size is not None or arguments.openclip:
         raise ConfigError("--lora-layout writes one file: end DST in .safetensors, without --shard-size and --openclip")
     from ldm.pipeline.lora import base_of, convert_lora, networks_of, verify_lora
@@ -111,12 +117,12 @@ def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
 
 
 def _check_target(target: Path, shard_size: float | None, openclip: bool) -> None:
-    """Raise ConfigError where nothing should be written."""
+    """Raise ConfigError for a target that must not be written, or an option that does not fit it."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} exists already: name a new place, nothing is overwritten")
+        raise ConfigError(f"{target} exists already: name a new one, nothing is overwritten")
     if target.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ConfigError(f"{target}: pickled files are read, never written: end the name in .safetensors")
     if openclip and target.suffix != ".safetensors":
         raise ConfigError("--openclip is for a single file: a folder has transformers' names")
     if shard_size is not None and (not 0 < shard_size < float("inf") or target.suffix == ".safetensors"):
-        raise ConfigError("--shard-size must be above 0, and is for folders: a single file is one file")
+        raise ConfigError("--shard-size must be above 0 and is for folders: a single file is never split")

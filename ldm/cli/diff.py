@@ -1,10 +1,12 @@
-"""Say what differs between two runs: configuration, data, code version, results, report and status; or between two models.
+"""Show how two runs, or two models, differ.
 
   ldm diff runs/demo runs/other
+  ldm diff runs/demo/model sd-v1-5.ckpt
 
-Data is compared by the fingerprints in the newest checkpoints, code by the last line of starts.jsonl, results by the figures
-that were logged last. The run's own name and times are left out. Two model folders or files are compared as `ldm inspect`
-describes them. The exit code is 0 whether anything differs or not.
+Of two runs: configuration, data (the fingerprints in the newest checkpoints), code version (the last
+line of starts.jsonl), results (the metrics logged last), report.json and status. Their names and times
+are left out. Two model folders or files are compared as `ldm inspect` describes them. The exit code is
+0 whether they differ or not.
 """
 
 from __future__ import annotations
@@ -22,25 +24,25 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two to compare."""
+    """The two runs or models to compare."""
     parser.add_argument("a", metavar="RUN_A", help="a run, or a model folder or file")
-    parser.add_argument("b", metavar="RUN_B", help="another of the kind")
+    parser.add_argument("b", metavar="RUN_B", help="another of the same kind")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read both, and print what differs."""
+    """Read both and print how they differ."""
     from ldm.runs.compare import run_differences
 
     a, b = Path(arguments.a), Path(arguments.b)
     for path in (a, b):
         if not path.exists():
             raise ConfigError(f"no run or model {path}")
-    runs = [(path / "config.yaml").is_file() and not (path / "model_index.json").is_file() for path in (a, b)]
-    if all(runs):
+    is_run = [(path / "config.yaml").is_file() and not (path / "model_index.json").is_file() for path in (a, b)]
+    if all(is_run):
         differences = run_differences(a, b)
-    elif any(runs):
-        kinds = [f"{path} is {'a run' if kind else 'none'}" for path, kind in zip((a, b), runs, strict=True)]
-        raise ConfigError(f"{' and '.join(kinds)}: name two runs, or two models (of a run: RUN/model)")
+    elif any(is_run):
+        kinds = [f"{path} is {'a run' if run else 'not'}" for path, run in zip((a, b), is_run, strict=True)]
+        raise ConfigError(f"{' and '.join(kinds)}: name two runs, or two models (that of a run is RUN/model)")
     else:
         differences = _models(a, b)
     console = Console()
@@ -61,17 +63,18 @@ def _models(a: Path, b: Path) -> dict[str, list[Row] | None]:
     first, second = (describe(read_any(str(path))) for path in (a, b))
     found: dict[str, list[Row] | None] = {}
     for name in {**first, **second}:
-        one, other = (_entries(name, about.get(name)) for about in (first, second))
-        found[name] = (
-            compare(one, other)
-            if one and other
-            else [(name, "there" if one else NOTHING, "there" if other else NOTHING)]
-        )
+        before, after = (_entries(name, about.get(name)) for about in (first, second))
+        if before and after:
+            found[name] = compare(before, after)
+        else:
+            found[name] = [(name, "there" if before else NOTHING, "there" if after else NOTHING)]
     return found
 
 
 def _entries(name: str, facts: Any) -> dict[str, Any]:
-    """By dotted name; empty where there are none."""
+    """Facts by dotted name; empty if there are none."""
     from ldm.runs.records import flat
 
-    return flat(facts) if isinstance(facts, Mapping) else {} if facts is None else {name: facts}
+    if facts is None:
+        return {}
+    return flat(facts) if isinstance(facts, Mapping) else {name: facts}

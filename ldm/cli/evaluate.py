@@ -1,15 +1,16 @@
-"""Judge the samples of a run, and write RUN/report.json, RUN/samples.png and RUN/curves.png.
+"""Evaluate a run: draw samples, judge them, and write report.json, samples.png and curves.png into RUN.
 
   ldm evaluate runs/demo
-
-Drawn shapes are read back by an exact judge, digits by a classifier trained on the real ones. Sampling settings are
-chosen on captions seen in training alone, and held for everything else. Seeds are fixed. Started by
-`accelerate launch scripts/evaluate.py` or torchrun, each process does its share; the report is the same but for seconds.
-
   ldm evaluate runs/demo --likelihood
 
-bounds log p(image | caption) of validation images instead, of any data, in bits per dimension: RUN/likelihood.png, and the
-entry `likelihood` of RUN/report.json, whose other entries stay.
+Drawn shapes are read back by an exact judge, digits by a classifier trained on real ones; the score is
+the share of samples that show what their caption says. The guidance scale is chosen on captions seen in
+training and then used for all captions. Seeds are fixed. Under `accelerate launch scripts/evaluate.py`
+or torchrun each process does its share, and the report is the same apart from its seconds.
+
+With --likelihood, for any data, nothing is drawn: a bound on -log p(image | caption) of validation
+images is computed in bits per dimension. It writes likelihood.png and the entry `likelihood` of
+report.json, and keeps the other entries.
 """
 
 from __future__ import annotations
@@ -21,38 +22,47 @@ from typing import Any
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.config import VARIANCES, ConfigError, config_file
-from ldm.runs.records import figures
+from ldm.runs.records import report_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run and the number of images."""
+    """The run, and what to measure on how many images."""
     parser.add_argument(
-        "run", metavar="RUN", help="a finished run of train-ldm; on shapes, shapes-two or digits without --likelihood"
+        "run", metavar="RUN", help="a finished run of train-ldm (without --likelihood: on drawn shapes or digits)"
     )
-    parser.add_argument("--images", type=int, help="images per set (default 1000; 256 with --likelihood)")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="images per set of captions (default 1000; 256 with --likelihood)"
+    )
     parser.add_argument(
         "--tune",
         type=int,
+        metavar="N",
         default=96,
-        help="images for each of the settings tried (default 96; 0: the run's own settings)",
+        help="images for each guidance scale tried (default 96; 0: keep the run's own scale)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=100, help="images computed together by one process (default 100)"
+        "--batch-size", type=int, default=100, metavar="N", help="images per batch and process (default 100)"
     )
     add_parts(parser)
-    parser.add_argument("--likelihood", action="store_true", help="bits per dimension instead of judged samples")
     parser.add_argument(
-        "--timesteps", type=int, help="with --likelihood: steps drawn for each image (default 32; 0: all of them)"
+        "--likelihood", action="store_true", help="compute bits per dimension instead of judging samples"
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=int,
+        metavar="N",
+        help="with --likelihood: steps t evaluated for each image (default 32; 0: all of them)",
     )
     parser.add_argument(
         "--variance",
         choices=VARIANCES,
-        help="with --likelihood: of the reverse steps (default: learned where it is, else beta for latents, posterior for pixels)",
+        help="with --likelihood: variance of the reverse steps"
+        " (default: learned if the model has learned it, else beta for latents and posterior for pixels)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate and print the figures."""
+    """Evaluate and print the metrics."""
     if arguments.images is None:
         arguments.images = 256 if arguments.likelihood else 1000
     for name, low in (("images", 1), ("tune", 0), ("batch_size", 1), ("timesteps", 0)):
@@ -67,18 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.likelihood:
         _likelihood(folder, arguments, console)
         return
-    report = evaluate(
-        folder,
-        arguments.images,
-        arguments.tune,
-        arguments.batch_size,
-        console.progress,
-        console.say,
-        *launched(),
-        parts(arguments),
-    )
-    for path, value in figures({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
-        console.say(_line(path, value))
+    sizes = arguments.images, arguments.tune, arguments.batch_size
+    report = evaluate(folder, *sizes, console.progress, console.say, *launched(), parts(arguments))
+    for name, value in report_metrics({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
+        console.say(_line(name, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
 
 
@@ -86,22 +88,18 @@ def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -
     from ldm.distributed.launch import launched
     from ldm.evaluation.likelihood import SEED, likelihood
 
-    found = likelihood(
-        folder, arguments.images, arguments.timesteps, arguments.variance, arguments.batch_size, SEED, console.progress, console.say,
-        *launched(), parts(arguments),
-    )  # fmt: skip
+    asked = arguments.images, arguments.timesteps, arguments.variance, arguments.batch_size
+    found = likelihood(folder, *asked, SEED, console.progress, console.say, *launched(), parts(arguments))
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
-    console.say(
-        f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   ({found['images']} images, variance {found['variance']})"
-    )
-    for path, value in figures(
-        {k: found[k] for k in ("parts", "terms", "latent", "with_standard_normal_prior", "by_variance") if k in found}
-    ):
-        console.say(_line(path, value))
+    about = f"({found['images']} images, variance {found['variance']})"
+    console.say(f"{'bits per dimension':42s} {found['bits_per_dim']:.3f}{error}   {about}")
+    shown = ("parts", "terms", "latent", "with_standard_normal_prior", "by_variance")
+    for name, value in report_metrics({k: found[k] for k in shown if k in found}):
+        console.say(_line(name, value))
     console.say(f"report: {folder / 'report.json'}   picture: {folder / 'likelihood.png'}")
 
 
-def _line(path: str, value: Any) -> str:
+def _line(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return f"{path:42s} {value['accuracy']:.3f}   ({value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
-    return f"{path:42s} {value:.3f}" if isinstance(value, float) else f"{path:42s} {value}"
+        return f"{name:42s} {value['accuracy']:.3f}   ({value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
+    return f"{name:42s} {value:.3f}" if isinstance(value, float) else f"{name:42s} {value}"

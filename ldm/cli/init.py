@@ -1,11 +1,11 @@
-"""Look at a folder of images, say what is found, and write the configurations that train a model on it.
+"""Look at a folder of images, report what is found, and write configurations that train a model on it.
 
   ldm init my/photos
   ldm train configs/photos
   ldm sample runs/photos --prompt "…"
 
-Captions are found in metadata.jsonl or metadata.csv (columns file_name and text), in a.txt beside a.png, or made from the
-names of class folders. The folder is only read.
+Captions come from metadata.jsonl or metadata.csv (columns file_name and text), from a.txt beside a.png,
+or from the names of class folders. The folder itself is only read.
 """
 
 from __future__ import annotations
@@ -34,29 +34,36 @@ NAMED = 20  # skipped files named on the terminal; the list has all
 CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
 STAGES = ("autoencoder", "clip", "ldm")
-PROMPTS, LONGEST_PROMPT = 8, 200  # captions drawn while training, and their length in characters at most
-PROMPT = "a caption like those of your images"  # where none of them will do as an example
-TOKENIZED = 20_000  # captions at most that are counted in tokens
+PROMPTS, LONGEST_PROMPT = 8, 200  # most captions drawn while training, and most characters of each
+PROMPT = "a caption like those of your images"  # if none of them can serve as an example
+TOKENIZED = 20_000  # most captions whose tokens are counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder, and where to write."""
+    """The folder, and where and what to write."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of images")
     parser.add_argument(
         "--out",
-        help="folder for the configurations (default configs/NAME of the images' folder); runs go to runs/ under its name",
-    )
-    parser.add_argument("--captions", choices=CAPTIONS, help="where captions are (default: what is found)")
-    parser.add_argument(
-        "--image-size", type=int, help="side in pixels to train at (default: by the images and this machine)"
+        metavar="FOLDER",
+        help="folder for the configurations (default: configs/ and the name of the images' folder);"
+        " its name is also that of the runs in runs/",
     )
     parser.add_argument(
-        "--all", action="store_true", help="decode every image of a large set, not 5,000 spread over it"
+        "--captions", choices=CAPTIONS, help="where the captions are (default: wherever some are found)"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the training images (default: chosen by the images and this machine)",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="decode every image of a large set instead of 5,000 spread over it"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Look, tell, write."""
+    """Survey the images, print the findings, write the configurations."""
     folder = Path(arguments.folder)
     out = Path(arguments.out or f"configs/{_plain(folder)}")
     _check_places(folder, out)
@@ -64,12 +71,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.data.survey import leave_out_small, survey
 
     console = Console()
-    looked = survey(
-        folder,
-        arguments.captions,
-        arguments.all,
-        lambda i, n: console.progress(i, n, {}) if i % 500 == 0 or i == n > 500 else None,
-    )
+
+    def progress(i: int, n: int) -> None:
+        if i % 500 == 0 or i == n > 500:
+            console.progress(i, n, {})
+
+    looked = survey(folder, arguments.captions, arguments.all, progress)
     gpu = _gpu()
     size = _size(arguments.image_size, looked, gpu)
     looked = leave_out_small(looked, size)
@@ -83,15 +90,14 @@ def run(arguments: argparse.Namespace) -> None:
         _write_all({out / file: text for file, text in recipe.write(plan).items()})
     _say_skipped(looked, out, console)
     if present:
-        console.say(
-            f"{', '.join(present)} in {out}/ stay as they are: delete them, or give another folder with --out, to have new ones"
-        )
+        files = f"{', '.join(present)} in {out}/"
+        console.say(f"{files} stay as they are: to get new ones, delete them or name another folder by --out")
     else:
         _say_next(plan, out, console)
 
 
 def _write_all(files: dict[Path, str]) -> None:
-    """All files or none: those that are there would keep a second call from writing the others."""
+    """Write all files or none: a second call would take those that exist for the user's, and write nothing."""
     try:
         for file, text in files.items():
             replace(file, text.encode())
@@ -103,28 +109,28 @@ def _write_all(files: dict[Path, str]) -> None:
 
 
 def _prompt(text: str) -> bool:
-    """True if a caption can serve as an example: short, one line, and nothing that a configuration refuses."""
+    """True if a caption can serve as an example: short, one line, and without ${, which a configuration refuses."""
     return 0 < len(text) <= LONGEST_PROMPT and text.isprintable() and "${" not in text
 
 
 def _plain(folder: Path) -> str:
-    """A folder's name as a run can have it."""
+    """The name of a folder, reduced to characters that a run's name may have."""
     return re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(folder)).name).strip("-.") or "images"
 
 
 def _check_places(folder: Path, out: Path) -> None:
-    """Refuse an output folder inside the images: its files would be read as further images."""
+    """Refuse an output folder inside the images: its files would be read as images of the data set."""
     for place in (out, Path("runs")):
         if folder.is_dir() and resolved(place).is_relative_to(resolved(folder)):
             raise ConfigError(
-                f"{place} would lie inside {folder}, among the images: start from another folder"
-                + " (or see --out)" * (place == out)
+                f"{place} would lie inside {folder}, among the images: run this in another folder"
+                + " (or give --out)" * (place == out)
             )
     above = next(p for p in (out, *out.parents) if p.exists())
     if not above.is_dir():
         raise ConfigError(f"--out {out}: {above} is a file")
     if "${" in str(folder):
-        raise ConfigError(f"{folder}: a configuration cannot hold ${{: rename the folder")
+        raise ConfigError(f"{folder}: a path in a configuration cannot contain ${{: rename the folder")
 
 
 def _gpu() -> bool:
@@ -134,7 +140,7 @@ def _gpu() -> bool:
 
 
 def _size(asked: int | None, looked: Survey, gpu: bool) -> int:
-    """A side that the networks of the recipe can halve often enough."""
+    """Side of the training images: one that the networks of the recipe can halve often enough."""
     multiple = 64 if gpu else 16
     if asked is not None:
         if asked < multiple or asked % multiple:
@@ -155,13 +161,13 @@ def _tokens(looked: Survey) -> tuple[int, int]:
     texts = list(dict.fromkeys(row.text for row in looked.rows))[:TOKENIZED]
     tokenizer = train_tokenizer(texts, 512, 77)
     ids = tokenize(tokenizer, texts, 4096)[0]
-    lengths = (ids.numpy() != tokenizer.pad_token_id).sum(1) + 1  # the end is padding's token too
+    lengths = (ids.numpy() != tokenizer.pad_token_id).sum(1) + 1  # the end token is also that of padding
     longest = int(lengths.max())
-    return min(77, max(12, longest + longest // 2)), longest  # prompts may be longer than what was trained on
+    return min(77, max(12, longest + longest // 2)), longest  # room for prompts longer than any caption
 
 
 def _lines(looked: Survey, longest: int) -> list[str]:
-    """Print the findings."""
+    """The findings, to be printed."""
     data, headers = looked.data, looked.headers
     where = {
         "metadata": f"captions in metadata ({data.text_column})",
@@ -170,45 +176,48 @@ def _lines(looked: Survey, longest: int) -> list[str]:
         "none": "no captions",
     }[data.captions]
     sides = sorted((min(h.width, h.height), h.width, h.height) for h in headers)
+    (_, w, h), (_, widest, highest) = sides[0], sides[-1]
     lines = [
         f"{data.folder}: {len(looked.rows)} images, {where}",
-        f"  sizes     {sides[0][1]}×{sides[0][2]} to {sides[-1][1]}×{sides[-1][2]}, median short side {looked.short_side}",
+        f"  sizes     {w}×{h} to {widest}×{highest}, median short side {looked.short_side}",
         f"  formats   {_counts(h.format for h in headers)}; modes {_counts(h.mode for h in headers)}",
     ]
     special = {
-        "turned by EXIF": sum(h.turned for h in headers),
+        "rotated by EXIF": sum(h.turned for h in headers),
         "with EXIF that cannot be read (taken as upright)": sum(h.odd_exif for h in headers),
         "with several frames or pages (the first is read)": sum(h.animated for h in headers),
-        "with colours of another profile than sRGB (taken for sRGB)": sum(h.profile for h in headers),
+        "with a colour profile other than sRGB (read as sRGB)": sum(h.profile for h in headers),
     }
     if any(special.values()):
         lines.append("  also      " + ", ".join(f"{n} {what}" for what, n in special.items() if n))
     if data.captions != "none":
-        texts = [row.text for row in looked.rows]
-        empty = sum(not text.strip() for text in texts)
-        cut = (
-            f", longer than 77 tokens are cut (longest: {longest})"
-            if longest > 77
-            else f", the longest of {longest} tokens"
-        )
-        from ldm.models.text import LONGEST_CAPTION
-
-        if long := sum(len(text) > LONGEST_CAPTION for text in texts):
-            cut += f"; of {long} with more than {LONGEST_CAPTION} characters the rest is not looked at"
-        lines.append(f"  captions  {len(set(texts))} distinct, {empty} empty{cut}")
+        lines.append(f"  captions  {_caption_facts([row.text for row in looked.rows], longest)}")
     train, validation = looked.split
-    lines.append(
-        f"  split     {train} for training, {validation} for validation (by a hash of the name: adding files moves none)"
-    )
+    by_name = "by a hash of the name, so adding files moves none"
+    lines.append(f"  split     {train} for training, {validation} for validation ({by_name})")
     if looked.unlisted:
         lines.append(f"  unlisted  {looked.unlisted} images have no row in the metadata and are not used")
     if looked.others:
-        lines.append(
-            "  others    " + ", ".join(f"{n} {suffix}" for suffix, n in looked.others.items()) + " are not read"
-        )
+        others = ", ".join(f"{n} {suffix}" for suffix, n in looked.others.items())
+        lines.append(f"  others    {others} are not read")
     if looked.decoded < len(headers):
-        lines.append(f"  decoded   {looked.decoded} of them, of the others the header alone (--all decodes all)")
+        lines.append(
+            f"  decoded   {looked.decoded} of them; of the others only the header was read (--all decodes all)"
+        )
     return lines + [f"  note      {remark}" for remark in looked.remarks]
+
+
+def _caption_facts(texts: list[str], longest: int) -> str:
+    """How many captions there are, and what is cut off the long ones; ``longest``: in tokens."""
+    from ldm.models.text import LONGEST_CAPTION
+
+    facts = f"{len(set(texts))} distinct, {sum(not text.strip() for text in texts)} empty, "
+    facts += (
+        f"longer than 77 tokens are cut (longest: {longest})" if longest > 77 else f"the longest has {longest} tokens"
+    )
+    if cut := sum(len(text) > LONGEST_CAPTION for text in texts):
+        facts += f"; of {cut} with more than {LONGEST_CAPTION} characters the rest is ignored"
+    return facts
 
 
 def _counts(values: Iterable[str]) -> str:
@@ -225,19 +234,16 @@ def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
         console.say(f"            {one.file}: {one.reason}")
     share, allowed = len(skipped) / looked.total, looked.data.max_skipped
     if share > allowed:
-        console.say(
-            f"  stop      training stops where more than {allowed:.0%} is left out, and this is {share:.1%}: fix or remove them,"
-        )
-        console.say(f"            or set max_skipped to {share + 0.005:.2f} in the configurations")
+        console.say(f"  stop      training stops if more than {allowed:.0%} are left out, and here it is {share:.1%}:")
+        console.say(f"            fix or remove them, or set max_skipped to {share + 0.005:.2f} in the configurations")
 
 
 def _say_next(plan: Plan, out: Path, console: Console) -> None:
     minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
     machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
-    console.say(
-        f"wrote {', '.join(f'{stage}.yaml' for stage in plan.stages)} into {out}/ ({plan.data.image_size} px, for {machine})"
-    )
-    prompt = (
-        f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}" if plan.data.captions != "none" else ""
-    )
+    written = ", ".join(f"{stage}.yaml" for stage in plan.stages)
+    console.say(f"wrote {written} into {out}/ ({plan.data.image_size} px, for {machine})")
+    prompt = ""
+    if plan.data.captions != "none":
+        prompt = f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}"
     console.say(f"next:  ldm train {shlex.quote(str(out))}\n       ldm sample runs/{plan.name}{prompt} --count 8")

@@ -1,13 +1,14 @@
-"""Say what a model is: a run, a model folder (ours or diffusers'), an autoencoder's folder, a single file (.safetensors, .ckpt).
+"""Describe a model: a run, a model folder (ours or diffusers'), an autoencoder or a single file.
 
   ldm inspect runs/demo
   ldm inspect sd-v1-5.ckpt --json
   ldm inspect runs/demo --verify
 
-Sizes, head counts, what it predicts, schedule, latent scale, types, and a sha256 of each part that is the same in every
-layout. Weights stay on disk: they are read piece by piece for their hashes, and not at all with --no-hashes. Tensors that hold
-NaN or an infinity are named. --verify fails (exit code 4) at such a tensor, and at a file that is not the one which was written
-with its folder: every file is hashed and compared with ldm.json.
+Prints sizes, attention heads, prediction target, noise schedule, latent scale, types, and a sha256 of
+each part that is the same in every layout. Weights stay on disk: they are read piece by piece for their
+hashes, and not at all with --no-hashes. Tensors that hold NaN or infinity are named. --verify fails
+(exit code 4) at such a tensor, and at a file that has changed since it was written with its folder:
+every file is hashed and compared with ldm.json.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ TITLES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model or file."""
-    parser.add_argument("model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file")
+    """The model, how to read it, and what to check."""
+    parser.add_argument(
+        "model", metavar="FILE_OR_FOLDER", help="a run, a model folder, or a single file (.safetensors, .ckpt)"
+    )
     add_reading(parser)
-    parser.add_argument("--no-hashes", action="store_true", help="do not read the weights")
+    parser.add_argument("--no-hashes", action="store_true", help="do not read the weights: print no hashes")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="fail where a weight is not finite, or a file has changed since it was written",
+        help="fail if a weight is not finite, or a file has changed since it was written",
     )
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read the headers, and print."""
+    """Read the headers, hash the weights, and print."""
     if arguments.verify and arguments.no_hashes:
-        raise ConfigError("--verify reads the weights, and --no-hashes does not: leave one out")
+        raise ConfigError("--verify reads the weights and --no-hashes does not: leave one of them out")
     from ldm.interop.complete import OPTIONS, lacking
     from ldm.interop.describe import describe
     from ldm.interop.intact import check_finite, check_hashes
@@ -69,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _lines(title: str, facts: Any) -> list[str]:
-    """A title, and a line for each fact."""
+    """A title, then one line for each fact."""
     if not isinstance(facts, Mapping):
         return [f"  {title:14s} {_value(facts)}"]
     return [f"  {title}", *(f"    {name.replace('_', ' '):20s} {_value(value, name)}" for name, value in facts.items())]
@@ -84,4 +87,6 @@ def _value(value: Any, name: str = "") -> str:
         return f"{value:,} ({value / 1e6:.2f} M)"
     if name == "bytes":
         return f"{value:,} ({value / 1e9:.2f} GB)"
-    return {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

@@ -1,12 +1,15 @@
-"""Plots that people look at.
+"""Plot noise schedules, the forward and reverse chain of a model, and sweeps of guidance.
 
-  ldm plot schedules                      all noise schedules: ᾱ, log SNR, and a picture along t
-  ldm plot forward runs/demo              how the model's own noise takes validation images apart
+  ldm plot schedules                      noise schedules: ᾱ, log SNR, and one image along t
+  ldm plot forward runs/demo              validation images under the model's own noise
   ldm plot reverse runs/demo --prompt "a small red circle on a white background"
-                                          how a sample comes about: x_t and the predicted x̂_0
+                                          how a sample emerges: x_t and the predicted x̂_0
   ldm plot guidance runs/demo             guidance against accuracy and diversity, with samples
+  ldm plot classifier runs/digits --classifier runs/digits/classifier
+                                          the same for classifier guidance
 
-`ldm plot NAME --help` says more of each. Plots of a run go to RUN/plots/, others to the current folder.
+`ldm plot NAME --help` has the options of each. Plots of a run go to RUN/plots/, others to the current
+folder.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.console import Console, rank
+from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import (
@@ -30,107 +33,114 @@ from ldm.config import (
     load,
     load_run,
 )
+from ldm.distributed.processes import own_rank
 from ldm.files.disk import resolved
 
 if TYPE_CHECKING:
     from ldm.evaluation.figures.page import Page
 
-SCHEDULES_HELP = """Noise schedules side by side: ᾱ over t, log SNR over t, and what one picture looks like along t.
+SCHEDULES_HELP = """Noise schedules side by side: ᾱ over t, log SNR over t, and one image along t.
 
   ldm plot schedules --names cosine scaled_linear --zero-terminal-snr --shift 2
   ldm plot schedules runs/demo --names cosine linear
 
-With a RUN its own schedule is shown, beside those of --names. Schedules that agree at every t are drawn as one."""
-FORWARD_HELP = """The forward chain of a run's validation images: latents x_t, decoded, beside the images noised to the same level.
+Given a RUN, its own schedule is shown beside those of --names. Schedules that agree at every t are
+drawn as one."""
+FORWARD_HELP = """The forward chain of validation images: latents x_t, decoded, beside the images at equal noise.
 
   ldm plot forward runs/demo --images 3 --times 100 300 500 700 900
 
-A pixel model has x_t alone. Each x_t is drawn from the one before it."""
+For a pixel model only x_t is shown. Each x_t is drawn from the one before it."""
 REVERSE_HELP = """The reverse chain of each prompt: x_t and the model's x̂_0, both decoded, at some of the steps.
 
-  ldm plot reverse runs/demo --prompt "a small red circle on a white background" --prompt "a large blue star on a black background"
+  ldm plot reverse runs/demo --prompt "a small red circle on a white background"
 
-Settings left out are the model's own. The images are those that `ldm sample` draws with the same prompts and seed."""
-GUIDANCE_HELP = """Guidance γ against what the judge reads and against diversity, with a row of samples of each of some captions.
+Settings left out are the model's own. The images are those that `ldm sample` draws for the same
+prompts and seed."""
+GUIDANCE_HELP = """Guidance scale γ against accuracy (read by the judge) and diversity, with samples of some captions.
 
   ldm plot guidance runs/demo --scales 0 1 2 4 8 --images 320
 
-For runs on shapes, shapes-two and digits. 1 on the axis of diversity is as varied as real images of one caption. The
-figures stand beside the picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
-
-CLASSIFIER_HELP = """Classifier guidance w of the unconditional model (γ = 0) against what the judge reads and against diversity.
+For runs on drawn shapes and digits. Diversity 1 is as varied as real images of one caption. The metrics
+are written as JSON beside the picture. Under `accelerate launch scripts/plot.py` or torchrun each
+process does its share."""
+CLASSIFIER_HELP = """Classifier scale w of the unconditional model (γ = 0) against accuracy and diversity.
 
   ldm plot classifier runs/digits --classifier runs/digits/classifier --scales 0 1 2 4 8 16
 
-For classifiers of digits. Both forms, and the first also with an interval, all by ancestral sampling from the same noise,
-with rows of samples. 1 on the axis of diversity is as varied as real images of one caption. The figures stand beside the
-picture as JSON. Started by `accelerate launch scripts/plot.py` or torchrun, each process does its share."""
+For classifiers of digits. Both forms are swept, and the score form also within an interval, all by
+ancestral sampling from the same noise, with rows of samples. Diversity 1 is as varied as real images of
+one caption. The metrics are written as JSON beside the picture. Under `accelerate launch
+scripts/plot.py` or torchrun each process does its share."""
 
-DEFAULT_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+GUIDANCE_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+CLASSIFIER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command for each plot."""
     plots = parser.add_subparsers(dest="plot", metavar="plot", required=True)
     schedules = _sub(plots, "schedules", "noise schedules side by side", SCHEDULES_HELP)
-    schedules.add_argument(
-        "run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule"
-    )
-    schedules.add_argument(
-        "--names", nargs="+", metavar="NAME", help=f"some of {', '.join(SCHEDULES)} (default: all, with a RUN none)"
-    )
-    schedules.add_argument("--num-steps", type=int, metavar="T", help="steps of the named schedules (default 1000)")
-    schedules.add_argument(
-        "--zero-terminal-snr", action="store_true", help="each named schedule also with no signal at the last step"
-    )
-    schedules.add_argument(
-        "--shift", type=float, help="each named schedule also shifted for a side so many times as large"
-    )
-    schedules.add_argument("--image", metavar="FILE", help="the picture along t (default: a drawn shape)")
-    forward = _sub(plots, "forward", "noise takes validation images apart", FORWARD_HELP)
-    forward.add_argument("run", metavar="RUN", help="a run of train-ldm")
-    forward.add_argument("--images", type=int, default=3, help="validation images (default 3)")
-    forward.add_argument("--times", type=int, nargs="+", metavar="T", help="the t shown (default 8, equally spaced)")
-    forward.add_argument("--seed", type=int, help="of the noise (default 0)")
-    reverse = _sub(plots, "reverse", "a sample comes about", REVERSE_HELP)
-    reverse.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
-    reverse.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
-    reverse.add_argument("--columns", type=int, default=8, help="steps shown, beside the sample (default 8)")
-    reverse.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
+    forward = _sub(plots, "forward", "validation images under growing noise", FORWARD_HELP)
+    reverse = _sub(plots, "reverse", "how a sample emerges from noise", REVERSE_HELP)
     guidance = _sub(plots, "guidance", "guidance against accuracy and diversity", GUIDANCE_HELP)
-    guidance.add_argument("run", metavar="RUN", help="a run of train-ldm on shapes, shapes-two or digits")
-    guidance.add_argument(
-        "--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="γ", help="default: 0 1 1.5 2 3 4 6 8"
-    )
-    guidance.add_argument("--images", type=int, default=320, help="images for each γ (default 320)")
-    guidance.add_argument(
-        "--batch-size", type=int, default=100, help="images computed together by one process (default 100)"
-    )
     classifier = _sub(plots, "classifier", "classifier guidance against accuracy and diversity", CLASSIFIER_HELP)
-    classifier.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm on digits, or a model folder")
-    classifier.add_argument("--classifier", metavar="RUN", required=True, help="a run of train-classifier")
-    classifier.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0],
-        metavar="W",
-        help="default: 0 1 2 4 8 16",
-    )
-    classifier.add_argument("--images", type=int, default=200, help="images for each scale (default 200)")
-    classifier.add_argument("--steps", type=int, default=25, help="network calls (default 25)")
+
+    _add_schedules(schedules)
+    _add_chains(forward, reverse)
+    _add_sweeps(guidance, classifier)
     for sub in (forward, reverse, guidance, classifier):
         add_parts(sub)
     for sub in (reverse, guidance):
-        sub.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
-        sub.add_argument("--steps", type=int, help="network calls, 1 to the T of training")
-        sub.add_argument("--seed", type=int, help="0 to 2^63 − 1")
+        sub.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
+        sub.add_argument("--steps", type=int, metavar="N", help="network calls, at most the T of training")
+        sub.add_argument("--seed", type=int, metavar="N", help="0 to 2^63 − 1")
     for name, sub in plots.choices.items():
+        where = f"{name}.png in RUN/plots/, or in the current folder without a RUN"
+        sub.add_argument("--out", metavar="FILE", help=f"a .png, .pdf or .svg (default: {where})")
+
+
+def _add_schedules(sub: argparse.ArgumentParser) -> None:
+    names = f"some of {', '.join(SCHEDULES)} (default: all; with a RUN none)"
+    sub.add_argument("run", nargs="?", metavar="RUN", help="a run of train-ldm, or a model folder: its own schedule")
+    sub.add_argument("--names", nargs="+", metavar="NAME", help=names)
+    sub.add_argument("--num-steps", type=int, metavar="T", help="steps of the named schedules (default 1000)")
+    sub.add_argument("--zero-terminal-snr", action="store_true", help="show each also with no signal at the last step")
+    sub.add_argument("--shift", type=float, metavar="S", help="show each also shifted for images of S times the side")
+    sub.add_argument("--image", metavar="FILE", help="the image along t (default: a drawn shape)")
+
+
+def _add_chains(forward: argparse.ArgumentParser, reverse: argparse.ArgumentParser) -> None:
+    forward.add_argument("run", metavar="RUN", help="a run of train-ldm")
+    forward.add_argument("--images", type=int, default=3, metavar="N", help="validation images (default 3)")
+    forward.add_argument("--times", type=int, nargs="+", metavar="T", help="the t shown (default: 8, equally spaced)")
+    forward.add_argument("--seed", type=int, metavar="N", help="of the noise (default 0)")
+    reverse.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
+    reverse.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    reverse.add_argument(
+        "--columns", type=int, default=8, metavar="N", help="steps shown beside the sample (default 8)"
+    )
+    closer = "1: the conditional model; above: closer to the caption"
+    reverse.add_argument("--guidance-scale", type=float, metavar="SCALE", help=closer)
+
+
+def _add_sweeps(guidance: argparse.ArgumentParser, classifier: argparse.ArgumentParser) -> None:
+    guidance.add_argument("run", metavar="RUN", help="a run of train-ldm on drawn shapes or digits")
+    classifier.add_argument("run", metavar="RUN_OR_FOLDER", help="a run of train-ldm on digits, or a model folder")
+    classifier.add_argument("--classifier", metavar="RUN", required=True, help="a run of train-classifier")
+    for sub, symbol, scales, images in (
+        (guidance, "γ", GUIDANCE_SCALES, 320),
+        (classifier, "W", CLASSIFIER_SCALES, 200),
+    ):
+        default = " ".join(f"{scale:g}" for scale in scales)
         sub.add_argument(
-            "--out",
-            metavar="FILE",
-            help=f"a .png, .pdf or .svg (default: {name}.png, in RUN/plots/ where there is a RUN)",
+            "--scales", type=float, nargs="+", default=list(scales), metavar=symbol, help=f"default: {default}"
         )
+        each = f"images for each {symbol.lower()} (default {images})"
+        sub.add_argument("--images", type=int, default=images, metavar="N", help=each)
+    batch = "images per batch and process (default 100)"
+    guidance.add_argument("--batch-size", type=int, default=100, metavar="N", help=batch)
+    classifier.add_argument("--steps", type=int, default=25, metavar="N", help="network calls (default 25)")
 
 
 def _sub(plots: Any, name: str, text: str, description: str) -> argparse.ArgumentParser:
@@ -140,19 +150,19 @@ def _sub(plots: Any, name: str, text: str, description: str) -> argparse.Argumen
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw the plot that was asked for."""
-    if rank() and arguments.plot not in ("guidance", "classifier"):
-        return  # nothing to share out
+    """Draw the chosen plot."""
+    if own_rank() and arguments.plot not in ("guidance", "classifier"):
+        return  # the other plots are drawn by the main process alone
     PLOTS[arguments.plot](arguments, Console())
 
 
 def _schedules(arguments: argparse.Namespace, console: Console) -> None:
     for name in arguments.names or ():
         if name not in SCHEDULES:
-            raise ConfigError(f"--names {name}: no such schedule, known are {', '.join(SCHEDULES)}")
+            raise ConfigError(f"--names {name}: no such schedule, there are {', '.join(SCHEDULES)}")
     names = arguments.names or (() if arguments.run else SCHEDULES)
     if not names and (arguments.zero_terminal_snr, arguments.shift, arguments.num_steps) != (False, None, None):
-        raise ConfigError("--zero-terminal-snr, --shift and --num-steps are for the schedules of --names: name some")
+        raise ConfigError("--zero-terminal-snr, --shift and --num-steps change the schedules of --names: name some")
     ours = _schedule_of(Path(arguments.run)) if arguments.run else None
     file = _out(arguments)
     from ldm.data.decode import read_image
@@ -162,21 +172,21 @@ def _schedules(arguments: argparse.Namespace, console: Console) -> None:
     shown = [schedules.own(f"run {resolved(arguments.run).name}\n({ours.name})", ours)] if ours else []
     num_steps = 1000 if arguments.num_steps is None else arguments.num_steps
     shown += schedules.entries(tuple(dict.fromkeys(names)), num_steps, arguments.zero_terminal_snr, arguments.shift)
-    picture = (
-        prepare(read_image(Path(arguments.image), 3), schedules.STRIP) if arguments.image else schedules.drawn_shape()
-    )
-    schedules.schedules_page(shown, picture).save(
-        file, {"schedules": [dataclasses.asdict(entry.config) for entry in shown]}
-    )
+    if arguments.image:
+        image = prepare(read_image(Path(arguments.image), 3), schedules.STRIP)
+    else:
+        image = schedules.drawn_shape()
+    about = {"schedules": [dataclasses.asdict(entry.config) for entry in shown]}
+    schedules.schedules_page(shown, image).save(file, about)
     console.say(f"schedules: {file}")
 
 
 def _schedule_of(run: Path) -> ScheduleConfig:
-    """The schedule of a run, trained or not, or of a model folder."""
+    """The schedule of a run, finished or not, or of a model folder."""
     if (run / "config.yaml").is_file():
         config = load_run(run)
         if not isinstance(config, DiffusionTrainingConfig):
-            raise ConfigError(f"{run} diffuses nothing and has no schedule: name a run of `ldm train-ldm`")
+            raise ConfigError(f"{run} is not a diffusion run and has no schedule: name a run of `ldm train-ldm`")
         return config.schedule
     from ldm.pipeline.info import ModelInfo
 
@@ -209,11 +219,9 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
     check_start(info.schedule, info.target, settings)
     if bool(arguments.prompt) != info.has_text:
-        raise ConfigError(
-            "--prompt is needed: this model draws what a caption says"
-            if info.has_text
-            else "this model is unconditional: leave --prompt out"
-        )
+        if info.has_text:
+            raise ConfigError("--prompt is needed: this model draws what a caption says")
+        raise ConfigError("this model is unconditional: leave --prompt out")
     file = _out(arguments)
     from ldm.evaluation.figures.chains import reverse_page
 
@@ -226,7 +234,7 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
 def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "batch_size")
     if arguments.images < 2:
-        raise ConfigError(f"images must be at least 2 (diversity compares), got {arguments.images}")
+        raise ConfigError(f"images must be at least 2, since diversity compares them, got {arguments.images}")
     given = _given(arguments, "sampler", "steps", "seed")
     scales = list(dict.fromkeys(arguments.scales))
     for scale in scales:
@@ -237,23 +245,15 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     from ldm.evaluation.figures.guidance_sweep import guidance_sweep
 
     processes, device = launched()
-    folder = Path(arguments.run)
     report, page = guidance_sweep(
-        folder,
-        scales,
-        arguments.images,
-        given,
-        arguments.batch_size,
-        console.progress,
-        processes,
-        device,
-        parts(arguments),
-    )
+        Path(arguments.run), scales, arguments.images, given, arguments.batch_size,
+        progress=console.progress, processes=processes, device=device, parts=parts(arguments),
+    )  # fmt: skip
     for row in report["scales"]:
         console.say(_measured("γ", row))
     if processes.main:
         _save(page, report, file)
-    console.say(f"guidance: {file}   figures: {file.with_suffix('.json')}")
+    console.say(f"guidance: {file}   metrics: {file.with_suffix('.json')}")
 
 
 def _classifier(arguments: argparse.Namespace, console: Console) -> None:
@@ -275,7 +275,7 @@ def _classifier(arguments: argparse.Namespace, console: Console) -> None:
             console.say(_measured("w", row))
     if processes.main:
         _save(page, report, file)
-    console.say(f"classifier guidance: {file}   figures: {file.with_suffix('.json')}")
+    console.say(f"classifier guidance: {file}   metrics: {file.with_suffix('.json')}")
 
 
 def _save(page: Page, report: dict[str, Any], file: Path) -> None:
@@ -286,13 +286,11 @@ def _save(page: Page, report: dict[str, Any], file: Path) -> None:
 
 
 def _measured(symbol: str, row: dict[str, Any]) -> str:
-    """One setting of a sweep, in a line."""
-    share, varied = (
-        row["judged"]["all"],
-        f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})",
-    )
+    """One line for a scale of a sweep, with 95 % intervals."""
+    share = row["judged"]["all"]
     right = f"{share['accuracy']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
-    return f"{symbol} {row['scale']:<4g} right {right}   diversity {varied}   n = {share['n']}"
+    diversity = f"{row['diversity']:.3f} ({row['diversity_low']:.3f} to {row['diversity_high']:.3f})"
+    return f"{symbol} {row['scale']:<4g} right {right}   diversity {diversity}   n = {share['n']}"
 
 
 PLOTS = {
@@ -310,14 +308,14 @@ def _at_least_one(arguments: argparse.Namespace, name: str) -> None:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The sampling settings that were given, each within its range."""
+    """The sampling settings given on the command line, checked for their ranges."""
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     SampleConfig(**given)
     return given
 
 
 def _out(arguments: argparse.Namespace) -> Path:
-    """The file to write, its folder made: before anything slow."""
+    """The file to write, checked before anything slow; makes its folder."""
     folder = Path(arguments.run) / "plots" if arguments.run else Path()
     file = Path(arguments.out) if arguments.out is not None else folder / f"{arguments.plot}.png"
     from ldm.evaluation.figures.plots import SUFFIXES, is_figure

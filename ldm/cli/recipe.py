@@ -1,4 +1,4 @@
-"""The configuration files that `ldm init` writes: the templates in recipes/, sized to the data and the machine."""
+"""Configuration files written by `ldm init`: the templates in recipes/, sized to data and machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from string import Template
 from ldm.config import DataConfig
 
 TEMPLATES = Path(__file__).with_name("recipes")
-
 COMMENTS = 34  # column of the comments
 
-# Seconds for one update on two CPU cores at 32 px, from the status.json files that `make demo` leaves: 225 s / 3000 updates of
-# 8 images, 28 s / 300 of 64, 429 s / 1900 of 32. They grow with the number of pixels.
+# Seconds of one update on two CPU cores at 32 px, from the status.json files of `make demo`:
+# 225 s / 3000 updates of 8 images, 28 s / 300 of 64, 429 s / 1900 of 32. They grow with the number of pixels.
 CPU_SECONDS = {"autoencoder": 0.075, "clip": 0.093, "ldm": 0.226}
 
 # (passes over the data, the template's batch size, fewest and most updates)
@@ -38,7 +37,7 @@ class Plan:
     train_images: int
     machine: str  # cpu or gpu
     tokens: int  # room for captions, start and end included
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...]  # captions drawn while training
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -46,12 +45,12 @@ class Plan:
         return ("autoencoder", "ldm") if self.data.captions == "none" else ("autoencoder", "clip", "ldm")
 
     def steps(self, stage: str) -> int:
-        """Updates of a stage, whole hundreds."""
+        """Updates of a stage, a multiple of 100 between its limits."""
         passes, batch, low, high = LENGTHS[self.machine, stage]
         return min(high, max(low, passes * self.train_images // batch // 100 * 100))
 
     def seconds(self, stage: str) -> float:
-        """A rough estimate for two CPU cores."""
+        """Estimated training time of a stage on two CPU cores."""
         return CPU_SECONDS[stage] * self.steps(stage) * (self.data.image_size / 32) ** 2
 
 
@@ -66,7 +65,7 @@ def _fill(template: str, values: dict[str, object]) -> str:
 
 
 def _aligned(line: str) -> str:
-    """The comment beside a setting in one column, whatever the length of the value."""
+    """The line with its comment moved to column COMMENTS, whatever the length of the value."""
     setting, mark, comment = line.partition("  #")
     if not mark or not setting.strip() or '"' in setting:
         return line
@@ -79,7 +78,8 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
     if data.text_column != "text":
         caption_settings = f"  text_column: {_quoted(data.text_column)}\n"
     if data.captions == "class":
-        caption_settings = f"  caption_templates: {_quoted(list(data.caption_templates))}   # {{}} is the class; each image keeps one of them\n"
+        templates = _quoted(list(data.caption_templates))
+        caption_settings = f"  caption_templates: {templates}   # {{}} is the class; each image keeps one of them\n"
     own = {
         "folder": _quoted(data.folder),
         "captions": data.captions,
@@ -90,7 +90,7 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
         "image_size": data.image_size,
         "image_channels": data.image_channels,
     }
-    text = f"runs/{plan.name}/text         # or a pretrained CLIP text model, by folder or name; clip.yaml is not needed then"
+    text = f"runs/{plan.name}/text         # or a pretrained CLIP text model, by folder or name, without clip.yaml"
     return own | {
         "data": _fill("data.yaml", own),
         "name": plan.name,
@@ -106,5 +106,5 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
 
 
 def _quoted(value: object) -> str:
-    """As YAML takes it, whatever characters it holds."""
+    """As JSON, which is YAML for any characters."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,12 +1,13 @@
-"""Draw a picture of `ldm sample` again, from what its PNG says, and compare the pixels. A grid of several works as well.
+"""Draw an image of `ldm sample` again from the metadata of its PNG, and compare the pixels.
 
   ldm reproduce images/00000-a-small-red-circle.png
 
-The model is looked for where it was when the picture was drawn, as it was named then (so start it in the same folder), or
-where --model says; it must have the hash that the PNG holds. So must the LoRAs and guides, which --moved OLD=NEW finds elsewhere.
+A grid works as well. The model is looked for under the path given when the image was drawn (if that was
+relative, run this in the same folder), or under --model; it must have the hash in the PNG. So must the
+LoRAs and guides, whose new places are given by --moved OLD=NEW.
 
-exit codes: 0 identical, or within 1 of 255 (the difference is said), 1 the pixels differ by more, 2 no picture of `ldm sample`,
-4 the model, a LoRA or a guide is missing or has changed
+exit codes: 0 identical or within 1 of 255 (the difference is printed), 1 the pixels differ by more,
+2 not an image of `ldm sample`, 4 the model, a LoRA or a guide is missing or has changed
 """
 
 from __future__ import annotations
@@ -29,28 +30,30 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The picture, and the model if it has moved."""
-    parser.add_argument("image", metavar="IMAGE.png", help="as `ldm sample` wrote it")
-    parser.add_argument("--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: where the PNG says)")
+    """The image, and where its model is if it has moved."""
+    parser.add_argument("image", metavar="IMAGE.png", help="a PNG that `ldm sample` wrote")
+    parser.add_argument(
+        "--model", metavar="RUN_OR_FOLDER", help="where the model is now (default: the path in the PNG)"
+    )
     parser.add_argument(
         "--moved",
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="where a LoRA or guide is now, by its name in the PNG",
+        help="where a LoRA or guide is now: OLD is its path in the PNG; may be given several times",
     )
     add_parts(parser)
-    parser.add_argument("--out", metavar="FILE", help="keep the picture that is drawn again, as a PNG")
+    parser.add_argument("--out", metavar="FILE", help="save the new image as this PNG")
     parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1 … (default: of the kind that the picture was drawn on, where there is one)"
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 … (default: the kind used for the image, if there is one)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, check, draw and compare."""
+    """Read, check, draw and compare; returns the exit code."""
     file, out = Path(arguments.image), None if arguments.out is None else Path(arguments.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir() or resolved(out) == resolved(file)):
-        raise ConfigError(f"--out {out} must be a file in a folder that is there, and not the picture itself")
+        raise ConfigError(f"--out {out} must be a file in an existing folder, and not the image itself")
     if out is not None:
         check_target(out, lambda content: False)
     from PIL import Image
@@ -75,22 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
     drawn = redraw(pipe, origin, pixels.shape[1], together=origin.index is None)
     try:
         if origin.index is not None and any(deviation(pixels, drawn)):
-            drawn = redraw(pipe, origin, pixels.shape[1], together=True)  # sums of a batch may have another order
+            drawn = redraw(pipe, origin, pixels.shape[1], together=True)  # a batch may sum in another order
         count, most = deviation(pixels, drawn)
-        what = (
-            f"{count:,} of {pixels.shape[0] * pixels.shape[1]:,} pixels differ, by at most {most} of 255"
-            if count
-            else "identical"
-        )
-    except ValueError as error:
-        what, most = str(error), 256
+        total = pixels.shape[0] * pixels.shape[1]
+        result = f"{count:,} of {total:,} pixels differ, by at most {most} of 255" if count else "identical"
+    except ValueError as error:  # other sizes or channels
+        result, most = str(error), 256
     here = surroundings(device)
     if out is not None:
         write_png(Image.fromarray(drawn), out, dataclasses.replace(origin, drawn={**origin.drawn, **here}).png())
     console = Console()
-    console.say(
-        f"{file}: {what}{' (within what is promised)' if 0 < most <= PROMISED else ''}; model {origin.model[:12]} of {path}"
-    )
+    within = " (within what is promised)" if 0 < most <= PROMISED else ""
+    console.say(f"{file}: {result}{within}; model {origin.model[:12]} of {path}")
     for line in elsewhere(origin, here):
         console.say(f"  {line}")
     return int(most > PROMISED)
@@ -104,7 +103,7 @@ def _moved(pair: str) -> tuple[str, str]:
 
 
 def _device(name: str | None, origin: Provenance) -> torch.device:
-    """The one that was asked for, or of the kind that the picture was drawn on."""
+    """The device that was asked for, else one of the kind that the image was drawn on."""
     from ldm.cli.sample import devices
 
     return devices(name or ("cpu" if origin.drawn.get("device") == "cpu" else None))[1]

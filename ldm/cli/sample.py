@@ -1,10 +1,12 @@
 """Draw images from a run, a model folder (ours or diffusers') or a single file that `ldm convert` wrote.
 
   ldm sample runs/demo --prompt "a small red circle on a white background" --count 4
+  ldm sample runs/demo --prompts-file captions.txt --sampler ddim --steps 50 --seed 7
 
-Each PNG carries its settings (`ldm` in its metadata), from which `ldm reproduce` draws it again; grid-*.png shows all of
-them. Settings left out are the model's own. Image i of a seed starts from the same noise at any batch size and number of
-processes; started by `accelerate launch scripts/sample.py` or torchrun, each process draws its share.
+Settings left out are the model's own. Each PNG carries all of them in its metadata (key `ldm`), from
+which `ldm reproduce` draws it again; grid-*.png shows all images of a call. Image i of a seed starts
+from the same noise at any batch size and number of processes: under `accelerate launch
+scripts/sample.py` or torchrun each process draws its share.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from ldm.cli.reading import add_parts, parts
 from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError, SampleConfig
 from ldm.files.text import lines, read_text
 
-GIVEN = (  # settings that the command line may replace
-    "steps", "sampler", "guidance_scale", "eta", "negative_prompt", "seed", "guidance_rescale", "guidance_interval", "dynamic_threshold",
-    "autoguidance", "autoguidance_scale", "classifier", "classifier_scale", "classifier_form", "grid", "variance", "lora",
+SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
+    "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
+    "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
+    "classifier", "classifier_scale", "classifier_form",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -31,128 +34,149 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.distributed.processes import Processes
+    from ldm.pipeline.info import ModelInfo
     from ldm.pipeline.provenance import Provenance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, prompts and sampling settings."""
+    """Model, prompts, sampling settings, and where to draw and write."""
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
-    parser.add_argument("--variant", help="of a folder's weights: fp16, non_ema")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="of a folder's weight files: fp16, non_ema (default: the plain ones)"
+    )
     add_parts(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
-    parser.add_argument("--prompts-file", help="a text file with one caption a line")
-    parser.add_argument("--count", type=int, default=1, help="images per caption (default 1)")
-    parser.add_argument("--size", type=int, help="side in pixels, a multiple of the autoencoder's factor")
-    parser.add_argument("--steps", type=int, help="1 to the T of training, one network call each (heun and dpm2: two)")
-    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)}")
-    parser.add_argument("--guidance-scale", type=float, help="1: the conditional model, more: closer to the caption")
-    parser.add_argument("--grid", help=f"where the steps lie: one of {', '.join(GRIDS)} (docs/samplers.md)")
-    parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
-    parser.add_argument("--variance", help=f"of ddpm's noise: one of {', '.join(VARIANCES)}")
-    parser.add_argument("--negative-prompt", help="what to steer away from")
+    parser.add_argument("--prompts-file", metavar="FILE", help="a text file with one caption per line")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="images per caption (default 1)")
     parser.add_argument(
-        "--guidance-rescale", type=float, help="0 to 1: how much of the deviation that guidance adds is taken back"
+        "--size", type=int, metavar="PIXELS", help="side of the images, a multiple of the autoencoder's factor"
     )
+    parser.add_argument("--seed", type=int, metavar="N", help="0 to 2^63 − 1")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO ≤ σ = s/a ≤ HI alone"
+        "--batch-size", type=int, default=16, metavar="N", help="images per batch and process (default 16)"
     )
+    parser.add_argument("--out", default="images", metavar="FOLDER", help="folder for the PNGs (default images)")
     parser.add_argument(
-        "--dynamic-threshold", type=float, metavar="P", help="pixel models: clip x̂_0 at the quantile P of its size"
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU if there is one, each process its own)"
     )
-    parser.add_argument("--autoguidance", metavar="RUN_OR_FOLDER", help="a weaker model to lean away from")
-    parser.add_argument("--autoguidance-scale", type=float, help="1: not at all (default 2)")
-    parser.add_argument(
-        "--classifier", metavar="RUN", help="a run of train-classifier: prompts are captions of its classes"
+    _add_sampler(parser)
+    _add_guidance(parser)
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampler", "default: the model's own settings")
+    calls = "network calls, at most the T of training (heun and dpm2: steps of two calls)"
+    group.add_argument("--steps", type=int, metavar="N", help=calls)
+    group.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
+    group.add_argument(
+        "--grid", metavar="NAME", help=f"spacing of the steps: one of {', '.join(GRIDS)} (docs/samplers.md)"
     )
-    parser.add_argument("--classifier-scale", type=float, metavar="W", help="0: not at all (default 1)")
-    parser.add_argument(
-        "--classifier-form", help=f"one of {', '.join(CLASSIFIER_FORMS)} (mean: with ddpm; default score)"
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        metavar="PATH[:SCALE]",
-        help="a LoRA file, folder or run on top of the model; may be given several times",
-    )
-    parser.add_argument("--seed", type=int, help="0 to 2^63 − 1")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="images computed together by one process (default 16)"
-    )
-    parser.add_argument("--out", default="images", help="folder for the PNGs (default images)")
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one, each process its own)"
-    )
+    group.add_argument("--eta", type=float, help="noise of ddim: 0 for none, 1 for as much as ddpm")
+    group.add_argument("--variance", metavar="NAME", help=f"variance of ddpm's noise: one of {', '.join(VARIANCES)}")
+    quantile = "pixel models: clip x̂_0 at this quantile of its absolute values"
+    group.add_argument("--dynamic-threshold", type=float, metavar="P", help=quantile)
+    lora = "put a LoRA file, folder or run on the model; may be given several times"
+    group.add_argument("--lora", action="append", metavar="PATH[:SCALE]", help=lora)
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("guidance", "default: the model's own settings (docs/guidance.md)")
+    closer = "1: the conditional model; above: closer to the caption"
+    group.add_argument("--guidance-scale", type=float, metavar="SCALE", help=closer)
+    group.add_argument("--negative-prompt", metavar="PROMPT", help="a caption to steer away from")
+    rescale = "0 to 1: how much of the standard deviation added by guidance is removed"
+    group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help=rescale)
+    interval = "guide only where LO ≤ σ = s/a ≤ HI"
+    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help=interval)
+    group.add_argument("--autoguidance", metavar="RUN_OR_FOLDER", help="a weaker model to steer away from")
+    group.add_argument("--autoguidance-scale", type=float, metavar="SCALE", help="1: no autoguidance (default 2)")
+    labels = "a run of train-classifier; prompts are then captions of its classes"
+    group.add_argument("--classifier", metavar="RUN", help=labels)
+    group.add_argument("--classifier-scale", type=float, metavar="W", help="0: no classifier guidance (default 1)")
+    forms = f"one of {', '.join(CLASSIFIER_FORMS)} (default score; mean is for ddpm)"
+    group.add_argument("--classifier-form", metavar="NAME", help=forms)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then load, draw and save."""
-    given = {name: getattr(arguments, name) for name in GIVEN if getattr(arguments, name) is not None}
-    if "guidance_interval" in given:
-        given["guidance_interval"] = tuple(given["guidance_interval"])
-    if "lora" in given:
-        given["lora"] = tuple(given["lora"])
+    given = _settings(arguments)
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
     from ldm.pipeline import Pipeline
     from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
-    from ldm.pipeline.info import ModelInfo
     from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes, surroundings
+
+    # everything that can be refused from configurations alone, before the weights are read
+    info = _model_info(arguments)
+    settings = dataclasses.replace(info.defaults, **given)
+    size = info.sample_size if arguments.size is None else arguments.size
+    check_sampling(settings, size, info.schedule.num_steps, info.factor)
+    check_guidance(settings, info.autoencoder is not None)
+    check_drawable(info.unet.config)
+    check_start(info.schedule, info.target, settings)
+    prompts = _fitting(prompts, info, settings) or [""] * arguments.count
+
+    console = Console()
+    processes, device = devices(arguments.device)
+    out = Path(arguments.out)
+    first = processes.each(lambda: _first_number(out))[0]  # agreed before any process writes
+    pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant, **parts(arguments))
+    pipe.check(settings, size)
+    pipe.warn_cut(prompts, settings, stacklevel=1)
+    work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
+    origin = Provenance(
+        tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant,
+        part_hashes(info), other_hashes(settings), {**surroundings(device), **work}, **parts(arguments),
+    )  # fmt: skip
+    images = processes.over(len(prompts), lambda share: _draw(pipe, origin, share, first, out, console))
+    if processes.main and len(prompts) > 1:
+        columns = arguments.count if arguments.count > 1 else min(8, len(prompts))
+        _save_grid(images, columns, origin, out / f"grid-{first:05d}.png")
+    console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {arguments.out}/ from {first:05d}")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings given on the command line."""
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _model_info(arguments: argparse.Namespace) -> ModelInfo:
+    """The model's description, without weights. Raises ConfigError or FolderError."""
+    from ldm.pipeline.info import ModelInfo
 
     try:
         info = ModelInfo.read(arguments.model, arguments.variant, **parts(arguments))
         if info.has_text and not info.bundle.tokenizer:
             raise ConfigError("it holds no tokenizer: give tokenizer, or name a text encoder that has one by --text")
     except ConfigError as error:
-        if Path(arguments.model).is_file():  # there are more options than this command should have
-            raise ConfigError(
-                f"{arguments.model}: {error} (to `ldm convert {arguments.model} FOLDER`; then draw from the folder)"
-            ) from None
+        if Path(arguments.model).is_file():  # `ldm convert` has the options that such a file may need
+            convert = f"`ldm convert {arguments.model} FOLDER`"
+            raise ConfigError(f"{arguments.model}: {error} (to {convert}; then draw from the folder)") from None
         raise
-    settings = dataclasses.replace(info.defaults, **given)
-    size = info.sample_size if arguments.size is None else arguments.size
-    check_sampling(settings, size, info.schedule.num_steps, info.factor)
-    check_guidance(settings, info.autoencoder is not None)
-    check_drawable(info.unet[0])
-    check_start(info.schedule, info.target, settings)
+    return info
+
+
+def _fitting(prompts: list[str], info: ModelInfo, settings: SampleConfig) -> list[str]:
+    """The prompts, checked against the model and its classifier; raises ConfigError where they do not fit."""
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
         raise ConfigError(
             "this model is unconditional: it draws without captions, leave --prompt and --prompts-file out"
         )
+    if captioned and not prompts:
+        raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
     if settings.classifier is not None:
         from ldm.interop.classifier import read_classifier
 
         classes = read_classifier(settings.classifier)[0]
         for prompt in prompts:
             classes.label(prompt)
-    if not prompts:
-        if captioned:
-            raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
-        prompts = [""] * arguments.count
-    console = Console()
-    processes, device = devices(arguments.device)
-    out = Path(arguments.out)
-    first = processes.each(lambda: _first_number(out))[0]  # agreed, before anyone writes
-    pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant, **parts(arguments))
-    pipe.check(settings, size)
-    pipe.warn_cut(prompts, settings, stacklevel=1)
-    work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
-    origin = Provenance(
-        tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant, part_hashes(info), other_hashes(settings),
-        {**surroundings(device), **work}, **parts(arguments),
-    )  # fmt: skip
-    images = processes.over(len(prompts), lambda mine: _draw(pipe, origin, mine, first, out, console))
-    if processes.main and len(prompts) > 1:
-        _save_grid(
-            images,
-            arguments.count if arguments.count > 1 else min(8, len(prompts)),
-            origin,
-            out / f"grid-{first:05d}.png",
-        )
-    console.say(f"{len(prompts)} image{'s' if len(prompts) > 1 else ''} in {arguments.out}/ from {first:05d}")
+    return prompts
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """All prompts, each ``--count`` times. Raises ConfigError for a file that cannot be read or holds none."""
     for name in ("count", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(arguments, name)}")
@@ -161,9 +185,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         try:
             captions = [line.strip() for line in lines(read_text(Path(arguments.prompts_file))) if line.strip()]
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"--prompts-file {arguments.prompts_file}: cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--prompts-file {arguments.prompts_file}: cannot be read: {reason}") from None
         if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
         prompts += captions
@@ -171,7 +194,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def devices(name: str | None) -> tuple[Processes, torch.device]:
-    """Who draws, and where this process does."""
+    """The processes that draw, and the device of this one. Raises ConfigError for a device that cannot be used."""
     import torch
 
     from ldm.distributed.launch import launched
@@ -179,11 +202,11 @@ def devices(name: str | None) -> tuple[Processes, torch.device]:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if name not in (None, "cpu") and count > 1:
         raise ConfigError(
-            f"--device {name} with {count} processes: each takes the GPU of its number; leave it out, or say cpu"
+            f"--device {name} with {count} processes: each uses the GPU of its number; leave it out, or give cpu"
         )
     try:
         if name is not None:
-            torch.zeros(1, device=name).cpu()  # `meta` has no numbers
+            torch.zeros(1, device=name).cpu()  # fails for `meta`, which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
     processes, device = launched(cpu=name == "cpu")
@@ -191,7 +214,7 @@ def devices(name: str | None) -> tuple[Processes, torch.device]:
 
 
 def _first_number(out: Path) -> int:
-    """The number after the highest in the folder, which is made where it is missing."""
+    """One above the highest number of an image in the folder, which is made if it is missing."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,22 +222,21 @@ def _first_number(out: Path) -> int:
     return 1 + max((int(m[1]) for f in out.glob("*.png") if (m := re.match(r"(?:grid-)?(\d+)", f.name))), default=-1)
 
 
-def _draw(pipe: Any, whole: Provenance, mine: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
-    """Draw and save the images numbered ``mine``; returns them, uint8 [h, w, c]."""
+def _draw(pipe: Any, whole: Provenance, share: range, first: int, out: Path, console: Console) -> list[np.ndarray]:
+    """Draw and save the images numbered ``share``; returns them, uint8 [h, w, c]."""
     from ldm.data.transforms import to_pil, to_uint8
     from ldm.evaluation.figures.plots import write_png
 
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
-    for images in pipe.sample(
-        [prompts[i] for i in mine], whole.settings, size=whole.size, batch_size=batch_size, indices=mine
-    ):
+    captions = [prompts[i] for i in share]
+    for images in pipe.sample(captions, whole.settings, size=whole.size, batch_size=batch_size, indices=share):
         arrays = to_uint8(images)
-        for picture, i in zip(to_pil(arrays), mine[len(drawn) :], strict=False):
+        for picture, i in zip(to_pil(arrays), share[len(drawn) :], strict=False):
             origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)
             write_png(picture, out / f"{first + i:05d}-{_slug(prompts[i])}.png", origin.png())
         drawn += list(arrays)
-        console.progress(len(drawn), len(mine), {})
+        console.progress(len(drawn), len(share), {})
     return drawn
 
 

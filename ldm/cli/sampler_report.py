@@ -1,12 +1,13 @@
-"""Measure the samplers: orders and distances on exact targets, or on a trained run.
+"""Measure the samplers on exact targets, or on a trained run.
 
   ldm sampler-report
   ldm sampler-report runs/demo --images 16 --within 4
 
-Without a run: each sampler's order of convergence, and how close it comes to a mixture of Gaussians whose scores are
-exact. With one: how far each sampler is from 1,000 steps of DDIM from the same noise, root mean square over the pixels in
-levels of 255, and the cheapest within --within. Samplers that draw noise end elsewhere by design: their sets of images
-are compared (sliced Wasserstein distance), and they are not chosen from. Writes samplers.json and samplers.png.
+Without a run: the order of convergence of each sampler, and its distance to a mixture of Gaussians whose
+score is exact. With a run: the distance of each sampler to 1,000 steps of DDIM from the same noise (root
+mean square over the pixels, in levels of 255), and the cheapest within --within. Samplers that draw
+noise end in other images by design, so their sets of images are compared instead (sliced Wasserstein
+distance), and the cheapest is not chosen from them. Writes samplers.json and samplers.png.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from ldm.cli.reading import PARTS, add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import GRIDS, SAMPLERS, ConfigError
 
-FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # and their defaults
+FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # options that need a run, with their defaults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """On what, how many steps, and where to."""
-    parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="a finished run of train-ldm; left out: the exact targets"
-    )
-    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all)")
+    """Target, samplers, steps, and where to write."""
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a finished run of train-ldm (default: exact targets)")
+    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"some of {', '.join(SAMPLERS)} (default: all)")
     parser.add_argument(
         "--steps",
         nargs="+",
@@ -37,20 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="numbers of steps (default 10 20 50 100; with a run 5 10 20 50)",
     )
-    parser.add_argument("--images", type=int, help=f"with a run: images of each (default {FOR_RUNS['images']})")
+    images = f"with a run: images of each sampler (default {FOR_RUNS['images']})"
+    parser.add_argument("--images", type=int, metavar="N", help=images)
     parser.add_argument(
         "--within",
         type=float,
         metavar="D",
-        help=f"with a run: a distance that is good enough (default {FOR_RUNS['within']:g})",
+        help=f"with a run: distance that is close enough, in levels of 255 (default {FOR_RUNS['within']:g})",
     )
-    parser.add_argument(
-        "--batch-size", type=int, help=f"with a run: images computed together (default {FOR_RUNS['batch_size']})"
-    )
-    parser.add_argument("--grid", help=f"with a run: {', '.join(GRIDS)} (default: the model's own)")
+    batch = f"with a run: images per batch (default {FOR_RUNS['batch_size']})"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
+    grids = f"with a run: spacing of the steps, one of {', '.join(GRIDS)} (default: the model's own)"
+    parser.add_argument("--grid", metavar="NAME", help=grids)
     add_parts(parser)
-    parser.add_argument("--out", metavar="FOLDER", help="folder of the files (default: the run, or sampler-report)")
-    parser.add_argument("--device", help="with a run: cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    parser.add_argument("--out", metavar="FOLDER", help="folder for the files (default: RUN, or sampler-report)")
+    parser.add_argument("--device", metavar="NAME", help="with a run: cpu, cuda, cuda:1 … (default: a GPU if any)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,16 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--samplers: {name!r} is none of {', '.join(SAMPLERS)}")
     for option in (*FOR_RUNS, *PARTS, "grid", "device"):
         if arguments.run is None and getattr(arguments, option) is not None:
-            raise ConfigError(f"--{option.replace('_', '-')} goes with a run: name one, or leave it out")
+            raise ConfigError(f"--{option.replace('_', '-')} needs a run: name one, or leave it out")
     if arguments.grid not in (None, *GRIDS):
         raise ConfigError(f"--grid: {arguments.grid!r} is none of {', '.join(GRIDS)}")
     steps = sorted(set(arguments.steps or ((10, 20, 50, 100) if arguments.run is None else (5, 10, 20, 50))))
     if steps[0] < 1 or steps[-1] > 1000:
         raise ConfigError(f"--steps must lie between 1 and 1000, got {' '.join(map(str, steps))}")
-    given = {
-        name: default if getattr(arguments, name) is None else getattr(arguments, name)
-        for name, default in FOR_RUNS.items()
-    }
+    given = {name: getattr(arguments, name) for name in FOR_RUNS}
+    given = {name: FOR_RUNS[name] if value is None else value for name, value in given.items()}
     for name, value in given.items():
         if value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
@@ -78,14 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.run is None:
         _exact(names, steps, _folder(out), Console())
     else:
-        _trained(
-            Path(arguments.run),
-            names,
-            steps,
-            {**given, "grid": arguments.grid, "device": arguments.device, "parts": parts(arguments)},
-            out,
-            Console(),
-        )
+        given |= {"grid": arguments.grid, "device": arguments.device, "parts": parts(arguments)}
+        _trained(Path(arguments.run), names, steps, given, out, Console())
 
 
 def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Console) -> None:
@@ -97,12 +89,11 @@ def _exact(names: Sequence[str], steps: Sequence[int], out: Path, console: Conso
     report = conformance([name for name, case in CASES.items() if case.sampler in names], steps, console.progress)
     for line in exact_table(report):
         console.say(line)
-    console.say(
-        f"W: sliced Wasserstein distance to exact draws; {report['floor']:.3f} between two sets of those ({report['draws']} each)"
-    )
+    floor = f"{report['floor']:.3f} between two sets of exact draws ({report['draws']} each)"
+    console.say(f"W: sliced Wasserstein distance to exact draws; {floor}")
     write_json(out / "samplers.json", report)
     error_curves(exact_panels(report), out / "samplers.png")
-    console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
+    console.say(f"metrics: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
 
 
 def _trained(
@@ -126,22 +117,19 @@ def _trained(
     )
     for line in run_table(report):
         console.say(line)
-    console.say(
-        f"distances in {report['unit']}, calls in brackets; grid {report['grid']}; reference: ddim, {report['reference']['steps']} steps"
-    )
-    if report["floor"] is not None:
-        console.say(
-            f"sliced Wasserstein distance between the reference and ddim from other noise: {report['floor']:.2f}"
-        )
+    reference = f"ddim, {report['reference']['steps']} steps"
+    console.say(f"distances in {report['unit']} (network calls); grid {report['grid']}; reference: {reference}")
+    if (floor := report["floor"]) is not None:
+        console.say(f"sliced Wasserstein distance between the reference and ddim from other noise: {floor:.2f}")
     best = report["cheapest"]
     if best is None:
-        console.say(f"nothing here is within {given['within']:g} of the reference")
+        console.say(f"no sampler is within {given['within']:g} of the reference")
     else:
         how = f"{best['sampler']}, {best['steps']} steps, {best['calls']} network calls ({best['rms']:.2f})"
         console.say(f"cheapest within {given['within']:g}: {how}")
     write_json(out / "samplers.json", report)
     error_curves(run_panels(report), out / "samplers.png")
-    console.say(f"figures: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
+    console.say(f"metrics: {out / 'samplers.json'}   picture: {out / 'samplers.png'}")
 
 
 def _folder(out: Path) -> Path:

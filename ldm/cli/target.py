@@ -1,4 +1,4 @@
-"""Targets of `--out`: a command overwrites only files that it wrote itself."""
+"""Targets of `--out`: a command overwrites only files of its own."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ def check_target(
     beside: Sequence[str] = (),
     option: str = "--out",
 ) -> None:
-    """Raise ConfigError unless ``file`` can be written and loses nothing of the user's; makes its folder.
+    """Raise ConfigError unless ``file`` can be written without overwriting a user's file; makes its folder.
 
-    ``written_by_us``: whether an earlier call of the command wrote this content. ``suffixes``: the ends that the name may have.
-    ``beside``: suffixes of files that are written with it, which only come with an earlier ``file``.
+    Args:
+        file: the target.
+        written_by_us: true for the content of a file that an earlier call of the command wrote.
+        suffixes: those that the name may have; any by default.
+        beside: suffixes of files that are written with it; they may exist only if ``file`` does.
+        option: the option to name in messages.
     """
     if file.is_dir():
         raise ConfigError(f"{option} {file} is a folder: name a file in it")
     if suffixes and file.suffix.lower() not in suffixes:
-        raise ConfigError(
-            f"{option} {file} must end in {', '.join(suffixes[:-1])}{' or ' * (len(suffixes) > 1)}{suffixes[-1]}"
-        )
+        choices = " or ".join(part for part in (", ".join(suffixes[:-1]), suffixes[-1]) if part)
+        raise ConfigError(f"{option} {file} must end in {choices}")
     try:
         if file.exists() and not (file.is_file() and written_by_us(file.read_bytes())):
             raise ConfigError(
-                f"{option} {file} is there and was not written by this command: name another file, or remove it"
+                f"{option} {file} exists and was not written by this command: name another file, or remove it"
             )
         for other in () if file.exists() else (file.with_suffix(suffix) for suffix in beside):
             if other.exists():
-                raise ConfigError(
-                    f"{option} {file}: {other}, which is written with it, is there already: name another file, or remove it"
-                )
+                written = f"{option} {file}: {other}, which is written with it,"
+                raise ConfigError(f"{written} exists already: name another file, or remove it")
         make_folder(file.parent)
         probe = file.with_name(f".{file.name[:40]}.tmp")  # as ``ldm.files.disk.replace`` names it
         probe.touch()

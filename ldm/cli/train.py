@@ -1,8 +1,9 @@
-"""Train all stages whose configurations lie in a folder: autoencoder.yaml, clip.yaml, ldm.yaml, in this order.
+"""Train the stages configured in a folder, in order: autoencoder.yaml, clip.yaml, ldm.yaml.
 
+  ldm train configs/demo
   ldm train configs/demo ldm.train.steps=3000
 
-Interrupted, the same command continues; a stage that is done is passed over. Settings are replaced as STAGE.key=value.
+If interrupted, the same command resumes; finished stages are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CLASSES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder and overrides."""
+    """The folder and its overrides."""
     parser.add_argument(
         "folder", metavar="FOLDER", help="a folder with the stages' configurations, such as configs/demo"
     )
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="STAGE.key=value",
-        help="settings that replace a file's, such as ldm.train.lr=1e-4",
+        help="settings that replace those of a stage's file, such as ldm.train.lr=1e-4",
     )
 
 
@@ -41,15 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     files = {stage: folder / f"{stage}.yaml" for stage in STAGES if (folder / f"{stage}.yaml").is_file()}
     if folder.is_file():
-        raise config.ConfigError(f"{folder} is a file: give the folder with the stages' configurations")
+        raise config.ConfigError(f"{folder} is a file: name the folder that holds the configurations")
     if not files:
         raise config.ConfigError(f"{folder} holds none of {', '.join(f'{stage}.yaml' for stage in STAGES)}")
     overrides = _by_stage(arguments.overrides, list(files))
     settings = {stage: _load(stage, file, overrides[stage]) for stage, file in files.items()}
-    for name in ("mixed_precision", "rank_timeout"):  # accelerate holds one for the whole process
+    for name in ("mixed_precision", "rank_timeout"):  # accelerate has one for the whole process
         if len(kinds := {str(getattr(s.train, name)) for s in settings.values()}) > 1:
+            values = ", ".join(sorted(kinds))
             raise config.ConfigError(
-                f"train.{name} is {' here and '.join(sorted(kinds))} there: make it one, or train stage by stage"
+                f"train.{name} differs between the stages ({values}): make it equal, or train each stage on its own"
             )
     for one in settings.values():
         check_place(one)
@@ -65,13 +67,13 @@ def _load(stage: str, file: Path, overrides: list[str]) -> Any:
 
 
 def _by_stage(overrides: list[str], stages: list[str]) -> dict[str, list[str]]:
-    """Overrides sorted by the stage that they name."""
+    """Group overrides by the stage that they name."""
     found: dict[str, list[str]] = {stage: [] for stage in stages}
     for override in overrides:
         stage, dot, setting = override.partition(".")
         if stage not in found or not dot:
             raise config.ConfigError(
-                f"override {override!r} must begin with a stage that is there: {', '.join(f'{s}.' for s in stages)}"
+                f"override {override!r} must begin with a stage of the folder: {', '.join(f'{s}.' for s in stages)}"
             )
         found[stage].append(setting)
     return found

@@ -1,4 +1,9 @@
-"""Train the autoencoder (stage 1). Interrupted, the same command continues. Writes RUN/model/vae."""
+"""Train the autoencoder (stage 1); writes RUN/model/vae.
+
+  ldm train-autoencoder configs/demo/autoencoder.yaml train.steps=3000
+
+If interrupted, the same command resumes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Train a classifier of noisy latents, for classifier guidance. Interrupted, the same command continues.
+"""Train a classifier of noisy latents, for classifier guidance; writes RUN/model/classifier.
 
-Its latents and schedule are those of a finished diffusion run; its classes are the captions of the training images.
-Writes RUN/model/classifier.
+  ldm train-classifier configs/digits/classifier.yaml
+
+Latents and noise schedule are those of a finished diffusion run; the classes are the captions of the
+training images. If interrupted, the same command resumes.
 """
 
 from __future__ import annotations

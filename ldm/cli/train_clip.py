@@ -1,6 +1,9 @@
-"""Train a small CLIP on the captions and images of the data. Interrupted, the same command continues.
+"""Train a small CLIP on the captions and images of the data, for its text encoder.
 
-Writes RUN/model/text_encoder and RUN/model/tokenizer, in transformers' format.
+  ldm train-clip configs/demo/clip.yaml
+
+Writes RUN/model/text_encoder and RUN/model/tokenizer in transformers' format. If interrupted, the same
+command resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Train the diffusion model (stage 2). Interrupted, the same command continues. Writes the whole pipeline to RUN/model."""
+"""Train the diffusion model (stage 2); writes the whole pipeline to RUN/model.
+
+  ldm train-ldm configs/demo/ldm.yaml train.lr=1e-4
+
+If interrupted, the same command resumes.
+"""
 
 from __future__ import annotations
 

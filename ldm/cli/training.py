@@ -1,4 +1,4 @@
-"""Common parts of the training commands: a configuration file, overrides, and the loop."""
+"""Shared by the training commands: the configuration file with its overrides, and the loop."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from ldm.training.start import train_settings
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as those in configs/demo")
     parser.add_argument(
-        "config", help="YAML file: autoencoder.yaml, clip.yaml or ldm.yaml of configs/demo, for example"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, such as train.steps=100"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace those of the file, such as train.steps=100",
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, its overrides, and where to continue from."""
+    """CONFIG, its overrides, and the checkpoint to resume from."""
     add_settings(parser)
-    parser.add_argument(
-        "--from", dest="start", metavar="UPDATE_OR_FOLDER",
-        help="continue from this checkpoint of the run, not from the newest (later ones are set aside)",
-    )  # fmt: skip
+    newest = "resume from this checkpoint of the run instead of the newest (later ones are set aside)"
+    parser.add_argument("--from", dest="start", metavar="UPDATE_OR_FOLDER", help=newest)
 
 
 def run(arguments: argparse.Namespace, kind: type) -> None:
-    """Read the configuration and train it."""
+    """Train the stage of this kind of configuration."""
     settings = config.load(kind, arguments.config, arguments.overrides)
     train_settings(settings, Console(lasting=True), getattr(arguments, "start", None))  # `train` has no such argument

@@ -1,10 +1,11 @@
-"""Prove on a configuration of your own that a resume is exact: its run, cut off within an update, beside two unbroken ones.
+"""Prove for a configuration that resuming is exact.
 
   ldm verify-resume configs/demo/ldm.yaml train.deterministic=true --updates 8
   torchrun --nproc-per-node 2 scripts/verify_resume.py configs/demo/ldm.yaml
 
-The run of the configuration is not touched, but for its latent cache, which is read where there is one. Exit code 4 where the resume is
-not exact.
+Trains for a few updates in three new runs: twice without a break, and once killed within an update and
+resumed; then compares all that they read, logged and saved. The run of the configuration is not touched;
+its latent cache is read if there is one. Exit code 4 if resuming is not exact.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from typing import Any
 from ldm.cli import training
 from ldm.cli.console import Console
 from ldm.config import RUNS, ConfigError, load, load_any
-from ldm.runs.status import held
+from ldm.runs.status import is_locked
 
-LEAST = 4  # updates: two before the checkpoint, one lost, one after
+LEAST = 4  # updates: two before the checkpoint, one lost, one after it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, its overrides, and how long."""
+    """CONFIG, its overrides, the length of the check, and where to keep it."""
     training.add_settings(parser)
     parser.add_argument("--updates", type=int, default=8, metavar="N", help="updates of each run (default 8)")
     parser.add_argument(
-        "--keep", metavar="FOLDER", help="leave the three runs in this folder, which must be new or empty"
+        "--keep", metavar="FOLDER", help="keep the three runs in this folder, which must be new or empty"
     )
     parser.add_argument(
-        "--command", choices=RUNS, dest="of", help="the command of the configuration, where its keys do not say it"
+        "--command", choices=RUNS, dest="of", help="the command that CONFIG is for, if its keys do not tell"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train three times, compare, say."""
+    """Train three times, compare, print the verdict."""
     if arguments.updates < LEAST:
         raise ConfigError(f"--updates must be at least {LEAST}, got {arguments.updates}")
     if arguments.of:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         if processes.main and arguments.keep is None:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(RunDirectory(folder))  # its lock tells the next check whether this one still lives
+            stack.enter_context(RunDirectory(folder))  # the next check sees by its lock whether this one is alive
         _verify(settings, folder, arguments.updates, device.type, console)
 
 
@@ -67,7 +68,7 @@ def _verify(settings: Any, folder: Path, updates: int, device: str, console: Con
 
     plan = Plan(updates)
     checked, changed = settings_of_check(settings, plan)
-    console.say(f"for the check: {', '.join(changed)}; no pictures, no export")
+    console.say(f"for the check: {', '.join(changed)}; no sample grids, no export")
     rows = verify(checked, lambda one: make_task(one, Silence()), folder, plan, console.say)
     console.say(HEADER)
     for row in rows:
@@ -85,8 +86,8 @@ def _folder(run: str, keep: str | None) -> Path:
             parent = Path(run).absolute().parent
             parent.mkdir(parents=True, exist_ok=True)
             prefix = f".verify-{Path(run).name}-"
-            for left in parent.glob(f"{glob.escape(prefix)}*"):  # by a check that was killed
-                if (left / ".lock").is_file() and held(left) is False:
+            for left in parent.glob(f"{glob.escape(prefix)}*"):  # left by a check that was killed
+                if (left / ".lock").is_file() and is_locked(left) is False:
                     shutil.rmtree(left, ignore_errors=True)
             return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         folder = Path(keep)
@@ -99,6 +100,6 @@ def _folder(run: str, keep: str | None) -> Path:
 
 
 class Silence(Console):
-    """A task's own messages belong to its own command."""
+    """Drops the messages of a task, which are for its own command."""
 
     def say(self, text: str) -> None: ...

@@ -1,4 +1,4 @@
-"""The configuration: every knob with its range, and how it is read and written. Imports no torch."""
+"""The configuration: every setting with its range, read and written as YAML. Imports no torch."""
 
 from __future__ import annotations
 

@@ -13,29 +13,25 @@ CAPTIONS = ("metadata", "sidecar", "class", "none")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The source of images and captions, and the transform of an image to [c, size, size] in [−1, 1]."""
+    """Source of images and captions, and the transform of an image to [c, size, size] in [−1, 1]."""
 
     source: str = "folder"
     folder: str | None = None  # for source: folder
-    captions: str = (
-        "metadata"  # folder: metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; none
-    )
+    captions: str = "metadata"  # metadata.jsonl or .csv; sidecar: a.txt beside a.png; class: class_name/a.png; or none
     text_column: str = "text"  # folder with metadata: the column that holds the caption
-    caption_templates: tuple[str, ...] = (
-        "a photo of a {}",
-    )  # folder with classes: {} is the class name; one for each image
+    caption_templates: tuple[str, ...] = ("a photo of a {}",)  # captions: class, one per image; {} is the class name
     image_size: int = 256
     image_channels: int = 3
-    size: int | None = None  # procedural sources: number of training images; null: without end
+    size: int | None = None  # procedural sources: number of training images; null: endless
     crop: str = "center"  # or random
-    flip: bool = False  # mirror left–right with probability ½, but for captions that say left or right
+    flip: bool = False  # mirror left–right with probability ½, unless the caption says left or right
     background: tuple[int, int, int] = (255, 255, 255)  # folder: the colour under transparent pixels, 0 to 255
     min_side: int | None = None  # folder: images with a shorter side are left out; null: a quarter of image_size
     max_skipped: float = 0.01  # folder: share of images and rows that may be unusable before the run stops
     accept_changes: bool = False  # folder: continue with a run although its images or captions have changed
     validation_fraction: float = 0.05  # folder: share of files, chosen by a hash of the file name
     workers: int = 0  # data worker processes per training process
-    worker_timeout: int = 300  # seconds for which a data worker may give nothing before the run ends
+    worker_timeout: int = 300  # seconds without data from a worker before the run ends
 
     def __post_init__(self) -> None:
         one_of(self, SOURCES, "source")
@@ -49,9 +45,8 @@ class DataConfig:
         between(self, 0.0, 0.5, "validation_fraction")
         between(self, 0.0, 1.0, "max_skipped")
         if (self.folder is not None) != (self.source == "folder"):
-            raise ConfigError(
-                f"folder goes with source: folder and with no other, got source {self.source!r} and folder {self.folder!r}"
-            )
+            got = f"source {self.source!r} and folder {self.folder!r}"
+            raise ConfigError(f"folder goes with source: folder and with no other, got {got}")
         if self.size is not None and self.source in ("folder", "digits"):
             raise ConfigError(f"size is for procedural sources (shapes, shapes-two, textures), not for {self.source}")
         if self.flip and self.source in ("shapes-two", "digits"):
@@ -66,9 +61,8 @@ class DataConfig:
         """Reject settings that the chosen source ignores."""
         unread: dict[str, str] = {}
         if self.source != "folder":
-            unread = dict.fromkeys(
-                ("captions", "background", "min_side", "max_skipped", "accept_changes"), "source: folder"
-            )
+            names = ("captions", "background", "min_side", "max_skipped", "accept_changes")
+            unread = dict.fromkeys(names, "source: folder")
         if self.captions != "metadata" or self.source != "folder":
             unread["text_column"] = "captions: metadata"
         if self.captions != "class":

@@ -1,4 +1,4 @@
-"""The networks but for the autoencoder, which has a room of its own. Imports no torch."""
+"""The networks except for the autoencoder, which is a package of its own. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,23 @@ VECTOR_MAPS = ("mlp", "linear", "identity")
 class UNetConfig:
     """The conditional U-Net, expressible as diffusers' UNet2DConditionModel.
 
-    Channel counts of input and output follow from the latent; the context width from the text encoder.
+    Input and output channels follow from the latent, the context width from the text encoder.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_level: int = 2  # residual blocks per level going down; one more going up
-    attention_levels: tuple[int, ...] | None = (
-        None  # levels with attention (the middle always has it); None: all but the last
-    )
+    attention_levels: tuple[int, ...] | None = None  # levels with attention besides the middle; None: all but the last
     heads: tuple[int, ...] = (8,)  # one number, or one per level
     transformer_layers: int = 1
     groups: int = 32
     linear_projection: bool = False  # the transformer's projections as Linear (SD 2) or 1×1 convolution (SD 1)
-    scale_shift: bool = False  # timestep embedding scales and shifts, or is added
+    scale_shift: bool = False  # true: the timestep embedding scales and shifts; false: it is added
     vector_dim: int | None = None  # width of a vector condition added to the timestep embedding
-    concat_channels: int = 0  # further input channels (mask, low-resolution image, …)
-    vector_map: str = (
-        "mlp"  # how a vector gets the embedding's width: mlp (two layers), linear (one), identity (it has it)
-    )
-    num_labels: int | None = (
-        None  # a label condition: one learned vector for each label, added to the timestep embedding
-    )
+    concat_channels: int = 0  # additional input channels (mask, low-resolution image, …)
+    vector_map: str = "mlp"  # from the vector to the embedding's width: mlp (two layers), linear (one), identity
+    num_labels: int | None = None  # a label condition: a learned vector per label, added to the timestep embedding
     sinusoidal_labels: bool = False  # a label condition: a number, embedded as the timestep is
-    upcast_attention: bool = (
-        False  # scores in float32 whatever the precision: kept for other readers, here they always are
-    )
+    upcast_attention: bool = False  # attention scores in float32: kept for other readers, here they always are
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_LAYERS, "layers_per_level", "transformer_layers")
@@ -46,17 +38,15 @@ class UNetConfig:
         between(self, 0, MOST_CHANNELS, "concat_channels")
         divisible(self.channels, self.groups)
         self._check_class_embedding()
-        if self.attention_levels is None:  # resolved here, so that what is saved says it
+        if self.attention_levels is None:  # resolved here, so that a saved configuration says it
             object.__setattr__(self, "attention_levels", tuple(range(max(1, len(self.channels) - 1))))
         for level in self.attending:
             if not 0 <= level < len(self.channels):
-                raise ConfigError(
-                    f"attention_levels: {shown(level)} is not a level of {len(self.channels)} (0 to {len(self.channels) - 1})"
-                )
+                levels = f"{len(self.channels)} (0 to {len(self.channels) - 1})"
+                raise ConfigError(f"attention_levels: {shown(level)} is not a level of {levels}")
         if len(self.heads) not in (1, len(self.channels)):
-            raise ConfigError(
-                f"heads must be one number or one per level ({len(self.channels)}), got {shown(list(self.heads))}"
-            )
+            wanted = f"one number or one per level ({len(self.channels)})"
+            raise ConfigError(f"heads must be {wanted}, got {shown(list(self.heads))}")
         for level in sorted({*self.attending, len(self.channels) - 1}):  # the middle has the heads of the last
             if (h := self.heads[level if len(self.heads) > 1 else 0]) < 1 or self.channels[level] % h:
                 raise ConfigError(f"heads: {shown(h)} does not divide channels {self.channels[level]} of level {level}")
@@ -78,7 +68,7 @@ class UNetConfig:
         return self.vector_dim is not None or self.num_labels is not None or self.sinusoidal_labels
 
     def _check_class_embedding(self) -> None:
-        """Raise ConfigError for more than one condition that is added to the timestep embedding, or a map without its vector."""
+        """Raise ConfigError for several conditions on the timestep embedding, or a map without a vector."""
         one_of(self, VECTOR_MAPS, "vector_map")
         given = {
             "vector_dim": self.vector_dim,
@@ -86,20 +76,18 @@ class UNetConfig:
             "sinusoidal_labels": self.sinusoidal_labels or None,
         }
         if len(names := [name for name, value in given.items() if value is not None]) > 1:
-            raise ConfigError(
-                f"{names[0]} and {names[1]} exclude each other: one condition is added to the timestep embedding"
-            )
+            reason = "one condition is added to the timestep embedding"
+            raise ConfigError(f"{names[0]} and {names[1]} exclude each other: {reason}")
         if self.vector_map != "mlp" and self.vector_dim is None:
             raise ConfigError("vector_map is for vector_dim: set it, or leave both out")
         if self.vector_map == "identity" and self.vector_dim != self.time_dim:
-            raise ConfigError(
-                f"vector_dim must be {self.time_dim} (4 · channels[0]) for vector_map identity, got {self.vector_dim}"
-            )
+            wanted = f"{self.time_dim} (4 · channels[0])"
+            raise ConfigError(f"vector_dim must be {wanted} for vector_map identity, got {self.vector_dim}")
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A small CLIP: transformers' text tower and vision tower of one width."""
+    """A small CLIP: transformers' text and vision towers, of equal width."""
 
     width: int = 128
     layers: int = 2

@@ -1,4 +1,4 @@
-"""The diffusion process, and what the network learns of it. Imports no torch."""
+"""The diffusion process and the training objective. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from autoencoder.config import ConfigError, at_least, between, one_of
 SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
 LEARNED = "learned"  # the schedule that is trained with the network
 GIVEN = "given"  # the schedule whose β are listed in the configuration
-TARGETS = ("eps", "x0", "v", "score")
+TARGETS = ("eps", "x0", "v", "score")  # rows of ldm.diffusion.targets.TABLE
+BLIND = ("eps", "score")  # those of them that say nothing of x_0 where no signal is left
 WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
 TIMESTEPS = ("uniform", "stratified", "importance")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule (docs/equations.md F4, F5). ``beta_start`` and ``beta_end``: null takes the published values."""
+    """The noise schedule (docs/equations.md F4, F5). Null ``beta_start``, ``beta_end``: as published."""
 
     name: str = "scaled_linear"
     num_steps: int = 1000
     beta_start: float | None = None
     beta_end: float | None = None
     betas: tuple[float, ...] | None = None  # for name: given, all of them
-    shift: float = 1.0  # side of what is diffused over the side that the schedule was made for: λ' = λ − log(shift)
+    shift: float = 1.0  # side of the diffused image or latent over that of the schedule's design: λ' = λ − log(shift)
     zero_terminal_snr: bool = False  # no signal at all at the last step (v or x0 targets)
     start: str = "cosine"  # learned: the shape before training, cosine or linear in γ = −2λ
     ends: tuple[float, float] = (-10.0, 10.0)  # learned: γ of the first and of the last step before training
@@ -40,7 +41,8 @@ class ScheduleConfig:
             raise ConfigError(f"beta_start and beta_end have no meaning for the {self.name} schedule: leave them out")
         if self.name == "linear_rescaled" and (self.beta_end or 0.02) * 1000 / self.num_steps >= 1:
             raise ConfigError(
-                f"num_steps {self.num_steps} is too few for linear_rescaled: its last β, times 1000/num_steps, must be below 1"
+                f"num_steps {self.num_steps} is too few for linear_rescaled:"
+                " its last β, times 1000/num_steps, must be below 1"
             )
         if (self.betas is not None) != (self.name == GIVEN):
             raise ConfigError(f"betas go with name: given and with no other, got name {self.name!r}")
@@ -51,7 +53,7 @@ class ScheduleConfig:
                 raise ConfigError("betas must lie strictly between 0 and 1 (the last may be 1)")
 
     def _check_learned(self) -> None:
-        """Raise ConfigError for settings of a learned schedule that are out of range or have no schedule to act on."""
+        """Raise ConfigError for settings of a learned schedule that are out of range or without effect."""
         one_of(self, ("cosine", "linear"), "start")
         at_least(self, 1e-12, "lr")
         if not -19.0 <= self.ends[0] <= -2.0 or not 2.0 <= self.ends[1] <= 19.0:
@@ -60,9 +62,8 @@ class ScheduleConfig:
         learned = ("start", "ends", "lr")
         for name in ("beta_start", "beta_end", "shift", "zero_terminal_snr") if self.name == LEARNED else learned:
             if getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name} has no meaning for {'a' if self.name == LEARNED else 'any but a'} learned schedule: leave it out"
-                )
+                which = "a" if self.name == LEARNED else "any but a"
+                raise ConfigError(f"{name} has no meaning for {which} learned schedule: leave it out")
 
     @property
     def ends_without_signal(self) -> bool:
@@ -70,8 +71,8 @@ class ScheduleConfig:
         return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
 
     def blind_at_the_end(self, target: str) -> bool:
-        """True if a prediction of ``target`` does not determine the image at the last step: x̂_0 would be a division by 0."""
-        return self.ends_without_signal and target in ("eps", "score")
+        """True if ``target`` does not determine x̂_0 at the last step (division by zero)."""
+        return self.ends_without_signal and target in BLIND
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ObjectiveConfig:
     weighting: str = "simple"
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
-    learned_variance: bool = False  # the U-Net also gives the reverse variance, in c further output channels
+    learned_variance: bool = False  # the U-Net also gives the reverse variance, in c more output channels
     vlb_weight: float = 0.001  # learned_variance: of the variational bound, the sum over all t in bits per dimension
     timesteps: str = "uniform"
 

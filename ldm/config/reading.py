@@ -1,4 +1,4 @@
-"""Reading YAML and `a.b=c` overrides into the dataclasses of this room, and writing them. Imports no torch."""
+"""Configurations from YAML and `a.b=c` overrides, and back to YAML. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,24 +23,18 @@ from ldm.files.text import read_text
 
 T = TypeVar("T")
 
-DEPTH, VALUES = 20, 200_000  # of a configuration: its levels, and its values with what aliases repeat
+DEPTH, VALUES = 20, 200_000  # limits of a configuration: levels, and values with aliases expanded
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
-    """Make the dataclass ``cls`` from nested dicts and lists; every fault is one ConfigError that names the key."""
+    """Make the dataclass ``cls`` from nested dicts and lists. Raises ConfigError naming the key."""
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path.rstrip('.') or 'the configuration'} must be a mapping of settings, got {shown(values)}"
-        )
+        what = path.rstrip(".") or "the configuration"
+        raise ConfigError(f"{what} must be a mapping of settings, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_names(values, fields, path)
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    if missing := [name for name, field in fields.items() if name not in values and _is_required(field)]:
         raise ConfigError(f"missing key {path}{missing[0]}")
     try:
         return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
@@ -51,8 +45,12 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         raise ConfigError(text) from None
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """A value of a field: a dataclass from its mapping, anything else as ``typed`` has it."""
+    """The value of a field: a dataclass from its mapping, anything else by ``typed``."""
     inner = hint
     if isinstance(hint, types.UnionType) and value is not None:
         (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
@@ -70,7 +68,7 @@ def load(cls: type[T], file: str | Path, overrides: list[str] | tuple[str, ...] 
 
 
 def config_file(run: str | Path) -> Path:
-    """The saved configuration of a run directory. Raises ConfigError where there is none."""
+    """The file of a run's configuration. Raises ConfigError if there is none."""
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run: it has no config.yaml{runs_below(run)}")
@@ -78,7 +76,7 @@ def config_file(run: str | Path) -> Path:
 
 
 def runs_below(folder: str | Path) -> str:
-    """The end of a message on a folder that is not a run: which of its sub-folders are, such as those of the first stages."""
+    """End of an error message on a folder that is not a run: those of its sub-folders that are."""
     below = sorted(str(other.parent) for other in Path(folder).glob("*/config.yaml"))
     return f"; there is one in {' and in '.join(below)}" if below else ""
 
@@ -86,10 +84,10 @@ def runs_below(folder: str | Path) -> str:
 def load_run(
     run: str | Path,
 ) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
-    """The configuration of a run directory, whichever command of ``RUNS`` wrote it. Raises ConfigError."""
+    """The configuration of a run of any command of ``RUNS``. Raises ConfigError."""
     file = config_file(run)
     values = _read(file, ())
-    # a saved configuration is resolved: of the classes with the most keys in common, the smallest is the one that wrote it
+    # A saved configuration has all keys: of the classes that share most keys with it, the smallest has written it.
     kind = max(RUNS.values(), key=lambda cls: (len(_names(cls) & values.keys()), -len(_names(cls))))
     try:
         return build(kind, values)
@@ -100,27 +98,23 @@ def load_run(
 def load_any(
     file: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
-    """A configuration of whichever command of ``RUNS`` its keys fit best. Raises ConfigError where they fit two alike."""
+    """Read a configuration of the command of ``RUNS`` that fits its keys best. Raises ConfigError."""
     values = _read(Path(file), overrides)
     fits = {command: _fit(cls, values) for command, cls in RUNS.items()}
     best = [command for command, fit in fits.items() if fit == max(fits.values())]
     if len(best) > 1:
-        raise ConfigError(f"{file} may be of {' or of '.join(best)}: say which by --command")
+        raise ConfigError(f"{file} may be for {' or for '.join(best)}: say which by --command")
     return build(RUNS[best[0]], values)
 
 
 def _fit(cls: type, values: Any) -> int:
-    """Keys that ``cls`` knows, less those that it does not know and those that it lacks."""
+    """Number of keys that ``cls`` knows, minus unknown keys and missing required ones."""
     hints = typing.get_type_hints(cls)
-    lacking = sum(
-        f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls) if f.name not in values
-    )
-    inside = [
-        _fit(hints[key], value)
-        for key, value in values.items()
-        if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, dict)
-    ]
-    return sum(1 if key in hints else -1 for key in values) + sum(inside) - lacking
+    known = sum(1 if key in hints else -1 for key in values)
+    missing = sum(_is_required(field) for field in dataclasses.fields(cls) if field.name not in values)
+    groups = [key for key, value in values.items() if isinstance(value, dict)]
+    inside = sum(_fit(hints[key], values[key]) for key in groups if dataclasses.is_dataclass(hints.get(key)))
+    return known + inside - missing
 
 
 def _names(cls: type) -> set[str]:
@@ -128,7 +122,7 @@ def _names(cls: type) -> set[str]:
 
 
 def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
-    """The settings of a YAML file with ``a.b=c`` overrides applied, as plain dicts and lists; not yet checked."""
+    """Read the settings of a YAML file and apply ``a.b=c`` overrides, unchecked."""
     from omegaconf import DictConfig, OmegaConf
 
     if file.is_dir():
@@ -155,16 +149,16 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
         return typing.cast(dict[Any, Any], OmegaConf.to_container(tree, resolve=False, throw_on_missing=True))
     except ConfigError:
         raise
-    except Exception as error:  # PyYAML and OmegaConf raise more than their own of odd tags, numbers and keys
+    except Exception as error:  # odd tags, numbers and keys make PyYAML and OmegaConf raise other errors too
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def _require_small(text: str) -> None:
-    """Raise ConfigError for YAML that is nested deep or that aliases would blow up, before it is built; yaml.YAMLError for none."""
+    """Raise ConfigError for YAML with too many levels or values, before it is built; or yaml.YAMLError."""
     import yaml
 
-    sizes: dict[str, int] = {}  # of what has a name, with all that it refers to
-    open_nodes: list[tuple[str | None, int]] = []  # the names of the nodes around, and the count of values before each
+    sizes: dict[str, int] = {}  # values of each anchor, aliases in it expanded
+    open_nodes: list[tuple[str | None, int]] = []  # anchors of the enclosing nodes, and the count before each
     count = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -177,9 +171,8 @@ def _require_small(text: str) -> None:
             count += sizes.get(event.anchor, 1)
         count += isinstance(event, yaml.NodeEvent)
         if len(open_nodes) > DEPTH or count > VALUES:
-            raise ConfigError(
-                f"the configuration is nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases"
-            )
+            limits = f"nested more than {DEPTH} deep, or holds more than {VALUES} values with its aliases"
+            raise ConfigError(f"the configuration is {limits}")
 
 
 def save(config: Any, file: str | Path) -> None:
@@ -190,9 +183,11 @@ def save(config: Any, file: str | Path) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dicts and lists, as JSON and YAML hold them."""
-    return {
-        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-        for f in dataclasses.fields(config)
-        for v in [getattr(config, f.name)]
-    }
+    """The configuration as nested dicts and lists, for JSON and YAML."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value

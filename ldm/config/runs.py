@@ -12,7 +12,7 @@ from ldm.config.process import LEARNED, ObjectiveConfig, ScheduleConfig
 from ldm.config.sample import SampleConfig
 from ldm.config.train import TrainConfig
 
-NULL_CAPTION = ""  # the caption of no condition: what dropout trains and classifier-free guidance leans on
+NULL_CAPTION = ""  # the unconditional caption: trained by caption dropout, used by classifier-free guidance
 NONE = "none"  # `autoencoder: none` is pixel space, `text: none` is unconditional
 
 
@@ -37,7 +37,7 @@ class AutoencoderTrainingConfig:
 
 @dataclass(frozen=True)
 class ClipTrainingConfig:
-    """`ldm train-clip`: a text encoder where no pretrained one is at hand."""
+    """`ldm train-clip`: a text encoder for when no pretrained one is available."""
 
     run: str
     data: DataConfig
@@ -52,7 +52,8 @@ class ClipTrainingConfig:
             raise ConfigError("data.captions none: there is nothing to train a text encoder on")
         if self.train.micro_batch not in (None, self.train.batch_size):
             raise ConfigError(
-                "train.micro_batch must be null: the contrastive loss compares the whole global batch, so accumulation is refused"
+                "train.micro_batch must be null: the contrastive loss compares the whole global batch,"
+                " so accumulation is refused"
             )
 
 
@@ -62,18 +63,18 @@ class DiffusionTrainingConfig:
 
     run: str
     data: DataConfig
-    autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: diffuse the pixels themselves
+    autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: pixel space
     text: str  # a run of train-clip, a CLIP text model by folder or name, or `none`: unconditional
     init: str | None = None  # a run or model folder whose U-Net the training starts from; null: random weights
-    cache_latents: bool = True  # posterior moments encoded once, beside the run
-    cache_captions: int = 20_000  # encode captions once when the set has at most so many; 0: always in the step
+    cache_latents: bool = True  # encode posterior moments once, into the run
+    cache_captions: int = 20_000  # encode captions once if there are at most so many; 0: in every step
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    prompts: tuple[str, ...] = ()  # of the grids drawn while training; empty: the first validation captions
+    prompts: tuple[str, ...] = ()  # for image grids during training; empty: the first validation captions
 
     def __post_init__(self) -> None:
         _named(self.run)
@@ -83,28 +84,23 @@ class DiffusionTrainingConfig:
             raise ConfigError("data.captions none: set text: none, or say where the captions are")
         if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":
             raise ConfigError("cache_latents cannot keep random crops: set data.crop=center or cache_latents=false")
-        if (
-            self.cache_latents
-            and self.autoencoder != NONE
-            and self.data.source not in ("folder", "digits")
-            and self.data.size is None
-        ):
+        endless = self.data.source not in ("folder", "digits") and self.data.size is None
+        if self.cache_latents and self.autoencoder != NONE and endless:
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
                 raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
         if self.schedule.blind_at_the_end(self.objective.target):
             raise ConfigError(
-                f"objective.target {self.objective.target} says nothing of the image where the schedule leaves no signal: predict v or x0"
+                f"objective.target {self.objective.target} does not determine the image where the schedule leaves no"
+                " signal: predict v or x0"
             )
         if self.sample.variance == "learned" and not self.objective.learned_variance:
             raise ConfigError("sample.variance learned needs objective.learned_variance: true")
         if self.schedule.name == LEARNED:
             self._check_learned_schedule()
         if self.init is not None and self.schedule.name == LEARNED:
-            raise ConfigError(
-                "schedule.name learned needs a network that learns with it from the start: leave init out"
-            )
+            raise ConfigError("schedule.name learned needs a network that is trained from scratch: leave init out")
         if self.train.lora is not None and self.init is None:
             raise ConfigError("train.lora needs init: the run or folder whose U-Net it changes")
         if self.sample.lora:
@@ -113,22 +109,23 @@ class DiffusionTrainingConfig:
     def _check_learned_schedule(self) -> None:
         if self.train.compile or self.train.mixed_precision == "fp16":
             raise ConfigError(
-                "schedule.name learned differentiates the network by its input as well: set train.compile=false and no fp16 (bf16 or no)"
+                "schedule.name learned also differentiates the network with respect to its input:"
+                " set train.compile=false and no fp16 (bf16 or no)"
             )
         if self.objective.timesteps == "importance":
             raise ConfigError(
-                "objective.timesteps importance lowers the variance of one loss, a learned schedule that of the bound at uniform t:"
-                " choose uniform or stratified, or another schedule"
+                "objective.timesteps importance lowers the variance of one loss, a learned schedule that of the bound"
+                " at uniform t: choose uniform or stratified, or another schedule"
             )
 
 
 @dataclass(frozen=True)
 class ClassifierTrainingConfig:
-    """`ldm train-classifier`: what classifier guidance asks."""
+    """`ldm train-classifier`: the classifier for classifier guidance."""
 
     run: str
     data: DataConfig
-    diffusion: str  # a run of train-ldm or a model folder: its latents and its schedule are those of the classifier
+    diffusion: str  # a run of train-ldm or a model folder, for its latents and noise schedule
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -138,7 +135,7 @@ class ClassifierTrainingConfig:
             raise ConfigError("data: classes are those of source: digits, or of a folder with captions: class")
         _no_lora(self.train)
         if self.train.gradient_checkpointing:
-            raise ConfigError("train.gradient_checkpointing: the classifier offers none, leave it out")
+            raise ConfigError("train.gradient_checkpointing: the classifier does not support it, leave it out")
 
 
 RUNS: dict[

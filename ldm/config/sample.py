@@ -14,11 +14,12 @@ SAMPLERS = (
     "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
 )  # fmt: skip
 GRIDS = (
-    "trailing", "leading", "linspace", "linspace_fractional", "linspace_positive", "leading_positive", "karras", "uniform_lambda",
+    "trailing", "leading", "linspace", "linspace_fractional", "linspace_positive", "leading_positive", "karras",
+    "uniform_lambda",
 )  # fmt: skip
 CLASSIFIER_FORMS = ("score", "mean")
 VARIANCES = ("posterior", "beta", "learned")
-LORA_SCALE = 100  # the largest, of either sign
+LORA_SCALE = 100  # largest magnitude
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,12 @@ class SampleConfig:
     eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
     negative_prompt: str = ""
     seed: int = 0
-    grid: str = "trailing"  # where the steps lie
-    grid_offset: int = 1  # of the leading grids
+    grid: str = "trailing"  # spacing of the timesteps
+    grid_offset: int = 1  # of the leading grids, in timesteps
     end_clean: bool = True  # false: the last step ends at the noise of t = 0, as in Stable Diffusion's own schedulers
-    variance: str | None = (
-        None  # ddpm: posterior, beta or learned; null: learned where the model has it, else posterior
-    )
-    guidance_rescale: float = 0.0  # share of the conditional output's deviation that guidance keeps
-    guidance_interval: tuple[float, float] | None = None  # σ = s/a, lowest and highest, between which there is guidance
+    variance: str | None = None  # ddpm: posterior, beta or learned; null: learned if the model has it, else posterior
+    guidance_rescale: float = 0.0  # share of the conditional output's standard deviation that guidance keeps
+    guidance_interval: tuple[float, float] | None = None  # lowest and highest σ = s/a with guidance
     dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
     autoguidance: str | None = None  # a run or folder: a weaker model of the same latents, target and schedule
     autoguidance_scale: float = 2.0
@@ -68,7 +67,7 @@ class SampleConfig:
         between(self, 0, 2**63 - 1, "seed")
 
     def loras(self) -> list[tuple[str, float]]:
-        """Path and scale of each LoRA; what follows the last colon is a scale where it is a number."""
+        """Path and scale of each LoRA: the scale is the text after the last colon, if that is a number."""
         pairs: list[tuple[str, float]] = []
         for entry in self.lora:
             path, _, scale = entry.rpartition(":")
@@ -77,13 +76,12 @@ class SampleConfig:
             except ValueError:
                 pairs.append((entry, 1.0))
             if not pairs[-1][0] or not abs(pairs[-1][1]) <= LORA_SCALE:
-                raise ConfigError(
-                    f"lora must be PATH or PATH:SCALE with a scale from -{LORA_SCALE} to {LORA_SCALE}, got {entry!r}"
-                )
+                scales = f"a scale from -{LORA_SCALE} to {LORA_SCALE}"
+                raise ConfigError(f"lora must be PATH or PATH:SCALE with {scales}, got {entry!r}")
         return pairs
 
 
 def check_lora_scale(scale: Any, path: object) -> None:
-    """Raise ConfigError unless ``scale`` is a number that the LoRA at ``path`` may be taken with."""
+    """Raise ConfigError unless ``scale`` is a valid scale for the LoRA at ``path``."""
     if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(float(scale)) <= LORA_SCALE:
         raise ConfigError(f"lora {path}: its scale must be a number from -{LORA_SCALE} to {LORA_SCALE}, got {scale!r}")

@@ -14,16 +14,11 @@ SAVE_ERRORS = ("stop", "continue")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The layers of a frozen U-Net that get a low-rank change, and its rank (Hu et al. 2021)."""
+    """Layers of a frozen U-Net that get a low-rank change, and its rank (Hu et al. 2021)."""
 
     rank: int = 8
     alpha: float | None = None  # the change is α / rank · B A; null: rank
-    targets: tuple[str, ...] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-    )  # ends of layers' names; also proj_in, ff.net.2, conv1 …
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # suffixes of layer names; also proj_in, ff.net.2 …
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_CHANNELS, "rank")
@@ -41,8 +36,8 @@ class TrainConfig:
     micro_batch: int | None = None  # per process and forward pass; null: batch_size / processes
     lr: float = 1e-4
     lr_schedule: str = "constant"
-    warmup: int = 0  # updates of linear rise
-    lr_end: float = 0.0  # cosine: the last learning rate, as a fraction of lr
+    warmup: int = 0  # updates of linear warm-up
+    lr_end: float = 0.0  # cosine: final learning rate, as a fraction of lr
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
@@ -62,24 +57,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     rank_timeout: int = 1800  # seconds that a process waits for the others before the run ends
     keep_every: int | None = None  # updates: checkpoints at its multiples stay for good and are not counted; null: none
-    save_errors: str = (
-        "stop"  # of a checkpoint on the way (full disk …); continue: warn and try again at the next interval
-    )
+    save_errors: str = "stop"  # when a checkpoint fails (full disk …); continue: warn, try again at the next interval
     trackers: tuple[str, ...] = ("tensorboard",)
-    lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays as it is
+    lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays frozen
 
     def __post_init__(self) -> None:
-        between(
-            self,
-            1,
-            MOST_UPDATES,
-            "steps",
-            "log_every",
-            "validate_every",
-            "sample_every",
-            "checkpoint_every",
-            "keep_every",
-        )
+        between(self, 1, MOST_UPDATES, "steps", "log_every", "validate_every", "sample_every")
+        between(self, 1, MOST_UPDATES, "checkpoint_every", "keep_every")
         between(self, 1, 10**6, "batch_size", "micro_batch")
         between(self, 1, 10**7, "validation_size", "rank_timeout")
         between(self, 2, MOST_UPDATES, "keep_checkpoints")
@@ -95,9 +79,8 @@ class TrainConfig:
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ConfigError(
-                f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
-            )
+            multiple = f"a multiple of checkpoint_every {self.checkpoint_every}"
+            raise ConfigError(f"keep_every {self.keep_every} is not {multiple}")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ConfigError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         for tracker in self.trackers:

@@ -1,4 +1,4 @@
-"""A value of a setting, of the type that its field says. Imports no torch."""
+"""Type checks and conversions of the values of settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from autoencoder.config import ConfigError, shown
 
 T = TypeVar("T")
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-LONGEST = 256  # bits of a whole number: more have no meaning here, and Python refuses to write very many
+LONGEST = 256  # bits of an integer: no setting needs more, and Python refuses to print very long ones
 
 
 def typed(hint: Any, value: Any, name: str) -> Any:
-    """``value`` as a field of this type holds it: a list as a tuple, a whole number as a float where one is meant.
+    """Convert ``value`` to the type of a field: a list to a tuple, an integer to a float, if meant.
 
-    Scalars of numpy and torch are taken as the numbers that they are. Raises ConfigError beginning with ``name``.
+    Scalars of numpy and torch become Python numbers. Raises ConfigError beginning with ``name``.
     """
     if isinstance(hint, types.UnionType):
         if value is None:
@@ -32,9 +32,8 @@ def typed(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be {len(parts)} values, got {shown(list(items))}")
         return tuple(typed(parts[0], item, f"{name}[{i}]") for i, item in enumerate(items))
     if type(value) is int and value.bit_length() > LONGEST:
-        raise ConfigError(
-            f"{name} must be {_TYPE_NAMES[hint]} of at most {LONGEST} bits, got one of {value.bit_length()}"
-        )
+        wanted = f"{_TYPE_NAMES[hint]} of at most {LONGEST} bits"
+        raise ConfigError(f"{name} must be {wanted}, got one of {value.bit_length()}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -45,34 +44,32 @@ def typed(hint: Any, value: Any, name: str) -> Any:
 
 
 def check_names(names: Iterable[Any], known: Iterable[str], path: str = "") -> None:
-    """Raise ConfigError for the first name that is not known, with the nearest that is."""
+    """Raise ConfigError for the first unknown name, with the nearest known one."""
     known = list(known)
     for name in names:
         if name not in known:
             name = str(name)[:100]
             near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"unknown key {path}{name}: "
-                + (f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}")
-            )
+            hint = f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown key {path}{name}: {hint}")
 
 
 def changed(config: T, given: Mapping[str, Any]) -> T:
-    """A dataclass with other values of some fields, each of its type. Raises ConfigError naming the first that is not."""
+    """Copy of a dataclass with some fields changed. Raises ConfigError for a wrong name or type."""
     hints = typing.get_type_hints(type(config))
     check_names(given, [field.name for field in dataclasses.fields(config)])  # type: ignore[arg-type]
     return dataclasses.replace(config, **{name: typed(hints[name], value, name) for name, value in given.items()})  # type: ignore[type-var]
 
 
 def check_types(config: Any) -> None:
-    """Give each field of a frozen dataclass its value as ``typed`` has it. Raises ConfigError naming the first that has none."""
+    """Convert each field of a frozen dataclass by ``typed``, in place. Raises ConfigError."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         object.__setattr__(config, field.name, typed(hints[field.name], getattr(config, field.name), field.name))
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own number; text of numpy as text; anything else as it is."""
+    """A numpy or torch scalar as a Python number, numpy text as str, anything else unchanged."""
     if isinstance(value, str) and type(value) is not str:
         return str(value)
     item = getattr(value, "item", None)

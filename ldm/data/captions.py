@@ -1,6 +1,6 @@
-"""The images of a folder that form a data set, and their captions: one function for each layout.
+"""Images of a folder and their captions: one function for each layout of the captions.
 
-A layout yields a Row, or a Skipped where a row or image cannot be used. The folder is only ever read.
+A layout yields a Row, or a Skipped for a row or image that cannot be used. Nothing is written.
 """
 
 from __future__ import annotations
@@ -22,40 +22,23 @@ from ldm.data.tables import EXAMPLE, METADATA, ended, table_rows
 from ldm.errors import DataError
 from ldm.files.text import read_text
 
-FILE_NAMES = (
-    "filename",
-    "file name",
-    "file",
-    "image",
-    "image_path",
-    "img",
-    "path",
-    "name",
-)  # what others call `file_name`
-CAPTION_NAMES = (
-    "caption",
-    "captions",
-    "prompt",
-    "description",
-    "label",
-    "title",
-    "alt",
-    "sentence",
-)  # what others call `text`
+# What other data sets call the columns `file_name` and `text`.
+FILE_NAMES = ("filename", "file name", "file", "image", "image_path", "img", "path", "name")
+CAPTION_NAMES = ("caption", "captions", "prompt", "description", "label", "title", "alt", "sentence")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image with its caption, the other columns of its row, and the size of its file in bytes."""
+    """An image with its caption, the other columns of its row, and its file size in bytes."""
 
-    file_name: str  # relative to the folder, with /
+    file_name: str  # relative to the folder, with / between its parts
     text: str
     columns: dict[str, Any]
     file_size: int
 
 
 def read_rows(data: DataConfig) -> tuple[list[Row], list[Skipped]]:
-    """Every usable image of ``data.folder`` in a fixed order, and what is left out. Raises DataError."""
+    """The usable images of ``data.folder`` in a fixed order, and those left out. Raises DataError."""
     folder = Path(data.folder or "")
     if not folder.is_dir():
         raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
@@ -74,7 +57,7 @@ def read_rows(data: DataConfig) -> tuple[list[Row], list[Skipped]]:
 
 
 def _is_text(text: str) -> bool:
-    """True if it is free of half surrogate pairs, which JSON can spell and undecodable file names hold."""
+    """True if free of lone surrogates, which JSON can spell and undecodable file names contain."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -94,20 +77,18 @@ def _metadata(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         empty = False
         found = values if isinstance(values, str) else _row(listing, values, data.text_column)
         if isinstance(found, Row) and found.file_name in first_line:
-            found = f"file_name {found.file_name!r} stands on line {first_line[found.file_name]} already"
+            found = f"file_name {found.file_name!r} is already on line {first_line[found.file_name]}"
         if isinstance(found, str):
             yield Skipped(f"{path}:{number}", found)
             continue
         first_line[found.file_name] = number
         yield found
     if empty:
-        raise DataError(
-            f"{path} has no rows: write one {EXAMPLE} a line" if path.suffix == ".jsonl" else f"{path} has no rows"
-        )
+        raise DataError(f"{path} has no rows" + (f": write one {EXAMPLE} per line" if path.suffix == ".jsonl" else ""))
 
 
 def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | str:
-    """The row, or what is wrong with it."""
+    """The row, or an error message."""
     for key in ("file_name", text_column):
         if key not in values:
             return _no_column(key, list(values), text_column)
@@ -127,29 +108,32 @@ def _row(listing: Listing, values: dict[str, Any], text_column: str) -> Row | st
 ABSENT = "is not a file"
 
 
-def _find(listing: Listing, said: str) -> tuple[str, int] | str:
-    """Name and size of the file that a row names, or what is wrong: exactly that one, or else the one of another Unicode form."""
-    name = PurePosixPath(said)  # "./a.png" is "a.png"
+def _find(listing: Listing, file_name: str) -> tuple[str, int] | str:
+    """Name and size of the file that a row names, or an error message.
+
+    A file whose name differs only in its Unicode form is taken if there is no exact match.
+    """
+    name = PurePosixPath(file_name)  # "./a.png" is "a.png"
     if name.is_absolute() or ".." in name.parts:
-        return f"file_name {said!r} leaves the folder: give a path relative to it, without '..'"
+        return f"file_name {file_name!r} leaves the folder: give a path relative to it, without '..'"
     size = _size(listing.folder / name)
     if not isinstance(size, str):
         return str(name), size
     if size != ABSENT:
-        return f"file_name {said!r} {size}"
+        return f"file_name {file_name!r} {size}"
     same = listing.same(str(name))
     if len(same) == 1 and isinstance(size := _size(listing.folder / same[0]), int):
         return same[0], size
-    hint = ": write / for \\" if "\\" in said else ""
+    hint = ": write / for \\" if "\\" in file_name else ""
     if len(same) > 1:
         hint = f", but {len(same)} whose names differ in their Unicode form alone: write one of them exactly"
     elif not hint and (alike := listing.alike(str(name))):
         hint = f": did you mean {alike[0]!r}?"
-    return f"no file {said!r} in {listing.folder}{hint}"
+    return f"no file {file_name!r} in {listing.folder}{hint}"
 
 
 def _size(path: Path) -> int | str:
-    """Bytes of a regular file, or what is wrong with it: a pipe would be waited for, a link may lead nowhere."""
+    """Size of a regular file in bytes, or an error message: a pipe would block, a link may be broken."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
@@ -158,7 +142,7 @@ def _size(path: Path) -> int | str:
 
 
 def _image(folder: Path, name: str, text: str, columns: dict[str, Any]) -> Row | Skipped:
-    """A listed image with its caption."""
+    """Row of an image that the listing has; Skipped if it is not a regular file."""
     size = _size(folder / name)
     return Skipped(str(folder / name), size) if isinstance(size, str) else Row(name, text, columns, size)
 
@@ -166,14 +150,15 @@ def _image(folder: Path, name: str, text: str, columns: dict[str, Any]) -> Row |
 def _no_column(key: str, columns: list[str], text_column: str) -> str:
     others = CAPTION_NAMES if key == text_column else FILE_NAMES
     near = [c for c in columns if c.lower() in (key, *others)] or difflib.get_close_matches(key, columns, n=1)
-    said = f"no {key}, only {', '.join(columns) or 'an empty object'}"
+    problem = f"no {key}, only {', '.join(columns) or 'an empty object'}"
     if not near:
-        return said
-    return f"{said}: rename {near[0]} to {key}" + (f", or set data.text_column={near[0]}" if key == text_column else "")
+        return problem
+    advice = f", or set data.text_column={near[0]}" if key == text_column else ""
+    return f"{problem}: rename {near[0]} to {key}{advice}"
 
 
 def missing_metadata(folder: Path) -> str:
-    """That there is no metadata, and which files look as if they were meant to be it."""
+    """Error message for a folder without metadata, naming files that may be meant as it."""
     near = near_misses(folder)
     hint = f" (found {', '.join(near[:5])}: rename it)" if near else ""
     return (
@@ -182,32 +167,31 @@ def missing_metadata(folder: Path) -> str:
 
 
 def near_misses(folder: Path) -> list[str]:
-    """Files of the folder whose names are almost those of METADATA."""
+    """Files of the folder whose names resemble those of METADATA."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name not in METADATA)
     near = {name for meant in METADATA for name in difflib.get_close_matches(meant, names, n=3, cutoff=0.7)}
-    near |= {
-        name for name in names if name.lower().endswith((".jsonl", ".json1", ".ndjson", ".csv", ".tsv", "captions.txt"))
-    }
-    near |= {name for name in names if name.lower().startswith(("metadata.", "captions.", "labels."))}
+    endings = (".jsonl", ".json1", ".ndjson", ".csv", ".tsv", "captions.txt")
+    beginnings = ("metadata.", "captions.", "labels.")
+    near |= {name for name in names if name.lower().endswith(endings) or name.lower().startswith(beginnings)}
     return sorted(name for name in near if not name.lower().endswith(SUFFIXES))
 
 
-# --- captions elsewhere than in metadata
+# --- captions without a metadata file
 
 
 def _sidecar(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
-    """``a.txt`` beside ``a.png``; ``A.TXT`` beside ``A.PNG``, too."""
+    """``a.txt`` beside ``a.png``; also ``A.TXT`` beside ``A.PNG``."""
     listing = Listing(folder)
     for name in listing.images:
         yield _beside(listing, name)
 
 
 def _beside(listing: Listing, name: str) -> Row | Skipped:
-    """An image with the caption that lies beside it."""
+    """An image with the caption in the text file beside it."""
     wanted, found = PurePosixPath(name).with_suffix(".txt"), listing.captions(name)
     if len(found) != 1:
         near = [other for other in listing.alike(str(wanted)) if other not in found]
-        several = f"{' and '.join(PurePosixPath(one).name for one in found)} lie beside it: keep one of them"
+        several = f"{' and '.join(PurePosixPath(one).name for one in found)} are beside it: keep one of them"
         hint = f" ({PurePosixPath(near[0]).name} is another name: rename it)" if near else ""
         return Skipped(str(listing.folder / name), several if found else f"no {wanted.name} beside it{hint}")
     beside = listing.folder / found[0]
@@ -225,7 +209,7 @@ def _beside(listing: Listing, name: str) -> Row | Skipped:
 
 
 def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
-    """``class_name/…/a.png``. Which template an image gets depends on its name alone."""
+    """``class_name/…/a.png``. An image's caption template depends on its file name alone."""
     templates = data.caption_templates
     for name in image_files(folder):
         if "/" not in name:
@@ -238,20 +222,18 @@ def _classes(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
         if not _is_text(kind):
             yield Skipped(str(folder / name), "its folder's name is not UTF-8: rename it")
             continue
-        template = templates[
-            int.from_bytes(hashlib.sha256(f"template {name}".encode(errors="surrogateescape")).digest()[:4], "big")
-            % len(templates)
-        ]
+        digest = hashlib.sha256(f"template {name}".encode(errors="surrogateescape")).digest()
+        template = templates[int.from_bytes(digest[:4], "big") % len(templates)]
         yield _image(folder, name, template.replace("{}", kind), {"class": kind})
 
 
 def class_words(folder_name: str) -> str:
-    """A folder's name as it is said in a caption."""
+    """A folder's name as words for a caption."""
     return " ".join(folder_name.replace("_", " ").replace("-", " ").split())
 
 
 def _plain(folder: Path, data: DataConfig) -> Iterator[Row | Skipped]:
-    """Images alone: for an unconditional model, or an autoencoder."""
+    """Images without captions: for an unconditional model, or an autoencoder."""
     for name in image_files(folder):
         yield _image(folder, name, "", {})
 

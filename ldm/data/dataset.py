@@ -1,4 +1,4 @@
-"""The endless training stream: positions in, samples with all their random draws out."""
+"""The endless training stream: from positions to samples with all their random draws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.data.transforms import prepare
 from ldm.data.workers import Workers
 from ldm.errors import DataError
 
-SUBSTITUTES = 100  # samples tried in place of one that cannot be read, before the run stops
+SUBSTITUTES = 100  # samples tried in place of an unreadable one before the run stops
 
 DIRECTION = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -31,18 +31,19 @@ Batch = dict[str, Any]  # tensors by name, and `text`: the captions
 
 @dataclass(frozen=True)
 class RandomFields:
-    """The random numbers that each sample brings along: standard normal arrays and numbers in [0, 1)."""
+    """Random numbers drawn for each sample: standard normal arrays, by shape, and numbers in [0, 1)."""
 
     normals: Mapping[str, tuple[int, ...]]
     uniforms: tuple[str, ...] = ()
 
 
 class Stream(Dataset[Batch]):
-    """Samples by position. Everything random about a sample is a function of (seed, name of the draw, position).
+    """Samples by position. Everything random about one is a function of (seed, stream name, position).
 
-    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``, ``position`` and the draws.
-    ``validation`` reads the source in order, in the middle crop and unmirrored, with streams of its own. What takes the
-    place of a sample that cannot be read is a function of the position too; ``skipped`` lists those met so far.
+    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``,
+    ``position`` and the draws. ``validation`` reads the source in order, centre-cropped and unmirrored,
+    with random streams of its own. The substitute for an unreadable sample is a function of the position
+    too; ``skipped`` lists the unreadable ones so far, in order of appearance.
     """
 
     def __init__(
@@ -57,10 +58,8 @@ class Stream(Dataset[Batch]):
         self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
         self.prefix = "validation/" if validation else ""
         self.validation = validation
-        self.order = streams.Order(seed, source.length)
-        self.skipped: dict[Skipped, None] = dict.fromkeys(
-            cache.skipped.values() if cache else ()
-        )  # in the order of meeting them
+        self.order = streams.ShuffledOrder(seed, source.length)
+        self.skipped: dict[Skipped, None] = dict.fromkeys(cache.skipped.values() if cache else ())
 
     def __getitem__(self, position: int) -> Batch:
         sample, skipped = self.read(position)
@@ -68,7 +67,7 @@ class Stream(Dataset[Batch]):
         return sample
 
     def read(self, position: int) -> tuple[Batch, list[Skipped]]:
-        """The sample at ``position``, and those that could not be read in its place. Raises DataError."""
+        """The sample at ``position``, and the unreadable ones tried before it. Raises DataError."""
         skipped: list[Skipped] = []
         for index in self._candidates(position):
             try:
@@ -76,22 +75,18 @@ class Stream(Dataset[Batch]):
                 return found | self._drawn(position), skipped
             except BadSample as bad:
                 skipped.append(bad.skipped)
-        raise DataError(
-            f"{SUBSTITUTES} samples in a row cannot be read, the last: {skipped[-1].file}: look at the files"
-        )
+        last = skipped[-1].file
+        raise DataError(f"{SUBSTITUTES} samples in a row cannot be read, the last: {last}: check the files")
 
     def named(self, position: int) -> str:
-        """A position as text: with its image file, if it has one."""
+        """A position as text, with its image file if it has one."""
         source = self.source
-        file = (
-            f" ({source.folder / source.rows[self.order[position]].file_name})"
-            if isinstance(source, FolderSource)
-            else ""
-        )
-        return f"position {position}{file}"
+        if not isinstance(source, FolderSource):
+            return f"position {position}"
+        return f"position {position} ({source.folder / source.rows[self.order[position]].file_name})"
 
     def _drawn(self, position: int) -> Batch:
-        """The random numbers of a position, and the position itself."""
+        """Random numbers of a position, and the position itself."""
         drawn: Batch = {"position": torch.tensor(position)}
         for name, shape in self.draws.normals.items():
             drawn[name] = torch.from_numpy(streams.normal(self.seed, self.prefix + name, position, shape))
@@ -118,25 +113,21 @@ class Stream(Dataset[Batch]):
         return {"text": drawn.text, "image": prepare(drawn.image, self.data.image_size, (float(y), float(x)), mirror)}
 
     def _mirror(self, text: str, position: int) -> bool:
-        """True if the sample is mirrored left–right: never where its caption says left or right."""
+        """True if the sample is mirrored left–right: never if its caption says left or right."""
         if not self.data.flip or self.validation or DIRECTION.search(text):
             return False
         return streams.uniform(self.seed, "flip", position) < 0.5
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Stack the tensors of equal names; captions stay a list."""
-    return {
-        name: torch.stack([s[name] for s in samples])
-        if isinstance(samples[0][name], Tensor)
-        else [s[name] for s in samples]
-        for name in samples[0]
-    }
+    """Stack the tensors of each name; other values, such as captions, become a list."""
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: torch.stack(c) if isinstance(c[0], Tensor) else c for name, c in columns.items()}
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Division of one update's global batch: processes × micro-batch × accumulation = batch_size."""
+    """Split of a global batch: batch_size = processes × micro-batch × accumulation."""
 
     batch_size: int
     micro_batch: int
@@ -149,7 +140,7 @@ class BatchPlan:
         return self.batch_size // (self.micro_batch * self.processes)
 
     def positions(self, update: int) -> Iterator[list[int]]:
-        """The positions of this process's micro-batches in ``update`` (counted from 0)."""
+        """Positions of this process's micro-batches in ``update`` (counted from 0)."""
         share = self.micro_batch * self.processes
         for i in range(self.accumulation):
             start = update * self.batch_size + i * share + self.rank * self.micro_batch
@@ -157,24 +148,25 @@ class BatchPlan:
 
 
 def plan_batch(batch_size: int, micro_batch: int | None, processes: int, rank: int) -> BatchPlan:
-    """Divide the global batch. Raises ConfigError where it does not come out even."""
+    """Split the global batch evenly. Raises ConfigError if it does not divide."""
     if micro_batch is None:
         if batch_size % processes:
             raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {processes} processes")
         micro_batch = batch_size // processes
     if batch_size % (micro_batch * processes):
         raise ConfigError(
-            f"train.batch_size {batch_size} is not a multiple of {processes} processes × train.micro_batch {micro_batch}"
+            f"train.batch_size {batch_size} is not a multiple of {processes} processes"
+            f" × train.micro_batch {micro_batch}"
         )
     return BatchPlan(batch_size, micro_batch, processes, rank)
 
 
-def batches(stream: Stream, split: BatchPlan, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
-    """The micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
+def batches(stream: Stream, plan: BatchPlan, first: int, last: int, workers: int) -> Generator[Batch, None, None]:
+    """Yield the micro-batches of updates ``first`` … ``last`` − 1, in order. Raises DataError."""
     crew = Workers(workers, stream.data.worker_timeout)
     loader = DataLoader(
         _Carried(stream, crew),
-        batch_sampler=_Positions(split, first, last),  # type: ignore[arg-type]
+        batch_sampler=_Positions(plan, first, last),  # type: ignore[arg-type]
         collate_fn=_collate_carried,
         num_workers=workers,
         worker_init_fn=crew.enter,
@@ -182,19 +174,21 @@ def batches(stream: Stream, split: BatchPlan, first: int, last: int, workers: in
     )
     with crew.watched(loader) as feed:
         try:
-            for positions in _Positions(split, first, last):
+            for positions in _Positions(plan, first, last):
                 batch, skipped = crew.take(feed, positions, stream.named)
                 stream.skipped |= dict.fromkeys(skipped)
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
         finally:
-            del feed  # ends them in peace where nothing is wrong
+            del feed  # without a fault, this shuts the workers down cleanly
 
 
 class _Carried(Dataset[Any]):
-    """A stream's samples with what was skipped for them. A DataError is a value here, so that a worker's error arrives as it
-    is and not as the text of a traceback.
+    """Samples of a stream, each with those that were skipped for it.
+
+    A DataError is returned as a value, so that it arrives from a worker unchanged and not as the text of
+    a traceback.
     """
 
     def __init__(self, stream: Stream, crew: Workers) -> None:
@@ -215,33 +209,33 @@ def _collate_carried(carried: list[Any]) -> tuple[Batch | DataError, list[Skippe
 
 
 class _Positions:
-    """The batches of positions of a range of updates, made as they are asked for."""
+    """Batches of positions of a range of updates, generated on demand."""
 
-    def __init__(self, split: BatchPlan, first: int, last: int) -> None:
-        self.split, self.first, self.last = split, first, last
+    def __init__(self, plan: BatchPlan, first: int, last: int) -> None:
+        self.plan, self.first, self.last = plan, first, last
 
     def __iter__(self) -> Iterator[list[int]]:
         for update in range(self.first, self.last):
-            yield from self.split.positions(update)
+            yield from self.plan.positions(update)
 
     def __len__(self) -> int:
-        return (self.last - self.first) * self.split.accumulation
+        return (self.last - self.first) * self.plan.accumulation
 
 
 def validation_batches(
     stream: Stream, size: int, batch_size: int, rank: int, processes: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """This process's share of positions 0 … size−1 (fewer where the source has fewer), with the positions."""
+    """Yield this process's share of positions 0 … size−1 (or of the whole source), and their batches."""
     total = size if stream.source.length is None else min(size, stream.source.length)
-    mine = list(range(rank, total, processes))
-    for i in range(0, len(mine), batch_size):
-        positions = mine[i : i + batch_size]
+    share = list(range(rank, total, processes))
+    for i in range(0, len(share), batch_size):
+        positions = share[i : i + batch_size]
         yield positions, collate([stream[p] for p in positions])
 
 
 def scattered(positions: list[int], total: int) -> Tensor:
-    """The middles of ``total`` equal parts of [0, 1), float64, in an order in which neighbours in the data are far apart."""
-    stride = max(1, round(total * 0.618))  # a step coprime to ``total``, near its golden section
+    """Midpoints of ``total`` equal parts of [0, 1), float64, so ordered that neighbours lie far apart."""
+    stride = max(1, round(total * 0.618))  # made coprime to ``total`` below; near its golden section
     while math.gcd(stride, total) != 1:
         stride += 1
     parts = np.asarray([p * stride % total for p in positions])

@@ -1,4 +1,4 @@
-"""From an image file to upright 8-bit pixels, or one line that says why not."""
+"""Decoding of image files to upright 8-bit pixels, with a one-line error for what cannot be read."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-BEGINNINGS = {
-    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP",
-    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
-}  # fmt: skip
-PIXEL_LIMIT = 89_478_485  # 256 MiB of RGB, Pillow's own threshold; a small file can claim far more
+BEGINNINGS = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
+BEGINNINGS |= dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF")
+PIXEL_LIMIT = 89_478_485  # 256 MiB of RGB, Pillow's own limit; a small file can declare far more
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # the EXIF tag
-LONGEST_REASON = 200  # characters of what Pillow says, which may quote the file
+LONGEST_REASON = 200  # characters of Pillow's message, which may quote the file
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to the terminal
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its log of damaged files goes to the terminal
 
 
 def read_image(
     path: Path, channels: int, background: tuple[int, int, int] = WHITE, smallest_side: int = 1
 ) -> UInt8[np.ndarray, "h w {channels}"]:
-    """One image file upright with 1 or 3 channels; of an animation, its first frame.
+    """Read an image file upright, with 1 or 3 channels; of an animation, its first frame.
 
-    16 bits are scaled to 8, transparency is laid over ``background``, EXIF orientation is applied; the size is read from
-    the header before anything is decoded. Colour profiles are not applied. Raises BadSample, whatever is wrong with the file.
+    16 bits are scaled to 8, transparency is composited over ``background``, EXIF orientation is applied,
+    colour profiles are not. The size is read from the header before anything is decoded.
+    Raises BadSample, whatever is wrong with the file.
     """
     with _open(path) as opened, _named(path, "cannot be decoded"):
         if min(opened.size) < smallest_side:
@@ -50,27 +49,28 @@ def read_image(
             raise BadSample(str(path), how.refused)
         opened.load()
         pixels = _eight_bits(opened, how, channels, background)
-        turn = 1 if opened.format == "TIFF" else _orientation(opened)[0]  # Pillow turns a TIFF when it loads it
+        turn = 1 if opened.format == "TIFF" else _orientation(opened)[0]  # Pillow rotates a TIFF when it loads it
     pixels = np.ascontiguousarray(_upright(pixels, turn))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def too_long(width: int, height: int, size: int) -> str:
-    """Why an image cannot be resized so that its short side is ``size``; empty where it can: a strip of few pixels may grow huge."""
+    """Reason that an image cannot be resized to a short side of ``size``; empty if it can.
+
+    A long strip of few pixels may grow beyond PIXEL_LIMIT.
+    """
     pixels = size * size * max(width, height) // min(width, height)
-    return (
-        f"{width}×{height} is so long that it has {pixels} pixels at {size} pixels of height"
-        if pixels > PIXEL_LIMIT
-        else ""
-    )
+    if pixels <= PIXEL_LIMIT:
+        return ""
+    return f"{width}×{height} is so long that it has {pixels} pixels at {size} pixels of height"
 
 
 @dataclass(frozen=True)
 class Header:
-    """Facts from an image's header: size as stored (before EXIF orientation), Pillow's mode, the format, bits of a sample.
+    """An image's header: size as stored (before EXIF orientation), Pillow's mode, format, bits per sample.
 
-    ``turned``: EXIF says so; ``animated``: several frames or pages; ``profile``: its colours are of another space than sRGB;
-    ``odd_exif``: EXIF that cannot be read.
+    ``turned``: EXIF rotates or mirrors it; ``animated``: it has several frames or pages;
+    ``profile``: its colour space is not sRGB; ``odd_exif``: its EXIF cannot be read.
     """
 
     width: int
@@ -85,43 +85,33 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header, without decoding. Raises BadSample."""
+    """Read the header of an image file without decoding it. Raises BadSample."""
     with _open(path) as opened, _named(path, "cannot be opened"):
-        told = (
-            opened.format != "PNG" or "exif" in opened.info
-        )  # else Pillow would decode all of a PNG to look behind it
-        turn, odd = _orientation(opened) if told else (1, False)
+        # Pillow would decode a whole PNG to look for EXIF behind its pixels.
+        exif_in_header = opened.format != "PNG" or "exif" in opened.info
+        turn, odd = _orientation(opened) if exif_in_header else (1, False)
         how, animated = stored(opened), bool(getattr(opened, "is_animated", False))
-        return Header(
-            opened.width,
-            opened.height,
-            opened.mode,
-            opened.format or "",
-            turn != 1,
-            animated,
-            how.bits,
-            _has_profile(opened),
-            odd,
-        )
+        size, kind = opened.size, opened.format or ""
+        return Header(*size, opened.mode, kind, turn != 1, animated, how.bits, _has_profile(opened), odd)
 
 
 @contextmanager
 def _named(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever Pillow raises on a file, and there is little that it does not, into a BadSample; and keep it quiet."""
+    """Turn any exception of Pillow, which raises many kinds, into a BadSample; silence its warnings."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, which are refused below, and of odd EXIF
+            warnings.simplefilter("ignore")  # about large images, which are refused below, and odd EXIF
             yield
     except BadSample:
         raise
     except Exception as error:
-        said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split())) if error.args else ""
-        kind = "" if said and isinstance(error, (OSError, ValueError, SyntaxError)) else f"{type(error).__name__}: "
-        raise BadSample(str(path), f"{what}: {kind}{said}"[:LONGEST_REASON].rstrip(": ")) from None
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split())) if error.args else ""
+        kind = "" if text and isinstance(error, (OSError, ValueError, SyntaxError)) else f"{type(error).__name__}: "
+        raise BadSample(str(path), f"{what}: {kind}{text}"[:LONGEST_REASON].rstrip(": ")) from None
 
 
 def _open(path: Path) -> ImageFile:
-    """Open by the header alone, refusing what is not an image, of another format, or larger than PIXEL_LIMIT."""
+    """Open an image by its header. Raises BadSample for other formats and beyond PIXEL_LIMIT."""
     from PIL import Image
 
     with _named(path, "cannot be opened"):
@@ -146,8 +136,10 @@ def _unidentified(path: Path) -> str:
         return "the file is empty"
     kind = next((kind for start, kind in BEGINNINGS.items() if beginning.startswith(start)), None)
     if kind:
-        return f"a {kind} whose header is damaged, or of a kind that is not read: save it anew, with 8 bits a channel"
-    return f"no image in one of the formats {', '.join(FORMATS)}"
+        return (
+            f"a {kind} whose header is damaged, or of a kind that is not read: save it again, with 8 bits per channel"
+        )
+    return f"not an image in one of the formats {', '.join(FORMATS)}"
 
 
 def _has_profile(opened: ImageFile) -> bool:
@@ -160,28 +152,27 @@ def _has_profile(opened: ImageFile) -> bool:
 
 
 def _orientation(opened: ImageFile) -> tuple[int, bool]:
-    """How EXIF says that the image is turned, 1 to 8 (1: not); and whether EXIF is there and cannot be read.
+    """EXIF orientation, 1 to 8 (1: upright), and True if there is EXIF that cannot be read.
 
-    The one tag alone is looked at: others may be of types that Pillow cannot write back.
+    Reads this one tag alone: others may be of types that Pillow cannot write back.
     """
     from PIL import Image
 
     odd = False
     try:
-        Image.Exif().load(
-            opened.info.get("exif", b"")
-        )  # anew: Pillow, which looked for the resolution, would not fail again
-    except Exception:  # a viewer shows the image all the same
+        # A second time: Pillow has looked for the resolution already, and would not fail again.
+        Image.Exif().load(opened.info.get("exif", b""))
+    except Exception:  # a viewer shows the image anyway
         odd = True
     try:
-        value = opened.getexif().get(ORIENTATION, 1)  # or, where EXIF has none, of XMP
+        value = opened.getexif().get(ORIENTATION, 1)  # that of XMP if EXIF has none
     except Exception:
         return 1, True
     return (value if isinstance(value, int) and 1 <= value <= 8 else 1), odd
 
 
 def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Undo EXIF orientation ``turn`` on [h, w, …]: 5 to 8 are stored with rows for columns, then up to two axes are mirrored."""
+    """Undo EXIF orientation ``turn`` on [h, w, …]: 5 to 8 swap rows and columns, others mirror axes."""
     if turn >= 5:
         pixels = pixels.swapaxes(0, 1)
     if turn in (3, 4, 7, 8):
@@ -190,13 +181,12 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _eight_bits(image: Image, how: Stored, channels: int, background: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of a loaded image, [h, w] or [h, w, 3]."""
+    """Pixels of a loaded image, uint8 [h, w] or [h, w, 3]."""
     from PIL import Image
 
     transparent = image.has_transparency_data
-    if (
-        how.scaled or how.key is not None
-    ):  # grey that Pillow would clip, leave negative, or compare with a key of other bits
+    # Grey levels that Pillow would clip, leave negative, or compare with a key of another depth.
+    if how.scaled or how.key is not None:
         values = np.asarray(image).astype(np.int64)
         grey = Image.fromarray(((values * 255 + how.white // 2) // how.white).astype(np.uint8))
         if how.negative:
@@ -205,9 +195,9 @@ def _eight_bits(image: Image, how: Stored, channels: int, background: tuple[int,
             grey.putalpha(Image.fromarray(np.where(values == how.key, 0, 255).astype(np.uint8)))
         image = grey
     if transparent:
-        if image.mode == "La":  # of which Pillow has no way to RGBA but through grey
+        if image.mode == "La":  # Pillow converts it to RGBA only by way of LA
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("RGB")  # first, because Pillow has no way from every mode to grey
+    image = image.convert("RGB")  # first, because Pillow cannot convert every mode to grey
     return np.array(image.convert("L") if channels == 1 else image)

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8×8 pixels, shipped inside the package), enlarged and captioned."""
+"""Handwritten digits of scikit-learn (1,797 of 8×8 pixels, in its package), enlarged and captioned."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from ldm.config import DataConfig
 from ldm.data.sample import Sample, Skipped
 from ldm.errors import DataError
 
-VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
+VERSION = 1  # raise it whenever the same index would give another sample: it is part of the key of a cache
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VALIDATION_EVERY = 5
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """All digits, float32 [1797, 8, 8] in 0 (paper) to 16 (ink), and their labels. Raises DataError without scikit-learn."""
+    """All digits, float32 [1797, 8, 8] from 0 (paper) to 16 (ink), and their labels. Raises DataError."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise DataError(
-            "source digits needs scikit-learn: pip install scikit-learn (it is in the extra `digits`)"
-        ) from None
+        message = "source digits needs scikit-learn: pip install scikit-learn (it is in the extra `digits`)"
+        raise DataError(message) from None
     bunch = load_digits()
     return bunch.images.astype(np.float32), bunch.target.astype(int)  # type: ignore[attr-defined]
 
 
 class DigitsSource:
-    """Bright ink on black, captioned "a handwritten digit seven"; ``truth`` is the int. Raises DataError.
+    """Bright digits on black, captioned "a handwritten digit seven"; ``truth`` is the digit.
 
-    Every fifth is for validation, the others for training; both sets are finite.
+    Every fifth is for validation, the others for training; both sets are finite. Raises DataError.
     """
 
     def __init__(self, data: DataConfig, split: str) -> None:
@@ -60,11 +59,11 @@ class DigitsSource:
         return Sample(np.repeat(pixels[..., None], self.channels, axis=2), caption(digit), digit)
 
     def text(self, index: int) -> str:
-        """The caption of a digit of the set."""
+        """The caption of a sample."""
         return caption(int(self._labels[index]))
 
     def captions(self, limit: int) -> list[str] | None:
-        """The ten captions, sorted, or None where ``limit`` is below ten."""
+        """The ten captions, sorted, or None if ``limit`` is below ten."""
         return sorted(caption(digit) for digit in range(10)) if limit >= 10 else None
 
 

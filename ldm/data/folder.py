@@ -15,10 +15,10 @@ from ldm.errors import DataError
 
 
 class FolderSource:
-    """Images at their own size with their captions; ``truth`` holds the other columns. Raises DataError.
+    """Images of a folder at their own size, captioned; ``truth`` holds the other columns of their rows.
 
-    A file belongs to validation by a hash of its name, so adding files moves none from one split to the other. Rows and
-    files that cannot be used are in ``skipped``; what only decoding shows is a BadSample when it is read.
+    A hash of its name assigns a file to a split, so adding files moves no other. Unusable rows and files
+    are in ``skipped``; one that only fails to decode is a BadSample when it is read. Raises DataError.
     """
 
     def __init__(self, data: DataConfig, split: str) -> None:
@@ -58,7 +58,7 @@ class FolderSource:
         return self.rows[index].text
 
     def captions(self, limit: int) -> list[str] | None:
-        """The distinct captions, sorted, or None where there are more than ``limit``."""
+        """The distinct captions, sorted, or None if there are more than ``limit``."""
         texts = {row.text for row in self.rows}
         return sorted(texts) if len(texts) <= limit else None
 
@@ -69,7 +69,7 @@ def in_validation(file_name: str, fraction: float) -> bool:
 
 
 def working_fraction(file_names: Iterable[str]) -> float | None:
-    """The smallest share, of two decimals where that will do, that leaves files for both splits; None where no share does."""
+    """Smallest validation share, with the fewest decimals from two, that fills both splits; None: none."""
     places = sorted(map(_place, file_names))
     for digits in range(2, 17):
         fraction = (places[0] * 10**digits // 2**64 + 1) / 10**digits
@@ -79,5 +79,5 @@ def working_fraction(file_names: Iterable[str]) -> float | None:
 
 
 def _place(file_name: str) -> int:
-    """A number from 0 to 2⁶⁴ for a file, by its name alone."""
+    """Hash of a file's name, a number below 2⁶⁴."""
     return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:8], "big")

@@ -1,8 +1,8 @@
-"""Posterior moments of a whole set, encoded once: sampling stays random, encoding is not paid again.
+"""Posterior moments of a whole data set, encoded once; latents are still sampled anew in every epoch.
 
-A cache is a folder of ``moments-XXXXX.safetensors``, ``texts.json`` and ``cache.json``. The last binds it to the autoencoder, the
-data and the transform, and holds size and sha256 of the other files, and of itself. What is bound to something else is
-refused; what is damaged is never read, and can be made again.
+A cache is a folder of ``moments-XXXXX.safetensors``, ``texts.json`` and ``cache.json``. The last holds
+the cache's key (autoencoder, data and transform), size and sha256 of the other files, and its own sha256.
+A cache with another key is refused; a damaged one is never read, and can be made again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ldm.files.disk import file_hash, flush, read_bytes, replace
 
 MANIFEST, TEXTS = "cache.json", "texts.json"
 SHARD = 4096  # samples in one file
-CAUSES = {"data": " (images, captions or further columns have changed)", "transform": " (image_size, crop or flip)"}
+CAUSES = {"data": " (images, captions or other columns have changed)", "transform": " (image_size, crop or flip)"}
 
 
 class DamagedCacheError(DataError):
-    """A cache is missing or not as it was written: it can be made again. ``missing``: there is nothing at its place."""
+    """A cache is damaged or missing, and can be made again. ``missing``: its folder does not exist."""
 
     def __init__(self, message: str, missing: bool = False) -> None:
         super().__init__(message)
@@ -46,13 +46,13 @@ class DamagedCacheError(DataError):
 
 
 class NonFiniteLatentsError(DataError):
-    """The autoencoder gives NaN or infinity."""
+    """The autoencoder's output holds NaN or infinity."""
 
     exit_code = 5
 
 
-def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
-    """Key of a cache: everything that determines its numbers."""
+def cache_key(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str, Any]:
+    """Everything that determines the contents of a cache."""
     return {
         "format": 3,
         "autoencoder": autoencoder_hash,
@@ -62,27 +62,27 @@ def binding(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[str
 
 
 class LatentCache:
-    """A cache folder: ``moments(index, mirror)`` and ``text(index)``; all of its files are read once here, and compared with their hashes.
+    """A cache folder, opened: ``moments(index, mirror)`` and ``text(index)``.
 
-    Raises DataError unless it was made for ``bound``, DamagedCacheError where a file is not as it was written; alike on all of
-    ``processes``, which share the reading. ``skipped``: what could not be encoded, by index.
+    Opening verifies the hashes of all files; ``processes`` share the reading and raise alike: DataError
+    if the cache has another ``key``, DamagedCacheError if a file is not as it was written.
+    ``skipped``: samples that could not be encoded, by index.
     """
 
-    def __init__(self, folder: Path, bound: dict[str, Any], processes: Processes = ALONE) -> None:
-        held, problem = processes.each(lambda: _read_manifest(folder, bound) if processes.main else ({}, ""))[
-            0
-        ]  # the main one's for all
+    def __init__(self, folder: Path, key: dict[str, Any], processes: Processes = ALONE) -> None:
+        manifests = processes.each(lambda: _read_manifest(folder, key) if processes.main else ({}, ""))
+        manifest, problem = manifests[0]  # all take the main process's
         if not problem:
-            files = sorted(held["files"].items())
-            problems = processes.over(len(files), lambda mine: [_problem(folder, *files[i]) for i in mine])
+            files = sorted(manifest["files"].items())
+            problems = processes.over(len(files), lambda share: [_problem(folder, *files[i]) for i in share])
             problem = next(filter(None, problems), "")
         if problem:
             missing = processes.each(lambda: not os.path.lexists(folder))[0]
             raise DamagedCacheError(
                 f"no latent cache in {folder}: run `ldm cache-latents`" if missing else f"{folder}: {problem}", missing
             )
-        self.folder, self.length = folder, int(held["length"])
-        self.skipped = {int(index): Skipped(*said) for index, said in held["skipped"].items()}
+        self.folder, self.length = folder, int(manifest["length"])
+        self.skipped = {int(index): Skipped(*pair) for index, pair in manifest["skipped"].items()}
         self._texts: list[str] = json.loads(read_bytes(folder / TEXTS).decode())
         self._shards: dict[int, dict[str, Tensor]] = {}
 
@@ -93,17 +93,17 @@ class LatentCache:
                 with safe_open(path, "pt") as file:
                     self._shards[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
-                raise DataError(f"{path} has changed since this start: {' '.join(str(error).split())}") from None
+                raise DataError(f"{path} has changed since it was opened: {' '.join(str(error).split())}") from None
         return self._shards[number]
 
     def moments(self, index: int, mirror: bool = False) -> Tensor:
-        """Mean and log-variance [2c, h, w] of the sample, or of its mirror image. Raises BadSample."""
+        """Mean and log-variance [2c, h, w] of a sample, or of its mirror image. Raises BadSample."""
         if index in self.skipped:
             raise BadSample(self.skipped[index].file, self.skipped[index].reason)
         return self._shard(index // SHARD)["mirrored" if mirror else "plain"][index % SHARD]
 
     def text(self, index: int) -> str:
-        """The sample's caption."""
+        """The caption of a sample."""
         return self._texts[index]
 
 
@@ -111,53 +111,48 @@ def _shard_name(number: int) -> str:
     return f"moments-{number:05d}.safetensors"
 
 
-def _read_manifest(folder: Path, bound: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The contents of cache.json, and its fault, if any. Raises DataError for a cache of another ``bound``."""
+def _read_manifest(folder: Path, key: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Contents of cache.json, and its fault, if any. Raises DataError if the cache has another ``key``."""
     if problem := _unreadable(folder / MANIFEST):
         return {}, problem
     try:
-        held = json.loads(read_bytes(folder / MANIFEST))
-        digest = held.pop("sha256", None)
-    except (
-        ValueError,
-        RecursionError,
-        AttributeError,
-        TypeError,
-    ):  # of text that is not JSON, and of JSON that is not an object
+        manifest = json.loads(read_bytes(folder / MANIFEST))
+        digest = manifest.pop("sha256", None)
+    except (ValueError, RecursionError, AttributeError, TypeError):  # not JSON, or JSON that is not an object
         return {}, f"{MANIFEST} is damaged"
-    if digest is not None and digest != _digest(held):
+    if digest is not None and digest != _digest(manifest):
         return {}, f"{MANIFEST} is damaged (its sha256 differs)"
-    for key, value in bound.items():
-        if held.get(key) != value and (digest is not None or key != "format"):
+    for part, value in key.items():
+        if manifest.get(part) != value and (digest is not None or part != "format"):
             raise DataError(
-                f"{folder}: this latent cache was made with another {key}{CAUSES.get(key, '')}: delete the folder, and it is made"
-                " again; or use another run: directory"
+                f"{folder}: this latent cache was made with another {part}{CAUSES.get(part, '')}:"
+                " delete the folder, and it is made again; or use another run: directory"
             )
-    return held, "" if digest is not None else "an earlier version made it, without hashes"
+    return manifest, "" if digest is not None else "an earlier version made it, without hashes"
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest that is to hold its own."""
+    """sha256 that a manifest holds of its own other entries."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _problem(folder: Path, name: str, held: dict[str, Any]) -> str:
-    """How a file differs from what the manifest holds of it; empty where it does not."""
+def _problem(folder: Path, name: str, expected: dict[str, Any]) -> str:
+    """Difference of a file from its entry in the manifest; empty if there is none."""
     path = folder / name
     if problem := _unreadable(path):
         return problem
     try:
-        if (size := path.stat().st_size) != held["bytes"]:
-            return f"{name} has {size} bytes, should have {held['bytes']}"
-        return "" if file_hash(path) == held["sha256"] else f"{name} is damaged (its sha256 differs)"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size} bytes, should have {expected['bytes']}"
+        return "" if file_hash(path) == expected["sha256"] else f"{name} is damaged (its sha256 differs)"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
 
 
 def _unreadable(path: Path) -> str:
-    """Why a file cannot be read; empty where it can. Raises DataError where only its rights are in the way."""
+    """Reason that a file cannot be read; empty if it can. Raises DataError for missing permissions."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             return f"{path.name} is not a regular file"
         path.open("rb").close()
     except PermissionError as error:
@@ -172,7 +167,7 @@ def _unreadable(path: Path) -> str:
 @torch.no_grad()
 def write(
     folder: Path,
-    bound: dict[str, Any],
+    key: dict[str, Any],
     autoencoder: AutoencoderKL,
     source: Source,
     data: DataConfig,
@@ -181,43 +176,42 @@ def write(
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
 ) -> None:
-    """Encode every sample of a finite source into ``folder``, which appears whole or not at all, and on the disk.
+    """Encode every sample of a finite source into ``folder``, which appears whole or not at all.
 
-    Raises DataError, OSError; NonFiniteLatentsError naming the image. Whatever ``folder`` was before is replaced.
-
-    Each process encodes a shard of a round, on a file system that all of them share; the main one commits. A shard is
-    encoded as it would be alone, so the cache is the same at any number of processes.
+    An existing ``folder`` is replaced. Each process encodes one shard per round, on a file system that all
+    of them share, and the main one commits. A shard is encoded as by a single process, so the cache does
+    not depend on the number of processes. Raises DataError, OSError; NonFiniteLatentsError naming the image.
     """
     if source.length is None:
-        raise DataError("a source without end cannot be cached: set data.size")
+        raise DataError("an endless source cannot be cached: set data.size")
     length, shards = source.length, -(-source.length // SHARD)
     temporary = processes.each(lambda: _temporary(folder) if processes.main else folder)[0]
 
     def encoded(first: int) -> tuple[list[str], dict[int, Skipped], dict[str, Any]]:
-        """This process's shard of the round that begins with ``first``."""
+        """Encode this process's shard of the round that begins with shard ``first``."""
         number = first + processes.rank
         if number >= shards:
             return [], {}, {}
 
-        def seen(done: int) -> None:
-            if progress:  # the others are about as far
+        def report(done: int) -> None:
+            if progress:  # as if the other processes had done as many
                 progress(min(first * SHARD + done * processes.count, length), length)
 
         indices = range(number * SHARD, min((number + 1) * SHARD, length))
-        texts, skipped = _write_shard(temporary, number, indices, autoencoder, source, data, device, batch, seen)
+        texts, skipped = _write_shard(temporary, number, indices, autoencoder, source, data, device, batch, report)
         return texts, skipped, _on_disk(temporary / _shard_name(number))
 
     texts: list[str] = []
     skipped: dict[str, list[str]] = {}
     files: dict[str, Any] = {}
     try:
-        # In rounds: no process waits for another longer than one shard takes, since NCCL gives up after ten minutes.
+        # In rounds, so that no process waits longer than one shard takes: NCCL times out after ten minutes.
         for first in range(0, shards, processes.count):
             for captions, left_out, file in processes.each(lambda first=first: encoded(first)):
                 texts += captions
                 skipped |= {str(index): [one.file, one.reason] for index, one in left_out.items()}
                 files |= file
-        manifest = {**bound, "length": length, "skipped": skipped, "files": files}
+        manifest = {**key, "length": length, "skipped": skipped, "files": files}
         processes.each(lambda: _commit(temporary, folder, texts, manifest) if processes.main else None)
     except BaseException:
         if processes.main:
@@ -226,9 +220,9 @@ def write(
 
 
 def _temporary(folder: Path) -> Path:
-    """Folder in which the cache is written until it is complete; named after the process that writes it."""
+    """Make the folder that holds a cache until it is complete; its name holds the process id."""
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    _remove(temporary)  # of an earlier life in a container, where numbers come again
+    _remove(temporary)  # left by an earlier start in a container, where process ids repeat
     temporary.mkdir(parents=True)
     return temporary
 
@@ -244,7 +238,7 @@ def _commit(temporary: Path, folder: Path, texts: list[str], manifest: dict[str,
 
 
 def _remove(path: Path) -> None:
-    """Delete whatever lies there; of a link, the link alone."""
+    """Delete a file or folder; of a symbolic link, the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -252,16 +246,23 @@ def _remove(path: Path) -> None:
 
 
 def _on_disk(file: Path) -> dict[str, Any]:
-    """Have a file on the disk; what the manifest says of it, by its name."""
+    """Flush a file to disk; returns its entry of the manifest, by name."""
     flush(file)
     return {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)}}
 
 
 def _write_shard(
-    folder: Path, number: int, indices: range, autoencoder: AutoencoderKL, source: Source, data: DataConfig, device: torch.device,
-    batch: int, progress: Callable[[int], None],
-) -> tuple[list[str], dict[int, Skipped]]:  # fmt: skip
-    """Encode one shard; returns its captions, and what could not be read, whose place is filled with zeros."""
+    folder: Path,
+    number: int,
+    indices: range,
+    autoencoder: AutoencoderKL,
+    source: Source,
+    data: DataConfig,
+    device: torch.device,
+    batch: int,
+    progress: Callable[[int], None],
+) -> tuple[list[str], dict[int, Skipped]]:
+    """Encode one shard; returns its captions and its unreadable samples, which are stored as zeros."""
     texts: list[str] = []
     skipped: dict[int, Skipped] = {}
 
@@ -285,7 +286,7 @@ def _write_shard(
 
 
 def _require_finite(moments: Tensor, indices: range, source: Source) -> None:
-    """Raise NonFiniteLatentsError naming the first image whose moments are not."""
+    """Raise NonFiniteLatentsError naming the first image whose moments are not finite."""
     finite = moments.flatten(1).isfinite().all(1)
     if not finite.all():
         index = indices[int((~finite).nonzero()[0])]
@@ -296,7 +297,7 @@ def _require_finite(moments: Tensor, indices: range, source: Source) -> None:
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file. Raises OSError, also where the library has an error of its own for a full disk."""
+    """Write a safetensors file. Raises OSError, also for the library's own error on a full disk."""
     try:
         save_file(tensors, file)
     except SafetensorError as error:

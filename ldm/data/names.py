@@ -1,4 +1,4 @@
-"""The files of a folder by name, and names that people would call the same."""
+"""The files of a folder by name, and names that differ in capitals or Unicode form alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm.errors import DataError
 
 
 def image_files(folder: Path) -> Iterator[str]:
-    """Names of all image files below ``folder``, relative to it, sorted; hidden files and folders are passed over."""
+    """Names of all image files below ``folder``, relative to it, sorted; hidden ones are skipped."""
     return Listing(folder).images
 
 
 def all_files(folder: Path) -> Iterator[str]:
-    """Names of all files below ``folder``, as ``image_files`` gives them; linked folders are followed, each once.
+    """Names of all files below ``folder``, relative to it, sorted; hidden ones are skipped.
 
-    Raises DataError where it cannot be listed.
+    Linked folders are followed, each once. Raises DataError for a folder that cannot be listed.
     """
     seen: set[str] = set()
 
@@ -29,7 +29,7 @@ def all_files(folder: Path) -> Iterator[str]:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")
 
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above, or to one that was listed
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above, or to one already listed
             folders.clear()
             continue
         seen.add(real)
@@ -39,35 +39,35 @@ def all_files(folder: Path) -> Iterator[str]:
 
 
 def composed(name: str) -> str:
-    """A name in the Unicode form of most keyboards: of a file copied from a Mac, é may be two characters."""
+    """A name in Unicode form NFC: in the names of files copied from a Mac, é may be two characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def folded(name: str) -> str:
-    """A name without regard to capitals as well."""
+    """A name in form NFC and without case."""
     return composed(name).casefold()
 
 
 def caption_file(name: str) -> str:
-    """Key that is equal for `a.txt`, `A.TXT` and their other Unicode forms."""
+    """Key that is equal for `a.txt`, `a.TXT` and their other Unicode forms."""
     path = PurePosixPath(composed(name))
     return str(path.with_suffix(".txt")) if path.suffix else str(path)
 
 
 class Listing:
-    """The files of a folder, listed when first asked for."""
+    """The files of a folder, listed on first use and cached."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All of them."""
+        """Names of all files."""
         return tuple(all_files(self.folder))
 
     @property
     def images(self) -> Iterator[str]:
-        """Those that are images by their ending."""
+        """Names of the files with an image suffix."""
         return (name for name in self.names if name.lower().endswith(SUFFIXES))
 
     @cached_property
@@ -87,11 +87,11 @@ class Listing:
         return self._forms.get(composed(name), [])
 
     def alike(self, name: str) -> list[str]:
-        """Files of this name in any capitals: what a person may have meant."""
+        """Files of this name in any case: what the user may have meant."""
         return self._folded.get(folded(name), [])
 
     def captions(self, image: str) -> list[str]:
-        """Candidates for the caption file of an image: `.txt` in any capitals, the name in any Unicode form; the exact one alone."""
+        """Candidates for the caption file of an image, in any case and Unicode form; an exact match alone."""
         exact = str(PurePosixPath(image).with_suffix(".txt"))
         found = self._captions.get(caption_file(image), [])
         return [exact] if exact in found else found

@@ -1,8 +1,8 @@
-"""Randomness as a function: every draw is determined by (seed, stream name, position) and nothing else.
+"""Randomness as a function: every draw depends on (seed, stream name, position) and nothing else.
 
-A position counts samples along the endless training stream (update × global batch + place in it). So a resumed
-run needs only its step, no process repeats another's draws, and the split into processes and micro-batches does
-not matter.
+A position counts samples along the endless training stream: update × global batch + index in the batch.
+So a resumed run needs only its step, no process repeats another's draws, and the split into processes
+and micro-batches does not matter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def generator(seed: int, stream: str, position: int) -> np.random.Generator:
-    """The counter-based generator (Philox) of one draw: keyed by seed and stream, its counter block by position."""
+    """Counter-based generator (Philox) of one draw: key from seed and stream, counter from position."""
     name = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
     key = np.array([seed, name], dtype=np.uint64)
     counter = np.array([0, 0, position, 0], dtype=np.uint64)  # 2^128 numbers for each position
@@ -30,10 +30,10 @@ def uniform(seed: int, stream: str, position: int) -> float:
     return float(generator(seed, stream, position).random())
 
 
-class Order:
-    """The sample at each position of the stream: a new permutation of 0…length−1 in each epoch.
+class ShuffledOrder:
+    """The sample index at each position of the stream: a new permutation of 0…length−1 per epoch.
 
-    A source without end (``length`` None) is read straight through.
+    An endless source (``length`` None) is read in order.
     """
 
     def __init__(self, seed: int, length: int | None) -> None:

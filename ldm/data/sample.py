@@ -1,4 +1,4 @@
-"""A captioned image, what a source of them is, and samples that cannot be used."""
+"""A captioned image, the protocol of a source, and samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ LONGEST = 300  # characters of a reason, which may quote the file
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image file, or a row of metadata (`metadata.jsonl:7`), that is left out, and why; characters that cannot be shown are escaped."""
+    """An image file or metadata row (`metadata.jsonl:7`) that is left out, and the reason.
+
+    Unprintable characters are escaped.
+    """
 
     file: str
     reason: str
 
     def __post_init__(self) -> None:
         for name in ("file", "reason"):
-            object.__setattr__(
-                self, name, "".join(c if c.isprintable() else repr(c)[1:-1] for c in getattr(self, name))
-            )
+            escaped = (c if c.isprintable() else repr(c)[1:-1] for c in getattr(self, name))
+            object.__setattr__(self, name, "".join(escaped))
         if len(self.reason) > LONGEST:
             object.__setattr__(self, "reason", self.reason[:LONGEST] + "…")
 
 
 class BadSample(DataError):
-    """One sample cannot be used; others can."""
+    """A sample that cannot be used; the other samples of its source can."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, reason)
@@ -44,7 +46,7 @@ class BadSample(DataError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, uint8 [h, w, c], its caption, and what is known of it (drawn scenes know their truth)."""
+    """One image, uint8 [h, w, c], its caption, and its ground truth if known (drawn scenes)."""
 
     image: np.ndarray
     text: str
@@ -53,27 +55,27 @@ class Sample:
 
 @runtime_checkable
 class Source(Protocol):
-    """Captioned images. ``len`` is None for a source without end."""
+    """Captioned images by index. ``length`` is None for an endless source."""
 
     length: int | None
-    fingerprint: str  # sha256 over what determines every sample; binds caches
-    skipped: tuple[Skipped, ...]  # what was left out when the source was opened
+    fingerprint: str  # sha256 of everything that determines the samples; part of the key of a latent cache
+    skipped: tuple[Skipped, ...]  # left out when the source was opened
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample where this one cannot be read."""
+        """Read a sample. Raises BadSample if it cannot be read."""
         ...
 
     def text(self, index: int) -> str:
-        """The caption of a sample alone; no image is read for it."""
+        """The caption of a sample; its image is not read."""
         ...
 
     def captions(self, limit: int) -> list[str] | None:
-        """The distinct captions in a fixed order, or None where there are more than ``limit``."""
+        """The distinct captions in a fixed order, or None if there are more than ``limit``."""
         ...
 
 
 def readable(source: Source, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Sample]]:
-    """Samples with their indices (left out: all in order); those that cannot be read are passed over."""
+    """Samples with their indices, in order (None: all); unreadable ones are skipped."""
     if indices is None:
         indices = itertools.count() if source.length is None else range(source.length)
     for index in indices:
@@ -84,10 +86,10 @@ def readable(source: Source, indices: Iterable[int] | None = None) -> Iterator[t
 
 
 def check_share(skipped: int, total: int, data: DataConfig, example: Skipped, listed: str = "") -> None:
-    """Raise DataError where more of a folder is unusable than ``data.max_skipped`` allows."""
+    """Raise DataError if more of a folder is unusable than ``data.max_skipped`` allows."""
     if skipped > data.max_skipped * total:
         raise DataError(
-            f"{data.folder}: {skipped} of {total} cannot be used, more than data.max_skipped {data.max_skipped:g} allows,"
-            f" such as {example.file}: {example.reason}{listed}. `ldm init {data.folder}` lists all; fix or remove them, or raise"
-            f" data.max_skipped"
+            f"{data.folder}: {skipped} of {total} cannot be used, more than"
+            f" data.max_skipped {data.max_skipped:g} allows, such as {example.file}: {example.reason}{listed}."
+            f" `ldm init {data.folder}` lists all; fix or remove them, or raise data.max_skipped"
         )

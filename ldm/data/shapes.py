@@ -1,4 +1,4 @@
-"""Captioned scenes of one or two coloured shapes, drawn on demand: a data set whose truth is known exactly."""
+"""Captioned scenes of one or two coloured shapes, drawn on demand: a data set with known ground truth."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ldm.data.rng import generator
 from ldm.data.sample import Sample, Skipped
 from ldm.errors import DataError
 
-VERSION = 2  # raise it whenever the same index would give another sample: caches are bound to it
+VERSION = 2  # raise it whenever the same index would give another sample: it is part of the key of a cache
 RGB = tuple[int, int, int]
-# The nearest two of these 14 are 117 apart (white and beige) of the cube's 442.
+# The closest two of these 14 colours (white and beige) are 117 apart; the cube's diagonal is 442.
 COLOURS: dict[str, RGB] = {
     "red": (210, 10, 45),
     "green": (20, 170, 55),
@@ -39,27 +39,20 @@ BACKGROUNDS: dict[str, RGB] = {
     "beige": (245, 205, 150),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII: dict[str | None, float] = {
-    "small": 9.5 / 32,
-    "large": 12.5 / 32,
-    None: 7 / 48,
-}  # of the side; None: one of two objects
-OFF_CENTRE = 1 / 8  # of the side: how far from the middle of the canvas one object's may lie, along either axis
+# Radii as shares of the side; None: each of two objects.
+RADII: dict[str | None, float] = {"small": 9.5 / 32, "large": 12.5 / 32, None: 7 / 48}
+OFF_CENTRE = 1 / 8  # of the side: largest offset of a single object from the centre of the canvas, along either axis
 SIZES = ("small", "large")
-RELATIONS: dict[str, tuple[int, int]] = {
-    "left of": (1, 0),
-    "right of": (-1, 0),
-    "above": (0, 1),
-    "below": (0, -1),
-}  # first → second
+# Direction (x, y) from the first object to the second.
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 SMALLEST_SIDE = 24
-EPOCH = 2**20  # length of the splits that are no training set
+EPOCH = 2**20  # length of the splits other than training
 OFFSETS = {"train": 0, "validation": 2**40, "held_out": 2**41}  # positions of the stream, disjoint
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape; ``size`` is None where captions name none, (x, y) is the pixel whose middle is the shape's."""
+    """One shape, centred on pixel (x, y); ``size`` is None if its caption names none."""
 
     size: str | None
     colour: str
@@ -71,7 +64,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Contents of a picture: one object, or two with the relation of the first to the second."""
+    """Contents of an image: one object, or two with the relation of the first to the second."""
 
     background: str
     objects: tuple[Object, ...]
@@ -81,10 +74,9 @@ class Scene:
 def caption(scene: Scene) -> str:
     """The one English sentence of a scene."""
     names = []
-    if (
-        len(scene.objects) == 1 and scene.objects[0].striped
-    ):  # short: the demo's text encoder reads 12 tokens, four of them `striped`
+    if len(scene.objects) == 1 and scene.objects[0].striped:
         o = scene.objects[0]
+        # Short: the demo's text encoder reads 12 tokens, and `striped` takes four of them.
         return f"a {o.size} striped {o.colour} {o.shape} on {scene.background}"
     for o in scene.objects:
         name = f"{o.size} {o.colour} {o.shape}" if o.size else f"{o.colour} {o.shape}"
@@ -103,7 +95,7 @@ _DOUBLE = re.compile(rf"{_THING} {_one(RELATIONS)} {_THING} on a {_one(BACKGROUN
 
 
 def parse(text: str) -> Scene:
-    """The scene that a caption asks for, its positions left at 0. Raises ValueError for text that ``caption`` does not write."""
+    """The scene of a caption, with positions 0. Raises ValueError for text that ``caption`` does not write."""
     scene = None
     if match := _SINGLE.fullmatch(text):
         size, colour, shape, background = match.groups()
@@ -115,14 +107,13 @@ def parse(text: str) -> Scene:
         colour_1, shape_1, relation, colour_2, shape_2, background = match.groups()
         scene = Scene(background, (Object(None, colour_1, shape_1), Object(None, colour_2, shape_2)), relation)
     if scene is None or caption(scene) != text:
-        raise ValueError(
-            f"{text!r} is not a caption of a drawn scene, such as 'a small red circle on a white background'"
-        )
+        example = "a small red circle on a white background"
+        raise ValueError(f"{text!r} is not a caption of a drawn scene, such as {example!r}")
     return scene
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mask of points inside the shape with bounding box [−1, 1]; y grows downwards."""
+    """Mask of the points inside a shape with bounding box [−1, 1]; y points down."""
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius <= 1
@@ -133,11 +124,11 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "cross":
         return (np.maximum(abs(x), abs(y)) <= 1) & (np.minimum(abs(x), abs(y)) <= 0.36)
     if shape == "triangle":
-        height = math.sqrt(3) / 2  # equilateral, the middle of its height at 0
+        height = math.sqrt(3) / 2  # equilateral, half its height at y = 0
         return (y <= height) & (abs(x) <= (y + height) / (2 * height))
     if shape != "star":
         raise ValueError(f"unknown shape {shape!r}: known are {', '.join(SHAPES)}")
-    outer = 1 / math.sin(0.4 * math.pi)  # five points, the widest pair at ±1, the middle of the height at 0
+    outer = 1 / math.sin(0.4 * math.pi)  # five points, the widest pair at ±1, half its height at y = 0
     y = y - outer * (1 - math.cos(0.2 * math.pi)) / 2
     # Fold into one tenth of the star: from the axis through a point (angle 0) to the notch beside it (36°).
     radius, angle = np.hypot(x, y), np.arctan2(x, -y) % (0.4 * math.pi)
@@ -148,14 +139,15 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return across * (outer - notch[1]) <= (outer - along) * notch[0]
 
 
-STRIPE = 1 / 8  # of the side: height of a stripe, and of the gap between two, which shows the background
+STRIPE = 1 / 8  # of the side: height of a stripe, and of the gap between two stripes
 
 
 @lru_cache(maxsize=256)
 def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarray:
-    """Share of each pixel that a shape covers: float32 [2h+1, 2h+1] in [0, 1], its middle at pixel (h, h), h = ceil(radius − ½).
+    """Coverage of each pixel by a shape: float32 [2h+1, 2h+1] in [0, 1], with h = ceil(radius − ½).
 
-    ``stripe``: height of horizontal stripes in pixels, one of them across the middle; None: none.
+    The shape is centred on pixel (h, h). ``stripe``: height of horizontal stripes in pixels, one of them
+    across the centre; None: no stripes.
     """
     half, fine = math.ceil(radius - 0.5), 8
     points = ((np.arange((2 * half + 1) * fine) + 0.5) / fine - half - 0.5) / radius
@@ -168,7 +160,7 @@ def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarr
 
 
 def draw(scene: Scene, side: int) -> np.ndarray:
-    """The antialiased picture, uint8 [side, side, 3]. Raises ValueError where an object leaves the canvas."""
+    """Antialiased image, uint8 [side, side, 3]. Raises ValueError if an object leaves the canvas."""
     image = np.empty((side, side, 3), dtype=np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
@@ -182,12 +174,13 @@ def draw(scene: Scene, side: int) -> np.ndarray:
 
 
 def margin(size: str | None, side: int) -> int:
-    """The smallest coordinate at which an object lies wholly on the canvas; the largest is side − 1 − margin."""
+    """Smallest coordinate of an object wholly on the canvas; the largest is side − 1 − margin."""
     return math.ceil(RADII[size] * side - 0.5)
 
 
-# Held out: one value in seven of a weighted sum of the attributes' numbers. 7 is prime and the weights are no multiples of it,
-# so when all attributes but one are fixed, at most every seventh value of that one is held out, and every pair stays in training.
+# Held out: one value in seven of a weighted sum of the attributes' indices. 7 is prime and the weights are not
+# multiples of it. So with all attributes but one fixed, at most every seventh value of that one is held out, and
+# every pair of attribute values stays in training.
 Look = tuple[str, str]  # colour, shape
 
 
@@ -197,13 +190,13 @@ def _held_out_single(colour: str, shape: str, background: str) -> bool:
 
 
 def _held_out_pair(first: Look, second: Look) -> bool:
-    """Symmetric: A left of B shows the same as B right of A."""
+    """True if a pair is held out. Symmetric: A left of B shows the same as B right of A."""
     return sum(list(COLOURS).index(c) + 2 * SHAPES.index(s) for c, s in (first, second)) % 7 == 0
 
 
 @lru_cache
 def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
-    """Every scene, without positions, of the held-out set or of its complement (which training and validation share)."""
+    """All scenes, without positions, that are held out, or that training and validation share."""
     looks = tuple(itertools.product(COLOURS, SHAPES))
     if objects == 1:
         return tuple(
@@ -222,7 +215,7 @@ def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
 
 
 def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
-    """The scene with positions drawn: about the middle for one object; two lie apart, and mostly along the relation's axis."""
+    """Draw positions: near the centre for one object; two are apart, mostly along the relation's axis."""
     low = margin(scene.objects[0].size, side)
     high = side - 1 - low
     if len(scene.objects) == 1:
@@ -231,8 +224,8 @@ def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
         return Scene(scene.background, (_at(scene.objects[0], x, y),))
     assert scene.relation is not None
     step = RELATIONS[scene.relation]
-    apart = int(rng.integers(2 * low + 2, high - low + 1))  # along the axis; the shapes never touch
-    aside = int(rng.integers(-(apart // 3), apart // 3 + 1))  # across it: at most a third
+    apart = int(rng.integers(2 * low + 2, high - low + 1))  # distance along the axis; the shapes never touch
+    aside = int(rng.integers(-(apart // 3), apart // 3 + 1))  # offset across it: at most a third of that
     along_1 = int(rng.integers(low, high - apart + 1))
     across_1 = int(rng.integers(low + max(0, -aside), high - max(0, aside) + 1))
     near, far = (along_1, across_1), (along_1 + apart, across_1 + aside)
@@ -253,9 +246,9 @@ def _at(o: Object, x: int, y: int) -> Object:
 
 
 class ShapesSource:
-    """Scenes drawn by index: `objects` is 1 or 2, the side is ``data.image_size``. Raises DataError.
+    """Scenes by index, of side ``data.image_size``, with 1 or 2 ``objects``. Raises DataError.
 
-    ``striped``: every other object on average is striped, and its caption says so.
+    ``striped``: half of the scenes, on average, have striped objects, and their captions say so.
     """
 
     def __init__(self, data: DataConfig, split: str, objects: int, striped: bool = False) -> None:
@@ -289,11 +282,11 @@ class ShapesSource:
         return place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
 
     def text(self, index: int) -> str:
-        """The caption of a scene; it is not drawn."""
+        """The caption of a scene, which is not drawn."""
         return caption(self._scene(index))
 
     def captions(self, limit: int) -> list[str] | None:
-        """Every caption that this split can draw, sorted, or None where there are more than ``limit``."""
+        """All captions of this split, sorted, or None if there are more than ``limit``."""
         if len(self._combinations) > limit:
             return None
         return sorted(caption(scene) for scene in self._combinations)

@@ -1,4 +1,4 @@
-"""Sources of samples. A source is indexable and deterministic per index; `open_source` finds it by name."""
+"""Sources of samples, by name. Sample ``i`` of a source depends on its settings and ``i`` alone."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ OPENERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "textures": _textures,
 }
 
-SPLITS = ("train", "validation", "held_out")  # held_out: drawn scenes alone, combinations never trained on
+SPLITS = ("train", "validation", "held_out")  # held_out: for drawn scenes only, combinations that are never trained on
 
 
 def open_source(data: DataConfig, split: str) -> Source:
-    """The source named by ``data.source``, for one of SPLITS. Raises DataError."""
+    """Open the source named by ``data.source``, for one of SPLITS. Raises DataError."""
     if split not in SPLITS or (split == "held_out" and not data.source.startswith("shapes")):
         raise DataError(f"{data.source} has no split {split!r}")
     return OPENERS[data.source](data, split)

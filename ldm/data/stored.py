@@ -1,4 +1,4 @@
-"""How the samples of an opened image are stored, where Pillow's pixels do not say it: bits, negatives, transparent greys."""
+"""Storage of an image's samples that Pillow's pixels do not show: bits, negatives, transparent grey."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ WITH_8_OR_16 = "save it with 8 or 16 bits without a sign"
 
 @dataclass(frozen=True)
 class Stored:
-    """``white``: the pixel value of white as Pillow gives it; ``scaled``: whether that is not 255; ``key``: the one transparent
-    grey, among Pillow's values; ``negative``: whether white is 0 and Pillow leaves it so; ``refused``: why pixels would be wrong.
+    """Storage of an image's samples, read from its header.
+
+    Attributes:
+        bits: per sample.
+        white: Pillow's pixel value of white.
+        key: Pillow's pixel value of the one transparent grey.
+        negative: True if white is stored as 0 and Pillow leaves it so.
+        refused: reason that Pillow's pixels would be wrong.
     """
 
     bits: int = 8
@@ -34,15 +40,14 @@ class Stored:
 
 
 def stored(opened: ImageFile) -> Stored:
-    """Facts from the header of an image that is opened but not loaded."""
+    """Storage of an image that is opened but not loaded."""
     if opened.format == "TIFF":
         return _tiff(opened)
     if opened.format == "PNG":
         return _png(opened)
     if opened.mode == "CMYK" and "adobe" not in opened.info:
-        return Stored(
-            refused="CMYK without Adobe's marker, which says whether the inks are stored inverted: save it as RGB"
-        )
+        reason = "CMYK without Adobe's marker, which says whether the inks are stored inverted: save it as RGB"
+        return Stored(refused=reason)
     return Stored()
 
 
@@ -50,14 +55,13 @@ def _png(opened: ImageFile) -> Stored:
     raw, key = str(opened.tile[0].args), opened.info.get("transparency")  # such as L;4 and I;16B
     bits = 16 if ";16" in raw else 1 if opened.mode == "1" else int(raw.partition(";")[2] or 8)
     if opened.mode == "RGB" and key is not None and bits == 16:
-        return Stored(bits, refused="16 bits a channel and one transparent colour: save it with an alpha channel")
+        return Stored(bits, refused="16 bits per channel and one transparent colour: save it with an alpha channel")
     if opened.mode not in ("1", "L", "I;16"):
         return Stored(bits)
     white = {"1": 1, "L": 255, "I;16": 65535}[opened.mode]
     levels = 2**bits - 1
-    return Stored(
-        bits, white, (key & levels) * white // levels if isinstance(key, int) else None
-    )  # the lowest bits count
+    grey = (key & levels) * white // levels if isinstance(key, int) else None  # the lowest bits of the key count
+    return Stored(bits, white, grey)
 
 
 def _tiff(opened: ImageFile) -> Stored:
@@ -67,7 +71,7 @@ def _tiff(opened: ImageFile) -> Stored:
         kind = f"{bits} bits per channel" if bits > 16 else "samples with a sign, or of an unknown kind"
         return Stored(bits, refused=f"{kind}: {WITH_8_OR_16}")
     if tags.get(PLANAR, 1) == 2 and bits != 8 and len(tags.get(BITS, (1,))) > 1:
-        return Stored(bits, refused=f"{bits} bits a channel in separate planes: save it with interleaved channels")
+        return Stored(bits, refused=f"{bits} bits per channel in separate planes: save it with interleaved channels")
     if opened.mode == "YCbCr" and (_subsampled(opened, tags) or tuple(tags.get(REFERENCE, FULL_RANGE)) != FULL_RANGE):
         return Stored(bits, refused="YCbCr that is subsampled or of a limited range: save it as RGB")
     if opened.mode.startswith("I;16"):
@@ -76,5 +80,5 @@ def _tiff(opened: ImageFile) -> Stored:
 
 
 def _subsampled(opened: ImageFile, tags: Any) -> bool:
-    """True for subsampled colours that Pillow itself would unpack incorrectly; libtiff decodes them."""
+    """True for subsampled colours that Pillow unpacks incorrectly; those that libtiff decodes are right."""
     return opened.tile[0].codec_name == "raw" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)

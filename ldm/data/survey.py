@@ -1,4 +1,4 @@
-"""Survey of a folder of images before anything is trained on it, for `ldm init`."""
+"""Survey of a folder of images before training, for `ldm init`."""
 
 from __future__ import annotations
 
@@ -18,48 +18,40 @@ from ldm.data.sample import BadSample, Skipped
 from ldm.data.tables import METADATA, text_columns
 from ldm.errors import DataError
 
-SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "testing",
-    "eval",
-}  # folder names that are no classes
+# Folder names that are not classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".exr")
-DARK = 64  # of 255: where the brightest pixel of a 14-bit image lies that is stored in 16
-DECODED = 5000  # images at most that are decoded to the last pixel, unless all are asked for
-MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # share of the files at most, and images that validation should have
+DARK = 64  # of 255: brightest pixel of a 14-bit image that is stored in 16 bits
+DECODED = 5000  # images at most that are fully decoded, unless all are asked for
+MOST_VALIDATION, WANTED_VALIDATION = 0.2, 16  # largest share of the files, and number of images wanted
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Findings of a survey. ``headers`` and ``rows`` belong together: every usable image, as far as the survey looked."""
+    """Findings of a survey. ``headers`` and ``rows`` correspond: one of each per usable image."""
 
     data: DataConfig  # the settings that read this folder
     rows: tuple[Row, ...]
     headers: tuple[Header, ...]
     skipped: tuple[Skipped, ...]
-    decoded: int  # images decoded to the last pixel; of the others, only the header was read
-    others: dict[str, int]  # files that are no images and no captions, by suffix
+    decoded: int  # images fully decoded; of the others, only the header was read
+    others: dict[str, int]  # files that are neither images nor captions, by suffix
     unlisted: int  # images without a row of metadata
     remarks: tuple[str, ...]
 
     @property
     def total(self) -> int:
-        """Images and rows looked at."""
+        """Number of images and rows surveyed."""
         return len(self.rows) + len(self.skipped)
 
     @property
     def short_side(self) -> int:
-        """The median of the images' shorter sides."""
+        """Median of the images' shorter sides, in pixels."""
         return int(median(min(h.width, h.height) for h in self.headers))
 
     @property
     def split(self) -> tuple[int, int]:
-        """Images for training and for validation."""
+        """Numbers of images for training and for validation."""
         validation = sum(in_validation(row.file_name, self.data.validation_fraction) for row in self.rows)
         return len(self.rows) - validation, validation
 
@@ -72,12 +64,14 @@ class Survey:
 def survey(
     folder: Path, captions: str | None = None, every: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Survey:
-    """Look at every image of ``folder``. ``captions``: left out, the layout is found. Raises DataError.
+    """Survey every image of ``folder``. Raises DataError.
 
-    ``every``: decode all images to the last pixel, not only the first DECODED of them spread over the set.
+    ``captions``: their layout (None: detect it). ``every``: decode all images fully, not only about
+    DECODED of them, evenly spaced.
     """
     layout, remarks = (captions, []) if captions else detect(folder)
-    column, said = _text_column(folder) if layout == "metadata" else ("text", [])
+    column, column_remarks = _text_column(folder) if layout == "metadata" else ("text", [])
+    remarks = [*remarks, *column_remarks]
     data = DataConfig(folder=str(folder), captions=layout, text_column=column, min_side=1, max_skipped=1.0)
     found, left_out = read_rows(data)
     skipped, rows, headers, decoded, dark = list(left_out), [], [], 0, []
@@ -110,29 +104,25 @@ def survey(
     data = dataclasses.replace(data, min_side=None, max_skipped=0.01)
     others = _others(folder, layout)
     if unread := sum(n for suffix, n in others.items() if suffix in UNREAD_IMAGES):
-        said.append(f"{unread} images are of formats that are not read: convert them to JPEG or PNG")
+        remarks.append(f"{unread} images are of formats that are not read: convert them to JPEG or PNG")
     if dark:
-        said.append(
-            f"{len(dark)} images of 16 bits, such as {dark[0]}, stay below a quarter of white, as 10, 12 or 14 bits stored in 16 do:"
-            " they are read as they are, nearly black; scale them if so"
+        remarks.append(
+            f"{len(dark)} images of 16 bits, such as {dark[0]}, stay below a quarter of white, as 10, 12 or 14 bits"
+            " stored in 16 do: they are read as they are, nearly black; scale them if so"
         )
-    return Survey(
-        data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple([*remarks, *said])
-    )
+    return Survey(data, tuple(rows), tuple(headers), tuple(skipped), decoded, others, unlisted, tuple(remarks))
 
 
 def leave_out_small(looked: Survey, image_size: int) -> Survey:
-    """The same for images of side ``image_size``, of which those too small or too long are left out."""
+    """The survey for training at ``image_size``, without images too small or too long for it."""
     data = dataclasses.replace(looked.data, image_size=image_size, image_channels=1 if looked.grey else 3)
     kept: list[tuple[Row, Header]] = []
     refused: list[Skipped] = []
     for row, h in zip(looked.rows, looked.headers, strict=True):
-        small = (
-            f"{h.width}×{h.height} is smaller than {data.smallest_side} pixels"
-            if min(h.width, h.height) < data.smallest_side
-            else ""
-        )
-        if reason := small or too_long(h.width, h.height, image_size):
+        reason = too_long(h.width, h.height, image_size)
+        if min(h.width, h.height) < data.smallest_side:
+            reason = f"{h.width}×{h.height} is smaller than {data.smallest_side} pixels"
+        if reason:
             refused.append(Skipped(str(Path(str(data.folder)) / row.file_name), reason))
         else:
             kept.append((row, h))
@@ -145,7 +135,7 @@ def leave_out_small(looked: Survey, image_size: int) -> Survey:
 
 
 def detect(folder: Path) -> tuple[str, list[str]]:
-    """The layout of the captions (one of CAPTIONS), and a remark. Raises DataError for a near miss of a metadata file's name."""
+    """Layout of the captions (one of CAPTIONS), and remarks. Raises DataError where that is unclear."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
     present = [name for name in METADATA if (folder / name).is_file()]
@@ -157,8 +147,8 @@ def detect(folder: Path) -> tuple[str, list[str]]:
         )
     if near := near_misses(folder):
         raise DataError(
-            f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds the captions, or say"
-            f" where they are with --captions ({', '.join(CAPTIONS[1:])})"
+            f"{folder} has no {METADATA[0]} and no {METADATA[1]}, but {', '.join(near[:5])}: rename it if it holds"
+            f" the captions, or say where they are with --captions ({', '.join(CAPTIONS[1:])})"
         )
     listing = Listing(folder)
     images = list(listing.images)
@@ -182,19 +172,19 @@ def detect(folder: Path) -> tuple[str, list[str]]:
 
 
 def _refuse_other_sidecars(folder: Path, images: list[str], others: set[str]) -> None:
-    """Raise DataError where most images have a file beside them that may be a caption under another name."""
+    """Raise DataError if most images have a file beside them that may hold a caption."""
     names = {*images, *(str(PurePosixPath(name).with_suffix("")) for name in images)}
     beside = [name for name in others if str(PurePosixPath(name).with_suffix("")) in names]  # a.caption, and a.png.txt
     if 2 * len(beside) >= len(images):
         example = min(beside)
         raise DataError(
-            f"{folder}: {len(beside)} files such as {example} lie beside images: if they hold captions, rename them to"
+            f"{folder}: {len(beside)} files such as {example} are beside images: if they hold captions, rename them to"
             f" {PurePosixPath(example.removesuffix('.txt')).with_suffix('.txt')}; else say --captions none or class"
         )
 
 
 def _text_column(folder: Path) -> tuple[str, list[str]]:
-    """The column of the captions: `text`, or what the first row that holds a text there calls it instead."""
+    """Column of the captions, by the first row that has a text in one: `text`, or a similar name."""
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         raise DataError(missing_metadata(folder))
@@ -206,20 +196,20 @@ def _text_column(folder: Path) -> tuple[str, list[str]]:
 
 
 def _fraction(rows: Sequence[Row], left_out: Sequence[Skipped], data: DataConfig) -> float:
-    """A twentieth for validation; more where that would be but a few images, or none."""
+    """Validation share: a twentieth, or more if that gives fewer than WANTED_VALIDATION images or none."""
     hundredths = round(100 * max(0.05, min(MOST_VALIDATION, WANTED_VALIDATION / len(rows))))
     for h in range(hundredths, 51):
         if 0 < sum(in_validation(row.file_name, h / 100) for row in rows) < len(rows):
             return h / 100
-    others = (
-        f", and {len(left_out)} were left out, such as {left_out[0].file}: {left_out[0].reason}" if left_out else ""
-    )
+    others = ""
+    if left_out:
+        others = f", and {len(left_out)} were left out, such as {left_out[0].file}: {left_out[0].reason}"
     what = f"{len(rows)} usable image{'s are' if len(rows) > 1 else ' is'}"
     raise DataError(f"{data.folder}: {what} too few to train on some and validate on others{others}")
 
 
 def _others(folder: Path, layout: str) -> dict[str, int]:
-    """Files below the folder that no layout reads, by suffix."""
+    """Numbers of files below the folder that the layout does not read, by suffix."""
     read = {*SUFFIXES, ".txt"} if layout == "sidecar" else set(SUFFIXES)
     names = (name for name in all_files(folder) if not (layout == "metadata" and name in METADATA))
     suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)

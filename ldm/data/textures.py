@@ -1,4 +1,4 @@
-"""Two-coloured patterns drawn on demand, at any side: material for an autoencoder, and for tests of speed."""
+"""Two-coloured patterns drawn on demand, of any size: for autoencoders and speed tests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm.data.sample import Sample, Skipped
 from ldm.data.shapes import COLOURS, EPOCH, OFFSETS
 from ldm.errors import DataError
 
-VERSION = 1  # raise it whenever the same index would give another sample: caches are bound to it
+VERSION = 1  # raise it whenever the same index would give another sample: it is part of the key of a cache
 KINDS = ("stripes", "checks", "noise", "gradient")
 SHORTEST_PERIOD = 4.0  # pixels; finer patterns would alias
 
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern between two colours; ``period`` in pixels (of noise: its grain), ``angle`` in radians, ``phase`` in periods."""
+    """A pattern of two colours: ``period`` in pixels (noise: grain), ``angle`` in radians, ``phase`` in periods."""
 
     kind: str
     first: str
@@ -40,7 +40,7 @@ def _caption(kind: str, first: str, second: str) -> str:
 
 
 def _mixture(texture: Texture, side: int, rng: np.random.Generator) -> np.ndarray:
-    """The share of the second colour, [side, side] in [0, 1]."""
+    """Share of the second colour, [side, side] in [0, 1]."""
     middle = (np.arange(side) - (side - 1) / 2) / texture.period
     x, y = np.meshgrid(middle, middle)
     along = np.cos(texture.angle) * x + np.sin(texture.angle) * y
@@ -50,10 +50,8 @@ def _mixture(texture: Texture, side: int, rng: np.random.Generator) -> np.ndarra
         return 0.5 + 0.5 * along / max(1e-6, float(abs(along).max()))
     if texture.kind == "noise":
         frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(side), np.fft.fftfreq(side)))
-        smooth = np.fft.irfft2(
-            np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-((frequency * texture.period) ** 2)),
-            s=(side, side),
-        )
+        spectrum = np.fft.rfft2(rng.standard_normal((side, side)))
+        smooth = np.fft.irfft2(spectrum * np.exp(-((frequency * texture.period) ** 2)), s=(side, side))
         return 0.5 + 0.5 * np.tanh((smooth - smooth.mean()) / max(1e-6, float(smooth.std())))
     wave = np.sin(2 * np.pi * (along + texture.phase))
     if texture.kind == "checks":
@@ -62,7 +60,7 @@ def _mixture(texture: Texture, side: int, rng: np.random.Generator) -> np.ndarra
 
 
 class TexturesSource:
-    """Patterns by index, the side is ``data.image_size``; ``truth`` is the Texture. Raises DataError."""
+    """Patterns by index, of side ``data.image_size``; ``truth`` is the Texture. Raises DataError."""
 
     def __init__(self, data: DataConfig, split: str) -> None:
         if data.image_channels != 3:
@@ -80,9 +78,7 @@ class TexturesSource:
         rng = generator(0, "textures", self._offset + index)  # not the run's seed: the data set is fixed
         kind, first, second = COMBINATIONS[int(rng.integers(len(COMBINATIONS)))]
         longest = max(SHORTEST_PERIOD, self.side / 2)
-        period = SHORTEST_PERIOD * (longest / SHORTEST_PERIOD) ** float(
-            rng.random()
-        )  # log-uniform: every scale as often
+        period = SHORTEST_PERIOD * (longest / SHORTEST_PERIOD) ** float(rng.random())  # log-uniform
         texture = Texture(kind, first, second, period, float(rng.uniform(0, 2 * np.pi)), float(rng.random()))
         share = _mixture(texture, self.side, rng)[..., None]
         image = (1 - share) * np.array(COLOURS[first]) + share * np.array(COLOURS[second])
@@ -93,5 +89,5 @@ class TexturesSource:
         return self[index].text
 
     def captions(self, limit: int) -> list[str] | None:
-        """Every caption, sorted, or None where there are more than ``limit``."""
+        """All captions, sorted, or None if there are more than ``limit``."""
         return sorted(_caption(*c) for c in COMBINATIONS) if len(COMBINATIONS) <= limit else None

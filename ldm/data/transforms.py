@@ -1,4 +1,4 @@
-"""From a decoded picture to what a network sees: resize, crop, flip, [−1, 1]."""
+"""Transforms between images and a network's input: resize, crop, flip, [−1, 1]; image grids."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from ldm.files.tensors.finite import finite
 def prepare(
     image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False
 ) -> Float[Tensor, "c s s"]:
-    """Resize the short side to ``size``, cut a square, mirror it left–right if asked, and scale 0…255 to [−1, 1].
+    """Resize the short side to ``size``, crop a square, mirror it if asked, and scale 0…255 to [−1, 1].
 
-    ``place``: where the square lies along the (vertical, horizontal) surplus, 0 to 1; (½, ½) is the middle.
+    ``place``: offset of the crop as a share of the (vertical, horizontal) surplus; (½, ½) is the centre.
+    ``mirror``: left–right.
     """
     height, width = image.shape[:2]
     if min(height, width) != size:
         scale = size / min(height, width)
         height, width = max(size, round(height * scale)), max(size, round(width * scale))
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        image = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(
-            height, width, image.shape[2]
-        )
-    top, left = (
-        min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, (height - size, width - size), strict=True)
-    )
+        resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+        image = resized.reshape(height, width, image.shape[2])
+    surpluses = (height - size, width - size)
+    top, left = (min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, surpluses, strict=True))
     image = image[top : top + size, left : left + size]
     if mirror:
         image = image[:, ::-1]
@@ -36,13 +35,13 @@ def prepare(
 
 
 def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
-    """[−1, 1] to 0…255, clipped and rounded, channels last. Raises NonFiniteError: of what is not a number there is no picture."""
+    """Scale [−1, 1] to 0…255, clipped and rounded, channels last. Raises NonFiniteError."""
     levels = ((finite(images, "pixels of a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def to_pil(images: UInt8[np.ndarray, "b h w c"]) -> list[Image.Image]:
-    """One- and three-channel arrays as pictures. Raises ValueError for other channel counts."""
+    """One- and three-channel arrays as Pillow images. Raises ValueError for other channel counts."""
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"a picture has 1 or 3 channels, this array has {images.shape[-1]}: take the array itself")
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
@@ -52,7 +51,7 @@ GAP = 2  # pixels between the images of a grid
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c2"]:
-    """Images side by side on white, row by row; channel counts other than 1 and 3 show their first three (or one)."""
+    """Images in rows on white; of other channel counts than 1 and 3, the first three (or one) are shown."""
     n, h, w, c = images.shape
     if c not in (1, 3):
         images = images[..., :3] if c > 3 else images[..., :1]

@@ -1,4 +1,4 @@
-"""The processes that read ahead of a training: where each is, and one clear line when one dies or hangs."""
+"""Data worker processes: their positions, and a one-line error when one dies or hangs."""
 
 from __future__ import annotations
 
@@ -18,64 +18,62 @@ from torch.utils.data import get_worker_info
 
 from ldm.errors import DataError
 
-GRACE = 30  # seconds that a data worker continues after a SIGTERM, for the update that is under way
-# how torch says it; a fault in what a worker runs reads "Caught … in DataLoader worker process" instead
+GRACE = 30  # seconds that a data worker continues after a SIGTERM, to finish the current update
+# torch's message; an error raised inside a worker reads "Caught … in DataLoader worker process" instead
 _DEAD = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
 )
 _HUNG = "the time is up"
 _ADVICE = {
-    "Killed": "most likely for want of memory: lower data.workers, or free some",
-    "Bus error": "most likely for want of shared memory (/dev/shm): enlarge it, or lower data.workers",
+    "Killed": "most likely out of memory: lower data.workers, or free some memory",
+    "Bus error": "most likely out of shared memory (/dev/shm): enlarge it, or lower data.workers",
 }
 
 
 class Workers:
-    """``count`` data workers and the posts at which they say who and where they are; ``limit``: seconds they may give nothing.
+    """``count`` data workers, whose process ids and positions stand in shared memory.
 
-    torch raises the death of a worker wherever the trainer happens to be, in the middle of an update too; here it is
-    kept until the trainer next asks for data. torch's own limit does not cover a worker that freezes while it hands over.
+    ``limit``: timeout in seconds for a batch. torch raises the death of a worker asynchronously, even in
+    the middle of an update; here it is held back until the trainer next asks for data. torch's own timeout
+    does not cover a worker that freezes while it hands over a batch.
     """
 
     def __init__(self, count: int, limit: int) -> None:
         self.count, self.limit = count, limit
-        self._posts = RawArray("q", [-1, -1] * count)  # process id and position, by worker: shared with them
+        self._posts = RawArray("q", [-1, -1] * count)  # process id and position of each worker
         self._processes: list[BaseProcess] = []
         self._listening = False
         self._fault: RuntimeError | None = None
-        self._before: dict[int, Any] = {}  # handlers of signals; of SIGCHLD it is torch's
+        self._before: dict[int, Any] = {}  # previous signal handlers; that of SIGCHLD is torch's
 
     def enter(self, worker: int) -> None:
-        """In a worker, first of all: the trainer decides when to stop, even where a signal went to the whole process group."""
+        """Ignore signals, in a worker: the trainer decides when to stop, whatever its process group gets."""
         self._posts[2 * worker] = os.getpid()
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
     def at(self, position: int) -> None:
-        """In a worker: it reads ``position`` now."""
+        """Record, in a worker, that it now reads ``position``."""
         if (worker := get_worker_info()) is not None:
             self._posts[2 * worker.id + 1] = position
 
     @contextmanager
     def watched(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
-        """In the trainer: what ``loader``, whose workers these are, gives. What befalls them is noticed, and none of them
-        outlives this.
+        """Iterate over ``loader``, whose workers these are, in the trainer.
+
+        The death of a worker is noticed, and no worker outlives the block.
         """
         others = multiprocessing.active_children()
         feed: Iterator[Any] | None = iter(())
         try:
             try:
-                feed = iter(
-                    loader
-                )  # torch's own handler of SIGCHLD, which it may just have set, speaks here and until ours is
-                if (
-                    self.count and threading.current_thread() is threading.main_thread()
-                ):  # torch watches them there alone, too
-                    for number, handler in {
-                        signal.SIGCHLD: self._child_ended,
-                        signal.SIGALRM: self._time_is_up,
-                    }.items():
+                # May set torch's handler of SIGCHLD, which raises here until ours replaces it.
+                feed = iter(loader)
+                # Like torch, watch them in the main thread only: Python handles signals nowhere else.
+                if self.count and threading.current_thread() is threading.main_thread():
+                    handlers = {signal.SIGCHLD: self._child_ended, signal.SIGALRM: self._time_is_up}
+                    for number, handler in handlers.items():
                         self._before[number] = signal.getsignal(number)
                         signal.signal(number, handler)
             except RuntimeError as error:
@@ -83,7 +81,7 @@ class Workers:
             self._processes = [child for child in multiprocessing.active_children() if child not in others]
             yield feed
         finally:
-            feed = None  # with the caller's own ended: in peace, where nothing is wrong
+            feed = None  # the caller has dropped its own: without a fault, the workers end cleanly
             self._end()
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -93,8 +91,8 @@ class Workers:
             self._before[number](number, frame)
         except RuntimeError as error:
             self._fault = error
-            if self._listening:  # else the trainer would wait for what never comes
-                self._end()  # now, or those in the middle of handing something over print a traceback
+            if self._listening:  # else the trainer would wait for a batch that never comes
+                self._end()  # now: a worker that is handing something over would print a traceback
                 raise
 
     def _time_is_up(self, number: int, frame: Any) -> None:
@@ -102,13 +100,13 @@ class Workers:
             raise RuntimeError(_HUNG)
 
     def _end(self) -> None:
-        """Kill those that are still there, hung or not: SIGTERM they leave to the trainer."""
+        """Kill the remaining workers, hung or not; SIGKILL, because they delay SIGTERM (``enter``)."""
         for child in self._processes:
             child.kill()
             child.join()
 
     def take(self, feed: Iterator[Any], awaited: list[int], named: Callable[[int], str]) -> Any:
-        """The next of ``feed``, made of the positions ``awaited``; ``named`` describes one. Raises DataError."""
+        """The next batch of ``feed``, of the positions ``awaited``; ``named`` describes one. Raises DataError."""
         error: Exception | None = self._fault
         if error is None:
             try:
@@ -120,19 +118,19 @@ class Workers:
                 self._listen(0)
         if self._before and self._fault is None and isinstance(error, (OSError, EOFError)):
             time.sleep(1)  # the connection to a worker ends a moment before its death is reported
-        if (said := self._said(str(self._fault or error), awaited, named)) is None:
+        if (message := self._message(str(self._fault or error), awaited, named)) is None:
             raise error
         self._end()  # before torch waits for a hung one
-        self._fault = error.__traceback__ = None  # lets go of torch's side of them
-        raise DataError(said) from None
+        self._fault = error.__traceback__ = None  # frees torch's references to them
+        raise DataError(message) from None
 
     def _listen(self, seconds: int) -> None:
         self._listening = seconds > 0
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def _said(self, text: str, awaited: list[int], named: Callable[[int], str]) -> str | None:
-        """Our line for torch's ``text``; None unless it reports the end of a worker."""
+    def _message(self, text: str, awaited: list[int], named: Callable[[int], str]) -> str | None:
+        """One-line error for torch's ``text``; None unless it reports the end of a worker."""
         posts = list(zip(self._posts[::2], self._posts[1::2], strict=True))
         if dead := _DEAD.search(text):
             gone = [(pid, at) for pid, at in posts if str(pid) in dead[1].split(", ")]
@@ -149,4 +147,7 @@ class Workers:
         pid, at = gone[0] if gone else (None, -1)
         who = "a data worker" if pid is None else f"data worker {pid}"
         where = f" at {named(at)}" if at >= 0 else ""
-        return f"{who} {how}{where}: {advice} (data.workers is {self.count}). The same command continues from the last checkpoint"
+        return (
+            f"{who} {how}{where}: {advice} (data.workers is {self.count})."
+            " The same command continues from the last checkpoint"
+        )

@@ -1,1 +1,4 @@
-"""The mathematics of diffusion, in the notation of the equations page; imports torch, jaxtyping and the configuration alone."""
+"""The mathematics of diffusion, in the notation of docs/equations.md.
+
+Imports torch, jaxtyping and the configuration alone.
+"""

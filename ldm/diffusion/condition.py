@@ -1,4 +1,4 @@
-"""Conditions of a denoiser."""
+"""The conditions of a denoiser: text, vectors, labels, further channels, ControlNet residuals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """The kinds of condition; each may be absent.
+    """The kinds of condition, each of which may be absent.
 
     Attributes:
         context: [b, l, d], attended to by cross-attention (text).
         vector: [b, d], added to the timestep embedding (pooled text, size).
         concat: [b, k, h, w], appended to the input channels (mask, low-resolution image).
-        control: residuals added to the skip connections, in the order in which the encoder half makes them; the
-            last one is added to the middle block's output (ControlNet).
-        labels: [b], the number of a class, or a number such as a noise level; embedded, and added to the timestep embedding.
+        control: residuals added to the skip connections, in the order in which the encoder half
+            makes them; the last one is added to the middle block's output (ControlNet).
+        labels: [b], the index of a class, or a number such as a noise level; embedded, and added to
+            the timestep embedding.
     """
 
     context: Float[Tensor, "b l d"] | None = None
@@ -44,12 +45,15 @@ NO_CONDITION = Condition()
 
 
 def concatenate(a: Condition, b: Condition) -> Condition:
-    """Both conditions as one batch, ``a`` first. They must hold the same kinds."""
+    """Both conditions as one batch, ``a`` first.
+
+    Raises ValueError unless they hold the same kinds.
+    """
 
     def join(name: str) -> Tensor | tuple[Tensor, ...] | None:
         first, second = getattr(a, name), getattr(b, name)
         if (first is None) != (second is None):
-            raise ValueError(f"one condition has {name} and the other has not: they cannot be evaluated in one batch")
+            raise ValueError(f"only one of two conditions has {name}: they cannot be evaluated in one batch")
         if isinstance(first, tuple):
             return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
         return None if first is None else torch.cat([first, second])

@@ -1,7 +1,8 @@
-"""Gaussians (docs/equations.md B1): log density, entropy and KL, and the discretised Gaussian of 8-bit pixels (L5). All in nats.
+"""Gaussians: log density, entropy, KL, and the discretised Gaussian of 8-bit pixels, in nats.
 
-The diagonal forms are element by element, so that a caller sums over what it calls one sample. They are given
-log variances: what networks learn, and what stays exact where a variance is 1e-9.
+docs/equations.md B1 and L5. The diagonal forms work element by element; the caller sums over the
+dimensions of a sample. They take log variances: networks learn those, and they stay exact where a
+variance is 1e-9.
 """
 
 from __future__ import annotations
@@ -38,55 +39,15 @@ def kl(
     return 0.5 * (torch.expm1(ratio) - ratio + (mean - other_mean).square() * torch.exp(-other_log_variance))
 
 
-def log_density_full(
-    x: Float[Tensor, "*b d"], mean: Float[Tensor, "... d"], covariance: Float[Tensor, "... d d"]
-) -> Float[Tensor, "*b"]:
-    """log N(x; mean, Σ). Raises ValueError for a Σ that is not positive definite."""
-    factor = _cholesky(covariance)
-    return -0.5 * (_mahalanobis(factor, x - mean) + _log_det(factor) + x.shape[-1] * math.log(2 * math.pi))
-
-
-def entropy_full(covariance: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b"]:
-    """½(d + d log 2π + log|Σ|). Raises ValueError for a Σ that is not positive definite."""
-    return 0.5 * (covariance.shape[-1] * (1 + math.log(2 * math.pi)) + _log_det(_cholesky(covariance)))
-
-
-def kl_full(
-    mean: Float[Tensor, "*b d"],
-    covariance: Float[Tensor, "*b d d"],
-    other_mean: Float[Tensor, "*b d"],
-    other_covariance: Float[Tensor, "*b d d"],
-) -> Float[Tensor, "*b"]:
-    """½[log|Σ₂|/|Σ₁| − d + tr(Σ₂⁻¹Σ₁) + Δμᵀ Σ₂⁻¹ Δμ]. Raises ValueError for a Σ that is not positive definite."""
-    one, two = _cholesky(covariance), _cholesky(other_covariance)
-    trace = torch.linalg.solve_triangular(two, one, upper=False).square().sum((-2, -1))
-    return 0.5 * (_log_det(two) - _log_det(one) - mean.shape[-1] + trace + _mahalanobis(two, mean - other_mean))
-
-
-def _cholesky(covariance: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if bool(failed.any()) or not torch.allclose(covariance, covariance.mT):
-        raise ValueError("a covariance must be symmetric and positive definite")
-    return factor
-
-
-def _log_det(factor: Tensor) -> Tensor:
-    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
-def _mahalanobis(factor: Tensor, difference: Tensor) -> Tensor:
-    """|L⁻¹Δ|² for the Cholesky factor L."""
-    return torch.linalg.solve_triangular(factor, difference[..., None], upper=False).square().sum((-2, -1))
-
-
 def discretised_log_probability(
     x: Float[Tensor, "*d"], mean: Float[Tensor, "..."], log_variance: Float[Tensor, "..."]
 ) -> Float[Tensor, "*d"]:
-    """log of the mass that N(mean, exp(log_variance)) gives to the bin of each 8-bit pixel (Ho et al. 2020, eq. 13; L5).
+    """log of the mass that N(mean, exp(log_variance)) gives to the bin of each 8-bit pixel.
 
-    ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side, the first and the last to infinity, so the 256
-    masses sum to 1. Computed in float64 with the exact normal CDF and returned in the type of ``x``: finite, with
-    finite gradients, however far x lies from the mean.
+    Ho et al. 2020, eq. 13; L5. ``x`` holds levels 2k/255 − 1; a bin reaches 1/255 to either side,
+    the first and the last to infinity, so the 256 masses sum to 1. Computed in float64 with the
+    exact normal CDF and returned in the dtype of ``x``: finite, with finite gradients, however far
+    x lies from the mean.
     """
     exact, std = x.double(), torch.exp(0.5 * log_variance.double())
     lower, upper = ((exact + edge - mean.double()) / std for edge in (-HALF_BIN, HALF_BIN))

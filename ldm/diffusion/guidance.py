@@ -1,13 +1,17 @@
-"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out (docs/equations.md G1–G3).
+"""Guidance: one stack around a model, `model(x_t, t, cond)` in, `denoise(x_t, t)` out.
 
-The order, each step on what the one before it gives; what is not asked for costs nothing:
+docs/equations.md G1–G3.
 
-1. interval: outside it only the plain model is asked, and 2 to 5 are left out;
-2. classifier-free guidance (a negative prompt is the null condition) and autoguidance, as a sum of two differences;
+The steps in their order, each applied to the result of the one before; a step that is off costs
+nothing:
+
+1. interval: outside it the plain model is called alone, and steps 2 to 5 are left out;
+2. classifier-free guidance (a negative prompt takes the place of the null condition) and
+   autoguidance, as a sum of two differences;
 3. rescale;
 4. the classifier's gradient, in the form that any sampler can use;
-5. (the other form is a sampler's: ``mean_shift``);
-6. dynamic thresholding, always.
+5. (its other form belongs to the sampler: ``mean_shift``);
+6. dynamic thresholding, inside and outside the interval.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from ldm.diffusion.condition import Condition, concatenate
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.process import from_x0, to_x0
 from ldm.diffusion.schedule import Schedule, like
+from ldm.diffusion.targets import per_score
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # model(x_t [b, …], t [b], cond) -> prediction [b, …]
 Classifier = Callable[[Tensor, Tensor], Tensor]  # classifier(x_t [b, …], t [b]) -> logits [b, classes]
@@ -38,16 +43,18 @@ class Guidance:
     """A model with its guidance; ``t`` is the same for the whole batch.
 
     Attributes:
-        model, cond, null_cond: the model, its condition and the null condition (or a negative prompt's).
+        model, cond, null_cond: the model, its condition and the null condition (or a negative
+            prompt's).
         schedule, target: its process, and what it predicts.
-        learned_variance: the model returns 2c channels; guidance changes the first half, and the second is that of the
-            evaluation with the condition.
-        scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional one, each with one
-            evaluation; all else below then starts from that one.
+        learned_variance: the model returns 2c channels; guidance changes the first half, and the
+            second half is that of the evaluation with the condition.
+        scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional
+            one, each with one evaluation, from which the steps below then start.
         rescale: φ of ``rescaled``.
-        interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one evaluation, with the condition
-            (γ = 1; with the null condition where γ = 0).
-        weak, weak_scale: autoguidance, a weaker model under the same condition, ``weak(x_t, t)``, and its scale.
+        interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one
+            evaluation, with the condition (γ = 1), or with the null condition if γ = 0.
+        guide, guide_scale: autoguidance: ``guide(x_t, t)``, a weaker model under the same
+            condition, and its scale.
         gradient: w ∇ log p(y | x_t), added to the score.
         threshold: p of ``thresholded``, 0 < p ≤ 1; None: none.
     """
@@ -61,8 +68,8 @@ class Guidance:
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[float, float] = EVERYWHERE
-    weak: Denoise | None = None
-    weak_scale: float = 1.0
+    guide: Denoise | None = None
+    guide_scale: float = 1.0
     gradient: Gradient | None = None
     threshold: float | None = None
 
@@ -87,8 +94,8 @@ class Guidance:
         if inside:
             if uncond is not cond:
                 pred = uncond + self.scale * (cond - uncond)
-            if self.weak is not None and self.weak_scale != 1.0:
-                pred = pred + (self.weak_scale - 1) * (cond - self.weak(x_t, t))
+            if self.guide is not None and self.guide_scale != 1.0:
+                pred = pred + (self.guide_scale - 1) * (cond - self.guide(x_t, t))
             if self.rescale and pred is not cond:
                 pred = rescaled(pred, cond, self.rescale)
             if self.gradient is not None:
@@ -100,9 +107,12 @@ class Guidance:
 
 
 def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:
-    """True if σ = s/a of this step lies in the interval, ends included (Kynkäänniemi et al. 2024, eq. 5; G3).
+    """True if σ = s/a of this step lies in the interval, ends included.
 
-    Where no signal is left σ is infinite, outside of any finite interval. Raises ValueError where samples of a batch differ.
+    Kynkäänniemi et al. 2024, eq. 5; G3.
+
+    Where no signal is left σ is infinite, outside any finite interval. Raises ValueError if the
+    samples of a batch differ.
     """
     if interval == EVERYWHERE:
         return True
@@ -116,16 +126,20 @@ def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, 
 
 
 def rescaled(guided: Float[Tensor, "b *d"], cond: Float[Tensor, "b *d"], phi: float) -> Float[Tensor, "b *d"]:
-    """φ · (guided, with the conditional output's deviation) + (1 − φ) · guided (Lin et al. 2023, eq. 15 and 16).
+    """φ · (guided, with the conditional output's deviation) + (1 − φ) · guided.
 
-    Outputs are the network's own, whatever it predicts; deviations are over all dimensions but the batch.
+    Lin et al. 2023, eq. 15 and 16. Outputs are the network's own, whatever its target; deviations
+    are over all dimensions but the batch.
     """
     dims = tuple(range(1, guided.ndim))
     return guided * (phi * cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True) + 1 - phi)
 
 
 def thresholded(x0: Float[Tensor, "b *d"], p: float) -> Float[Tensor, "b *d"]:
-    """x̂_0 clipped to ±q and divided by q, q ≥ 1 the quantile p of each sample's |x̂_0| (Saharia et al. 2022, section 2.3)."""
+    """x̂_0 clipped to ±q and divided by q, where q ≥ 1 is the quantile p of each sample's |x̂_0|.
+
+    Dynamic thresholding, Saharia et al. 2022, section 2.3.
+    """
     q = torch.quantile(x0.abs().flatten(1), p, dim=1).clamp(min=1)
     q = like(q, x0)
     return x0.clamp(-q, q) / q
@@ -138,17 +152,20 @@ def moved_score(
     gradient: Float[Tensor, "b *d"],
     t: Shaped[Tensor, " b"],
 ) -> Float[Tensor, "b *d"]:
-    """The prediction whose score is larger by ``gradient``: ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇ (G2, P4).
+    """The prediction whose score is larger by ``gradient`` (G2, P4).
 
-    Where a_t = 0 there is no signal that a classifier could see, so its gradient is taken for the 0 that it should be.
+    ε̂ − s_t ∇, x̂_0 + (s_t²/a_t) ∇, v̂ − (s_t/a_t) ∇, or score + ∇. Where a_t = 0 there is no
+    signal that a classifier could see: its gradient is taken to be 0, as it should be.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
-    factor = {"eps": -s, "x0": s.square() / a, "v": -s / a, "score": torch.ones_like(s)}[target]
-    return prediction + like(torch.where(a > 0, factor, 0.0), prediction) * gradient
+    return prediction + like(torch.where(a > 0, per_score(target, a, s), 0.0), prediction) * gradient
 
 
 def classifier_gradient(classifier: Classifier, label: Int[Tensor, " b"], scale: float) -> Gradient:
-    """w ∇_{x_t} log p(y | x_t) of a classifier of noisy samples (Dhariwal & Nichol 2021; G2), by autograd."""
+    """w ∇_{x_t} log p(y | x_t) of a classifier of noisy samples, by autograd.
+
+    Dhariwal & Nichol 2021; G2.
+    """
 
     def gradient(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -160,7 +177,8 @@ def classifier_gradient(classifier: Classifier, label: Int[Tensor, " b"], scale:
 
 
 def mean_shift(gradient: Gradient, schedule: Schedule, interval: tuple[float, float] = EVERYWHERE) -> Gradient:
-    """The gradient that ancestral sampling multiplies by its variance and adds to its mean: μ + σ_t² w ∇ log p(y | x_t)
-    (Dhariwal & Nichol 2021, Algorithm 1; G2), 0 outside the interval.
+    """The gradient for ancestral sampling, which adds it to its mean: μ + σ_t² w ∇ log p(y | x_t).
+
+    Dhariwal & Nichol 2021, Algorithm 1; G2. It is 0 outside the interval.
     """
     return lambda x_t, t: gradient(x_t, t) if guides(schedule, interval, t) else torch.zeros_like(x_t)

@@ -1,9 +1,11 @@
-"""The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3), the joints behind it (F7) and its gap (L9).
+"""The variational bound on log p(x_0) in nats, step by step (docs/equations.md F4, L3).
 
-    −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I)) + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
+    −log p(x_0) ≤ −E[log p(x_0|x_1)] + KL(q(x_T|x_0) ‖ N(0, I))
+                  + Σ_{t≥2} E[KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t))]
 
-in the notes' steps; in the code's, x_1 is t = 0 and the sum runs over t = 1 … T−1. Network outputs come in their own
-type; everything after them is float64, since the terms of small t are small differences of large numbers.
+with t = 1 … T as in the papers; in the code x_1 is t = 0 and the sum runs over t = 1 … T−1. Network
+outputs keep their dtype; everything after them is float64, since the terms of small t are small
+differences of large numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from ldm.diffusion import gaussian
 from ldm.diffusion.denoiser import Denoiser, Prediction
-from ldm.diffusion.process import forward_step, learned_log_variance, posterior_mean
+from ldm.diffusion.process import learned_log_variance, posterior_mean
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import blind
 
 # posterior, beta or learned (P5), or variance(prediction, s, t): the log variance of p(x_s | x_t), of the shape of x
 Variance = str | Callable[[Prediction, Tensor, Tensor], Tensor]
@@ -36,7 +39,10 @@ def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b 
 
 
 def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, "b *d"]:
-    """The log variance of p(x_{t−1} | x_t) (P5). At t = 0, where β̃ is 0, ``posterior`` is that of t = 1."""
+    """The log variance of p(x_{t−1} | x_t) (P5).
+
+    At t = 0, where β̃ is 0, ``posterior`` is that of t = 1.
+    """
     s = pred.t - 1
     if callable(variance):
         return variance(pred, s, pred.t)
@@ -50,7 +56,7 @@ def reverse_log_variance(pred: Prediction, variance: Variance) -> Float[Tensor, 
 
 
 def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance) -> Float[Tensor, "b *d"]:
-    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, for a prediction at t ≥ 1."""
+    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) of each dimension, at t ≥ 1."""
     schedule, t, x_t = pred.denoiser.schedule, pred.t, pred.x_t.double()
     mean, guess = (posterior_mean(schedule, x.double(), x_t, t - 1, t) for x in (x0, pred.x0))
     return gaussian.kl(mean, reverse_log_variance(pred, "posterior"), guess, reverse_log_variance(pred, variance))
@@ -59,14 +65,20 @@ def denoising_kl(pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance
 def decoder_log_likelihood(
     pred: Prediction, x0: Float[Tensor, "b *d"], variance: Variance, pixels: bool
 ) -> Float[Tensor, "b *d"]:
-    """log p(x_0 | x_t) of each dimension, for a prediction at t = 0: a density, or the mass of an 8-bit pixel's bin (L5)."""
+    """log p(x_0 | x_t) of each dimension, for a prediction at t = 0 (L5).
+
+    A density, or for ``pixels`` the mass of an 8-bit pixel's bin.
+    """
     score = gaussian.discretised_log_probability if pixels else gaussian.log_density
     return score(x0.double(), pred.x0.double(), reverse_log_variance(pred, variance))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The t of 1 … T−1 that are evaluated for each sample, with weights: Σ_k weight_k · L(t_k) estimates Σ_t L(t)."""
+    """The t of 1 … T−1 that are evaluated for each sample, and their weights.
+
+    Σ_k weight_k · L(t_k) estimates Σ_t L(t).
+    """
 
     t: Int[Tensor, "b k"]
     weight: Float[Tensor, "b k"]
@@ -81,8 +93,9 @@ def all_steps(schedule: Schedule, batch: int) -> Steps:
 def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
     """Probabilities with which ``drawn_steps`` draws each of t = 1 … T−1.
 
-    Half evenly, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits that step t has where the data are N(0, I): small t
-    weigh most, and no weight exceeds 2 (T−1)/k. Evenly altogether where no step holds any signal (T = 2, the last without).
+    Half of it is uniform, half in proportion to ᾱ_t (λ_{t−1} − λ_t), the bits of step t for data
+    N(0, I): small t are drawn most, and no weight exceeds 2 (T−1)/k. All of it is uniform where no
+    step holds any signal (T = 2, the last step without signal).
     """
     expected = schedule.alphas_cumprod[1:] * -schedule.half_log_snr_table.diff()
     expected = torch.where(expected.sum() > 0, expected, 1.0)
@@ -90,7 +103,10 @@ def step_probabilities(schedule: Schedule) -> Float[Tensor, " steps"]:
 
 
 def drawn_steps(schedule: Schedule, uniform: Float[Tensor, "b k"]) -> Steps:
-    """k steps for each sample from draws in [0, 1), one in each k-th part of ``step_probabilities``: stratified, unbiased."""
+    """k steps for each sample, one in each k-th part of ``step_probabilities``, from draws in [0, 1).
+
+    Stratified and unbiased.
+    """
     k, probability = uniform.shape[1], step_probabilities(schedule)
     place = (torch.arange(k, device=uniform.device) + uniform.double()) / k
     index = torch.searchsorted(probability.cumsum(0), place, right=True).clamp(max=len(probability) - 1)
@@ -129,13 +145,15 @@ def bounds(
 ) -> list[Bound]:
     """The bound with each reverse variance, all from the same k + 1 network calls.
 
-    ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an 8-bit image and its
-    likelihood a probability; otherwise a density. Raises ValueError for an ε prediction where a step has no signal.
+    ``noise(0)`` makes x_t at t = 0, ``noise(i)`` at the i-th of the steps. ``pixels``: x_0 is an
+    8-bit image and its likelihood a probability; otherwise a density. Raises ValueError for an ε or
+    score prediction where a step has no signal.
     """
     schedule = denoiser.schedule
-    if denoiser.target in ("eps", "score") and bool(schedule.alphas_cumprod[-1] == 0):
+    if blind(denoiser.target) and bool(schedule.alphas_cumprod[-1] == 0):
         raise ValueError(
-            f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: predict v or x0"
+            f"the bound needs x̂_0 at every step, which {denoiser.target} does not give where the SNR is 0: "
+            "predict v or x0"
         )
 
     def pred(t: Shaped[Tensor, " b"], number: int) -> Prediction:
@@ -155,63 +173,20 @@ def bounds(
 def two_stage_bound(
     log_p_image: Float[Tensor, "*b"], log_q_latent: Float[Tensor, "*b"], latent: Float[Tensor, "*b"]
 ) -> Float[Tensor, "*b"]:
-    """An upper bound of −log p(x) of an autoencoder whose prior is a diffusion model, nats summed over dimensions (L6).
+    """An upper bound of −log p(x) of an autoencoder whose prior is a diffusion model (L6).
 
-    −log p(x) ≤ E_{z∼q(z|x)} [−log p(x|z) + log q(z|x) + bound of −log p(z)], the arguments with their own signs.
+    In nats, summed over dimensions. −log p(x) ≤ E_{z∼q(z|x)} [−log p(x|z) + log q(z|x) + bound of
+    −log p(z)], the arguments with their own signs.
     """
     return latent - log_p_image + log_q_latent
 
 
 def bits_per_dimension(nats: Float[Tensor, "*b"], dimensions: int) -> Float[Tensor, "*b"]:
-    """Nats summed over an image's dimensions in bits for each; ``dimensions`` are C·H·W of the ORIGINAL image (L6)."""
-    return nats / (dimensions * math.log(2))
+    """Bits per dimension of nats summed over an image (L6).
 
-
-def draw_chain(schedule: Schedule, x0: Float[Tensor, "b *d"], noise: Noise) -> Float[Tensor, "nodes b *d"]:
-    """x_0 and a draw of every noisier sample from q(x_{1:T} | x_0): T + 1 nodes, node i + 1 at t = i."""
-    chain = [x0]
-    for t in range(schedule.num_steps):
-        chain.append(forward_step(schedule, chain[-1], noise(t), torch.tensor(t)))
-    return torch.stack(chain)
-
-
-def log_forward(schedule: Schedule, chain: Float[Tensor, "nodes b *d"]) -> Float[Tensor, " b"]:
-    """log q(x_{1:T} | x_0) of a chain (F7)."""
-    log_beta = torch.log(schedule.betas)
-    decay = torch.sqrt(1 - schedule.betas)
-    terms = [
-        gaussian.log_density(chain[t + 1].double(), decay[t] * chain[t].double(), log_beta[t])
-        for t in range(schedule.num_steps)
-    ]
-    return torch.stack([_summed(term) for term in terms]).sum(0)
-
-
-def log_reverse(
-    denoiser: Denoiser, chain: Float[Tensor, "nodes b *d"], variance: Variance, pixels: bool = False
-) -> Float[Tensor, " b"]:
-    """log p(x_{0:T}) of a chain: the prior, the reverse steps and the decoder (F7)."""
-    zero = torch.zeros((), dtype=torch.float64, device=chain.device)
-    total = _summed(gaussian.log_density(chain[-1].double(), zero, zero))
-    for t in range(denoiser.schedule.num_steps - 1, 0, -1):
-        pred = denoiser(chain[t + 1], torch.tensor(t, device=chain.device))
-        mean = posterior_mean(denoiser.schedule, pred.x0.double(), pred.x_t.double(), pred.t - 1, pred.t)
-        total = total + _summed(gaussian.log_density(chain[t].double(), mean, reverse_log_variance(pred, variance)))
-    pred = denoiser(chain[1], torch.tensor(0, device=chain.device))
-    return total + _summed(decoder_log_likelihood(pred, chain[0], variance, pixels))
-
-
-def gap(
-    denoiser: Denoiser,
-    chain: Float[Tensor, "nodes b *d"],
-    log_p: Float[Tensor, " b"],
-    variance: Variance,
-    pixels: bool = False,
-) -> Float[Tensor, " b"]:
-    """log q(x_{1:T}|x_0) − log p(x_{1:T}|x_0) of a chain, given log p(x_0) of the model (L9).
-
-    Its mean over chains is the KL of the joints, by which the bound misses −log p(x_0).
+    ``dimensions``: C·H·W of the ORIGINAL image.
     """
-    return log_forward(denoiser.schedule, chain) - log_reverse(denoiser, chain, variance, pixels) + log_p
+    return nats / (dimensions * math.log(2))
 
 
 def _summed(values: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:

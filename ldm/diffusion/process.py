@@ -1,6 +1,6 @@
-"""Transitions between any two steps, the posterior, the reverse mean and variance, and the equivalent predictions.
+"""Transition, posterior and learned variance of any two steps, and equivalent predictions.
 
-Formulas F1, F3 and P1 to P5 of docs/equations.md.
+Formulas F3, P1, P2, P4 and P5 of docs/equations.md.
 """
 
 from __future__ import annotations
@@ -9,15 +9,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ldm.diffusion import targets
 from ldm.diffusion.schedule import Schedule, like
-
-
-def forward_step(
-    schedule: Schedule, x: Float[Tensor, "b *d"], z: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
-) -> Float[Tensor, "b *d"]:
-    """√(1−β_t) x_{t−1} + √β_t z, a draw from q(x_t | x_{t−1}) (F1; z standard normal)."""
-    beta = schedule.betas[t]
-    return like((1 - beta).sqrt(), x) * x + like(beta.sqrt(), x) * z
 
 
 def transition(
@@ -29,7 +22,10 @@ def transition(
 
 
 def posterior_variance(schedule: Schedule, s: Shaped[Tensor, "*b"], t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Variance V s_s²/s_t² of q(x_s | x_t, x_0) for s < t (P2; β̃_t for neighbours, 0 at s = −1), float64."""
+    """Variance V s_s²/s_t² of q(x_s | x_t, x_0) for s < t (P2), float64.
+
+    It is β̃_t for neighbours, and 0 at s = −1.
+    """
     _, v = transition(schedule, s, t)
     return v * (schedule.sigma(s) / schedule.sigma(t)).square()
 
@@ -47,24 +43,15 @@ def posterior_mean(
     return like(schedule.alpha(s) * v / var_t, x0) * x0 + like(ratio * schedule.sigma(s).square() / var_t, x_t) * x_t
 
 
-def reverse_mean(
-    schedule: Schedule,
-    eps: Float[Tensor, "b *d"],
-    x_t: Float[Tensor, "b *d"],
-    s: Shaped[Tensor, "*k"],
-    t: Shaped[Tensor, "*k"],
-) -> Float[Tensor, "b *d"]:
-    """(a_s/a_t)(x_t − (V/s_t) ε) for s < t (P3): the posterior's mean with x̂_0 of ε. Needs a_t > 0."""
-    ratio, v = transition(schedule, s, t)
-    return (x_t - like(v / schedule.sigma(t), x_t) * eps) / like(ratio, x_t)
-
-
 def learned_log_variance(
     schedule: Schedule, output: Float[Tensor, "b *d"], s: Shaped[Tensor, "*k"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped (P5; Nichol & Dhariwal 2021, eq. 15).
+    """ν log V + (1−ν) log β̃ with ν = (output + 1)/2, not clamped.
 
-    The posterior's variance is 0 where s is clean data; its logarithm is then that of the pair (0, 1).
+    P5; Nichol & Dhariwal 2021, eq. 15.
+
+    Where s is clean data the posterior's variance is 0, and that of the pair (0, 1) takes its
+    place.
     """
     _, v = transition(schedule, s, t)
     small = torch.where(
@@ -72,6 +59,11 @@ def learned_log_variance(
     )
     nu = (output + 1) / 2
     return nu * like(torch.log(v), output) + (1 - nu) * like(torch.log(small), output)
+
+
+def _levels(schedule: Schedule, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(a_t, s_t) as coefficients of ``x``."""
+    return like(schedule.alpha(t), x), like(schedule.sigma(t), x)
 
 
 def to_x0(
@@ -82,12 +74,7 @@ def to_x0(
     t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """x̂_0 from a prediction of ``target`` (P4). Predictions of ε and of the score need a_t > 0."""
-    if target == "x0":
-        return prediction
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "v":
-        return a * x_t - s * prediction
-    return (x_t - s * to_eps(schedule, target, prediction, x_t, t)) / a
+    return targets.to_x0(target, prediction, x_t, *_levels(schedule, x_t, t))
 
 
 def to_eps(
@@ -98,25 +85,14 @@ def to_eps(
     t: Shaped[Tensor, "*k"],
 ) -> Float[Tensor, "b *d"]:
     """ε̂ from a prediction of ``target`` (P4). An x_0 prediction needs s_t > 0."""
-    if target == "eps":
-        return prediction
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "score":
-        return -s * prediction
-    return (x_t - a * prediction) / s if target == "x0" else s * x_t + a * prediction
+    return targets.to_eps(target, prediction, x_t, *_levels(schedule, x_t, t))
 
 
 def from_x0(
     schedule: Schedule, target: str, x0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, "*k"]
 ) -> Float[Tensor, "b *d"]:
-    """The prediction of ``target`` that says x̂_0 (P4). For all but x_0 it needs s_t > 0."""
-    if target == "x0":
-        return x0
-    a, s = like(schedule.alpha(t), x_t), like(schedule.sigma(t), x_t)
-    if target == "v":
-        return (a * x_t - x0) / s
-    eps = (x_t - a * x0) / s
-    return eps if target == "eps" else -eps / s
+    """The prediction of ``target`` that amounts to x̂_0 (P4). For all but x_0 it needs s_t > 0."""
+    return targets.from_x0(target, x0, x_t, *_levels(schedule, x_t, t))
 
 
 def score(

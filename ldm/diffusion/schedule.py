@@ -1,7 +1,8 @@
-"""Noise schedules (docs/equations.md F4, F5) and the one description of the process in (α, σ, λ).
+"""Noise schedules (docs/equations.md F4, F5) and the process in (α, σ, λ).
 
-Time is the code's: t = 0 … T−1, and t = −1 is clean data (ᾱ = 1). Between two steps t may be any number, by
-interpolation in λ = log(α/σ). Tables are float64; what leaves them is float32, or float64 where the other operand is.
+Time runs over t = 0 … T−1, and t = −1 is clean data (ᾱ = 1). Between two steps t may be any number,
+by interpolation in λ = log(α/σ). Tables and coefficients are float64, and cast to the dtype of the
+sample that they multiply (``like``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.0
 
 
 def linear_rescaled_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float[Tensor, " T"]:
-    """β equally spaced between ends times 1000/T, so that the last SNR is about the same for every T (improved-diffusion)."""
+    """β equally spaced, with ends multiplied by 1000/T (improved-diffusion).
+
+    The last SNR then hardly depends on T.
+    """
     return linear_betas(num_steps, beta_start * 1000 / num_steps, beta_end * 1000 / num_steps)
 
 
@@ -35,7 +39,10 @@ def scaled_linear_betas(num_steps: int, beta_start: float = 0.00085, beta_end: f
 
 
 def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Float[Tensor, " T"]:
-    """β_t = min(1 − f(t)/f(t−1), 0.999), f(t) = cos²((t/T + o)/(1 + o) · π/2) (Nichol & Dhariwal 2021, eq. 17)."""
+    """β_t = min(1 − f(t)/f(t−1), 0.999), f(t) = cos²((t/T + o)/(1 + o) · π/2).
+
+    Nichol & Dhariwal 2021, eq. 17.
+    """
     t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     f = torch.cos((t + offset) / (1 + offset) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
@@ -50,7 +57,10 @@ def sigmoid_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.
 def sigmoid_signal_betas(
     num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> Float[Tensor, " T"]:
-    """ᾱ through a sigmoid that falls from 1 to 0 (Jabri et al. 2022, algorithm 1); β clipped at 0.999 as for cosine."""
+    """ᾱ through a sigmoid that falls from 1 to 0 (Jabri et al. 2022, algorithm 1).
+
+    Its β are clipped at 0.999 as for cosine.
+    """
     u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     value = torch.sigmoid((start + u * (end - start)) / tau)
     bar = (value[-1] - value) / (value[-1] - value[0])
@@ -68,7 +78,10 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 
 
 def zero_terminal(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """β with ᾱ_T exactly 0 and the first value kept: √ᾱ' = (√ᾱ − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T) (Lin et al. 2023, algorithm 1; F4)."""
+    """β with ᾱ_T exactly 0 and the first value kept: √ᾱ' = (√ᾱ − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T).
+
+    Lin et al. 2023, algorithm 1; F4.
+    """
     signal = torch.cumprod(1 - betas.double(), 0).sqrt()
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     bar = signal.square()
@@ -76,9 +89,10 @@ def zero_terminal(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
 
 
 def shifted(betas: Float[Tensor, " T"], ratio: float) -> Float[Tensor, " T"]:
-    """β of the process with λ' = λ − log(ratio), ratio = side / base side in diffused pixels (Hoogeboom et al. 2023, F5).
+    """β of the process with λ' = λ − log(ratio), ratio = side / base side in diffused pixels.
 
-    A larger image averages noise away, so it gets more of it. A last β of 1 stays 1.
+    Hoogeboom et al. 2023, F5. A larger image averages noise away, so it gets more of it. A last β
+    of 1 stays 1.
     """
     log_bar = torch.cumsum(torch.log1p(-betas.double()), 0)
     log_snr = log_bar - torch.log(-torch.expm1(log_bar)) - 2 * math.log(ratio)
@@ -87,13 +101,15 @@ def shifted(betas: Float[Tensor, " T"], ratio: float) -> Float[Tensor, " T"]:
 
 
 class Schedule:
-    """A forward process: how much signal (α) and noise (σ) a sample holds at each t, with α² + σ² = 1.
+    """A forward process: the signal α and the noise σ of a sample at each t, with α² + σ² = 1.
 
     Args:
-        betas: [T], T ≥ 2, the variance added at each step, in (0, 1); the last may be 1 (zero terminal SNR).
-        check: look at the numbers; a GPU has to be waited for.
+        betas: [T], T ≥ 2, the variance added at each step, in (0, 1); the last may be 1 (zero
+            terminal SNR).
+        check: check the values, which waits for the GPU.
 
-    Raises ValueError for other betas. With T = 1 there is no variance β̃_2 for the first step (P5), and no path to sample along.
+    Raises ValueError for other betas. With T = 1 there is no variance β̃_2 for the first step (P5),
+    and there are no steps to sample along.
     """
 
     def __init__(self, betas: Float[Tensor, " T"], check: bool = True) -> None:
@@ -130,7 +146,10 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str, num_steps: int = 1000, **settings: Any) -> Schedule:
-        """The schedule of that name, such as cosine; ``settings`` as in ScheduleConfig. Raises ConfigError for one unknown."""
+        """The schedule of that name, such as cosine; ``settings`` as in ScheduleConfig.
+
+        Raises ConfigError for an unknown name.
+        """
         return cls.from_config(ScheduleConfig(name, num_steps, **settings))
 
     @property
@@ -151,7 +170,7 @@ class Schedule:
         return self._at(t, self._sigma, -1)
 
     def _at(self, t: Tensor, table: Tensor, sign: int) -> Tensor:
-        """The table at whole t; between two of them √sigmoid(±2λ), λ interpolated."""
+        """The table at whole t; between two entries √sigmoid(±2λ) with λ interpolated."""
         if not t.is_floating_point():
             return table[t + 1]
         whole = t.floor()
@@ -167,11 +186,17 @@ class Schedule:
         return (self.alpha(t) / self.sigma(t)).square()
 
     def half_log_snr(self, t: Shaped[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """λ_t = ½ log SNR_t = log(a_t/s_t), float64; infinite at t = −1, and −∞ where no signal is left."""
+        """λ_t = ½ log SNR_t = log(a_t/s_t), float64.
+
+        Infinite at t = −1, and −∞ where no signal is left.
+        """
         return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
 
     def time(self, half_log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """The t at which λ has the given value, fractional, float64; what lies beyond the table gets its end, 0 or T−1."""
+        """The t at which λ has the given value, fractional, float64.
+
+        A λ beyond the table gives its nearer end, 0 or T−1.
+        """
         rising = self.half_log_snr_table.flip(0)  # from T−1 to 0
         lam = half_log_snr.double().clamp(rising[0], rising[-1])
         upper = torch.searchsorted(rising, lam.contiguous()).clamp(1, self.num_steps - 1)
@@ -186,9 +211,8 @@ class Schedule:
 
 
 def like(coefficient: Float[Tensor, "*b"], x: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
-    """A per-sample coefficient [b] (or a scalar) in the type and number of dimensions of ``x`` [b, …]."""
+    """A coefficient [b] or a scalar, in the dtype and number of dimensions of ``x`` [b, …]."""
+    coefficient = coefficient.to(x.dtype)
     return (
-        coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
-        if coefficient.ndim
-        else coefficient.to(x.dtype)
+        coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
     )

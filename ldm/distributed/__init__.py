@@ -1,1 +1,1 @@
-"""Work shared out over processes, and the launcher that started them."""
+"""Splitting work over processes, and joining the process group of a launcher."""

@@ -1,4 +1,4 @@
-"""The processes that a launcher (torchrun, accelerate launch, srun) started together with this one."""
+"""Joining the process group of a launcher (torchrun, accelerate launch, srun)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ PATIENCE = 1800  # seconds; a training has its own limit in train.rank_timeout
 
 
 def launched(cpu: bool = False, patience: float = PATIENCE) -> tuple[Processes, torch.device]:
-    """All processes of this launch, and this one's device. ``cpu``: although there are GPUs.
+    """Join the process group of this launch; returns it and this process's device.
 
-    The first call meets the others; ``patience``, in seconds, is how long it and every exchange after it wait for them.
+    ``cpu``: use the CPU even where there are GPUs. ``patience``: timeout in seconds of the first call,
+    which waits for the other processes, and of every exchange after it.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE, torch.device("cpu" if cpu else "cuda")
-    state = PartialState(
-        cpu=cpu, timeout=timedelta(seconds=patience)
-    )  # as Accelerator makes it, which then takes this one over
+    # The same call as inside Accelerator, which then reuses this state.
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=patience))
     assert state.device is not None
     return Processes(state.process_index, state.num_processes, _gather), state.device
 
 
 def _gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank; torch pickles them between processes of one launch, nothing reaches a file."""
+    """Values of all processes, by rank.
+
+    torch pickles them between the processes of one launch; no pickle reaches a file.
+    """
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

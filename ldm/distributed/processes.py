@@ -1,4 +1,4 @@
-"""Work shared out over processes. Code below `training` gets the process group as an argument."""
+"""Splitting work over processes. Code below `training` gets the process group as an argument."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def own_rank() -> int:
-    """This process's number among those that the launcher started; the main one is 0."""
+    """Rank of this process within the launch; the main process has rank 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 class ElsewhereError(UserError):
-    """Another process failed; the message is its. ``exit_code`` is that of its error, None where that was no known fault."""
+    """Another process failed; message and ``exit_code`` (None: not a known fault) are from its error."""
 
     everywhere = True
 
@@ -31,9 +31,9 @@ class ElsewhereError(UserError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number, how many there are, and how they exchange results.
+    """Rank of this process, number of processes, and the exchange of results between them.
 
-    ``gather``: the value of this process in, those of all out, by rank, on every process; all must call it.
+    ``gather``: all-gather of one value per process, ordered by rank; every process must call it.
     """
 
     rank: int
@@ -46,10 +46,10 @@ class Processes:
         return self.rank == 0
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """Results of ``work`` on each process, by rank.
+        """Run ``work`` on every process; returns all results, by rank.
 
-        A failure is exchanged like a result and raised on every process, marked ``everywhere``: no process waits for one that
-        has failed. ``work`` itself must not exchange anything.
+        A failure is exchanged like a result and raised on every process, marked ``everywhere``, so that
+        no process waits for one that has failed. ``work`` itself must not exchange anything.
         """
         if self.count == 1:
             return [work()]
@@ -68,9 +68,9 @@ class Processes:
         return [result for result, _ in outcomes]
 
     def over(self, n: int, work: Callable[[range], list[T]]) -> list[T]:
-        """Items 0 … n − 1 in order, of which ``work`` makes those of its argument: every count-th, from the rank on."""
-        mine = range(self.rank, n, self.count)
-        shares = self.each(lambda: work(mine) if mine else [])
+        """Compute items 0 … n − 1, every ``count``-th on each process; returns all of them, in order."""
+        indices = range(self.rank, n, self.count)
+        shares = self.each(lambda: work(indices) if indices else [])
         return [shares[i % self.count][i // self.count] for i in range(n)]
 
 
@@ -78,7 +78,7 @@ ALONE = Processes(0, 1, lambda value: [value])
 
 
 def _described(rank: int, error: Exception) -> tuple[str, int | None]:
-    """One line for a fault that a user can fix, otherwise the whole traceback."""
+    """Message and exit code: one line for an error that a user can fix, else the whole traceback."""
     code = getattr(error, "exit_code", None)
     if code is None and isinstance(error, OSError):
         return f"process {rank}: {described(error)}", OS_FAULT

@@ -1,4 +1,7 @@
-"""`report.json` of a run: samples judged against their captions, reconstructions as the ceiling, seconds."""
+"""Evaluation of a run, written to its report.json.
+
+Samples are judged against their captions. Reconstructions of real images, judged alike, are the ceiling.
+"""
 
 from __future__ import annotations
 
@@ -18,45 +21,46 @@ from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.figures import plots
-from ldm.evaluation.judges import shapes, strict
+from ldm.evaluation.judges import strict
+from ldm.evaluation.metrics import proportion
 from ldm.evaluation.reconstructions import reconstructed
 from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics, read_status, scalar_series
 
-EVALUATION_SEED = 1000  # the samples of a report; tuning uses the one after
+EVALUATION_SEED = 1000  # of the samples in a report; tuning uses the next one
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
-SHOWN = 32  # images in the picture of a report
-DECIBEL_DIGITS = 2  # of the report: the last bits of a PSNR depend on what is computed together
-CURVES = ("loss", "validation/loss", "lr", "grad_norm_unet")
+SHOWN = 32  # images in samples.png
+DECIBEL_DIGITS = 2  # in the report: the last bits of a PSNR depend on the batch
+CURVES = ("loss", "validation/loss", "lr", "grad_norm_unet")  # in curves.png
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, float]]
-Row = dict[str, bool]  # which attributes of a picture are as asked
+Row = dict[str, bool]  # the attributes of an image: true if it shows what its caption says
 
 
 class Examined(NamedTuple):
-    """A picture beside its caption."""
+    """An image compared with its caption."""
 
-    row: Row  # which attributes are as asked
-    seen: list[strict.Seen]  # what was asked for, and what it was read as
-    refused: dict[str, str]  # why, by attribute
+    row: Row
+    seen: list[strict.Seen]  # the shape asked for and the shape read, for each object
+    refused: dict[str, str]  # reasons, by attribute
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Reads pictures and compares them with what their captions ask for."""
+    """Reads images and compares them with their captions."""
 
-    name: str  # the key of its figures in the report
-    splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source); the first is seen in training
+    name: str  # the key of its scores in the report
+    splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source), that seen in training first
 
     def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
-        """For each picture, which attributes are as asked; `all` among them."""
+        """True for each attribute that an image shows as its caption says, and `all` for the whole."""
         ...
 
     def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
-        """For each picture the same, what it was read as, and why it was refused."""
+        """The same, with what each image was read as and why it was refused."""
         ...
 
 
@@ -112,9 +116,16 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
 
-    The report is the same at any number of processes, apart from its seconds.
-    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
-    Raises ConfigError for data that no judge reads, FolderError for a run without a model.
+    The report is the same for any number of processes, apart from its seconds.
+
+    Args:
+        images: samples per set of captions.
+        tune: samples for each guidance scale tried; 0 keeps the run's own.
+        parts: replacements for parts of the model (``vae``, ``text``), see ``Pipeline.from_pretrained``.
+
+    Raises:
+        ConfigError: there is no judge for the data.
+        FolderError: the run has no model.
     """
     started = time.monotonic()
     config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
@@ -129,9 +140,8 @@ def evaluate(
     pipe.check(settings, pipe.sample_size)
     tried = None
     if tune:
-        settings, tried = _tune(
-            pipe, config.sample, judge, open_source(data, judge.splits[0][1]), tune, batch_size, say, processes
-        )
+        seen = open_source(data, judge.splits[0][1])
+        settings, tried = _tune(pipe, config.sample, judge, seen, tune, batch_size, say, processes)
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
     if tried is not None:
         report["tuned_on_seen"] = tried
@@ -158,7 +168,7 @@ def evaluate(
 
 
 def _captions(source: Source, n: int) -> list[str]:
-    """The captions of the first ``n`` samples, from the start again where there are fewer."""
+    """The captions of the first ``n`` samples, repeated if there are fewer."""
     return [source.text(i % (source.length or n)) for i in range(n)]
 
 
@@ -166,55 +176,56 @@ def _judged(
     pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
     processes: Processes, first: int = 0,
 ) -> tuple[list[Examined], list[np.ndarray]]:  # fmt: skip
-    """One picture of each caption, judged, and the first SHOWN pictures. ``first``: the number within the seed of the first."""
+    """Draw and judge one image of each caption; returns all judgements and the first SHOWN images.
 
-    def share(mine: range) -> list[tuple[Examined, np.ndarray | None]]:
-        texts, drawn = [captions[i] for i in mine], []
-        for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in mine]):
+    ``first``: index of the first image among those of the seed.
+    """
+
+    def work(share: range) -> list[tuple[Examined, np.ndarray | None]]:
+        texts, drawn = [captions[i] for i in share], []
+        for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in share]):
             drawn += list(to_uint8(images))
             if progress:
-                progress(len(drawn), len(mine), {})
-        return [
-            (found, image if i < SHOWN else None)
-            for i, found, image in zip(mine, judge.examine(np.stack(drawn), texts), drawn, strict=True)
-        ]
+                progress(len(drawn), len(share), {})
+        found = judge.examine(np.stack(drawn), texts)
+        return [(each, image if i < SHOWN else None) for i, each, image in zip(share, found, drawn, strict=True)]
 
-    pairs = processes.over(len(captions), share)
+    pairs = processes.over(len(captions), work)
     return [found for found, _ in pairs], [image for _, image in pairs if image is not None]
 
 
 def _tune(
     pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say, processes: Processes
 ) -> tuple[SampleConfig, list[dict[str, float]]]:
-    """The guidance scale that is best on seen captions, with a seed that the report does not use."""
+    """Find the guidance scale that is best on seen captions, with a seed that the report does not use."""
     captions, tried = _captions(seen, n), []
     for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
         found, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
         tried.append({"guidance_scale": scale, "all": sum(each.row["all"] for each in found) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
-    best = max(tried, key=lambda row: row["all"])  # the first, so the weakest guidance, where several are equal
+    best = max(tried, key=lambda row: row["all"])  # of equals the first, so the weakest guidance
     return dataclasses.replace(start, guidance_scale=best["guidance_scale"]), tried
 
 
 def _proportions(rows: list[Row]) -> Scores:
-    return {name: shapes.proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
+    return {name: proportion(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
 def _reconstructions(
     pipe: Pipeline, judge: Judge, data: DataConfig, n: int, batch: int, processes: Processes
 ) -> dict[str, Any]:
-    """Validation images through the autoencoder and back: their PSNR, and how many are still read right (the ceiling)."""
+    """Mean PSNR of reconstructed validation images, and the share still judged right: the ceiling of samples."""
     assert pipe.codec is not None
     autoencoder, source = pipe.codec.autoencoder, open_source(data, judge.splits[0][1])
 
-    def share(mine: range) -> list[tuple[float, Row]]:
+    def work(share: range) -> list[tuple[float, Row]]:
         pairs: list[tuple[float, Row]] = []
-        for part in reconstructed(autoencoder, source, data.image_size, mine, batch):
+        for part in reconstructed(autoencoder, source, data.image_size, share, batch):
             pairs += zip(part.psnr, judge.right(to_uint8(part.decoded), part.captions), strict=True)
         return pairs
 
-    pairs = processes.over(min(n, source.length or n), share)
+    pairs = processes.over(min(n, source.length or n), work)
     decibels = round(float(np.mean([decibel for decibel, _ in pairs])), DECIBEL_DIGITS)
     return {"psnr": decibels, "judge": _proportions([row for _, row in pairs])}
 
@@ -222,23 +233,20 @@ def _reconstructions(
 def _picture(
     run: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig
 ) -> None:
-    wrong = [not row["all"] for row in rows]
-    title = (
-        f"{name.replace('_', ' ')}: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
-    )
-    plots.captioned(
-        np.stack(shown), captions[: len(shown)], run / "samples.png", wrong=wrong[: len(shown)], title=title
-    )
+    n, wrong = len(shown), [not row["all"] for row in rows]
+    sampled = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+    title = f"{name.replace('_', ' ')}: {sampled}"
+    plots.captioned(np.stack(shown), captions[:n], run / "samples.png", wrong=wrong[:n], title=title)
 
 
 def _kept(file: Path, model: str) -> dict[str, Any]:
-    """The likelihood that an earlier call found for these very weights."""
+    """The likelihood that an earlier call computed for the same weights."""
     known = read_json(file).get("likelihood") if file.is_file() else None
     return {"likelihood": known} if isinstance(known, dict) and known.get("model") == model else {}
 
 
 def _seconds(run: Path, config: DiffusionTrainingConfig) -> dict[str, float]:
-    """Wall time of each stage, over all of its resumes, as the runs themselves recorded it."""
+    """Wall time of each stage, all resumes included, as recorded by the runs."""
     stages = {"autoencoder": Path(config.autoencoder), "text": Path(config.text), "diffusion": run}
-    told = {name: (read_status(path) or {}).get("seconds") for name, path in stages.items()}
-    return {name: round(seconds, 1) for name, seconds in told.items() if seconds is not None}
+    recorded = {name: (read_status(path) or {}).get("seconds") for name, path in stages.items()}
+    return {name: round(seconds, 1) for name, seconds in recorded.items() if seconds is not None}

@@ -1,7 +1,7 @@
-"""Bits per dimension of a run's validation images: the bound of the diffusion model, of the whole two-stage model (equations.md L3, L6).
+"""Bits per dimension of validation images: bounds of the diffusion and two-stage models (docs/equations.md L3, L6).
 
-Every draw is a function of (seed, index of the image, number of the draw), so neither the batch size nor the number of
-processes changes a figure by more than rounding.
+Every draw is a function of (seed, index of the image, number of the draw), so the batch size and the
+number of processes change results by rounding only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from autoencoder.posterior import DiagonalGaussian
 from ldm import config as configuration
 from ldm.config import ConfigError, DataConfig, DiffusionTrainingConfig
-from ldm.data import rng as streams
+from ldm.data import rng
 from ldm.data.sample import Source, readable
 from ldm.data.sources import open_source
 from ldm.data.transforms import prepare
@@ -45,7 +45,7 @@ from ldm.pipeline.codec import LatentCodec
 SEED = 2000
 SPLIT = "validation"
 FIXED = ("posterior", "beta")
-DRAWN = 32  # steps for each image
+DRAWN = 32  # steps t drawn for each image
 BINS = 40  # of t, in the report and the picture
 PARTS = ("reconstruction", "prior", "denoising")
 
@@ -55,16 +55,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Nats:
-    """One image in nats, summed over its dimensions. The first two and ``standard`` are 0 in pixel space.
+    """The bound of one image in nats, summed over dimensions. In pixel space the first three are 0.
 
     Attributes:
-        image: −log p(x|z), the decoder's.
+        image: −log p(x|z) of the decoder.
         posterior: E log q(z|x), in the normalised latent.
-        standard: KL(q(z|x) ‖ N(0, I)), what the latent costs without a diffusion model.
-        prior: F4.
-        reconstruction: the last step's −log p(z|z_1), or of the image itself, with each reverse variance.
+        standard: KL(q(z|x) ‖ N(0, I)), the cost of the latent without a diffusion model.
+        prior: KL at t = T (F4).
+        reconstruction: −log p(z|z_1) of the last step, or −log p(x|x_1), by reverse variance.
         t: the steps evaluated.
-        denoising: their weighted KLs with each reverse variance.
+        denoising: their weighted KLs, by reverse variance.
     """
 
     image: float
@@ -76,11 +76,11 @@ class Nats:
     denoising: dict[str, list[float]]
 
     def diffused(self, variance: str) -> float:
-        """The bound of what is diffused (L3)."""
+        """The bound of the latent, or of the image in pixel space (L3)."""
         return self.reconstruction[variance] + self.prior + sum(self.denoising[variance])
 
     def terms(self, variance: str) -> dict[str, float]:
-        """Every term of the bound; their sum is the whole."""
+        """All terms of the bound; they sum to it."""
         return {
             "image": self.image,
             "posterior": self.posterior,
@@ -90,22 +90,28 @@ class Nats:
         }
 
     def parts(self, variance: str) -> dict[str, float]:
-        """The terms grouped as L3 has them."""
+        """The terms grouped as in L3."""
         reconstruction = self.image + self.posterior + self.reconstruction[variance]
         return dict(zip(PARTS, (reconstruction, self.prior, sum(self.denoising[variance])), strict=True))
 
 
 def likelihood(
-    run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int, progress: Progress, say: Say,
+    run: Path, images: int, timesteps: int | None, variance: str | None, batch_size: int, seed: int,
+    progress: Progress, say: Say,
     processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Bound −log p(image | caption) for validation images; writes report.json (its ``likelihood``) and likelihood.png.
+    """Bound −log p(image | caption) of validation images; writes report.json (its ``likelihood``) and likelihood.png.
 
-    ``timesteps``: steps drawn for each image, 0 for all; left out, DRAWN or as many as there are.
-    ``variance``: of the reverse steps; left out, learned where the model has learned it, else beta for latents and
-    posterior for pixels: at the steps of least noise a latent is still a smooth density, and a pixel is known.
-    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
-    Raises ConfigError for a setting that does not fit the model, DataError where no image can be read.
+    Args:
+        timesteps: steps t drawn for each image, 0 for all; by default DRAWN, or all if there are fewer.
+        variance: of the reverse steps; by default learned if the model has learned it, else beta for
+            latents and posterior for pixels: at the least noise a latent is still a smooth density,
+            whereas a pixel is known.
+        parts: replacements for parts of the model (``vae``, ``text``), see ``Pipeline.from_pretrained``.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        DataError: no image can be read.
     """
     started = time.monotonic()
     config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
@@ -120,32 +126,26 @@ def likelihood(
     timesteps = min(DRAWN, last) if timesteps is None else timesteps
     if not 0 <= timesteps <= last:
         raise ConfigError(f"timesteps must lie between 1 and {last}, or be 0 for all of them, got {timesteps}")
-    learned = pipe.unet.out_channels == 2 * pipe.unet.in_channels
-    variances = (*FIXED, "learned") if learned else FIXED
-    if variance is not None and variance not in variances:
-        raise ConfigError(f"variance must be one of {', '.join(variances)} for this model, got {variance}")
+    chosen, variances = _variances(pipe, variance)
     std = decoder_noise.of_run(run, pipe, config.data, processes, say) if pipe.codec else None
     source = open_source(config.data, SPLIT)
 
-    def share(mine: range) -> list[Nats | None]:
-        found: list[Nats | None] = []
-        for start in range(0, len(mine), batch_size):
-            indices = mine[start : start + batch_size]
-            known = measure(pipe, source, config.data, indices, timesteps, variances, std, seed)
-            found += [known.get(i) for i in indices]
-            progress(len(found), len(mine), {})
-        return found
+    def work(share: range) -> list[Nats | None]:
+        rows: list[Nats | None] = []
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            measured = measure(pipe, source, config.data, indices, timesteps, variances, std, seed)
+            rows += [measured.get(i) for i in indices]
+            progress(len(rows), len(share), {})
+        return rows
 
-    rows = [row for row in processes.over(min(images, source.length or images), share) if row is not None]
+    rows = [row for row in processes.over(min(images, source.length or images), work) if row is not None]
     if not rows:
         raise DataError(f"{run}: none of its {SPLIT} images can be read")
-    chosen = variance or ("learned" if learned else "beta" if pipe.codec else "posterior")
     found = summary(pipe, config.data, rows, variances, chosen)
-    settings = {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
-    given = {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}
-    found |= (
-        settings | given | ({"decoder_std": std} if std else {}) | {"seconds": round(time.monotonic() - started, 1)}
-    )
+    found |= {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
+    found |= {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}
+    found |= ({"decoder_std": std} if std else {}) | {"seconds": round(time.monotonic() - started, 1)}
     if processes.main:
         file = run / "report.json"
         write_json(file, (read_json(file) if file.is_file() else {}) | {"likelihood": found})
@@ -153,18 +153,28 @@ def likelihood(
     return found
 
 
+def _variances(pipe: Pipeline, wanted: str | None) -> tuple[str, tuple[str, ...]]:
+    """The reverse variance of the result, and all those that the model can be measured with. Raises ConfigError."""
+    variances = (*FIXED, "learned") if pipe.learned_variance else FIXED
+    if wanted is not None and wanted not in variances:
+        raise ConfigError(f"variance must be one of {', '.join(variances)} for this model, got {wanted}")
+    return wanted or ("learned" if pipe.learned_variance else "beta" if pipe.codec else "posterior"), variances
+
+
 @torch.no_grad()
 def measure(
     pipe: Pipeline, source: Source, data: DataConfig, indices: Sequence[int], timesteps: int, variances: Sequence[str],
     std: list[float] | None, seed: int,
 ) -> dict[int, Nats]:  # fmt: skip
-    """The images ``indices`` in one batch, by index; those that cannot be read are left out."""
+    """Measure the images ``indices`` in one batch; those that cannot be read are left out of the result."""
     read = list(readable(source, indices))
     if not read:
         return {}
     numbers = [i for i, _ in read]
     image = torch.stack([prepare(sample.image, data.image_size) for _, sample in read]).to(pipe.device)
     gaussian.check_pixels(image)
+
+    # the autoencoder's terms
     zero = torch.zeros(len(image), dtype=torch.float64)
     x0, log_p, log_q, standard = image, zero, zero, zero
     if pipe.codec:
@@ -172,27 +182,31 @@ def measure(
         posterior = normalised(pipe.codec, pipe.codec.autoencoder.encode(image))
         x0 = posterior.sample(normal(seed, "z", numbers, posterior.mean))
         log_p = image_log_likelihood(image, pipe.codec.decode(x0), std).cpu()
-        log_q = -_summed(
-            gaussian.entropy(posterior.logvar.double())
-        ).cpu()  # its expectation, which no draw need estimate
+        log_q = -_summed(gaussian.entropy(posterior.logvar.double())).cpu()  # the expectation, in closed form
         standard = _summed(posterior.kl().double()).cpu()
+
+    # the bound of the latent, at the same steps for every variance
     captions = [sample.text for _, sample in read]
     denoiser = pipe.denoiser(captions, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
     steps = all_steps(pipe.schedule, len(x0))
     if timesteps:
-        uniform = np.stack([streams.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])
+        uniform = np.stack([rng.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])
         steps = drawn_steps(pipe.schedule, torch.from_numpy(uniform).to(pipe.device))
     found = bounds(
         denoiser, x0, lambda k: normal(seed, f"noise {k}", numbers, x0), steps, variances, pixels=pipe.codec is None
     )
     by_variance = dict(zip(variances, found, strict=True))
-    rows = {
-        n: Nats(
-            -float(log_p[i]), float(log_q[i]), float(standard[i]), float(found[0].prior[i]),
-            {name: float(bound.reconstruction[i]) for name, bound in by_variance.items()}, steps.t[i].tolist(),
-            {name: bound.denoising[i].tolist() for name, bound in by_variance.items()},
-        ) for i, n in enumerate(numbers)
-    }  # fmt: skip
+    rows: dict[int, Nats] = {}
+    for i, n in enumerate(numbers):
+        rows[n] = Nats(
+            image=-float(log_p[i]),
+            posterior=float(log_q[i]),
+            standard=float(standard[i]),
+            prior=float(found[0].prior[i]),
+            reconstruction={name: float(bound.reconstruction[i]) for name, bound in by_variance.items()},
+            t=steps.t[i].tolist(),
+            denoising={name: bound.denoising[i].tolist() for name, bound in by_variance.items()},
+        )
     for n, row in rows.items():
         if not all(math.isfinite(row.terms(name)[term]) for name in variances for term in row.terms(name)):
             raise NonFiniteError(f"the bound of image {n}: not finite (NaN or infinite)")
@@ -200,28 +214,28 @@ def measure(
 
 
 def normalised(codec: LatentCodec, posterior: DiagonalGaussian) -> DiagonalGaussian:
-    """The posterior of the latent that is diffused, (z − shift)·scale: a change of variables by the scale alone (L6)."""
+    """The posterior of the normalised latent (z − shift)·scale, by a change of variables (L6)."""
     return DiagonalGaussian(
         (posterior.mean - codec.shift) * codec.scale, posterior.logvar + 2 * math.log(abs(codec.scale))
     )
 
 
 def image_log_likelihood(image: Tensor, decoded: Tensor, std: Sequence[float]) -> Tensor:
-    """log p(x|z) of 8-bit images [b, C, H, W], a discretised Gaussian around the decoder's output, one σ for each channel; [b]."""
+    """log p(x|z) of 8-bit images [b, C, H, W] under a discretised Gaussian, one σ per channel; [b]."""
     log_variance = 2 * torch.tensor(std, dtype=torch.float64, device=image.device).log().reshape(1, -1, 1, 1)
     return _summed(gaussian.discretised_log_probability(image.double(), decoded.double(), log_variance))
 
 
 def normal(seed: int, name: str, numbers: Sequence[int], like: Tensor) -> Tensor:
-    """Standard normal draws of the shape of ``like``, one array for each image by its number."""
-    drawn = np.stack([streams.normal(seed, f"likelihood/{name}", n, tuple(like.shape[1:])) for n in numbers])
+    """Standard normal draws in the shape of ``like``, a function of seed, name and number of each image."""
+    drawn = np.stack([rng.normal(seed, f"likelihood/{name}", n, tuple(like.shape[1:])) for n in numbers])
     return torch.from_numpy(drawn).to(like)
 
 
 def summary(
     pipe: Pipeline, data: DataConfig, rows: Sequence[Nats], variances: Sequence[str], chosen: str
 ) -> dict[str, Any]:
-    """The figures of the report, in bits per dimension of the image, but for ``latent``, which is per latent dimension."""
+    """The results in bits per dimension of the image, except ``latent``: per dimension of the latent."""
     dimensions = data.image_channels * data.image_size**2
     diffused = dimensions // pipe.factor**2 // data.image_channels * pipe.unet.in_channels
     image, posterior = _float64([row.image for row in rows]), _float64([row.posterior for row in rows])
@@ -233,9 +247,8 @@ def summary(
     if pipe.codec:
         terms = [row.terms(chosen) for row in rows]
         found["terms"] = {name: _bits([row[name] for row in terms], dimensions)[0] for name in terms[0]}
-        found["latent"] = dict(zip(("bits_per_dim", "error"), _bits(latent[chosen], diffused), strict=True)) | {
-            "dimensions": diffused
-        }
+        latent_mean, latent_error = _bits(latent[chosen], diffused)
+        found["latent"] = {"bits_per_dim": latent_mean, "error": latent_error, "dimensions": diffused}
         found["with_standard_normal_prior"] = _bits([row.image + row.standard for row in rows], dimensions)[0]  # L12
     found["by_variance"] = {name: _bits(values, dimensions)[0] for name, values in totals.items()}
     found["by_t"] = by_t(pipe, rows, chosen, dimensions)
@@ -243,7 +256,7 @@ def summary(
 
 
 def by_t(pipe: Pipeline, rows: Sequence[Nats], variance: str, dimensions: int) -> list[dict[str, float]]:
-    """The denoising part in up to BINS bins of t, each drawn about equally often; the bins sum to the part."""
+    """The denoising part in at most BINS bins of t, drawn about equally often; the bins sum to the part."""
     cumulative = step_probabilities(pipe.schedule).cumsum(0).cpu()
     count = len(cumulative)
     ends = list(range(1, count + 1))  # the last t of each bin

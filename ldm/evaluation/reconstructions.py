@@ -1,4 +1,4 @@
-"""Images through an autoencoder and back, with the PSNR of each."""
+"""Reconstructions of images by an autoencoder, with the PSNR of each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ldm.data.sample import Source, readable
 from ldm.data.transforms import prepare, to_uint8
 from ldm.files.tensors.finite import finite
 
-AT_ONCE = 16  # images computed together
+AT_ONCE = 16  # images per batch
 SHOWN = 6  # images of each group
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images, their reconstructions from the posterior mean, clipped to [−1, 1], and the PSNR of each in dB."""
+    """Images and their reconstructions from the posterior mean, clipped to [−1, 1], with the PSNR in dB."""
 
     indices: list[int]
     image: Float[Tensor, "b C H W"]
@@ -35,9 +35,9 @@ class Batch:
 def reconstructed(
     autoencoder: AutoencoderKL, source: Source, size: int, indices: Sequence[int], batch: int
 ) -> Iterator[Batch]:
-    """The samples ``indices`` of a source at side ``size``, ``batch`` at once, on the autoencoder's device.
+    """Reconstruct the samples ``indices`` of a source at side ``size``, ``batch`` at a time.
 
-    Those that cannot be read are passed over. Raises NonFiniteError where a reconstruction is not finite.
+    Samples that cannot be read are skipped. Raises NonFiniteError if a reconstruction is not finite.
     """
     device = next(autoencoder.parameters()).device
     for start in range(0, len(indices), batch):
@@ -46,9 +46,8 @@ def reconstructed(
             continue
         samples = [sample for _, sample in read]
         image = torch.stack([prepare(s.image, size) for s in samples]).to(device)
-        decoded = finite(
-            autoencoder(image)[0], f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}"
-        ).clamp(-1, 1)
+        what = f"the autoencoder's reconstruction of images {start} to {start + len(image) - 1}"
+        decoded = finite(autoencoder(image)[0], what).clamp(-1, 1)
         yield Batch([i for i, _ in read], image, decoded, psnr(decoded, image).tolist(), [s.text for s in samples])
 
 
@@ -69,7 +68,7 @@ def extremes(
     n: int,
     progress: Callable[[int, int, Mapping[str, float]], None],
 ) -> tuple[list[float], dict[str, list[Pair]]]:
-    """The PSNR of each of the first ``n`` images that can be read, and the pairs that are best, median and worst; best first.
+    """PSNR of the first ``n`` readable images, best first, and the best, median and worst pairs.
 
     Only the pairs shown are kept in memory: they are computed a second time. Raises NonFiniteError.
     """

@@ -1,1 +1,1 @@
-"""Files as every room reads and writes them: text in one encoding, hashes, and files that are replaced whole."""
+"""Reading and writing files: text and JSON in UTF-8, hashes, atomic replacement."""

@@ -1,4 +1,4 @@
-"""Bytes on the disk: their hash, a file replaced whole or not at all, and what the system says against it."""
+"""Files on disk: hashes, flushing, atomic replacement, and one-line descriptions of OSError."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-OS_FAULT = 2  # exit code of an OSError that nothing else explains
+OS_FAULT = 2  # exit code for an OSError that no other error wraps
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path without links; of a link to itself, for which ``Path.resolve`` raises RuntimeError, as it stands."""
+    """The absolute path without links; unlike ``Path.resolve``, also of a link to itself."""
     return Path(os.path.realpath(path))
 
 
 def check_regular(file: Path) -> None:
-    """Raise OSError for what would be waited for without an end, a named pipe or a device, and for what is not there.
+    """Raise OSError for a missing file, and for a named pipe or device, where reading might block forever.
 
-    A pipe without a name may be read: a shell makes one for `<(...)`, and the other end writes to it.
+    An anonymous pipe is allowed: a shell makes one for `<(...)`, and its other end is written to.
     """
     mode = file.stat().st_mode
     unnamed = stat.S_ISFIFO(mode) and not resolved(file).exists()
@@ -31,7 +31,7 @@ def check_regular(file: Path) -> None:
 
 
 def read_bytes(file: Path) -> bytes:
-    """A file's content. Raises OSError, also for what would be waited for."""
+    """The content of a file. Raises OSError, also for named pipes and devices."""
     check_regular(file)
     return file.read_bytes()
 
@@ -44,7 +44,7 @@ def file_hash(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Have a file or a folder on the disk before returning. Raises OSError."""
+    """Flush a file or folder to disk (fsync). Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,7 +53,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing. Raises OSError; NotADirectoryError where a file stands in the way."""
+    """Make a folder and its parents. Raises OSError; NotADirectoryError if a file is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -61,11 +61,12 @@ def make_folder(folder: Path) -> None:
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Write, flush and rename: readers see the old file or the new one, never half of one. Raises OSError naming ``file``.
+    """Replace a file atomically: readers see the old content or the new, never a part.
 
-    What is there and is not a regular file, such as /dev/stdout, is written to.
+    Something other than a regular file, such as /dev/stdout, is written to directly.
+    Raises OSError naming ``file``.
     """
-    temporary = file.with_name(f".{file.name[:40]}.tmp")  # the whole name might leave no room for more
+    temporary = file.with_name(f".{file.name[:40]}.tmp")  # shortened: file names have a maximum length
     try:
         if file.exists() and not file.is_file():
             file.write_bytes(content)
@@ -79,16 +80,14 @@ def replace(file: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        error.filename, error.filename2 = (
-            str(file),
-            None,
-        )  # a full disk names none, other faults name the temporary file
+        # A full disk names no file, other errors name the temporary one.
+        error.filename, error.filename2 = str(file), None
         raise
 
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A place for a new file or folder, which has its name ``target`` once the block has ended without an error.
+    """Temporary path for a new file or folder, renamed to ``target`` when the block ends without error.
 
     ``target`` may be an empty folder. Raises OSError naming it.
     """
@@ -107,6 +106,6 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 def described(error: OSError) -> str:
-    """Path and reason of a fault of the system, in one line."""
+    """Path and reason of an OSError, in one line."""
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"

@@ -1,4 +1,4 @@
-"""JSON objects, read strictly and written whole."""
+"""JSON objects, read strictly and written atomically."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ldm.errors import FolderError
 from ldm.files.disk import replace
 from ldm.files.text import read_text
 
-DIGITS = 100  # of a whole number: more have no meaning here
+DIGITS = 100  # most digits of an integer: no setting needs more
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object in which no key is twice. Raises FolderError naming the file."""
+    """Read a JSON object without duplicate keys. Raises FolderError naming the file."""
     try:
         text = read_text(file)
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key is twice. Raises FolderError beginning with ``what``."""
+    """Parse a JSON object without duplicate keys. Raises FolderError beginning with ``what``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -53,5 +53,5 @@ def parse_json(text: str, what: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as readable JSON, making the folder; an earlier file stays whole until then. Raises OSError."""
+    """Write ``value`` as indented JSON, atomically, making the folder. Raises OSError."""
     replace(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

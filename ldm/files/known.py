@@ -1,7 +1,7 @@
-"""Hashes of large files, computed once for each file and change of it.
+"""Hashes of large files, cached until the file changes.
 
-A small file in the user's cache folder holds the hash of each, with all that the file system says of a change. It may be
-deleted at any time; where it cannot be kept, the hash is computed each time.
+A small file in the user's cache folder holds each hash with the size, inode and times of its file. It may
+be deleted at any time; if it cannot be written, the hash is computed each time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from ldm.files.disk import file_hash, replace, resolved
 
-SMALLEST = 16 * 2**20  # bytes: below it, computing the hash takes no longer than a blink
-SETTLED = 2.0  # seconds since the last change: within the clock of the file system, a second change may look like none
-_computed: dict[str, str] = {}  # by this process: the hash by the state of the file
+SMALLEST = 16 * 2**20  # bytes; smaller files are hashed each time, which is quick
+SETTLED = 2.0  # seconds since the last change: sooner, a second change may not show in the file's times
+_computed: dict[str, str] = {}  # by this process: hash by state of the file
 
 
 def known_hash(file: Path) -> str:
-    """sha256 of a file's bytes; of a large one that has not changed, the one computed before. Raises OSError."""
+    """sha256 of a file's bytes, cached for a large file that has not changed. Raises OSError."""
     before = _state(file)
     if not _worth_keeping(before):
         return file_hash(file)
@@ -39,12 +39,16 @@ def known_hash(file: Path) -> str:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """Key that changes whenever a file's content does: the inode's change time cannot be set back."""
+    """Key that changes with the content of a file: the inode's change time cannot be set back."""
     about = file.stat()
     return {
-        "path": str(resolved(file)), "device": about.st_dev, "inode": about.st_ino, "size": about.st_size,
-        "mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns,
-    }  # fmt: skip
+        "path": str(resolved(file)),
+        "device": about.st_dev,
+        "inode": about.st_ino,
+        "size": about.st_size,
+        "mtime_ns": about.st_mtime_ns,
+        "ctime_ns": about.st_ctime_ns,
+    }
 
 
 def _worth_keeping(state: dict[str, Any]) -> bool:
@@ -53,7 +57,7 @@ def _worth_keeping(state: dict[str, Any]) -> bool:
 
 
 def _entry(path: str) -> Path | None:
-    """The place of a remembered hash; None without a folder for it."""
+    """File of a cached hash; None without a cache folder."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
@@ -63,7 +67,7 @@ def _entry(path: str) -> Path | None:
 
 
 def _remembered(entry: Path, state: dict[str, Any]) -> str | None:
-    """The hash in an entry, if it is of this very state of the file."""
+    """The hash in an entry, if it is of this state of the file."""
     try:
         held = json.loads(entry.read_text(encoding="utf-8"))
         digest = held.pop("sha256")

@@ -1,4 +1,4 @@
-"""Text files that users write: captions, prompts, tables, configurations. All of them are read here, in one way."""
+"""Text files that users write: captions, prompts, tables, configurations, all read as UTF-8."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ldm.files.disk import read_bytes
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, without the byte order mark that some editors put first.
+    """The text of a UTF-8 file, without a byte order mark.
 
-    Raises ValueError naming the file, the line and the byte where it is in another encoding; OSError where it cannot be
-    read, or is a named pipe or a device.
+    Raises ValueError naming file, line and byte for another encoding; OSError for a file that cannot be
+    read, or is a named pipe or device.
     """
     content = read_bytes(file)
     try:
@@ -21,15 +21,14 @@ def read_text(file: Path) -> str:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError(f"{file} is UTF-16: save it as UTF-8") from None
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}): save it as UTF-8"
-        ) from None
+        byte = content[error.start]
+        raise ValueError(f"{file}: line {line} is not UTF-8 (byte 0x{byte:02x}): save it as UTF-8") from None
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text, which end at \\n, \\r\\n or \\r alone.
+    """The lines of a text, split at \\n, \\r\\n and \\r only.
 
-    ``str.splitlines`` also ends them at form feeds, U+0085, U+2028 and others, which may stand inside a caption.
+    ``str.splitlines`` also splits at form feeds, U+0085, U+2028 and others, which a caption may contain.
     """
     found = re.split(r"\r\n|\n|\r", text)
     return found[:-1] if found[-1] == "" else found

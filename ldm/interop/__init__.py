@@ -1,1 +1,1 @@
-"""Other people's checkpoints: the layouts that our folders share with theirs."""
+"""Other programs' model layouts, each read into a ``Bundle`` and written from one."""

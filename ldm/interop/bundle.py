@@ -1,4 +1,4 @@
-"""A model as files hold it: configurations and tensors, in diffusers' words, and no network.
+"""A model as its files hold it: configurations and tensors under diffusers' names.
 
 Every layout (a pipeline folder, a single file) is read into a Bundle and written from one.
 """
@@ -20,11 +20,12 @@ class Part:
     """One network.
 
     Attributes:
-        config: its config.json, in diffusers' or transformers' words.
-        tensors: by the names used there (the text encoder's with the prefix `text_model.`); memory-mapped, so that one which
-            is not looked at costs nothing.
-        files: where they were read.
-        sha256: of the files that were written with their folder, by name; empty where that is not known.
+        config: its config.json, with the keys of diffusers or transformers.
+        tensors: by their names there (the text encoder's with the prefix `text_model.`);
+            memory-mapped, so that a tensor that is never read costs nothing.
+        files: the files that they were read from.
+        sha256: file name to the hash that `ldm.json` recorded when the folder was written; empty if
+            unknown.
     """
 
     config: Mapping[str, Any]
@@ -45,24 +46,27 @@ class Bundle:
     """A model, whole or in part.
 
     Attributes:
-        parts: by UNET, VAE, TEXT; those that are there.
+        parts: the networks present, under UNET, VAE and TEXT.
         scheduler: scheduler_config.json; None for an autoencoder alone.
         tokenizer: the files of tokenizer/ by name.
-        extra: `ldm.json`: what only we know (null caption, sampling defaults).
+        extra: `ldm.json`: settings with no place in diffusers' files (null caption, sampling
+            defaults).
+        unused: tensors and sub-folders of the source that no network uses, by name there: why each
+            is harmless.
+        layout: a description of the source for messages; empty for a model that was not read from
+            files.
         kind: the class in the `model_index.json` of a folder.
-        layout: what it was read from, in words; empty for a model of this process.
-        besides: what the source carries and no network uses, tensors and sub-folders by their name there: why that is harmless.
     """
 
     parts: Mapping[str, Part]
     scheduler: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    besides: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
     layout: str = ""
     kind: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the weights, each once."""
+        """The weight files of all parts, without duplicates."""
         return tuple(dict.fromkeys(file for part in self.parts.values() for file in part.files))

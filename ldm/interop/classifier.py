@@ -1,4 +1,4 @@
-"""The folder of a classifier of noisy samples, `classifier/` with config.json and weights: what it knows, and what it fits."""
+"""The folder of a classifier of noisy samples: `classifier/` with config.json and weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ class ClassifierInfo:
     """A classifier without its weights.
 
     Attributes:
-        classes: their names, in the order of the logits.
-        captions: the number of the class that each caption means.
-        in_channels: of x_t.
-        schedule: the process whose t it is given.
-        autoencoder: sha256 of the weights of the autoencoder whose latents it knows; None: pixels.
+        model: the network's settings.
+        classes: names of the classes, in the order of the logits.
+        captions: caption to the index of its class.
+        in_channels: channels of x_t.
+        schedule: noise schedule that its timesteps refer to.
+        autoencoder: sha256 of the weights of the autoencoder that encoded its training images;
+            None: pixels.
     """
 
     model: ClassifierConfig
@@ -38,17 +40,17 @@ class ClassifierInfo:
     autoencoder: str | None
 
     def label(self, caption: str) -> int:
-        """The class of a caption. Raises ConfigError naming those it knows."""
+        """The class index of a caption. Raises ConfigError that lists the known captions."""
         if caption not in self.captions:
             raise ConfigError(f"the classifier knows no {caption!r}, only: {', '.join(self.captions)}")
         return self.captions[caption]
 
     def make(self) -> NoisyClassifier:
-        """The network with fresh weights."""
+        """A newly initialised network."""
         return NoisyClassifier(self.model, self.in_channels, len(self.classes))
 
     def save(self, network: NoisyClassifier, folder: Path) -> None:
-        """Write the weights, then the configuration."""
+        """Write the weights, then the configuration. Raises FolderError or OSError."""
         write_module(network, folder / WEIGHTS)
         about = {
             "model": to_dict(self.model),
@@ -61,7 +63,10 @@ class ClassifierInfo:
 
 
 def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
-    """The classifier of a run or folder, and where its weights are. Raises FolderError or ConfigError."""
+    """The classifier of a run or folder, and the file of its weights.
+
+    Raises FolderError or ConfigError.
+    """
     path = Path(path)
     folder = next(
         (f for f in (path / "model/classifier", path / "classifier", path) if (f / "config.json").is_file()), None
@@ -72,7 +77,7 @@ def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
     about = read_json(folder / "config.json")
     if about.get("_class_name") != CLASS_NAME:
         raise FolderError(
-            f"{folder} holds a {about.get('_class_name')}, no classifier: name a run of `ldm train-classifier`"
+            f"{folder} holds a {about.get('_class_name')}, not a classifier: name a run of `ldm train-classifier`"
         )
     try:
         model = build(ClassifierConfig, about["model"], "model.")
@@ -86,7 +91,7 @@ def read_classifier(path: str | Path) -> tuple[ClassifierInfo, Path]:
 
 
 def _check_types(about: Mapping[str, Any], where: str) -> None:
-    """Raise FolderError for an entry of another type than is written."""
+    """Raise FolderError for an entry whose type is not the one that ``save`` writes."""
     classes, captions, channels, autoencoder = (
         about[key] for key in ("classes", "captions", "in_channels", "autoencoder_sha256")
     )

@@ -1,4 +1,4 @@
-"""Completeness of a model: its autoencoder and text encoder, of the sizes that its U-Net takes."""
+"""Completeness of a model: the autoencoder and text encoder that fit its U-Net."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
 
 
 def lacking(bundle: Bundle) -> dict[str, str]:
-    """The parts that a model with a U-Net was made with and that are not there, and how that is seen. Raises ConfigError."""
+    """Missing parts of a model with a U-Net, each with the evidence that it belongs to the model.
+
+    Raises ConfigError.
+    """
     if UNET not in bundle.parts:
         return {}
-    _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)
+    unet = unet_from_diffusers(bundle.parts[UNET].config)
+    channels, context = unet.in_channels, unet.context_dim
     hashed = {str(name).split("/")[0] for name in bundle.extra.get(HASHES, {})}
     side, size = sample_side(bundle.parts[UNET].config), bundle.extra.get("sample_size") or 0
     signs = {
@@ -41,29 +45,36 @@ def lacking(bundle: Bundle) -> dict[str, str]:
 
 
 def check_complete(bundle: Bundle, where: str | Path) -> None:
-    """Raise FolderError for a part that is missing, or that does not fit the U-Net."""
+    """Raise FolderError for a part that is missing or does not fit the U-Net."""
     for part, sign in lacking(bundle).items():
         option = OPTIONS[part]
         raise FolderError(
-            f"{where} has no {NAMES[part]}, but {sign}: bring it back, or name one by --{option} PATH ({option}= in Python)"
+            f"{where} has no {NAMES[part]}, but {sign}: bring it back,"
+            f" or name one by --{option} PATH ({option}= in Python)"
         )
     if UNET not in bundle.parts:
         return
-    _, channels, _, context = unet_from_diffusers(bundle.parts[UNET].config)
-    if (
-        VAE in bundle.parts
-        and (latent := autoencoder_from_diffusers(bundle.parts[VAE].config).latent_channels) != channels
-    ):
+    unet = unet_from_diffusers(bundle.parts[UNET].config)
+    channels, context = unet.in_channels, unet.context_dim
+    latent = autoencoder_from_diffusers(bundle.parts[VAE].config).latent_channels if VAE in bundle.parts else channels
+    if latent != channels:
         raise FolderError(
-            f"{where}: the autoencoder's latents have {latent} channels, and the U-Net predicts {channels}: not of one model"
+            f"{where}: the autoencoder's latents have {latent} channels, and the U-Net predicts {channels}:"
+            " they do not belong to one model"
         )
     if TEXT not in bundle.parts:
         return
     if context is None:
-        raise FolderError(f"{where}: there is a text encoder, and the U-Net takes no caption: not of one model")
+        raise FolderError(
+            f"{where}: there is a text encoder, and the U-Net takes no caption: they do not belong to one model"
+        )
+
+    # A whole CLIP's config.json nests the settings of its text half.
     tower = bundle.parts[TEXT].config
-    width = (inner if isinstance(inner := tower.get("text_config"), dict) else tower).get("hidden_size")
+    inner = tower.get("text_config")
+    width = (inner if isinstance(inner, dict) else tower).get("hidden_size")
     if type(width) is int and width != context:
         raise FolderError(
-            f"{where}: the text encoder's states have width {width}, and the U-Net takes {context}: not of one model"
+            f"{where}: the text encoder's states have width {width}, and the U-Net takes {context}:"
+            " they do not belong to one model"
         )

@@ -1,4 +1,4 @@
-"""A model's description, from its files, for `ldm inspect`. Weights are read for their hashes alone, piece by piece."""
+"""Description of a model from its files, for `ldm inspect`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ldm.interop.diffusers.unet import unet_from_diffusers
 
 
 def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
-    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale; of its ``weights``, if they are to be read, the hash
-    of each part, and which tensors hold NaN or an infinity, where there are any.
+    """Facts about a model, JSON-ready: sizes, dtypes, process, latent scale.
 
-    Raises ConfigError where a configuration cannot be expressed here.
+    ``weights``: read them too, for the hash of each part and the names of tensors that hold NaN or
+    infinity. Raises ConfigError where a configuration cannot be expressed here.
     """
-    tell = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
+    describers = {UNET: _unet, VAE: _autoencoder, TEXT: _text}
     about: dict[str, Any] = {
-        name: {**_size(part.tensors), **tell[name](part), **(_weights(part) if weights else {})}
+        name: {**_size(part.tensors), **describers[name](part), **(_weights(part) if weights else {})}
         for name, part in bundle.parts.items()
     }
     if bundle.scheduler is not None:
@@ -36,13 +36,13 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
         about["tokenizer"] = sorted(bundle.tokenizer)
     if bundle.extra:
         about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key != "sha256"}
-    if bundle.besides:
-        about["besides"] = dict(Counter(bundle.besides.values()))
+    if bundle.unused:
+        about["unused"] = dict(Counter(bundle.unused.values()))
     return about
 
 
 def part_hash(part: Part) -> str:
-    """sha256 over names, types, shapes and values: the same in every layout, whatever file holds them."""
+    """sha256 over names, dtypes, shapes and values; the same in every layout."""
     digest = sha256()
     for name in sorted(part.tensors):
         digest.update(f"{name} {tensor_hash(part.tensors[name])}\n".encode())
@@ -50,7 +50,7 @@ def part_hash(part: Part) -> str:
 
 
 def _weights(part: Part) -> dict[str, Any]:
-    """Facts that only the weights themselves show."""
+    """Facts that need the weights: their hash, and tensors that are not finite."""
     bad = nonfinite(part.tensors)
     return {"sha256": part_hash(part)} | (
         {"not_finite": {name: counted(part.tensors[name]) for name in bad}} if bad else {}
@@ -68,7 +68,8 @@ def _size(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _unet(part: Part) -> dict[str, Any]:
-    config, channels, out_channels, context = unet_from_diffusers(part.config)
+    spec = unet_from_diffusers(part.config)
+    config = spec.config
     return {
         "channels": list(config.channels),
         "layers_per_level": config.layers_per_level,
@@ -76,10 +77,10 @@ def _unet(part: Part) -> dict[str, Any]:
         "heads": list(config.heads),
         "transformer_layers": config.transformer_layers,
         "linear_projection": config.linear_projection,
-        "context": context,
-        "takes": channels + config.concat_channels,
-        "predicts": out_channels,
-        "learned_variance": out_channels == 2 * channels,
+        "context": spec.context_dim,
+        "takes": spec.in_channels + config.concat_channels,
+        "predicts": spec.out_channels,
+        "learned_variance": spec.learned_variance,
     }
 
 
@@ -107,7 +108,7 @@ def _text(part: Part) -> dict[str, Any]:
         "vocabulary": "vocab_size",
         "activation": "hidden_act",
     }
-    return {ours: tower.get(theirs) for ours, theirs in names.items()}
+    return {fact: tower.get(key) for fact, key in names.items()}
 
 
 def _process(scheduler: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models of the hub: a text encoder and its tokenizer, safetensors alone."""
+"""Models of the Hugging Face hub: a text encoder and its tokenizer, safetensors only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _PATTERNS = [
 
 
 def find_or_fetch(name: str) -> Path:
-    """The folder of that name, or the hub's model of that name as a local folder. Raises FolderError."""
+    """The local folder called ``name``, or a local copy of the hub model called so.
+
+    Raises FolderError.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

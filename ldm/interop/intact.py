@@ -1,6 +1,6 @@
-"""Checks of weights before use: finite, and in the files that were written with their folder.
+"""Checks of weights before use: all finite, and files unchanged since their folder was written.
 
-`ldm.json` of a folder of ours holds the sha256 of each file of weights.
+`ldm.json` of a folder written here holds the sha256 of each weight file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ldm.files.known import known_hash
 from ldm.files.tensors.finite import counted, nonfinite
 from ldm.interop.bundle import Bundle, Part
 
-EXTRA = "ldm.json"  # what the folder's other files have no place for: null caption, sampling defaults, hashes
-HASHES = "sha256"  # its entry
+EXTRA = "ldm.json"  # settings with no place in diffusers' files: null caption, sampling defaults, hashes
+HASHES = "sha256"  # its entry of hashes
 FORMAT = 1
-LARGEST = 2**14  # pixels a side
+LARGEST = 2**14  # side of an image in pixels
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """`ldm.json` of a model folder, each entry of its type; empty where there is none. Raises FolderError."""
+    """`ldm.json` of a model folder, types checked; empty if there is none. Raises FolderError."""
     file = folder / EXTRA
     about = read_json(file) if file.exists() else {}
     check_extra(about, str(file))
@@ -33,7 +33,7 @@ def read_extra(folder: Path) -> dict[str, Any]:
 
 
 def check_extra(about: Mapping[str, Any], where: str) -> None:
-    """Raise FolderError for an entry of another type than is written."""
+    """Raise FolderError for an entry whose type or range is not what is written here."""
     for key, (holds, what) in _ENTRIES.items():
         if key in about and not holds(about[key]):
             raise FolderError(f"{where}: {key} should be {what}, and is {shown(about[key])}")
@@ -57,34 +57,34 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def written_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of the files of weights of a part's folder, by name, as `ldm.json` of the model around it has them.
+    """The sha256 of a part's weight files, by name, recorded in `ldm.json` of the folder above.
 
-    Empty where it has none of this folder's. Raises FolderError.
+    Empty if nothing is recorded for this part. Raises FolderError.
     """
-    folder = Path(
-        os.path.abspath(folder)
-    )  # a link to another run's is not followed: it is not the part that was written here
+    # Not resolved: a link to another run's part is not the part that was written here.
+    folder = Path(os.path.abspath(folder))
     places = {Path(name): digest for name, digest in read_extra(folder.parent).get(HASHES, {}).items()}
     return {place.name: digest for place, digest in places.items() if str(place.parent) == folder.name}
 
 
 def write_hashes(folder: Path, files: Iterable[Path], about: Mapping[str, object] | None = None) -> None:
-    """Write `ldm.json` with ``about`` and the hashes of these files. Raises OSError."""
+    """Write `ldm.json` with ``about`` and the hashes of ``files``. Raises OSError."""
     hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
     write_json(folder / EXTRA, {"format": FORMAT, **(about or {}), HASHES: hashes})
 
 
 def check_intact(part: Part, name: str = "") -> None:
-    """Raise FolderError for the first weight that is not a number, or file that is not the one written with its folder.
+    """Raise FolderError for a weight that is not finite, or a file changed since it was written.
 
-    Weights are read once; a large file is hashed once for each change of it. ``name``: of the part, for the message.
+    Weights are read once; the hash of a large file is cached until the file changes. ``name``: of
+    the part, for the message.
     """
     check_finite(part, name)
     check_hashes(part)
 
 
 def check_finite(part: Part, name: str = "") -> None:
-    """Raise FolderError naming the first weight that holds NaN or an infinity."""
+    """Raise FolderError naming the first tensor that holds NaN or infinity."""
     if bad := nonfinite(part.tensors):
         more = f", and {len(bad) - 1} further tensors are not finite either" if len(bad) > 1 else ""
         raise FolderError(
@@ -93,7 +93,10 @@ def check_finite(part: Part, name: str = "") -> None:
 
 
 def check_hashes(part: Part, anew: bool = False) -> None:
-    """Raise FolderError for a file of weights that is not the one written with its folder. ``anew``: trust no remembered hash."""
+    """Raise FolderError for a weight file changed since its folder was written.
+
+    ``anew``: ignore cached hashes.
+    """
     for file in part.files if part.sha256 else ():
         if (written := part.sha256.get(file.name)) is None:
             raise FolderError(
@@ -113,7 +116,7 @@ _REMEDY = f'bring back the file, or, if it was meant to change, delete "{HASHES}
 
 
 def check_writable(bundle: Bundle) -> None:
-    """Raise NonFiniteError for a weight that holds NaN or an infinity: such a model is never written."""
+    """Raise NonFiniteError for a tensor with NaN or infinity: such a model is never written."""
     for name, part in bundle.parts.items():
         if bad := nonfinite(part.tensors):
             raise NonFiniteError(f"{name}: {bad[0]} holds {counted(part.tensors[bad[0]])}: such a model is not written")

@@ -1,4 +1,4 @@
-"""LoRA files: read in the layouts of diffusers, peft and kohya-ss, written as diffusers or kohya-ss reads them."""
+"""LoRA files: read from diffusers, peft and kohya-ss, written for diffusers or kohya-ss."""
 
 from __future__ import annotations
 
@@ -34,23 +34,30 @@ from ldm.models.lora import Lora, LowRank, changeable
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-METADATA = "lora_adapter_metadata"  # entry of the header: peft's LoraConfig of each network, as JSON
-NAMES = (FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")  # in a folder, the first that is there
+METADATA = "lora_adapter_metadata"  # header entry: peft's LoraConfig of each network, as JSON
+NAMES = (FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")  # in a folder, the first that exists
 LAYOUTS = {"diffusers": diffusers_keys, "kohya": kohya_keys}
 
-Found = dict[Place, dict[str, tuple[str, Tensor]]]  # for each layer and DOWN, UP, ALPHA: the key and the tensor
+Found = dict[Place, dict[str, tuple[str, Tensor]]]  # layer → DOWN, UP or ALPHA → key in the file and tensor
 
 
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, Lora]:
-    """The changes in a LoRA file for each of ``networks`` (UNET; TEXT: the tower), frozen, float32, not yet attached.
+    """Read a LoRA file as one ``Lora`` per network that it changes: frozen, float32, not attached.
 
-    ``path``: the file, a folder that holds one, or a run. Every tensor is used, and finite. Raises FolderError naming the
-    file and the key or setting.
+    Args:
+        path: the file, a folder that holds one, or a run.
+        networks: UNET, and TEXT for the text tower.
+
+    Raises:
+        FolderError: naming the file and the key or setting, for a tensor that is not finite, does
+            not fit or is not known.
     """
     file = find_lora(path)
     tensors, header = _open(file)
     settings = {part: settings_of(part, header, str(file)) for part in (UNET, TEXT)}
     check_kind(tensors, str(file))
+
+    # Every name that a layer may have in a file.
     table = {
         stem: (part, name)
         for part, network in networks.items()
@@ -59,6 +66,8 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
     }
     if isinstance(config := getattr(networks.get(UNET), "config", None), UNetConfig):
         table |= {stem: (UNET, name) for name in changeable(networks[UNET]) for stem in compvis_stems(name, config)}
+
+    # The tensors by layer and role.
     found: Found = {}
     for key, tensor in tensors.items():
         place, role = place_of(key, table, str(file))
@@ -69,20 +78,25 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> dict[str, 
         raise FolderError(f"{file} holds no tensor")
     loras = {}
     for part, network in networks.items():
-        mine = {name: roles for (p, name), roles in found.items() if p == part}
-        if mine:
-            loras[part] = _build(network, mine, settings[part], file)
+        if layers := {name: roles for (owner, name), roles in found.items() if owner == part}:
+            loras[part] = _build(network, layers, settings[part], file)
     return loras
 
 
 def write_lora(
     loras: Mapping[str, Lora], file: Path, layout: str = "diffusers", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the changes of each network, their α multiplied into B as far as no reader then takes another scale.
+    """Write a LoRA with α/r multiplied into B, so that readers without α use the right scale.
 
-    ``layout``: `diffusers`, as ``load_lora_weights`` and peft read it: α is the rank of each layer, which is also in the
-    header, so that readers that look for no α are right. Or `kohya`, as kohya's scripts, ComfyUI, AUTOMATIC1111 and also
-    diffusers read it: α is one tensor a layer, all equal, since diffusers misreads those that differ. Raises FolderError.
+    Args:
+        layout: `diffusers`, for ``load_lora_weights`` and peft: α is the rank of each layer and
+            stands in the header. `kohya`, for kohya's scripts, ComfyUI, AUTOMATIC1111 and
+            diffusers: α is one tensor per layer, equal in all layers of a network, since diffusers
+            misreads α that differ.
+        dtype: of A and B in the file.
+
+    Raises:
+        FolderError: a change that ``dtype`` cannot hold, or a file that cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
@@ -100,7 +114,10 @@ def write_lora(
 
 
 def find_lora(path: str | Path) -> Path:
-    """The LoRA file of a folder or run, or the file itself. Raises FolderError saying what is there instead."""
+    """The LoRA file of a folder or run, or the file itself.
+
+    Raises FolderError that says what is there instead.
+    """
     path = Path(path)
     if path.is_file():
         candidates = [path]
@@ -115,7 +132,7 @@ def find_lora(path: str | Path) -> Path:
 
 
 def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a file, and what it or the adapter_config.json beside it says of itself."""
+    """All tensors of a file, and the settings in its header or in adapter_config.json."""
     archive = open_archive(file)
     try:
         header = json.loads(archive.metadata.get(METADATA) or "{}")
@@ -130,7 +147,7 @@ def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _finite(key: str, tensor: Tensor, file: Path) -> Tensor:
-    """The tensor in float32. Raises FolderError unless all of it is finite."""
+    """The tensor itself. Raises FolderError unless it holds finite floating-point numbers."""
     if not tensor.is_floating_point():
         if key.endswith(".alpha") and not tensor.is_complex():
             return tensor.float()
@@ -146,7 +163,10 @@ def _finite(key: str, tensor: Tensor, file: Path) -> Tensor:
 def _build(
     network: nn.Module, found: Mapping[str, Mapping[str, tuple[str, Tensor]]], settings: Mapping[str, Any], file: Path
 ) -> Lora:
-    """The changes of one network, all shapes checked."""
+    """The LoRA of one network from the tensors found for it.
+
+    Raises FolderError for a shape that does not fit.
+    """
     sizes: dict[str, tuple[int, float]] = {}
     for name, roles in found.items():
         for role in (DOWN, UP):
@@ -179,38 +199,43 @@ def _build(
 
 
 def _core(shape: torch.Size) -> tuple[int, ...]:
-    """A 1×1 convolution and a linear layer may stand for each other."""
+    """The shape without sides of a 1×1 kernel: such a convolution equals a linear layer."""
     return tuple(shape[:2]) if all(side == 1 for side in shape[2:]) else tuple(shape)
 
 
 def _alpha(name: str, rank: int, own: tuple[str, Tensor] | None, settings: Mapping[str, Any], file: Path) -> float:
-    """α of a layer: its own tensor, or the settings', or the rank."""
-    said = alpha_of(name, rank, settings, str(file))
+    """α of a layer: its own tensor, else the settings, else the rank.
+
+    Raises FolderError where tensor and settings differ.
+    """
+    configured = alpha_of(name, rank, settings, str(file))
     if own is None:
-        return float(rank) if said is None else said
+        return float(rank) if configured is None else configured
     key, tensor = own
     if tensor.numel() != 1:
         raise FolderError(f"{file}: {key} should be one finite number, and is {list(tensor.shape)}")
-    if said is not None and said != float(tensor):
-        raise FolderError(f"{file}: {key} is {float(tensor):g}, the settings beside it say {said:g}")
+    if configured is not None and configured != float(tensor):
+        raise FolderError(f"{file}: {key} is {float(tensor):g}, the settings beside it say {configured:g}")
     return float(tensor)
 
 
 def _check_size(name: str, change: LowRank, file: Path) -> None:
-    """Raise FolderError where (α/r) B A may be too large for float32."""
+    """Raise FolderError where (α/r) B A may overflow float32."""
     a, b = (float(part.weight.detach().abs().max()) for part in (change.lora_A, change.lora_B))  # type: ignore[operator,union-attr]
     if not a * b * abs(change.alpha) < torch.finfo(torch.float32).max:
         raise FolderError(
-            f"{file}: the change of {name} is not finite: its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}"
+            f"{file}: the change of {name} is not finite:"
+            f" its weights are up to {a:g} and {b:g}, its α is {change.alpha:g}"
         )
 
 
 def _usual_rank(lora: Lora) -> int:
+    """The most common rank."""
     return Counter(change.rank for change in lora.changes.values()).most_common(1)[0][0]
 
 
 def _peft_config(lora: Lora) -> dict[str, Any]:
-    """peft's LoraConfig of tensors with α = r: the usual rank, and the layers that differ."""
+    """peft's LoraConfig with α = r: the most common rank, and the layers that differ."""
     usual, changes = _usual_rank(lora), lora.changes
     others = {name: change.rank for name, change in changes.items() if change.rank != usual}
     return {

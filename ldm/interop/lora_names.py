@@ -1,6 +1,6 @@
 """The names of LoRA tensors in the layouts of diffusers, peft and kohya-ss.
 
-A layer has many names. All of them are made from the network's own, so that a key is either one of them or refused.
+All names that a layer may have are derived from its name in the network; any other key is refused.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ldm.interop.lora_settings import TOWER
 DOWN, UP, ALPHA = "lora_A", "lora_B", "alpha"
 ENDINGS = {
     ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP,  # peft
-    ".lora.down.weight": DOWN, ".lora.up.weight": UP, ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
+    ".lora.down.weight": DOWN, ".lora.up.weight": UP,  # diffusers before peft
+    ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
     ".lora_down.weight": DOWN, ".lora_up.weight": UP,  # kohya-ss
     ".down.weight": DOWN, ".up.weight": UP,  # after `processor.to_q_lora`
     ".alpha": ALPHA,
 }  # fmt: skip
 PEFT_PREFIX = "base_model.model."
-OTHERS = {  # in a key: what is not a LoRA as it was published
+OTHERS = {  # a pattern in a key → the kind of adapter that it belongs to
     r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
@@ -38,12 +39,12 @@ OTHERS = {  # in a key: what is not a LoRA as it was published
     r"^lora_te[23]_|^text_encoder_[23]\.": "a second text encoder (SDXL)",
     r"^bundle_emb\.|\.trainable_tokens_": "the embedding of a token",
 }
-_WHOLE = re.compile(r"(\.modules_to_save(\.\w+)?|\.base_layer)?\.(weight|bias)$")  # of a layer that is saved besides
-Place = tuple[str, str]  # UNET or TEXT, and the layer's name there
+_WHOLE = re.compile(r"(\.modules_to_save(\.\w+)?|\.base_layer)?\.(weight|bias)$")  # a layer saved whole
+Place = tuple[str, str]  # UNET or TEXT, and the name of a layer in it
 
 
 def stems(part: str, name: str) -> Iterator[str]:
-    """All that a layer of a network is called before the endings of its tensors."""
+    """All names of a layer in files, without the endings of its tensors."""
     for whole in (name,) if part == UNET else (name, TOWER + name):
         for plain in (whole, _old(whole)):
             if plain is not None:
@@ -55,7 +56,7 @@ def stems(part: str, name: str) -> Iterator[str]:
 
 
 def compvis_stems(name: str, config: UNetConfig) -> tuple[str, str]:
-    """The name of a U-Net layer by its place in a CompVis file: by ComfyUI, and by kohya-ss for a base in that layout."""
+    """The names of a U-Net layer in CompVis' layout: ComfyUI's and kohya-ss'."""
     attends = [level in config.attending for level in reversed(range(len(config.channels)))]
     there = unet_name(f"{name}.weight", config.layers_per_level, attends).removesuffix(".weight")
     return f"diffusion_model.{there}", f"lora_unet_{there.replace('.', '_')}"
@@ -66,7 +67,7 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 
 def _old(name: str) -> str | None:
-    """The name of an attention's layer from before peft; None for other layers."""
+    """The name that diffusers gave a layer of an attention before peft; None for other layers."""
     for names, between in ((_OLD, ".processor."), (_OLD_TEXT, ".")):
         for new, old in names.items():
             if name.endswith("." + new):
@@ -75,7 +76,10 @@ def _old(name: str) -> str | None:
 
 
 def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, str]:
-    """The layer that a key changes, by the ``stems`` in ``table``, and which of its tensors it is. Raises FolderError."""
+    """The layer that a key changes, looked up in ``table`` (stem → layer), and DOWN, UP or ALPHA.
+
+    Raises FolderError naming the nearest stem.
+    """
     for ending, role in ENDINGS.items():
         if key.endswith(ending) and (place := table.get(key.removesuffix(ending))) is not None:
             return place, role
@@ -89,7 +93,7 @@ def place_of(key: str, table: Mapping[str, Place], where: str) -> tuple[Place, s
 
 
 def check_kind(keys: Iterable[str], where: str) -> None:
-    """Raise FolderError where keys are of another kind of adapter, or of none."""
+    """Raise FolderError if the keys belong to another kind of adapter, or to none."""
     keys = list(keys)
     for key in keys:
         for pattern, kind in OTHERS.items():
@@ -100,19 +104,19 @@ def check_kind(keys: Iterable[str], where: str) -> None:
 
 
 def diffusers_keys(part: str, name: str) -> dict[str, str]:
-    """The key of each tensor of a layer as diffusers and peft name it; α has none."""
+    """The keys of a layer's tensors in the layout of diffusers and peft, which has none for α."""
     stem = f"{part}.{TOWER if part == TEXT else ''}{name}"
     return {DOWN: f"{stem}.lora_A.weight", UP: f"{stem}.lora_B.weight"}
 
 
 def kohya_keys(part: str, name: str) -> dict[str, str]:
-    """The key of each tensor of a layer as kohya-ss and most tools besides diffusers name it."""
+    """The keys of a layer's tensors in the layout of kohya-ss, which most other tools read."""
     flat = (f"lora_te_{TOWER}" if part == TEXT else "lora_unet_") + name
     stem = flat.replace(".", "_")
     return {DOWN: f"{stem}.lora_down.weight", UP: f"{stem}.lora_up.weight", ALPHA: f"{stem}.alpha"}
 
 
 def needs_settings(keys: Iterable[str]) -> bool:
-    """True if keys are peft's own, whose α is stored beside the tensors."""
+    """True if the keys are peft's own without α, which is then in adapter_config.json."""
     keys = list(keys)
     return any(key.startswith(PEFT_PREFIX) for key in keys) and not any(key.endswith(".alpha") for key in keys)

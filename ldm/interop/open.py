@@ -1,4 +1,4 @@
-"""A model at a path, whatever its layout: a run, a pipeline folder, an autoencoder's folder, a single file."""
+"""Read a model in any layout: run, pipeline folder, autoencoder's folder or single file."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ from ldm.interop.hub import find_or_fetch
 from ldm.interop.lora import NAMES as LORA_NAMES
 from ldm.interop.weights import check_tensors
 
-_OTHERS = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP
-_WHAT_FOR = "draw with it by `ldm sample MODEL --lora`, rewrite it by `ldm convert --lora-layout` (docs/lora.md)"
-OPENCLIP_PAD = "!"  # the token 0, with which OpenCLIP fills up a caption; OpenAI's CLIP takes the end of text
+_OTHERS = ("vision_model.", "visual_projection.", "logit_scale")  # tensors of a whole CLIP that no text encoder has
+_WHAT_FOR = "draw with it by `ldm sample MODEL --lora`, convert it by `ldm convert --lora-layout` (docs/lora.md)"
+OPENCLIP_PAD = "!"  # token 0, with which OpenCLIP pads captions; OpenAI's CLIP pads with the end-of-text token
 
 
 def read_model(
     path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, **reading: Any
 ) -> Bundle:  # fmt: skip
-    """The model at a path; no weight is looked at.
+    """The model at a path; weights are not read.
 
     Args:
-        vae, text: a run, folder, single file or name of the hub, whose autoencoder or text encoder (with its tokenizer)
-            stands in the place of the model's own.
-        reading: what a single file does not say (``from_compvis``).
+        variant: weight files of a folder to prefer, such as fp16.
+        vae, text: a run, folder, single file or hub name; its autoencoder or text encoder (with
+            tokenizer) replaces the model's own.
+        reading: options for a single file (``read_file``).
 
     Raises:
         FolderError, ConfigError.
@@ -58,16 +59,19 @@ def read_model(
     folder = find_model(path)
     _refuse(reading, path)
     if (reference := Reference.read(folder)) is not None:
-        raise ConfigError(f"{path} is a LoRA of {reference.base}, no model of its own: {_WHAT_FOR}")
+        raise ConfigError(f"{path} is a LoRA of {reference.base}, not a model: {_WHAT_FOR}")
     return _with_parts(read_folder(folder, variant, given), vae, text)
 
 
 def _with_parts(bundle: Bundle, vae: str | None, text: str | None) -> Bundle:
-    """The model with another autoencoder or text encoder. Raises FolderError or ConfigError."""
+    """The model with its autoencoder or text encoder replaced.
+
+    Raises FolderError or ConfigError.
+    """
     parts, tokenizer, extra = dict(bundle.parts), bundle.tokenizer, dict(bundle.extra)
     if vae is not None:
         parts[VAE] = read_autoencoder(vae)
-        extra.pop("sample_size", None)  # it follows from the U-Net's side and this one's factor
+        extra.pop("sample_size", None)  # follows from the side of x_t and this autoencoder's factor
     if text is not None:
         parts[TEXT], tokenizer = read_text_part(text)
     parts = {name: parts[name] for name in (UNET, VAE, TEXT) if name in parts}
@@ -77,17 +81,19 @@ def _with_parts(bundle: Bundle, vae: str | None, text: str | None) -> Bundle:
 def read_any(
     path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, **reading: Any
 ) -> Bundle:  # fmt: skip
-    """The model or the autoencoder alone at a path, every tensor checked against the configuration.
+    """The model, or the autoencoder alone, at a path; every tensor's shape is checked.
+
+    Arguments as ``read_model``.
 
     Raises FolderError or ConfigError.
     """
-    if Path(path).is_dir() and not any(
-        (Path(path) / place / name).is_file() for place in (".", "model") for name in (INDEX, REFERENCE)
-    ):
+    folder = Path(path)
+    files = (folder / place / name for place in (".", "model") for name in (INDEX, REFERENCE))
+    if folder.is_dir() and not any(file.is_file() for file in files):
         _refuse(reading, path)
         _refuse({"vae": vae, "text": text}, path, "models with a U-Net", "holds an autoencoder alone")
-        part, besides = read_part(_alone(Path(path)), VAE, variant)
-        bundle = Bundle({VAE: part}, besides=besides, layout="a folder of an AutoencoderKL")
+        part, unused = read_part(_alone(folder), VAE, variant)
+        bundle = Bundle({VAE: part}, unused=unused, layout="a folder of an AutoencoderKL")
     else:
         bundle = read_model(path, variant, vae, text, **reading)
     for name, part in bundle.parts.items():
@@ -101,25 +107,28 @@ def _refuse(
     kind: str = "single files",
     reason: str = "is a folder, whose own files say it",
 ) -> None:
-    """Raise ConfigError for what is said of a folder that only another kind of model may leave open."""
+    """Raise ConfigError if an option is given that is only for another ``kind`` of model."""
     if given := [name for name, value in reading.items() if value is not None]:
         raise ConfigError(f"{given[0]} is for {kind}, and {path} {reason}")
 
 
 def _alone(path: Path) -> Path:
-    """The folder of an autoencoder. Raises FolderError saying what else is at a path without a model_index.json."""
+    """The folder of an autoencoder.
+
+    Raises FolderError that says what else is at a path without model_index.json.
+    """
     if (path / UNET).is_dir():
         raise FolderError(f"{path} holds {UNET}/ but no {INDEX}, which says what belongs to the model")
     if any((folder / name).is_file() for folder in (path, path / "model") for name in LORA_NAMES):
-        raise ConfigError(f"{path} is a LoRA, no model of its own: {_WHAT_FOR}")
+        raise ConfigError(f"{path} is a LoRA, not a model: {_WHAT_FOR}")
     own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if own.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "model_type" in own:
         raise FolderError(
-            f"{path} is one part of a pipeline (a {own.get('_class_name') or own['model_type']}): name the folder above it"
+            f"{path} is one part of a pipeline (a {own.get('_class_name') or own['model_type']}):"
+            " name the folder above it"
         )
-    if path.is_dir() and not any(
-        (folder / "config.json").is_file() for folder in (path, path / VAE, path / "model" / VAE)
-    ):
+    places = (path, path / VAE, path / "model" / VAE)
+    if path.is_dir() and not any((folder / "config.json").is_file() for folder in places):
         raise FolderError(
             f"{path} holds no model: expected {INDEX}, a run's model/, or the config.json of an autoencoder"
         )
@@ -132,12 +141,14 @@ def read_file(
     """The model of a single file in CompVis' layout.
 
     Args:
-        weights: `ema` or `raw`.
-        tokenizer: a folder, or a name of the hub, for a file without one.
+        variant: must be None; it is an option for folders.
+        weights: `ema` or `raw` weights of the U-Net; None: EMA if the file has it.
+        tokenizer: a folder or hub name, for a file without a tokenizer.
         hints: fields of ``Hints``.
 
     Raises:
-        FolderError, ConfigError: as ``from_compvis``; or an option that does not belong to this file.
+        FolderError, ConfigError: as ``from_compvis``; or an option that does not apply to this
+            file.
     """
     if variant is not None:
         raise ConfigError(f"variant {variant} is for folders, and {file} is a single file")
@@ -153,17 +164,20 @@ def read_file(
 
 
 def _known_kind(file: Path, archive: Archive) -> dict[str, Tensor]:
-    """The tensors of a file by their names in CompVis' code. Raises ConfigError for a LoRA, FolderError for another kind of model."""
+    """The tensors of a file by their names in CompVis' code.
+
+    Raises ConfigError for a LoRA, FolderError for another kind of model.
+    """
     tensors = spelled(archive.tensors)
     if is_lora(tensors):
-        raise ConfigError(f"{file} is a LoRA, no model of its own: {_WHAT_FOR}")
+        raise ConfigError(f"{file} is a LoRA, not a model: {_WHAT_FOR}")
     if KEY not in archive.metadata and (kind := other_kind(tensors)) is not None:
         raise FolderError(f"{file} is {kind}: {OPENED}")
     return tensors
 
 
 def _tokenizer(file: Path, bundle: Bundle, name: str) -> dict[str, bytes]:
-    """The tokenizer called ``name`` for a file that holds none. Raises ConfigError, FolderError."""
+    """The tokenizer called ``name``, for a file without one. Raises ConfigError or FolderError."""
     if TEXT not in bundle.parts or bundle.tokenizer:
         raise ConfigError(
             f"tokenizer: {file} {'holds its own' if bundle.tokenizer else 'has no text encoder'}: leave it out"
@@ -191,9 +205,9 @@ def read_autoencoder(path: str | Path) -> Part:
 
 
 def read_text_part(name: str) -> tuple[Part, dict[str, bytes]]:
-    """The text encoder of a run, a model folder or file, or of a CLIP of transformers by path or name on the hub, and its tokenizer.
+    """A text encoder and the files of its tokenizer. Raises FolderError or ConfigError.
 
-    Raises FolderError or ConfigError.
+    ``name``: a run, a model folder or file, or a CLIP of transformers as a folder or hub name.
     """
     path = Path(name)
     if path.is_file():

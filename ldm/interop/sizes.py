@@ -1,4 +1,4 @@
-"""Sizes that a configuration claims, beside the tensors that there are: before a network is built from them."""
+"""Plausibility of a configuration's sizes, checked before a network is built."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ldm.config.values import shown
 from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET
 
-WIDEST = 10**8  # no side of a tensor of a network is as long
-# Keys whose values are sides of tensors, of any part.
+WIDEST = 10**8  # largest side of a tensor that is accepted
+# Keys of any part whose values are sides of tensors.
 WIDTHS = (
-    "in_channels", "out_channels", "block_out_channels", "latent_channels", "cross_attention_dim", "num_class_embeds", "norm_num_groups",
-    "projection_class_embeddings_input_dim", "attention_head_dim", "hidden_size", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "num_attention_heads", "sample_size",
+    "in_channels", "out_channels", "block_out_channels", "latent_channels", "cross_attention_dim", "num_class_embeds",
+    "norm_num_groups", "projection_class_embeddings_input_dim", "attention_head_dim", "hidden_size",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "sample_size",
 )  # fmt: skip
 
-
-# Of a text encoder, whose settings are read by more than one reader.
+# Keys of a text encoder that must be whole numbers; transformers, too, reads this configuration.
 TEXT_COUNTS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
 )  # fmt: skip
 
 
 def check_sizes(part: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise FolderError for a network that would have more layers than ``tensors``, or wider ones than any machine holds.
+    """Raise FolderError for more layers than ``tensors``, or widths beyond any machine.
 
-    Values of another type are left to the readers of the U-Net's and the autoencoder's settings.
+    Values of a wrong type in the U-Net's and autoencoder's settings are left to their own readers.
     """
     if part == TEXT:
         inner = config.get("text_config")
@@ -39,7 +39,7 @@ def check_sizes(part: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
                 raise FolderError(f"{where}: {key} is {shown(config[key])}: expected a whole number from 1")
     for key in WIDTHS:
         if (widest := max(_numbers(config.get(key)), default=0)) > WIDEST:
-            raise FolderError(f"{where}: {key} is {shown(widest)}: no network is as wide")
+            raise FolderError(f"{where}: {key} is {shown(widest)}: no network is that wide")
     if len(tensors) < (layers := _layers(part, config)):
         raise FolderError(
             f"{where}: its configuration describes {shown(layers)} layers, and there are {len(tensors):,} tensors"
@@ -47,7 +47,7 @@ def check_sizes(part: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def _layers(part: str, config: Mapping[str, Any]) -> int:
-    """The number of blocks that a network is built of, each of which has tensors of its own."""
+    """A lower bound on the number of blocks with tensors of their own."""
     if part == TEXT:
         return max(_numbers(config.get("num_hidden_layers")), default=0)
     channels = config.get("block_out_channels")
@@ -60,5 +60,5 @@ def _layers(part: str, config: Mapping[str, Any]) -> int:
 
 
 def _numbers(value: Any) -> list[int]:
-    """The whole numbers in a value: itself, or those of a list."""
+    """The integers in a value: itself, or those of a list."""
     return [number for number in (value if isinstance(value, (list, tuple)) else [value]) if type(number) is int]

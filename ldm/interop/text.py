@@ -1,4 +1,4 @@
-"""A text encoder alone: of a run of `train-clip`, a model folder or file, a CLIP of transformers, by path or by its name on the hub."""
+"""Load a text encoder from a run, a model folder or file, or a CLIP of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ldm.models.text import TextEncoder
 
 
 def read_text(name: str | Path) -> TextEncoder:
-    """The text encoder, frozen, float32, with its tokenizer. Raises FolderError."""
+    """The text encoder of ``read_text_part``, frozen, float32, with its tokenizer.
+
+    Raises FolderError.
+    """
     try:
         part, tokenizer = read_text_part(str(name))
         return _made(part, tokenizer)
@@ -32,6 +35,7 @@ def text_of(bundle: Bundle, where: Path) -> TextEncoder:
 
 
 def _made(part: Part, tokenizer: Mapping[str, bytes]) -> TextEncoder:
+    """Build the encoder and check its weights. Raises ValueError, FolderError."""
     encoder = TextEncoder.from_tensors(part.config, part.tensors, tokenizer)
     check_intact(part, "text encoder")
     return encoder

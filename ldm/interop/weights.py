@@ -1,4 +1,4 @@
-"""A network and its tensors: built around them without a copy, every one used and none missing."""
+"""Build a network on given tensors without copying; every one is used and none is missing."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ def write_module(module: nn.Module, file: Path) -> None:
 
 
 def read_module(make: Callable[[], M], file: Path) -> M:
-    """The module with the weights of ``file``: every tensor used, none missing. Raises FolderError."""
+    """The module of ``make`` with the weights of ``file``, as ``fill`` loads them.
+
+    Raises FolderError.
+    """
     return fill(make, Part({}, open_archive(file).tensors, (file,)))
 
 
 def fill(make: Callable[[], M], part: Part, name: str = "") -> M:
-    """Build a module without allocating it and give it the tensors of ``part``, frozen: every one used, none missing, all finite.
+    """Build a frozen module on the tensors of ``part``: all used, none missing, all finite.
 
-    They stay memory-mapped until they are moved or changed. ``name``: of the part, for messages. Raises FolderError.
+    The weights stay memory-mapped until they are moved or changed. ``name``: of the part, for
+    messages. Raises FolderError.
     """
     with torch.device("meta"):
         module = make()
@@ -42,7 +46,7 @@ def fill(make: Callable[[], M], part: Part, name: str = "") -> M:
 
 
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
-    """Raise FolderError unless the part holds tensors of just these names and shapes."""
+    """Raise FolderError unless the part holds exactly the tensors ``wanted`` (name → shape)."""
     where, given = part.where, part.tensors
     for name, shape in wanted.items():
         if name not in given:
@@ -54,4 +58,6 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], part: Part) -> None:
             )
     for name in given:
         if name not in wanted:
-            raise FolderError(f"{where}: tensor {name} belongs to no part of the network its configuration describes")
+            raise FolderError(
+                f"{where}: tensor {name} belongs to no part of the network that its configuration describes"
+            )

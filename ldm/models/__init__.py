@@ -1,1 +1,1 @@
-"""Networks. A network knows no schedule, no guidance and no loss."""
+"""Networks, which know no schedule, no guidance and no loss."""

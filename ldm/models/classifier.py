@@ -1,4 +1,7 @@
-"""A classifier of noisy samples (docs/equations.md L11): `classifier(x_t, t) -> logits`, one network for all t."""
+"""A classifier of noisy samples, one network for all t: `classifier(x_t, t) -> logits`.
+
+docs/equations.md L11.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from ldm.models.layers import Downsample, ResidualBlock, TimestepMLP, timestep_e
 
 
 class NoisyClassifier(nn.Module):
-    """The down half of a U-Net, averaged over the image, and a linear layer (Dhariwal & Nichol 2021, section 4.1).
+    """The down half of a U-Net, averaged over the image, and a linear layer.
+
+    Dhariwal & Nichol 2021, section 4.1.
 
     Args:
         config: widths and depths.
         in_channels: c of x_t.
-        classes: how many.
+        classes: number of classes.
     """
 
     def __init__(self, config: ClassifierConfig, in_channels: int, classes: int) -> None:

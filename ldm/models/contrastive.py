@@ -1,4 +1,4 @@
-"""Training CLIP by contrast: the loss, and how well images and captions find each other (Radford et al. 2021)."""
+"""Contrastive training of CLIP: the loss, and accuracies of retrieval (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def contrastive_loss(
     logit_scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"],
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE (Radford et al. 2021, figure 3) in which pairs with equal captions share the positive.
+    """Symmetric InfoNCE in which pairs with equal captions share the positive.
 
-    The target of a row is uniform over the columns with its caption; with distinct captions this is CLIP's own loss.
-    Embeddings are the projected ones of any length (``get_image_features(…).pooler_output``), ``logit_scale`` is the
-    logarithm of the inverse temperature. ``same`` is symmetric and true on its diagonal (``same_captions``).
+    Radford et al. 2021, figure 3. The target of a row is uniform over the columns with its caption;
+    with distinct captions this is CLIP's own loss. Embeddings are the projected ones of any length
+    (``get_image_features(…).pooler_output``), ``logit_scale`` is the logarithm of the inverse
+    temperature. ``same`` is symmetric and true on its diagonal (``same_captions``).
     """
     logits = logit_scale.exp() * F.normalize(text_embeds, dim=-1) @ F.normalize(image_embeds, dim=-1).T  # [text, image]
     target = same.to(logits.dtype) / same.sum(dim=1, keepdim=True)
@@ -38,7 +39,7 @@ def contrastive_loss(
 def retrieval_top1(
     image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "k d"], truth: Int[Tensor, " b"]
 ) -> float:
-    """Share of images whose most similar one of ``k`` distinct captions is their own, ``truth[i]``."""
+    """Share of images whose most similar caption of ``k`` distinct ones is their own, ``truth[i]``."""
     similarity = F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T  # [b, k]
     return (similarity.argmax(dim=1) == truth.to(similarity.device)).double().mean().item()
 
@@ -48,7 +49,10 @@ _RELATION = re.compile(r"\b(" + "|".join(_OPPOSITE) + r")\b", re.IGNORECASE)
 
 
 def swap_relation(caption: str) -> str | None:
-    """The caption with left and right, above and below exchanged; None where it names no such relation."""
+    """The caption with left and right, above and below exchanged.
+
+    None if it names no such relation.
+    """
     swapped, count = _RELATION.subn(lambda match: _OPPOSITE[match[0].lower()], caption)
     return swapped if count else None
 
@@ -56,9 +60,10 @@ def swap_relation(caption: str) -> str | None:
 def left_right_accuracy(
     image_embeds: Float[Tensor, "b d"], text_embeds: Float[Tensor, "b d"], swapped_embeds: Float[Tensor, "b d"]
 ) -> float:
-    """Share of images more similar to their own caption than to the same with its relation swapped; chance is ½.
+    """Share of images more similar to their own caption than to its swapped form; chance is ½.
 
-    Row i of ``swapped_embeds`` embeds ``swap_relation`` of caption i. Raises ValueError for no images.
+    Row i of ``swapped_embeds`` embeds ``swap_relation`` of caption i. Raises ValueError for no
+    images.
     """
     if len(image_embeds) == 0:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Shaped[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
-    """[cos, sin](t · 10000^(−i/half)), i < half (docs/equations.md N3; Vaswani et al. 2017), float32."""
+    """[cos, sin](t · 10000^(−i/half)), i < half, float32 (N3; Vaswani et al. 2017)."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
     angles = t.float()[:, None] * frequencies
@@ -31,7 +31,10 @@ class TimestepMLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm–SiLU–conv, twice; the timestep embedding is added between, or scales and shifts the second norm."""
+    """GroupNorm–SiLU–conv, twice.
+
+    The timestep embedding is added between, or scales and shifts the second norm.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, time_dim: int, groups: int, scale_shift: bool) -> None:
         super().__init__()
@@ -94,9 +97,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList(
-            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
-        )  # 1: dropout elsewhere
+        # the second is dropout in diffusers
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         for layer in self.net:
@@ -105,7 +107,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention (where there is a context), feed-forward; each after a LayerNorm, each residual."""
+    """Self-attention, cross-attention (with a context), feed-forward.
+
+    Each residual, after LayerNorm.
+    """
 
     def __init__(self, width: int, heads: int, context_dim: int | None) -> None:
         super().__init__()
@@ -168,7 +173,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to ``size`` (twice the side, or one less where the way down rounded up), then a convolution."""
+    """Nearest-neighbour enlargement to ``size``, then a convolution.
+
+    ``size`` is twice the side, or one less where the downsampling rounded up.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

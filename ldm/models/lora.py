@@ -1,4 +1,7 @@
-"""Low-rank changes of a network's layers, W + s (α/r) B A with W frozen (LoRA, Hu et al. 2021, section 4.1)."""
+"""Low-rank changes of a network's layers, W + s (α/r) B A with W frozen.
+
+LoRA, Hu et al. 2021, section 4.1.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ _COMPILED = "_orig_mod"  # torch.compile's name for the module inside
 
 
 class LowRank(nn.Module):
-    """The change of one linear or convolutional layer; B = 0 at first, so that training starts at the layer as it is.
+    """The change of one linear or convolutional layer.
 
-    A convolution's A has its kernel, stride and padding, and B is 1×1.
+    B starts at 0, so that training starts from the layer without a change. A convolution's A has
+    its kernel, stride and padding, and B is 1×1.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
@@ -43,7 +47,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def with_alpha(self, alpha: float) -> tuple[Tensor, Tensor]:
-        """A and B in float32, B so that the change is the same with another α."""
+        """A and B in float32, B scaled so that the change is the same with another α."""
         return self.lora_A.weight.float(), self.lora_B.weight.float() * (self.alpha / alpha)  # type: ignore[operator,union-attr]
 
     def matrix(self) -> Float[Tensor, "o i"]:
@@ -53,9 +57,10 @@ class LowRank(nn.Module):
 
 
 class Lora(nn.Module):
-    """Changes of named layers of one network, which stays as it is and is not part of this module.
+    """Changes of named layers of a network, which is not part of this module.
 
-    So parameters, state and gradients of this module are the changes' alone, named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+    So parameters, state and gradients of this module are those of the changes alone, named
+    `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 
     Args:
         network: the base.
@@ -71,7 +76,10 @@ class Lora(nn.Module):
 
     @classmethod
     def fresh(cls, network: nn.Module, config: LoraConfig) -> Lora:
-        """Changes to train, of all layers that the configuration names. Raises ConfigError for a name that no layer has."""
+        """Changes to train, of all layers that the configuration names.
+
+        Raises ConfigError for a name that no layer has.
+        """
         alpha = float(config.rank) if config.alpha is None else config.alpha
         return cls(network, dict.fromkeys(named_layers(network, config.targets), (config.rank, alpha)))
 
@@ -82,12 +90,12 @@ class Lora(nn.Module):
 
     @property
     def changes(self) -> dict[str, LowRank]:
-        """By the name of the layer."""
+        """The changes by the name of their layer."""
         return {name: module for name, module in self.named_modules() if isinstance(module, LowRank)}
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """The base's: what its blocks compute is what a backward pass would keep."""
+        """The base's, whose blocks compute the activations that a backward pass needs."""
         return self.network.gradient_checkpointing  # type: ignore[return-value]
 
     @gradient_checkpointing.setter
@@ -95,9 +103,10 @@ class Lora(nn.Module):
         self.network.gradient_checkpointing = value  # type: ignore[assignment]
 
     def attach(self, scale: float = 1.0, network: nn.Module | None = None) -> Callable[[], None]:
-        """Let the base compute with these changes, times ``scale``, besides those attached already; the result takes them off.
+        """Let the base compute with these changes, times ``scale``, on top of any attached already.
 
-        Every thread that uses the base sees them. ``network``: what computes with them instead, a ``shared_copy`` of the base.
+        Returns a function that detaches them. Every thread that uses the base sees them.
+        ``network``: a ``shared_copy`` of the base that computes with them in its place.
         """
         layers = changeable(network or self.network)
         handles = [
@@ -115,7 +124,7 @@ class Lora(nn.Module):
 
     @torch.no_grad()
     def merge(self, scale: float = 1.0) -> None:
-        """Add the changes, times ``scale``, to the base's weights: in float32, then rounded to their precision."""
+        """Add the changes, times ``scale``, to the base's weights, in float32 before rounding."""
         layers = changeable(self.network)
         for name, change in self.changes.items():
             weight = layers[name].weight
@@ -127,9 +136,10 @@ class Lora(nn.Module):
 
 
 def shared_copy(module: Network) -> Network:
-    """A copy of all modules of a network, with the same tensors: what is attached to the copy changes nothing but the copy.
+    """A copy of all modules of a network that shares its tensors.
 
-    It is not compiled where the network is (torch copies no compiled code), which would not look at hooks again.
+    Hooks attached to the copy change the copy alone. The copy of a compiled network is not
+    compiled: torch copies no compiled code, and such code would not look at hooks again.
     """
     module = getattr(module, _COMPILED, module)
     copied = copy.copy(module)
@@ -140,7 +150,10 @@ def shared_copy(module: Network) -> Network:
 
 
 def changeable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be changed, by name; names are the same where parts of the network are compiled."""
+    """The layers that can be changed, by name.
+
+    Names are the same where parts of the network are compiled.
+    """
     return {
         ".".join(part for part in name.split(".") if part != _COMPILED): module
         for name, module in network.named_modules()
@@ -149,7 +162,10 @@ def changeable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def named_layers(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The layers whose names are targets or end in `.<target>`, in the network's order. Raises ConfigError for a target without any."""
+    """The layers whose names are targets or end in `.<target>`, in the network's order.
+
+    Raises ConfigError for a target without any.
+    """
     layers = list(changeable(network))
     for target in targets:
         if not any(_is(name, target) for name in layers):
@@ -167,7 +183,7 @@ def _is(name: str, target: str) -> bool:
 
 
 def _forget_compiled() -> None:
-    """Let torch.compile begin anew, for it does not see hooks that come or go."""
+    """Make torch.compile start again: it does not notice hooks that are added or removed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

@@ -1,4 +1,4 @@
-"""CLIP: the frozen text encoder that conditions the U-Net, and what training a small one takes.
+"""CLIP: the frozen text encoder that conditions the U-Net, and the parts for training a small one.
 
 Radford et al. 2021. The only file that imports transformers and tokenizers.
 """
@@ -31,29 +31,24 @@ from ldm.models.lora import shared_copy
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-EMBEDDING_STD = (
-    2.0  # of a word's initial embedding: large beside what the layers add, so that a word's state stays its own
-)
+# Deviation of a word's initial embedding: large beside what the layers add, so that the states of words stay distinct.
+EMBEDDING_STD = 2.0
 
 LONGEST_WORD = 1000  # characters: the time to learn merges from a word grows with its square
 LONGEST_CAPTION = 10_000  # characters of a caption that are looked at; 77 tokens take some hundred
 _SPACE = re.compile(r"[^\S\x1c-\x1f]+")
-# what CLIP takes for one word: letters, or neither letters, digits nor space, for which Python counts four control characters
+# One word for CLIP: letters, or neither letters, digits nor space (Python counts four control characters as space).
 _LONG_WORD = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}|(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}")
 
-_OUTPUT = (
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-    "_attn_implementation",
-)  # how others want it returned
-_NotOurs = (KeyboardInterrupt, SystemExit)  # of what ends a call to a library that panics
+# settings of how a model returns its output
+_OUTPUT = ("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation")
+_NotOurs = (KeyboardInterrupt, SystemExit)  # not faults of the library that is called
 ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP's
-# Names in older config.json files that say nothing of a CLIP's text tower: how to generate text, and what earlier releases wrote.
+# Keys of older config.json files that do not concern CLIP's text tower: text generation, and leftovers of old releases.
 _OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
-    "model_type", "torch_dtype", "dropout", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "tie_word_embeddings",
-    "tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention", "is_decoder", "finetuning_task", "num_labels",
-    "tokenizer_class", "prefix", "sep_token_id", "task_specific_params", "max_length",
+    "model_type", "torch_dtype", "dropout", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads",
+    "tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention", "is_decoder",
+    "finetuning_task", "num_labels", "tokenizer_class", "prefix", "sep_token_id", "task_specific_params", "max_length",
 }  # fmt: skip
 
 
@@ -63,17 +58,17 @@ _OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
 def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CLIPTokenizer:
     """Learn a byte-complete BPE in OpenAI's layout, so that no text is unknown.
 
-    The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges`` learned merges (fewer
-    where the captions have fewer pairs), start and end of text. The same captions give the same tokenizer. Of a word longer
-    than LONGEST_WORD, the rest is left out.
+    The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges``
+    learned merges (fewer if the captions have fewer pairs), start and end of text. The same
+    captions give the same tokenizer. Words are cut after LONGEST_WORD characters.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point, which is OpenAI's order
     base = symbols + [s + WORD_END for s in symbols]
     clip = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    # Given as special tokens the symbols have fixed ids; found in the text, their ids, and with them the order of
-    # equally frequent pairs, follow a hash map.
+    # As special tokens the symbols have fixed ids. Found in the text, their ids, and with them the order of equally
+    # frequent pairs, would follow a hash map.
     trainer = trainers.BpeTrainer(
         vocab_size=len(base) + merges,
         min_frequency=0,
@@ -81,14 +76,12 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CL
         end_of_word_suffix=WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(
-        (_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions), trainer
-    )
-    learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
+    shortened = (_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions)
+    learner.train_from_iterator(shortened, trainer)
+    learned: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
     tokens = dict.fromkeys([*base, *("".join(pair) for pair in learned), START, END])
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=learned, model_max_length=max_length
-    )  # type: ignore[arg-type]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=learned, model_max_length=max_length)
 
 
 def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
@@ -98,7 +91,7 @@ def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
-    """Write ``tokenizer.json`` and its configuration, and the ``vocab.json`` and ``merges.txt`` that older readers want."""
+    """Write ``tokenizer.json``, its configuration, and ``vocab.json``, ``merges.txt`` for older readers."""
     tokenizer.save_pretrained(str(folder))
     tokenizer.backend_tokenizer.model.save(str(folder))
 
@@ -107,9 +100,10 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
 
 
 def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, image_channels: int) -> CLIPModel:
-    """A new CLIP with a text and a vision tower of one width, for images [b, image_channels, image_size, image_size].
+    """A new CLIP with text and vision towers of one width.
 
-    Weights come from torch's global generator. ``logit_scale`` is the logarithm of the inverse temperature.
+    Images are [b, image_channels, image_size, image_size]. Weights come from torch's global
+    generator. ``logit_scale`` is the logarithm of the inverse temperature.
     """
     if image_size % config.patch_size:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {config.patch_size}")
@@ -125,7 +119,7 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
         "vocab_size": len(tokenizer),
         "max_position_embeddings": config.max_length,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,  # left to its default, the pooled output is that of position 0
+        "eos_token_id": tokenizer.eos_token_id,  # with the default, the pooled output would be that of position 0
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"image_size": image_size, "patch_size": config.patch_size, "num_channels": image_channels}
@@ -140,10 +134,10 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tuple[Int[Tensor, "b l"], int]:
-    """Token ids, each row padded or cut to ``length``, and how many captions were cut.
+    """Token ids, each row padded or cut to ``length``, and the number of captions that were cut.
 
-    A caption that spells ``<|endoftext|>`` holds those characters, not the token. Of one longer than LONGEST_CAPTION, white space
-    folded, the rest is not looked at.
+    A caption that spells ``<|endoftext|>`` holds those characters, not the token. A caption longer
+    than LONGEST_CAPTION is read up to that length, after folding its white space.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     folded = [text if len(text) <= LONGEST_CAPTION else _SPACE.sub(" ", text) for text in captions]
@@ -159,8 +153,8 @@ class Cut:
     """A caption that is longer than the encoder takes.
 
     Attributes:
-        tokens: how many at its end are dropped.
-        text: what they say.
+        tokens: number of tokens dropped at its end.
+        text: the dropped text.
     """
 
     caption: str
@@ -174,7 +168,8 @@ class TextEncoder:
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the text encoder {model.config.vocab_size}: they must come from one model"
+                f"the tokenizer has {len(tokenizer)} tokens but the text encoder {model.config.vocab_size}: "
+                "they must come from one model"
             )
         self.model, self.tokenizer = model.float().eval().requires_grad_(False), tokenizer
 
@@ -182,9 +177,10 @@ class TextEncoder:
     def from_tensors(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Mapping[str, bytes]
     ) -> TextEncoder:
-        """From the contents of files: config.json, weights by their names with the prefix `text_model.`, the tokenizer's files.
+        """Build from the contents of config.json, the weights and the tokenizer's files.
 
-        Weights in float32 stay memory-mapped. Raises ValueError where weights and configuration do not belong together.
+        Weights are named `text_model.…`; those in float32 stay memory-mapped. Raises ValueError if
+        weights and configuration do not belong together.
         """
         _check_config(config)
         tower = {key: value for key, value in (config.get("text_config") or config).items() if key not in _OUTPUT}
@@ -208,11 +204,14 @@ class TextEncoder:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by name. With the prefix: transformers 4 leaves the encoder random without, transformers 5 reads both."""
+        """The weights by name, with the prefix `text_model.`.
+
+        Without it transformers 4 would leave the encoder random; transformers 5 reads both.
+        """
         return {f"text_model.{key}": value for key, value in _tower(self.model).state_dict().items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers and transformers read them."""
+        """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers reads them."""
         target = Path(folder) / "text_encoder"
         replace(target / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -242,7 +241,7 @@ class TextEncoder:
 
     @property
     def tower(self) -> torch.nn.Module:
-        """The network itself; its parameters bear no prefix."""
+        """The network itself, whose parameters have no prefix."""
         return _tower(self.model)
 
     @property
@@ -257,7 +256,7 @@ class TextEncoder:
 
     @property
     def hash(self) -> str:
-        """sha256 over all that determines the states: weights, vocabulary, and the settings that are in neither."""
+        """sha256 over everything that determines the states: weights, vocabulary, further settings."""
         bpe = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         config = self.model.config
         settings = [
@@ -274,7 +273,7 @@ class TextEncoder:
         return digest.hexdigest()
 
     def check_tokens(self) -> None:
-        """Raise ValueError unless the tokenizer makes tokens of any text that the encoder has states of."""
+        """Raise ValueError unless the encoder has a state for every token that the tokenizer makes."""
         size, length = self.model.config.vocab_size, self.tokenizer.model_max_length
         if type(length) not in (int, float) or not length >= 3:
             raise ValueError(f"its tokenizer: model_max_length is {length!r}: expected a whole number from 3")
@@ -291,11 +290,14 @@ class TextEncoder:
             raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
     def tokenize(self, captions: list[str]) -> tuple[Int[Tensor, "b l"], int]:
-        """Token ids, each row padded to ``max_length``, and how many captions were cut to fit. Runs on the CPU."""
+        """Token ids, each row padded to ``max_length``, and the number of captions cut.
+
+        Runs on the CPU.
+        """
         return tokenize(self.tokenizer, captions, self.max_length)
 
     def cut(self, captions: Iterable[str]) -> list[Cut]:
-        """Those of the captions that are cut to fit, each once, with what is dropped of them."""
+        """The captions that are cut to fit, each once, with the text that is dropped."""
         distinct, room = list(dict.fromkeys(captions)), self.max_length - 1  # the last is the end of text
         if not distinct:
             return []
@@ -309,9 +311,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode_ids(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        """Last hidden states after the final layer norm, in float32 whatever autocast says.
+        """Last hidden states after the final layer norm, in float32 even under autocast.
 
-        Without an attention mask: Stable Diffusion trains and samples so, and the states of padding differ with one.
+        Without an attention mask, as Stable Diffusion trains and samples: with one, the states of
+        padding would differ.
         """
         with torch.autocast(self.device.type, enabled=False):
             return self.model(input_ids=ids.to(self.device)).last_hidden_state
@@ -322,14 +325,17 @@ class TextEncoder:
 
 
 def from_clip(clip_model: CLIPModel, tokenizer: CLIPTokenizer) -> TextEncoder:
-    """The text tower of a trained CLIP, final layer norm included and projection left out, as an independent copy."""
+    """An independent copy of a trained CLIP's text tower, without the projection."""
     model = CLIPTextModel(copy.deepcopy(clip_model.config.text_config))  # type: ignore[arg-type]
     _tower(model).load_state_dict(clip_model.text_model.state_dict())
     return TextEncoder(model, tokenizer)
 
 
 def save_clip(clip_model: CLIPModel, folder: str | Path) -> None:
-    """Write both towers in transformers' own format, each file whole or not at all. Raises OSError."""
+    """Write both towers in transformers' own format, each file whole or not at all.
+
+    Raises OSError.
+    """
     with _quiet():
         files = _written(lambda temporary: clip_model.save_pretrained(temporary))
     for name, content in files.items():
@@ -349,9 +355,10 @@ def _written(save: Callable[[str], Any]) -> dict[str, bytes]:
 
 
 class CaptionTable:
-    """States of a set of captions, encoded once and kept on the encoder's device: 4 · max_length · width bytes for each.
+    """States of a set of captions, encoded once and kept on the encoder's device.
 
-    NULL_CAPTION is always among them. ``truncated`` counts the captions cut to fit.
+    They take 4 · max_length · width bytes a caption. NULL_CAPTION is always among them.
+    ``truncated`` counts the captions cut to fit.
     """
 
     def __init__(self, encoder: TextEncoder, captions: Iterable[str], batch: int) -> None:
@@ -368,7 +375,10 @@ class CaptionTable:
         return len(self._row)
 
     def __getitem__(self, captions: list[str]) -> Float[Tensor, "b l d"]:
-        """States in the order of ``captions``. Raises ValueError for a caption that was not encoded."""
+        """States in the order of ``captions``.
+
+        Raises ValueError for a caption that was not encoded.
+        """
         for caption in captions:
             if caption not in self._row:
                 raise ValueError(f"caption {caption!r} is not among the {len(self)} of the table")
@@ -377,29 +387,35 @@ class CaptionTable:
 
 
 def _tower(model: CLIPTextModel) -> torch.nn.Module:
-    """The module whose parameters bear no prefix: earlier releases of transformers 5 nest it in the model."""
+    """The module whose parameters have no prefix.
+
+    Earlier releases of transformers 5 nest it in the model.
+    """
     return getattr(model, "text_model", model)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in ``folder``; transformers makes up one of two tokens where there is none."""
+    """The tokenizer in ``folder``.
+
+    Raises ValueError if there is none: transformers would make one up.
+    """
     there = {file.name for file in folder.glob("*")}
-    if (
-        "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there
-    ):  # without merges, letters alone are found
+    # both of them: without merges, single letters are found and nothing else
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
         raise ValueError("it holds no tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except _NotOurs:
         raise
-    except (
-        BaseException
-    ) as error:  # tokenizers raises nothing more particular for a file that it cannot read, or panics
+    except BaseException as error:  # for an unreadable file tokenizers raises nothing more specific, or panics
         raise ValueError(f"its tokenizer: {_one_line(error)}") from None
 
 
 def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
-    """The files of a tokenizer that pads with another token. Raises ValueError where its settings cannot be read."""
+    """The files of a tokenizer that pads with another token.
+
+    Raises ValueError if its settings cannot be read.
+    """
     files = {name: content for name, content in tokenizer.items() if name != "special_tokens_map.json"}
     try:
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -411,7 +427,10 @@ def padded_with(tokenizer: Mapping[str, bytes], token: str) -> dict[str, bytes]:
 
 
 def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the tower, built without memory, its weights. Raises ValueError unless names and shapes are its own."""
+    """Give the tower, built without memory, its weights.
+
+    Raises ValueError unless names and shapes are its own.
+    """
     wanted = tower.state_dict()
     for names, what in (
         (wanted.keys() - tensors.keys(), "is missing"),
@@ -427,13 +446,12 @@ def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     tower.load_state_dict(dict(tensors), assign=True)
     embeddings = tower.get_submodule("embeddings")
     positions = torch.arange(wanted["embeddings.position_embedding.weight"].shape[0])
-    embeddings.register_buffer(
-        "position_ids", positions.expand(1, -1), persistent=False
-    )  # the one thing that no file holds
+    # the one tensor that no file holds
+    embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
 
 
 def _check_config(layout: object) -> None:
-    """Refuse a model that is not a CLIP, a setting whose name transformers knows in no release, and an unknown activation."""
+    """Raise ValueError for a model other than CLIP, an unknown setting, or a value out of range."""
     kind = layout.get("model_type") if isinstance(layout, Mapping) else layout
     if kind not in ("clip", "clip_text_model") or not isinstance(layout, Mapping):
         raise ValueError(f"model_type is {kind!r}, but only CLIP text encoders are read (clip_text_model or clip)")
@@ -457,7 +475,10 @@ def _check_config(layout: object) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and load report off the terminal: what they would say is checked and raised."""
+    """Keep transformers' progress bar and load report off the terminal.
+
+    Their faults are checked and raised.
+    """
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -1,11 +1,13 @@
 """The conditional U-Net (docs/equations.md N1): `model(x_t, t, cond) -> prediction`.
 
-Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves both.
+Parameter names and shapes are those of diffusers' UNet2DConditionModel, so that one folder serves
+both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,35 @@ from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.models.layers import Downsample, ResidualBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
 
 
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that fixes the parameters of a UNet: its arguments, by name.
+
+    Attributes:
+        config: widths, depths and attention.
+        in_channels: channels of x_t, without ``config.concat_channels``.
+        out_channels: channels of the prediction: those of x_t, or twice as many where the variance
+            is learned.
+        context_dim: width of the cross-attended context; None: no cross-attention.
+    """
+
+    config: UNetConfig
+    in_channels: int
+    out_channels: int
+    context_dim: int | None = None
+
+    @property
+    def learned_variance(self) -> bool:
+        """True if the second half of the output channels is the reverse variance."""
+        return self.out_channels == 2 * self.in_channels
+
+    def make(self) -> UNet:
+        """A UNet with fresh weights."""
+        return UNet(self.config, self.in_channels, self.out_channels, self.context_dim)
+
+
 class Stage(nn.Module):
-    """One level of the U-Net: residual blocks, a transformer after each where the level attends, and a change of size."""
+    """One level: residual blocks, each with a transformer if the level attends, and a resize."""
 
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer]) -> None:
         super().__init__()
@@ -45,12 +74,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self.config, self.in_channels, self.out_channels, self.context_dim = (
-            config,
-            in_channels,
-            out_channels,
-            context_dim,
-        )
+        self.config, self.context_dim = config, context_dim
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.gradient_checkpointing = False
         channels, time_dim, levels = config.channels, config.time_dim, len(config.channels)
         heads = config.heads if len(config.heads) > 1 else config.heads * levels
@@ -103,10 +128,18 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
+    @property
+    def spec(self) -> NetworkSpec:
+        """The arguments that this network was built with."""
+        return NetworkSpec(self.config, self.in_channels, self.out_channels, self.context_dim)
+
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Condition = NO_CONDITION
     ) -> Float[Tensor, "b o h w"]:
-        """The prediction for each sample; ``t`` counts from 0. Raises ValueError where a condition is missing or not expected."""
+        """The prediction for each sample; ``t`` counts from 0.
+
+        Raises ValueError if a condition is missing or not expected.
+        """
         self._check(cond)
         time = self._embed(t, cond).to(x_t.dtype)
         context = cond.context
@@ -129,7 +162,8 @@ class UNet(nn.Module):
         if cond.control is not None:
             if len(cond.control) != len(skips) + 1:
                 raise ValueError(
-                    f"control holds {len(cond.control)} residuals, not {len(skips) + 1}: each skip connection's and the middle's"
+                    f"control holds {len(cond.control)} residuals, not {len(skips) + 1}: "
+                    "one for each skip connection and one for the middle"
                 )
             *residuals, middle = cond.control
             skips = [skip + r for skip, r in zip(skips, residuals, strict=True)]
@@ -148,13 +182,9 @@ class UNet(nn.Module):
         time = self.time_embedding(self._sinusoid(t))
         if self.class_embedding is None:
             return time
-        given = (
-            cond.vector
-            if cond.labels is None
-            else self._sinusoid(cond.labels)
-            if self.config.sinusoidal_labels
-            else cond.labels
-        )
+        given = cond.vector if cond.labels is None else cond.labels
+        if cond.labels is not None and self.config.sinusoidal_labels:
+            given = self._sinusoid(cond.labels)
         return time + self.class_embedding(given)
 
     def _sinusoid(self, t: Tensor) -> Tensor:
@@ -174,12 +204,16 @@ class UNet(nn.Module):
         ):
             if given != wanted:
                 raise ValueError(
-                    f"this U-Net takes {'a' if wanted else 'no'} {name} condition, and {'one' if given else 'none'} was given"
+                    f"this U-Net takes {'a' if wanted else 'no'} {name} condition, "
+                    f"and {'one' if given else 'none'} was given"
                 )
 
 
 def class_embedding(config: UNetConfig) -> nn.Module | None:
-    """Module that embeds a vector or label condition, to be added to the timestep embedding; None without such a condition."""
+    """The module that embeds a vector or label condition, which is added to the timestep embedding.
+
+    None without such a condition.
+    """
     if config.num_labels is not None:
         return nn.Embedding(config.num_labels, config.time_dim)
     if config.sinusoidal_labels:
@@ -188,8 +222,5 @@ def class_embedding(config: UNetConfig) -> nn.Module | None:
         return None
     if config.vector_map == "identity":
         return nn.Identity()
-    return (
-        nn.Linear(config.vector_dim, config.time_dim)
-        if config.vector_map == "linear"
-        else TimestepMLP(config.vector_dim, config.time_dim)
-    )
+    kind = nn.Linear if config.vector_map == "linear" else TimestepMLP
+    return kind(config.vector_dim, config.time_dim)

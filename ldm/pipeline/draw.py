@@ -16,7 +16,7 @@ from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.samplers.grids import make_grid
-from ldm.diffusion.samplers.path import Callback
+from ldm.diffusion.samplers.nodes import Callback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
-from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig, build
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig, build
 from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.complete import check_complete
@@ -22,7 +22,7 @@ from ldm.interop.diffusers.lora_folder import REFERENCE, Reference
 from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers
 from ldm.interop.open import read_model
 from ldm.interop.weights import fill
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline.codec import joined_hash
 
 
@@ -32,7 +32,7 @@ class ModelInfo:
 
     Attributes:
         path: the folder or file.
-        unet: the arguments of UNet.
+        unet: the shape of its U-Net.
         schedule, target: the process, and what the U-Net predicts.
         sampling: fields of SampleConfig that its scheduler says; overruled by our own file's.
         lora: a folder that changes the model at ``path``.
@@ -40,7 +40,7 @@ class ModelInfo:
 
     path: Path
     bundle: Bundle
-    unet: tuple[UNetConfig, int, int, int | None]
+    unet: NetworkSpec
     schedule: ScheduleConfig
     target: str
     sampling: dict[str, Any]
@@ -121,7 +121,7 @@ class ModelInfo:
 
 def load_unet(info: ModelInfo) -> UNet:
     """The U-Net of a model, frozen, in the precision of the file, without a LoRA. Raises FolderError."""
-    return fill(lambda: UNet(*info.unet), info.bundle.parts[UNET], "U-Net")
+    return fill(info.unet.make, info.bundle.parts[UNET], "U-Net")
 
 
 def schedule_hash(schedule: ScheduleConfig) -> str:

@@ -30,7 +30,7 @@ from ldm.data.transforms import to_pil, to_uint8
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
-from ldm.diffusion.samplers.path import Callback as StepCallback
+from ldm.diffusion.samplers.nodes import Callback as StepCallback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.files.disk import file_hash
@@ -138,7 +138,7 @@ class Pipeline:
     @property
     def learned_variance(self) -> bool:
         """True if the second half of the U-Net's output channels is the reverse variance."""
-        return self.unet.out_channels == 2 * self.unet.in_channels
+        return self.unet.spec.learned_variance
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move every network to ``device``."""
@@ -341,8 +341,8 @@ class Pipeline:
             scale=settings.guidance_scale if self.text else 1.0,
             rescale=settings.guidance_rescale,
             interval=settings.guidance_interval or EVERYWHERE,
-            weak=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
-            weak_scale=settings.autoguidance_scale,
+            guide=weak and seen(f"the prediction of autoguidance {settings.autoguidance}", weak),
+            guide_scale=settings.autoguidance_scale,
             gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
             threshold=settings.dynamic_threshold,
         )  # fmt: skip
@@ -375,9 +375,8 @@ class Pipeline:
         """The model as its files hold it; the tensors are those of the networks, not copies. Raises ConfigError under live LoRAs."""
         if self._live:
             raise ConfigError("a model with live LoRAs cannot be written: merge_lora() first, or open it without them")
-        side, unet = self.sample_size // self.factor, self.unet
-        config = unet_to_diffusers(unet.config, unet.in_channels, unet.out_channels, unet.context_dim, side)
-        parts, tokenizer = {UNET: Part(config, unet.state_dict())}, {}
+        config = unet_to_diffusers(self.unet.spec, self.sample_size // self.factor)
+        parts, tokenizer = {UNET: Part(config, self.unet.state_dict())}, {}
         if self.codec:
             vae = autoencoder_to_diffusers(self.codec.autoencoder.config)
             scale = {
@@ -408,7 +407,7 @@ class Pipeline:
         bundle = self.bundle()
         if for_diffusers and (reason := layout.ours_alone(bundle)) is not None:
             raise ConfigError(
-                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.THEIR_PIPELINE}"
+                f"{layout.OUR_PIPELINE} {reason} cannot be expressed as a diffusers {layout.DIFFUSERS_PIPELINE}"
             )
         self.files = write_folder(bundle, Path(folder))
         self._loaded.clear()  # merged, and so in the files

@@ -175,8 +175,9 @@ def _parsed(about: Any) -> Provenance:
 
 def part_hashes(info: ModelInfo) -> dict[str, str]:
     """A hash of each thing of a model that decides pixels and lies in no file of weights."""
+    unet = info.unet
     about: dict[str, Any] = {
-        UNET: [dataclasses.asdict(info.unet[0]), *info.unet[1:]],
+        UNET: [dataclasses.asdict(unet.config), unet.in_channels, unet.out_channels, unet.context_dim],
         "process": [dataclasses.asdict(info.schedule), info.target],
         "null_caption": info.extra.get("null_caption", NULL_CAPTION),
     }

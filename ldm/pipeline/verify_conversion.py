@@ -19,7 +19,6 @@ from ldm.interop.compvis.spelling import spelled
 from ldm.interop.diffusers.unet import unet_from_diffusers
 from ldm.interop.open import read_any
 from ldm.interop.weights import fill
-from ldm.models.unet import UNet
 from ldm.pipeline.codec import codec_of
 
 SIDE = 16  # of the latents of the forward pass
@@ -36,7 +35,7 @@ def verify(source: Bundle, target: Path, file: Mapping[str, Tensor] | None = Non
     if file is not None:
         file = spelled(file)
         lines.append(
-            f"verified: turned back, {_same_names(written, file, source.besides)} tensors of the file have the same hash"
+            f"verified: turned back, {_same_names(written, file, source.unused)} tensors of the file have the same hash"
         )
     if target.is_file():
         lines.append(
@@ -67,15 +66,15 @@ def _same_tensors(source: Bundle, target: Bundle) -> int:
     return count
 
 
-def _same_names(written: Bundle, file: Mapping[str, Tensor], besides: Mapping[str, str]) -> int:
+def _same_names(written: Bundle, file: Mapping[str, Tensor], unused: Mapping[str, str]) -> int:
     """The number of tensors of a single file, all equal under their own names once ``written`` is turned back into its layout."""
     back, _ = to_compvis(written, openclip=any(name.startswith(OPENCLIP_PREFIX) for name in file))
     alone = "" if any(name.startswith("encoder.") for name in file) else PREFIXES[VAE]
     back = {alone + name if written.parts.keys() == {VAE} else name: tensor for name, tensor in back.items()}
     copies = {EMA_PREFIX + name.removeprefix("model.").replace(".", ""): tensor for name, tensor in back.items()}
-    if any(name in file and name not in besides for name in copies):  # those were taken
-        back = {**copies, **{name: tensor for name, tensor in back.items() if name not in besides}}
-    names = [name for name in file if name not in besides]
+    if any(name in file and name not in unused for name in copies):  # those were taken
+        back = {**copies, **{name: tensor for name, tensor in back.items() if name not in unused}}
+    names = [name for name in file if name not in unused]
     for name in names:
         if name not in back or tensor_hash(back[name]) != tensor_hash(file[name]):
             raise FolderError(f"verify: {name} of the file {'has changed' if name in back else 'is lost'}")
@@ -102,9 +101,9 @@ def _copied(part: Part) -> Part:
 
 
 def _unet(bundle: Bundle) -> Tensor:
-    arguments = unet_from_diffusers(bundle.parts[UNET].config)
-    config, channels, _, context = arguments
-    unet = fill(lambda: UNet(*arguments), bundle.parts[UNET]).float()
+    spec = unet_from_diffusers(bundle.parts[UNET].config)
+    config, channels, context = spec.config, spec.in_channels, spec.context_dim
+    unet = fill(spec.make, bundle.parts[UNET]).float()
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

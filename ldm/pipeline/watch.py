@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.path import Callback
+from ldm.diffusion.samplers.nodes import Callback
 from ldm.errors import NonFiniteError
 from ldm.files.tensors.finite import is_finite
 

@@ -1,1 +1,1 @@
-"""The run directory: records, status, journal, comparison."""
+"""Run directories: records, status, journal, checkpoints, comparison."""

@@ -10,7 +10,6 @@ from typing import Any
 from ldm.config import load_run, to_dict
 from ldm.files.disk import read_bytes
 from ldm.runs.records import (
-    figures,
     flat,
     newest_checkpoint,
     parse,
@@ -18,20 +17,22 @@ from ldm.runs.records import (
     read_skipped,
     read_starts,
     read_status,
+    report_metrics,
 )
 
-NOTHING = "–"  # where one of the two does not have it
-TIMES = ("seconds", "updates_per_second")  # ends of names; two equal runs differ in them
+NOTHING = "–"  # shown for a value that a run lacks
+TIMES = ("seconds", "updates_per_second")  # suffixes of names; equal runs differ in them
 CODE = ("ldm", "commit", "dirty", "python", "torch", "accelerate", "device", "processor", "threads", "processes")
-Row = tuple[str, str, str]  # name, in the first, in the second
+Row = tuple[str, str, str]  # name, value in the first run, value in the second
 
 
 def run_differences(a: Path, b: Path) -> dict[str, list[Row] | None]:
-    """For each subject the rows that differ; None where neither run has anything of it.
+    """Differing rows by subject; None for a subject that neither run has.
 
-    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for what is not a run or damaged.
+    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for a folder
+    that is not a run, or damaged.
     """
-    tell = {
+    subjects = {
         "configuration": _configuration,
         "data": _data,
         "code": _code,
@@ -39,22 +40,24 @@ def run_differences(a: Path, b: Path) -> dict[str, list[Row] | None]:
         "report": _report,
         "status": _status,
     }
-    found = {name: compare(about(a), about(b)) for name, about in tell.items()}
-    if found["report"] is not None and not all((path / "report.json").is_file() for path in (a, b)):
-        has = ["there" if (path / "report.json").is_file() else NOTHING for path in (a, b)]
-        found["report"] = [("report.json", has[0], has[1])]  # its figures say nothing alone
+    found = {name: compare(read(a), read(b)) for name, read in subjects.items()}
+    reports = ["there" if (path / "report.json").is_file() else NOTHING for path in (a, b)]
+    if found["report"] is not None and NOTHING in reports:
+        found["report"] = [
+            ("report.json", reports[0], reports[1])
+        ]  # one report has nothing to compare its metrics with
     return found
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row] | None:
-    """The entries that differ, in order of appearance; None where both are empty."""
+    """Differing entries, in order of appearance; None if both are empty."""
     if not a and not b:
         return None
     return [(name, *_shown(a, b, name)) for name in {**a, **b} if name not in a or name not in b or a[name] != b[name]]
 
 
 def _shown(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Both values as text, with as many digits as it takes to tell them apart."""
+    """Both values as text, with enough digits to show the difference."""
     short = tuple(_text(values[name], 6) if name in values else NOTHING for values in (a, b))
     full = tuple(_text(values[name], 17) if name in values else NOTHING for values in (a, b))
     return (short[0], short[1]) if short[0] != short[1] else (full[0], full[1])
@@ -75,26 +78,26 @@ def _configuration(path: Path) -> dict[str, Any]:
 
 
 def _data(path: Path) -> dict[str, Any]:
-    """Counts and fingerprints, as the newest checkpoint keeps them."""
+    """Counts and fingerprints of the data, from the newest checkpoint."""
     newest = newest_checkpoint(path)
     try:
         state = parse(read_bytes(newest[1] / "state.json").decode()) if newest is not None else {}
         data = state.get("data", {})
         data = flat(data) if isinstance(data, dict) else {}
-    except (OSError, ValueError, AttributeError):  # damaged; `ldm checkpoints` says how
+    except (OSError, ValueError, AttributeError):  # damaged: `ldm checkpoints` shows how
         data = {}
     left_out = len(read_skipped(path)[0])
     return {**data, "left out": left_out} if data or left_out else {}
 
 
 def _code(path: Path) -> dict[str, Any]:
-    """The record of the newest start."""
+    """Code and machine of the newest start."""
     starts = read_starts(path)
-    return {name: starts[-1][name] for name in CODE if name in starts[-1]} if starts else {}  # older ones lack some
+    return {name: starts[-1][name] for name in CODE if name in starts[-1]} if starts else {}  # older starts lack some
 
 
 def _results(path: Path) -> dict[str, Any]:
-    """Each figure as it was logged last."""
+    """Last logged value of each metric."""
     last: dict[str, Any] = {}
     for line in read_metrics(path):
         last |= line
@@ -102,12 +105,12 @@ def _results(path: Path) -> dict[str, Any]:
 
 
 def _report(path: Path) -> dict[str, Any]:
-    """The figures of the evaluation."""
+    """Metrics of the evaluation's report."""
     try:
         report = parse(read_bytes(path / "report.json").decode())
     except (OSError, ValueError):
         return {}
-    rows = {name: value["accuracy"] if isinstance(value, dict) else value for name, value in figures(report)}
+    rows = {name: value["accuracy"] if isinstance(value, dict) else value for name, value in report_metrics(report)}
     return _timeless(rows)
 
 

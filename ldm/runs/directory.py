@@ -1,6 +1,7 @@
-"""The run directory: who may write into it, what it was started with, what it measured and where it stands.
+"""The run directory: its lock, configuration, metrics, status and image grids.
 
-`config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/`, `model/`; only the first process opens it.
+It holds `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/` and `model/`; only the
+main process opens it.
 """
 
 from __future__ import annotations
@@ -32,45 +33,32 @@ from ldm.runs.records import flat, parse_line, read_skipped, read_status
 
 STATES = ("running", "done", "interrupted", "failed")
 
-# What a resumed run may change: it alters what is written and seen, or how the work is split, never what is learned.
+# Settings that a resumed run may change: they affect what is logged, or how the work is split, never what is learned.
 CHANGEABLE = {
-    "run",  # the folder may have been moved
-    "prompts",
-    "data.workers",
-    "data.worker_timeout",
-    "data.max_skipped",
-    "data.accept_changes",
-    *(
-        f"train.{name}"
-        for name in (
-            "log_every",
-            "validate_every",
-            "sample_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "keep_every",
-        )
-    ),
-    *(f"train.{name}" for name in ("save_errors", "trackers", "micro_batch", "rank_timeout")),
+    *("run", "prompts"),  # run: the folder may have been moved
+    *(f"data.{name}" for name in ("workers", "worker_timeout", "max_skipped", "accept_changes")),
+    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
+    *(f"train.{name}" for name in ("checkpoint_every", "keep_checkpoints", "keep_every", "save_errors")),
+    *(f"train.{name}" for name in ("trackers", "micro_batch", "rank_timeout")),
 }
 
-_held: set[int] = set()  # descriptors of locks
+_locks: set[int] = set()  # file descriptors
 
 
-def _let_go() -> None:
-    """In a forked child (a data worker): close its copy of the lock, or the lock would outlive a killed trainer."""
-    for descriptor in _held:
+def _close_locks() -> None:
+    """Close a forked child's copies of the locks: held by a data worker, they would outlive a killed trainer."""
+    for descriptor in _locks:
         os.close(descriptor)
-    _held.clear()
+    _locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class RunDirectory:
-    """A run's folder, created where needed and locked for as long as this object is open.
+    """A run's folder, created if missing and locked while this object is open.
 
-    The lock is the kernel's and ends with the process, however it ends. Raises RunError.
+    The kernel holds the lock and releases it when the process ends, however it ends. Raises RunError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,7 +81,7 @@ class RunDirectory:
 
     @property
     def samples(self) -> Path:
-        """Folder of the image grids drawn while training."""
+        """Folder of the image grids drawn during training."""
         return self.path / "samples"
 
     @property
@@ -102,9 +90,9 @@ class RunDirectory:
         return self.path / "model"
 
     def start(self, config: Any) -> None:
-        """Write ``config.yaml``; where there is one already, refuse a config that would train something else.
+        """Write ``config.yaml``; an existing one must be of the same training.
 
-        Raises RunError listing each key that differs, old → new.
+        Raises RunError listing each differing key, old → new.
         """
         require_same(self.path, config)
         file = self.path / "config.yaml"
@@ -115,24 +103,23 @@ class RunDirectory:
         self._started = True
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line of JSON to ``metrics.jsonl``; a number that is not finite becomes null."""
+        """Append a line of JSON to ``metrics.jsonl``; NaN and infinity become null."""
         line = json.dumps({"step": step, **{key: _finite(value) for key, value in values.items()}}, allow_nan=False)
         self._journal.step = step
         self._journal.append(line)
 
     def clear_export(self) -> None:
-        """Delete the temporary files that an export has left which was killed; a new one gives its own other names."""
+        """Delete temporary files of an interrupted export; a new export uses other names."""
         for file in self.model.rglob(".*.tmp"):
             file.unlink()
 
     def skip(self, skipped: Sequence[Skipped]) -> None:
-        """Add to ``skipped.jsonl`` those that it does not list yet."""
-        self._skipped += skipped  # all since the start: the file may lack those before
+        """Add samples to ``skipped.jsonl`` that it does not list yet."""
+        self._skipped += skipped  # all since the start: earlier ones may not have been written
         rows = [*read_skipped(self.path)[0], *((one.file, one.reason) for one in self._skipped)]
-        listed = [
-            json.dumps({"file": name, "reason": reason}, ensure_ascii=False) for name, reason in dict.fromkeys(rows)
-        ]
-        self._journal.put("skipped.jsonl", "".join(line + "\n" for line in listed).encode(errors="replace"))
+        unique = [{"file": name, "reason": reason} for name, reason in dict.fromkeys(rows)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in unique)
+        self._journal.put("skipped.jsonl", text.encode(errors="replace"))
 
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "h w c"]) -> None:
         """Write ``samples/NAME-STEP.png``."""
@@ -141,21 +128,19 @@ class RunDirectory:
         self._journal.put(f"samples/{name}-{step:08d}.png", content.getvalue(), newest_of=name)
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after ``step`` (they will be logged again), and one torn by a kill."""
+        """Drop the lines of ``metrics.jsonl`` after ``step``, which are logged again, and a truncated one."""
         file = self.path / "metrics.jsonl"
         try:
             if file.exists():
-                logged = lines(read_bytes(file).decode(errors="replace"))
-                self._journal.rewrite(
-                    [line for line in logged if (parsed := parse_line(line)) is not None and parsed["step"] <= step]
-                )
+                logged = [(line, parse_line(line)) for line in lines(read_bytes(file).decode(errors="replace"))]
+                self._journal.rewrite([line for line, row in logged if row is not None and row["step"] <= step])
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
     def status(self, state: str, step: int, steps: int, error: BaseException | None = None) -> None:
-        """Write ``status.json``; its seconds are wall time summed over all resumes of the run.
+        """Write ``status.json``; its seconds are wall time summed over all starts of the run.
 
-        ``error``: what ended the run; kept as ``code``, the exit code of its command, and ``reason``, one line.
+        ``error``: the error that ended the run, stored as the exit ``code`` and a one-line ``reason``.
         """
         if state not in STATES:
             raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
@@ -167,16 +152,16 @@ class RunDirectory:
         self._journal.put("status.json", (json.dumps(about) + "\n").encode())
 
     def fail(self, error: BaseException) -> None:
-        """Say in ``status.json`` that a start ended before its first update; not where ``start`` refused it, for the run is as it was."""
+        """Record in ``status.json`` that a start failed before its first update, unless ``start`` refused it."""
         if self._started:
             before = read_status(self.path) or {}
             self.status("failed", before.get("step", 0), before.get("steps", 0), error)
 
     def close(self) -> None:
         """Release the lock. A second call does nothing."""
-        if self._lock in _held:
+        if self._lock in _locks:
             self._journal.close()
-            _held.discard(self._lock)
+            _locks.discard(self._lock)
             os.close(self._lock)
 
     def __enter__(self) -> RunDirectory:
@@ -205,22 +190,21 @@ def _lock(path: Path) -> int:
         with suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return _mark(descriptor)
-        time.sleep(0.05)  # `ldm status` may have looked at it in this very moment
+        time.sleep(0.05)  # `ldm status` may hold it at this moment
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise RunError(
-            f"{path} is in use by another process ({holder}): wait for it, or use another run: directory"
-        ) from None
+        advice = "wait for it, or use another run: directory"
+        raise RunError(f"{path} is in use by another process ({holder}): {advice}") from None
     return _mark(descriptor)
 
 
 def _mark(descriptor: int) -> int:
-    with suppress(OSError):  # for the message alone: a full disk is no reason here
+    with suppress(OSError):  # the number is for messages only: a full disk must not stop the run
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    _held.add(descriptor)
+    _locks.add(descriptor)
     return descriptor
 
 
@@ -236,9 +220,9 @@ def _finite(value: Any) -> Any:
 
 
 def require_same(path: Path, config: Any) -> None:
-    """Raise RunError where the run at ``path`` was started with a configuration that would train something else.
+    """Raise RunError if the run at ``path`` has a configuration of another training.
 
-    Data and models may lie elsewhere, as long as they are the same (``ldm.runs.moved``).
+    Data and models may have moved, as long as they are the same (``ldm.runs.moved``).
     """
     file = path / "config.yaml"
     if not file.exists():
@@ -256,7 +240,7 @@ def require_same(path: Path, config: Any) -> None:
 
 
 def refused_changes(old: Any, new: Any) -> list[str]:
-    """The settings, as ``key old → new``, that differ and that a resumed run may not change."""
+    """Differing settings that a resumed run may not change, as ``key old → new``."""
     return list(_changes(old, new).values())
 
 
@@ -264,7 +248,7 @@ def _changes(old: Any, new: Any) -> dict[str, str]:
     before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":
-        allowed.add("train.steps")  # any other schedule is stretched by it
+        allowed.add("train.steps")  # other schedules depend on it
     return {
         key: f"{key} {json.dumps(before.get(key))} → {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())

@@ -1,4 +1,4 @@
-"""Records that a run writes while it trains. A full disk delays them and never stops a training."""
+"""Records that a run writes during training; a full disk delays them and does not stop training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from ldm.runs.records import METRICS
 
 
 class Journal:
-    """Lines of ``metrics.jsonl`` and small whole files of the run directory ``path``.
+    """Writes lines of ``metrics.jsonl`` and small whole files of the run directory ``path``.
 
-    What cannot be written (disk full, read-only, over quota) is kept in memory and written, in order and once, when the
-    disk is back: lines all of them, files in their newest version. One warning says so, and one that all is written.
+    Records that cannot be written (disk full, read-only, over quota) are kept in memory and written, once
+    and in order, when the disk is available again: all lines, and the newest version of each file. There
+    is one warning when writing fails, and one when it works again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.step = 0  # the last update that was spoken of
+        self.step = 0  # the last update reported
         self._lines: list[bytes] = []
-        self._files: dict[str, tuple[str, bytes]] = {}  # by what they are the newest of
-        self._whole = _size(path / METRICS)  # bytes of whole lines: a full disk may take a part of one
+        self._files: dict[str, tuple[str, bytes]] = {}  # waiting files, by key
+        self._whole = _size(path / METRICS)  # bytes of complete lines: a full disk may cut one off
         self._failing = False
 
     def append(self, line: str) -> None:
@@ -31,24 +32,24 @@ class Journal:
         self._write()
 
     def put(self, file: str, content: bytes, newest_of: str = "") -> None:
-        """Write ``file`` anew. One that waits is forgotten where a newer of the same ``newest_of`` (left out: file) follows."""
+        """Write ``file``. A waiting file of the same ``newest_of`` (default: the same file) is dropped."""
         self._files[newest_of or file] = (file, content)
         self._write()
 
     def rewrite(self, lines: list[str]) -> None:
-        """Make ``metrics.jsonl`` these lines, now. Raises OSError."""
+        """Replace the lines of ``metrics.jsonl``, at once. Raises OSError."""
         replace(self.path / METRICS, "".join(line + "\n" for line in lines).encode())
         self._whole = _size(self.path / METRICS)
 
     def close(self) -> None:
-        """Try for the last time, and say what is lost."""
+        """Write what is waiting, and warn of what is lost."""
         if self._lines or self._files:
             self._write()
         if lost := [METRICS] * bool(self._lines) + [file for file, _ in self._files.values()]:
-            warnings.warn(f"{self.path}: what was last to be written is lost: {', '.join(lost)}", stacklevel=1)
+            warnings.warn(f"{self.path}: lost, because they could not be written: {', '.join(lost)}", stacklevel=1)
 
     def _write(self) -> None:
-        """Write everything pending; report the first fault."""
+        """Write all waiting records; warn if that begins or ceases to fail."""
         fault = None
         try:
             self._append()
@@ -61,15 +62,12 @@ class Journal:
             except OSError as error:
                 fault = fault or error
         if fault is not None and not self._failing:
-            reason = f"cannot be written to ({fault.strerror or fault})"
-            warnings.warn(
-                f"{self.path} {reason} at update {self.step}: training continues, and its records are kept until it can",
-                stacklevel=1,
-            )
+            reason = f"cannot be written to ({fault.strerror or fault}) at update {self.step}"
+            outlook = "training continues, and its records are kept until it can"
+            warnings.warn(f"{self.path} {reason}: {outlook}", stacklevel=1)
         elif fault is None and self._failing:
-            warnings.warn(
-                f"{self.path} can be written to again at update {self.step}: the records are complete", stacklevel=1
-            )
+            text = f"{self.path} can be written to again at update {self.step}: the records are complete"
+            warnings.warn(text, stacklevel=1)
         self._failing = fault is not None
 
     def _append(self) -> None:

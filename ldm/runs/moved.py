@@ -1,4 +1,4 @@
-"""A run whose data or models lie elsewhere than when it began: its checkpoint says by hashes whether they are the same."""
+"""Runs whose data or models have moved: hashes in the checkpoint show if they are the same."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Problem = str | None
 
 
 def moved_problem(key: str, run: Path, old: Any, new: Any) -> Problem:
-    """Say why ``new`` does not have at its place ``key`` what the run of ``old`` has trained on; None: it does.
+    """Difference between the data or model at ``key`` of ``new`` and what the run has used; None: none.
 
-    ``key``: one of ``PLACES``. Raises DataError, FolderError or ConfigError for a place that holds nothing of the kind.
+    ``key``: one of ``PLACES``. Raises DataError, FolderError or ConfigError if ``new`` names nothing usable.
     """
     if None in (places := [_at(key, config) for config in (old, new)]) or NONE in places:
-        return "there is nothing at one of them"
+        return "one of them is empty"
     newest = newest_checkpoint(run)
     if newest is None:
-        return "the run has no checkpoint, which would say what was there"
+        return "the run has no checkpoint, which would identify what it used"
     try:
         state = parse(read_bytes(newest[1] / "state.json").decode())
         return PLACES[key](state, new)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         if hasattr(error, "exit_code"):
             raise
-        return f"{newest[1]} does not say what was there"
+        return f"{newest[1]} does not identify what the run used"
 
 
 def _at(key: str, config: Any) -> Any:
@@ -78,11 +78,9 @@ def _diffusion(state: Mapping[str, Any], new: Any) -> Problem:
 
 
 def _compared(now: str | None, then: str | None) -> Problem:
-    return (
-        None
-        if now == then
-        else f"other weights: sha256 {(now or 'of none')[:12]}, {(then or 'of none')[:12]} when the run began"
-    )
+    if now == then:
+        return None
+    return f"other weights: sha256 {(now or 'of none')[:12]}, {(then or 'of none')[:12]} when the run began"
 
 
 PLACES: dict[str, Callable[[Mapping[str, Any], Any], Problem]] = {

@@ -1,4 +1,4 @@
-"""`starts.jsonl` of a run: one line for each start of its training, with what ran where. The host's name is not among it."""
+"""`starts.jsonl`: a line with code, versions and machine (but no host name) for each start of a run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PACKAGES = ("ldm", "autoencoder")
 def record(
     run: RunDirectory | None, step: int, steps: int, processes: int, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    """Add a line, and say in ``status.json`` that the run is under way; nothing on a process without the run's folder.
+    """Add a line for this start, and set ``status.json`` to running; does nothing without a ``run``.
 
-    ``step``: the update that training continues from. A full disk is reported; training continues.
+    ``step``: the update that training continues from. A full disk is reported, and training continues.
     """
     if run is None:
         return
@@ -36,7 +36,7 @@ def record(
     try:
         with (run.path / STARTS).open("a+b") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            torn = stream.read(1) not in (b"", b"\n")  # by a kill
+            torn = stream.read(1) not in (b"", b"\n")  # the process was killed while writing
             stream.write((("\n" if torn else "") + line + "\n").encode(errors="replace"))
     except OSError as error:
         say(f"{run.path / STARTS} could not be written: {error.strerror}")
@@ -44,7 +44,7 @@ def record(
 
 
 def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
-    """Contents of a line."""
+    """Contents of the line of a start."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -57,40 +57,36 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
         "accelerate": version("accelerate"),
         "ldm": ldm.__version__,
         **checkout(CODE),
-        "arguments": sys.argv[1:],  # kept, not read
+        "arguments": sys.argv[1:],  # recorded for the user only
     }
 
 
 def changed(before: Any, now: Mapping[str, Any]) -> str | None:
-    """Differences between the surroundings now and when the checkpoint was written; None: none, or not recorded."""
+    """Differences from the environment in which a checkpoint was written; None: none, or not recorded."""
     if not isinstance(before, Mapping):
         return None
     names = {"device_name": "processor" if now["device"] == "cpu" else "device"}
-    found = [
-        f"{names.get(name, name)} {before[name]} → {value}"
-        for name, value in now.items()
-        if before.get(name, value) != value
-    ]
+    differing = {name: value for name, value in now.items() if before.get(name, value) != value}
+    found = [f"{names.get(name, name)} {before[name]} → {value}" for name, value in differing.items()]
     return f"not as when the checkpoint was written: {', '.join(found)}" if found else None
 
 
 def checkout(folder: Path) -> dict[str, Any]:
-    """The git commit of the code in ``folder``, and whether the code differs from it; None where it is not a checkout or git is missing."""
+    """Git commit of ``folder``, and true if its code differs from that; both None without git or a checkout."""
     unknown: dict[str, Any] = {"commit": None, "dirty": None}
     if not (folder / ".git").exists():  # installed: a repository further up belongs to another project
         return unknown
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
-    }  # of a hook that started this
-    said = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *PACKAGES]):
-        try:
-            git = ["git", "--no-optional-locks", "-C", str(folder), *arguments]  # a user may be committing
-            said.append(
-                subprocess.run(
-                    git, capture_output=True, text=True, check=True, timeout=20, env=environment
-                ).stdout.strip()
-            )
-        except (OSError, subprocess.SubprocessError):
-            return unknown
-    return {"commit": said[0], "dirty": bool(said[1])}
+    # Without the variables of a git hook that may run this, and without locks: a user may be committing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
+
+    def output(*arguments: str) -> str:
+        command = [*git, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=environment)
+        return done.stdout.strip()
+
+    try:
+        commit, changes = output("rev-parse", "HEAD"), output("status", "--porcelain", "--", *PACKAGES)
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    return {"commit": commit, "dirty": bool(changes)}

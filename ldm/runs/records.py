@@ -1,4 +1,4 @@
-"""Reads the records of a run: metrics.jsonl, status.json, starts.jsonl, skipped.jsonl, the grids. Imports no torch."""
+"""Readers of a run's records: metrics, status, starts, skipped samples, grids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ldm.files.disk import read_bytes
 from ldm.files.text import lines
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
-DEPTH = 32  # of JSON that a run writes, at most
-Points = list[tuple[int, float]]  # (update, value); NaN where the value was not finite
+DEPTH = 32  # largest depth of JSON that a run writes
+Points = list[tuple[int, float]]  # (update, value); NaN for a value that was not finite
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """One line of metrics.jsonl; None for one that is torn."""
+    """Parse a line of metrics.jsonl; None if it is truncated."""
     try:
         parsed = parse(line)
     except ValueError:
@@ -28,7 +28,7 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 
 def parse(text: str) -> Any:
-    """A value in JSON. Raises ValueError for what is not JSON, or nested more deeply than anything that a run writes."""
+    """Parse JSON. Raises ValueError if it is invalid, or nested more deeply than a run writes it."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -45,17 +45,17 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """True if a value is a whole number that may count updates or bytes."""
+    """True for an integer that may count updates or bytes."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` in order; empty where there is none. Raises RunError."""
+    """Lines of a run's ``metrics.jsonl``, in order; empty if there is none. Raises RunError."""
     return _parsed_lines(path / METRICS)
 
 
 def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
-    """A run's ``status.json``, or None where there is none. Raises RunError, where ``checked`` also for values of a wrong type."""
+    """A run's ``status.json``, None if there is none; ``checked``: its types, too. Raises RunError."""
     file = path / "status.json"
     if not file.exists():
         return None
@@ -67,14 +67,13 @@ def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
         raise RunError(f"{file} should hold one JSON object: delete it to continue")
     for name, (right, what) in STATUS.items() if checked else ():
         if name in status and not right(status[name]):
-            raise RunError(
-                f"{file}: {name} should be {what}, got {json.dumps(status[name])[:40]}: delete it to continue"
-            )
+            got = json.dumps(status[name])[:40]
+            raise RunError(f"{file}: {name} should be {what}, got {got}: delete it to continue")
     return status
 
 
 def is_seconds(value: Any) -> TypeGuard[float]:
-    """True if a value may be a time, neither negative nor infinite."""
+    """True for a number of seconds, neither negative nor infinite."""
     return _is_number(value) and 0 <= value < 1e12  # and so neither infinite nor NaN
 
 
@@ -82,7 +81,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-STATUS = {  # of status.json: what is right, and its name
+STATUS = {  # entries of status.json: their check, and its name
     "state": (_is_text, "text"),
     "step": (is_count, "a whole number"),
     "steps": (is_count, "a whole number"),
@@ -93,15 +92,12 @@ STATUS = {  # of status.json: what is right, and its name
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``starts.jsonl`` in order, one for each start of its training; empty where there is none.
-
-    Raises RunError.
-    """
+    """Lines of a run's ``starts.jsonl``, one per start, in order; empty if there is none. Raises RunError."""
     return _parsed_lines(path / STARTS)
 
 
 def _parsed_lines(file: Path) -> list[dict[str, Any]]:
-    """Those with a step; others are torn. Bytes that are not UTF-8 stand for the character that marks them."""
+    """Lines that are complete, which have a step. Bytes that are not UTF-8 become U+FFFD."""
     return [parsed for line in _lines(file) if (parsed := parse_line(line)) is not None]
 
 
@@ -113,14 +109,14 @@ def _lines(file: Path) -> list[str]:
 
 
 def newest_checkpoint(path: Path) -> tuple[int, Path] | None:
-    """The update and folder of a run's newest complete checkpoint, by its number: its hashes are not looked at. None without one."""
+    """Update and folder of a run's newest checkpoint, whose hashes are not checked; None without one."""
     whole = (folder for folder in path.glob("checkpoints/step-*") if (folder / "manifest.json").is_file())
     found = ((re.fullmatch(r"step-(\d{8,})", folder.name), folder) for folder in whole)
     return max(((int(name[1]), folder) for name, folder in found if name is not None), default=None)
 
 
 def read_skipped(path: Path) -> tuple[list[tuple[str, str]], int]:
-    """(file, reason) of each line of a run's ``skipped.jsonl``, and the number of lines that are no such object."""
+    """(file, reason) of each line of a run's ``skipped.jsonl``, and the number of unreadable lines."""
     rows, unreadable = [], 0
     for line in _lines(path / "skipped.jsonl"):
         try:
@@ -132,7 +128,7 @@ def read_skipped(path: Path) -> tuple[list[tuple[str, str]], int]:
 
 
 def grids(path: Path) -> dict[str, list[tuple[int, Path]]]:
-    """The pictures ``samples/NAME-STEP.png`` of a run: for each name (update, file) in order of updates."""
+    """Images ``samples/NAME-STEP.png`` of a run: (update, file) by name, in order of updates."""
     found: dict[str, list[tuple[int, Path]]] = {}
     for file in sorted((path / "samples").glob("*.png")):
         if match := re.fullmatch(r"(.+)-(\d+)", file.stem):
@@ -141,7 +137,7 @@ def grids(path: Path) -> dict[str, list[tuple[int, Path]]]:
 
 
 def scalar_series(logged: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """Each figure of ``metrics.jsonl`` that is a number, over updates; null becomes NaN. In order of first appearance."""
+    """Each scalar metric over updates, in order of first appearance; null becomes NaN."""
     series: dict[str, Points] = {}
     for line in logged:
         for name, value in line.items():
@@ -151,7 +147,7 @@ def scalar_series(logged: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def list_series(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, list[float]]]]:
-    """Each figure that is a list of numbers, over updates; null becomes NaN."""
+    """Each metric that is a list of numbers, over updates; null becomes NaN."""
     series: dict[str, list[tuple[int, list[float]]]] = {}
     for line in logged:
         for name, value in line.items():
@@ -160,15 +156,16 @@ def list_series(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int
     return series
 
 
-def figures(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Every figure of a ``report.json`` under its dotted name; a share with its interval stays one dict."""
-    if isinstance(tree, Mapping) and "accuracy" not in tree:
-        return [row for key, value in tree.items() for row in figures(value, f"{path}.{key}" if path else str(key))]
-    return [(path, tree)]
+def report_metrics(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Metrics of a ``report.json`` under their dotted names; an accuracy with its interval stays a dict."""
+    if not isinstance(tree, Mapping) or "accuracy" in tree:
+        return [(path, tree)]
+    found = (report_metrics(value, f"{path}.{key}" if path else str(key)) for key, value in tree.items())
+    return [row for rows in found for row in rows]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every entry of nested mappings under its dotted name."""
+    """Entries of nested mappings under their dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -180,6 +177,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    return (
-        float(value) if value is not None and abs(value) < 1e300 else math.nan
-    )  # an integer may be larger than any float
+    return float(value) if value is not None and abs(value) < 1e300 else math.nan  # an integer may exceed any float

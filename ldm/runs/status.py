@@ -1,6 +1,6 @@
-"""Status of a run, seen from outside: its `status.json`, its newest checkpoint, and whether a process is at work on it.
+"""Status of a run, seen from outside: its `status.json`, newest checkpoint and lock.
 
-Nothing is written, so a folder that may only be read works. Imports no torch.
+Writes nothing, so a read-only folder works. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ KILLED = 1
 _AGAIN = "the same command continues from"
 
 
-def standing(path: str | Path) -> dict[str, Any]:
-    """Status of a run, JSON-ready. Raises RunError for what is not a run.
+def run_status(path: str | Path) -> dict[str, Any]:
+    """Status of a run, for JSON. Raises RunError for a folder that is not a run.
 
-    ``state``: running, done, interrupted, failed, or killed: its status says running, and no process holds its lock.
-    ``locked``: whether a process works on it; None where the file system cannot tell.
-    ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else the code that the command ended with.
+    ``state``: running, done, interrupted, failed, or killed (running by status.json, but not locked).
+    ``locked``: true if a process is training it; None if the file system has no locks.
+    ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else that of the command.
     """
     path = Path(path)
     if not any((path / name).is_file() for name in ("config.yaml", "status.json")):
         nothing = f"{path} is not a run: it has neither config.yaml nor status.json{runs_below(path)}"
         raise RunError(nothing if path.exists() else f"no run {path}")
-    status, locked = read_status(path) or {}, held(path)
+    status, locked = read_status(path) or {}, is_locked(path)
     state = status.get("state")
     if locked:
-        state = "running"  # whatever is written of the last time: it is being started
+        state = "running"  # whatever status.json says: a new start has not written it yet
     elif state == "running" or state is None:
         state = "running" if locked is None and state else "killed"
-    code = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}.get(
-        state, status.get("code", 1)
-    )
+    codes = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}
     newest = newest_checkpoint(path)
     over = state in ("interrupted", "failed")
     return {
@@ -47,13 +45,13 @@ def standing(path: str | Path) -> dict[str, Any]:
         **{name: status.get(name) for name in ("step", "steps", "seconds")},
         "checkpoint": None if newest is None else newest[0],
         "locked": locked,
-        "exit_code": code,
+        "exit_code": codes.get(state, status.get("code", 1)),
         "reason": status.get("reason") if over else None,
     }
 
 
-def held(path: Path) -> bool | None:
-    """True if a process holds the run's lock; None where that cannot be seen. Creates and changes no file."""
+def is_locked(path: Path) -> bool | None:
+    """True if a process holds the run's lock; None if that cannot be seen. Changes no file."""
     try:
         descriptor = os.open(path / ".lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -61,18 +59,18 @@ def held(path: Path) -> bool | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: concurrent readers do not see each other
     except BlockingIOError:
         return True
     except OSError:  # a file system without locks
         return None
     finally:
-        os.close(descriptor)  # and the lock with it; a trainer that starts in this moment tries again
+        os.close(descriptor)  # releases the lock; a trainer that starts at this moment tries again
     return False
 
 
-def line(now: dict[str, Any]) -> str:
-    """``standing`` as a line of text."""
+def status_line(now: dict[str, Any]) -> str:
+    """Result of ``run_status`` as a line of text."""
     state, step, steps, checkpoint = now["state"], now["step"], now["steps"], now["checkpoint"]
     percent = f" ({100 * step / steps:.0f} %)" if isinstance(step, int) and steps else ""
     update = f"update {step} of {steps}{percent}" if step is not None else "before its first update"
@@ -80,18 +78,17 @@ def line(now: dict[str, Any]) -> str:
     seconds = f", {now['seconds']:.0f} s" if now["seconds"] is not None else ""
     saved = f"last checkpoint at update {checkpoint}" if checkpoint is not None else "no checkpoint"
     again = f"update {checkpoint}" if checkpoint is not None else "the beginning"
+    reason = now["reason"] or "no reason was recorded"
     what = {
         "running": f"running, {update}{seconds}, {saved}",
         "done": f"done, {update}{seconds}, {saved}",
         "killed": f"killed {at}{seconds}: its status says running, but no process holds its lock; {_AGAIN} {again}",
         "interrupted": f"interrupted and saved {at}{seconds}, {saved}; {_AGAIN} there",
-        "failed": f"failed {at}{seconds}, {saved}; exit code {now['exit_code']}: {now['reason'] or 'no reason was recorded'}",
+        "failed": f"failed {at}{seconds}, {saved}; exit code {now['exit_code']}: {reason}",
     }
     if state == "interrupted" and now["exit_code"] != SAVED:
         what[state] = f"stopped at once {at}{seconds}; {_AGAIN} {again}"
-    unseen = (
-        " (whether a process is at work cannot be seen on this file system)"
-        if state == "running" and now["locked"] is None
-        else ""
-    )
+    unseen = ""
+    if state == "running" and now["locked"] is None:
+        unseen = " (this file system does not show if a process is at work)"
     return f"{now['run']}: {what.get(str(state), f'{state}?')}{unseen}"

@@ -29,12 +29,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, finite: Tensor | None = None) -> None:
-        """Take in the model's weights as they stand after update ``step``; nothing where ``finite`` is false (decided on its device)."""
+        """Add the model's weights after update ``step`` to the average.
+
+        Where ``finite`` (a bool on the device) is false nothing changes.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach().float() for p in self.model.parameters()]
         share = torch.tensor(1.0 - decay) if finite is None else (1.0 - decay) * finite.float()
         shadow = list(self._shadow.values())
-        torch._foreach_lerp_(shadow, weights, [share.to(s.device) for s in shadow])  # pyright: ignore[reportPrivateImportUsage]
+        shares = [share.to(s.device) for s in shadow]
+        torch._foreach_lerp_(shadow, weights, shares)  # pyright: ignore[reportPrivateImportUsage]
         for name, buffer in _buffers(self.model).items():
             self._buffers[name].copy_(buffer)
 
@@ -49,7 +53,7 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Put the averaged weights into ``model`` for the block, and its own back afterwards, whatever happens."""
+        """Put the averaged weights into ``model`` for the block, and restore its own afterwards."""
         live = [*model.parameters(), *_buffers(model).values()]
         own = [tensor.detach().clone() for tensor in live]
         try:
@@ -61,12 +65,12 @@ class EMA:
                     tensor.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights and the buffers by name: live tensors, to be copied by whoever keeps them."""
+        """The averaged weights and the buffers by name: live tensors, which a caller copies to keep."""
         return {**self._shadow, **self._buffers}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a ``state``. Raises CheckpointError unless names and shapes are the same."""
+        """Load a ``state()``. Raises CheckpointError unless names and shapes are the same."""
         held = self.state()
         _same_names(tensors, held, "the model")
         for name, tensor in held.items():

@@ -19,22 +19,25 @@ from ldm.training.task import Reporter
 from ldm.training.trackers import Trackers, open_trackers
 
 
-class Recorder:
-    """Tells the run directory, the trackers and the person at the terminal; ``run`` None: a process that writes nothing.
+class Logger:
+    """Logs to the run directory, the trackers and the terminal.
 
-    ``steps``: the last update. What was ``skipped`` is gathered here, so every process calls ``figures``.
+    Args:
+        run: None on a process that writes nothing.
+        steps: number of the last update.
+        skipped: unreadable samples, gathered over the processes: every process calls ``metrics``.
     """
 
     def __init__(self, run: RunDirectory | None, steps: int, skipped: SkipLog, reporter: Reporter) -> None:
         self.run, self.steps, self.skipped, self.reporter = run, steps, skipped, reporter
         self._trackers = Trackers({})
-        self._undrawn = False  # whether it was said that pictures fail
-        self._slow: set[str] = set()  # what was said to be slow
+        self._undrawn = False  # the warning that pictures fail was given
+        self._slow: set[str] = set()  # names that were reported as slow
 
     @contextmanager
-    def open(self, trackers: Sequence[str], step: int) -> Iterator[None]:
+    def tracking(self, trackers: Sequence[str], step: int) -> Iterator[None]:
         """Context in which the trackers of these names log as well, from update ``step`` on."""
-        self.skipped.update()  # what was left out before training
+        self.skipped.update()  # samples left out before training
         if self.run:
             self._trackers = open_trackers(trackers, self.run.path, step)
         try:
@@ -42,7 +45,7 @@ class Recorder:
         finally:
             self._trackers.close()
 
-    def figures(self, step: int, values: Mapping[str, Any]) -> None:
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics after update ``step``."""
         self.skipped.update()
         if self.run:
@@ -52,7 +55,10 @@ class Recorder:
             self.run.status("running", step, self.steps)
 
     def pictures(self, step: int, draw: Callable[[], Mapping[str, UInt8[np.ndarray, "h w c"]]]) -> None:
-        """Log the grids of ``draw``, by name. Its failure is a warning, except for errors that the user can fix (``exit_code``)."""
+        """Log the grids of ``draw``, by name.
+
+        Its failure is a warning, except for errors that the user can fix (``exit_code``).
+        """
         if self.run is None:
             return
         try:
@@ -74,7 +80,7 @@ class Recorder:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Warn once where ``what``, for which a request to stop waits, is slow."""
+        """Warn once if ``what``, for which a request to stop waits, is slow."""
         started = time.monotonic()
         yield
         if self.run and what not in self._slow and warn_if_slow(what, time.monotonic() - started):

@@ -1,7 +1,9 @@
 """The one training loop, on accelerate: accumulation, clipping, EMA, checkpoints, resume, validation, trackers.
 
-What is trained is a Task: it owns networks and says what one micro-batch contributes. The loop owns the rest. An
-update depends on its number alone (data and noise are functions of position), so a resumed run needs only its step.
+A Task owns the networks and computes the loss of one micro-batch; the loop owns the rest. An update depends on its
+number alone (data and noise are functions of position), so a resumed run needs only its step.
+
+The order of reading is that of a run: ``prepare``, ``train``, ``_iterate``, ``_update``, ``_follow_up``, ``_finish``.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from ldm.runs.checkpoints.writer import BackgroundWriter
 from ldm.runs.directory import RunDirectory
 from ldm.training.diagnostics.nonfinite import NonFiniteRecorder
 from ldm.training.ema import EMA
-from ldm.training.finite import not_finite
-from ldm.training.logger import Recorder
+from ldm.training.finite import FiniteGuard, TrainingError, not_finite
+from ldm.training.logger import Logger
 from ldm.training.optimizers import Optimizers, learning_rate
+from ldm.training.placement import place
 from ldm.training.precision import accelerator_of, set_backends
 from ldm.training.rank_checks import Probe, ProcessesDifferError
 from ldm.training.skipped import SkipLog
@@ -40,26 +43,24 @@ from ldm.training.step_flags import StepFlags
 from ldm.training.stopping import Stop
 from ldm.training.task import Reporter, Task
 
-MAX_NONFINITE = 10  # updates in a row with a non-finite gradient, after which training is given up
-ADVICE = "lower train.lr, or check the data"
-
-
-class TrainingError(UserError):
-    """Training cannot continue; the message says why and what was saved."""
-
-    exit_code = 5
-    everywhere = True
-
 
 class Interrupted(UserError):
     """The run was asked to stop; its state is saved and the same command continues."""
 
     exit_code = 75
-    everywhere = True  # agreed: every process raises it
+    everywhere = True  # every process raises it
 
 
 class Loop:
-    """Training of one task in one run directory."""
+    """Training of one task in one run directory, which is locked from ``prepare`` to ``close``.
+
+    ``with Loop(…) as loop: loop.train()`` calls both, and writes to the run's status how it ended.
+
+    Args:
+        config: how to train: ``run_config.train`` with whatever the caller changed.
+        run_config: the whole configuration, which the run directory keeps.
+        start: the checkpoint to continue from, by its update or its folder; None: the newest intact one.
+    """
 
     def __init__(
         self,
@@ -71,152 +72,136 @@ class Loop:
         reporter: Reporter,
         start: str | None = None,
     ) -> None:
-        """``start``: the checkpoint to continue from, by its update or its folder; None: the newest intact one."""
-        self.task, self.config, self.run_config, self.reporter, self.workers = (
-            task,
-            config,
-            run_config,
-            reporter,
-            workers,
-        )
+        self.task, self.config, self.run_config = task, config, run_config
+        self.path, self.workers, self.reporter, self.start = Path(path), workers, reporter, start
         self.processes, _ = launched()
         self.accelerator = accelerator_of(config.mixed_precision)
         self.split: BatchPlan = plan_batch(
             config.batch_size, config.micro_batch, self.processes.count, self.processes.rank
         )
-        set_backends(config)
-        self.step = 0
-        self.run = RunDirectory(path) if self.accelerator.is_main_process else None
-        self.probe = Probe(self.processes)
-        skipped = SkipLog((task.stream, task.validation), self.run, reporter.say, self.processes)
-        self.recorder = Recorder(self.run, config.steps, skipped, reporter)
         self.stop = Stop(reporter.say, self.accelerator.is_main_process)
         self.flags = StepFlags(self._sum, self.accelerator.device)
+        self.probe = Probe(self.processes)
+        self.run: RunDirectory | None = None  # the main process's, like the writer
+        self.writer: BackgroundWriter | None = None
+        self.step = 0  # updates that are done
         self._whole = True  # between updates: networks, average and task are all after update `step`
-        self._broken = 0  # updates in a row that were not finite
-        self._finite: int | None = None  # the last update after which the whole state was found finite
-        self._without = "" if start is None else ", without --from,"
+
+    def __enter__(self) -> Loop:
         try:
-            self._prepare(path, start)
+            self.prepare()
         except BaseException as error:
             if self.run:
                 self.run.fail(error)
-                self.run.close()
+            self.close()
             raise
+        return self
 
-    def _prepare(self, path: str, start: str | None) -> None:
-        config, task, device = self.config, self.task, self.accelerator.device
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.run and error is not None:
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            self.run.status("interrupted" if stopped else "failed", self.step, self.config.steps, error)
+        self.close()
+
+    def close(self) -> None:
+        """Unlock the run directory."""
         if self.run:
-            self.run.start(self.run_config)
-            for message in [*shelf.remove_stale(self.run.path), *shelf.remove_stale(self.run.checkpoints)]:
-                self.reporter.say(message)
-        found = resume.agreed(self.processes, Path(path) / "checkpoints", start, self.reporter.say)
-        if found is not None:  # before anything is put on the device
-            checkpoint.require_fit(
-                found, {f"model_{name}": network.state_dict() for name, network in task.networks.items()}
-            )
-        for network in task.networks.values():
-            network.to(device)
-            if config.channels_last:
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if hasattr(network, "gradient_checkpointing"):
-                network.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[assignment]
-        task.to(device)
-        if found is None:
-            task.initialize()
-        self.optimizers = Optimizers(task.networks, config, self.accelerator.scaler)
-        if config.compile:
-            for network in task.networks.values():
-                network.compile()
-        task.wrapped = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
-        self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
-        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
+            self.run.close()
+
+    # ---------------------------------------------------------------- before the first update
+
+    def prepare(self) -> None:
+        """Lock the run directory, place the networks, and take over the checkpoint to continue from."""
+        set_backends(self.config)
+        self._open_run()
+        found = self._find_checkpoint()
+        self._place(fresh=found is None)
         if found is not None:
-            self.step = self.state.load(found)
-            self.reporter.say(f"resuming from update {self.step} ({found})")
-            if start is not None and self.run and (moved := resume.set_aside(found)):
-                self.reporter.say(moved)
-        self.writer: BackgroundWriter | None = None  # the main process's
+            self._resume(found)
         if self.run:
             self.run.cut_back(self.step)
             self.writer = BackgroundWriter(
-                self.run.checkpoints, config.keep_checkpoints, config.keep_every, config.save_errors, self.step, self.reporter.say
-            )  # fmt: skip
-        self.incidents = NonFiniteRecorder(self.run, task, self.split, self.reporter.say)
-        self.probe.weights(task.networks)
-        self._require_finite()
-
-    def _require_finite(self) -> None:
-        """Raise TrainingError, on all processes, where anything that a checkpoint would keep is not finite on any of them."""
-        if self._finite == self.step:
-            return
-        problem = not_finite(self.state.tensors(), self.state.scalars(self.step))
-        broken = next((one for one in self.processes.gather(problem) if one is not None), None)
-        if broken is None:
-            self._finite = self.step
-        elif self._finite is None:
-            advice = "check init" if self.step == 0 else "continue from an earlier checkpoint by --from"
-            raise TrainingError(f"{broken} not finite at the start, after update {self.step}: {advice}")
-        else:
-            raise TrainingError(
-                f"{broken} not finite after update {self.step - self._broken} (after update {self._finite} all was finite): this is neither"
-                f" saved nor exported, and earlier checkpoints stay; {ADVICE}"
+                self.run.checkpoints,
+                self.config.keep_checkpoints,
+                self.config.keep_every,
+                self.config.save_errors,
+                self.step,
+                self.reporter.say,
             )
+        incidents = NonFiniteRecorder(self.run, self.task, self.split, self.reporter.say)
+        patient = self.accelerator.scaler is not None  # float16 finds its scale by updates that are not finite
+        self.guard = FiniteGuard(self.state, self.flags, incidents, self.processes, patient)
+        self.probe.weights(self.task.networks)
+        self.guard.require_finite(self.step)
 
-    def _checkpoint(self) -> None:
-        """Write the state in the background; the main process writes. While updates are skipped no older checkpoint makes room."""
-        if self.writer:
-            scalars = self.state.scalars(self.step)
-            self.writer.submit(self.step, self.state.tensors(), scalars, self.run_config, thin=self._broken == 0)
+    def _open_run(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run = RunDirectory(str(self.path))
+            self.run.start(self.run_config)
+            for message in [*shelf.remove_stale(self.run.path), *shelf.remove_stale(self.run.checkpoints)]:
+                self.reporter.say(message)
+        skipped = SkipLog((self.task.stream, self.task.validation), self.run, self.reporter.say, self.processes)
+        self.logger = Logger(self.run, self.config.steps, skipped, self.reporter)
 
-    def _save_last(self) -> None:
-        """The save that a training ends with, on the disk when this returns."""
-        self._checkpoint()
-        if self.writer:
-            self.writer.wait()
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from, which fits the networks: known before anything is put on the device."""
+        found = resume.agreed(self.processes, self.path / "checkpoints", self.start, self.reporter.say)
+        if found is not None:
+            weights = {f"model_{name}": network.state_dict() for name, network in self.task.networks.items()}
+            checkpoint.require_fit(found, weights)
+        return found
+
+    def _place(self, fresh: bool) -> None:
+        """Put networks on the device, ``fresh`` ones with their initial weights; make optimizers, average and state."""
+        task, config, device = self.task, self.config, self.accelerator.device
+        for network in task.networks.values():
+            place(network, config, device)
+        task.to(device)
+        if fresh:
+            task.initialize()
+        self.optimizers = Optimizers(task.networks, config, self.accelerator.scaler)
+        self.prepared = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
+        self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
+        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
+
+    def _resume(self, found: Path) -> None:
+        self.step = self.state.load(found)
+        self.reporter.say(f"resuming from update {self.step} ({found})")
+        if self.start is not None and self.run and (moved := resume.set_aside(found)):
+            self.reporter.say(moved)
+
+    # ---------------------------------------------------------------- training
 
     def train(self) -> None:
-        """Run to the last update, and export. Raises Interrupted after a signal, TrainingError where it cannot continue."""
-        try:
-            with self.stop:
-                starts.record(
-                    self.run,
-                    self.step,
-                    self.config.steps,
-                    self.accelerator.num_processes,
-                    self.accelerator.device,
-                    self.reporter.say,
-                )
-                self._train()
-        except BaseException as error:
-            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-            if self.run:
-                self.run.status("interrupted" if stopped else "failed", self.step, self.config.steps, error)
-            raise
-        finally:
-            if self.run:
-                self.run.close()
+        """Run to the last update, and export.
 
-    def _train(self) -> None:
-        config, processes = self.config, self.accelerator.num_processes
-        if self.step >= config.steps:
-            self.reporter.say(f"already trained to update {self.step} of {config.steps}")
-            self._finish()  # a run that has all is not opened again: this one was killed before its export
-            return
-        self.reporter.say(
-            f"global batch {config.batch_size} = {processes} process{'es' if processes > 1 else ''} × {self.split.micro_batch}"
-            f" × {self.split.accumulation} accumulation, learning rate {config.lr:g}, {config.steps} updates"
-        )
+        Raises Interrupted after a signal, TrainingError where it cannot continue.
+        """
+        config, say, count = self.config, self.reporter.say, self.accelerator.num_processes
+        with self.stop:
+            starts.record(self.run, self.step, config.steps, count, self.accelerator.device, say)
+            if self.step >= config.steps:  # killed before its export: a run that has one is not opened again
+                say(f"already trained to update {self.step} of {config.steps}")
+            else:
+                say(
+                    f"global batch {config.batch_size} = {count} process{'es' if count > 1 else ''}"
+                    f" × {self.split.micro_batch} × {self.split.accumulation} accumulation,"
+                    f" learning rate {config.lr:g}, {config.steps} updates"
+                )
+                self._train_and_save()
+            self._finish()
+
+    def _train_and_save(self) -> None:
+        """Run updates up to the last or a signal, and save the state, also after an error."""
+        config, first = self.config, self.step
         with ExitStack() as stack:
             if self.writer:
                 stack.enter_context(self.writer)
-            stack.enter_context(self.recorder.open(config.trackers, self.step))
-            feed = stack.enter_context(
-                closing(batches(self.task.stream, self.split, self.step, config.steps, self.workers))
-            )
-            first = self.step
+            stack.enter_context(self.logger.tracking(config.trackers, self.step))
+            feed = batches(self.task.stream, self.split, self.step, config.steps, self.workers)
+            stack.enter_context(closing(feed))
             try:
-                self._updates(feed)
+                self._iterate(feed)
             except Exception as error:
                 if self.writer and self.step > first:
                     self._save_before_the_end(error)
@@ -224,83 +209,25 @@ class Loop:
             self.processes.each(self._save_last)
         if self.step < config.steps:
             self.accelerator.wait_for_everyone()
-            raise Interrupted(
-                f"stopped and saved at update {self.step} of {config.steps}: the same command{self._without} continues"
-            )
-        self._finish()
+            same = "the same command" if self.start is None else "the same command, without --from,"
+            raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: {same} continues")
 
-    def _save_before_the_end(self, error: Exception) -> None:
-        """Keep the updates since the last checkpoint, unless the error says that they are worth nothing or cannot be kept."""
-        if not self._whole or isinstance(error, (TrainingError, ProcessesDifferError, shelf.CheckpointError)):
-            return
-        if self._finite != self.step and (problem := not_finite(self.state.tensors(), self.state.scalars(self.step))):
-            self.reporter.say(f"not saved: {problem} not finite after update {self.step}")
-            return
-        try:
-            self._save_last()
-        except Exception as second:  # a lost device, a full disk: the first error is the one to tell
-            self.reporter.say(f"not saved: {' '.join(str(second).split())}")
-        else:
-            self.reporter.say(f"saved at update {self.step}, before the end by an error")
-
-    def _updates(self, feed: Iterator[Batch]) -> None:
-        config, recorder = self.config, self.recorder
+    def _iterate(self, feed: Iterator[Batch]) -> None:
+        """Run one update after another, each with what is due after it."""
         started, first = time.monotonic(), self.step
-        while self.step < config.steps and not self._stopping():
+        while self.step < self.config.steps and not self._stopping():
             metrics = self._update(feed)
             self.step += 1
             self._whole = True
             if self.flags.at_hand:
-                self._look_back()
-            last = self.step == config.steps
-            saving = self.step % config.checkpoint_every == 0 and not last
-            if saving or last or self.step % config.validate_every == 0:
-                self._look_back()
-                self._require_finite()
-            values: dict[str, Any] = {}
-            if self.step % config.log_every == 0 or last:
-                values |= self._logged(metrics, (self.step - first) / (time.monotonic() - started))
-            try:
-                if self.step % config.validate_every == 0 or last:
-                    with recorder.timed("a validation"):
-                        values |= self._validated()
-            finally:  # what is known of the update is kept where its validation fails
-                if values:
-                    recorder.figures(self.step, values)
-            if values and self.writer:
-                self.writer.poll()
-            if last and self._broken and _validation_failed(values):
-                raise TrainingError(self._skipped("with them the validation is not finite, so nothing is exported"))
-            if self.step % config.sample_every == 0 or last:
-                with recorder.timed("drawing samples"):
-                    recorder.pictures(self.step, self._drawn)
-            if saving:
-                self._checkpoint()
-        self._look_back()
-        self._require_finite()
+                self.guard.look_back(self.step)
+            self._follow_up(metrics, (self.step - first) / (time.monotonic() - started))
+        self.guard.look_back(self.step)
+        self.guard.require_finite(self.step)
 
     def _stopping(self) -> bool:
         """True if training ends before the next update: agreed by all processes, so one update later with several."""
         return self.flags.stop or (self.accelerator.num_processes == 1 and self.stop.asked)
-
-    def _look_back(self) -> None:
-        """Take note where the update before was not finite, while the weights are still those that it had. Raises TrainingError."""
-        finite = self.flags.receive()
-        if finite is not False:
-            self._broken = self._broken if finite is None else 0
-            return
-        self._broken += 1
-        if self.accelerator.scaler is None or self._broken == MAX_NONFINITE:  # float16 looks for its scale that way
-            self.incidents.record(self.step - 1, self._broken == 1)
-        if self._broken == 1:
-            self._require_finite()  # no later update would be finite
-        if self._broken >= MAX_NONFINITE:
-            raise TrainingError(self._skipped(f"`ldm replay {self.incidents.newest}` names the module"))
-
-    def _skipped(self, then: str) -> str:
-        """A line on the updates that were skipped since the last that was not."""
-        last = self.step - self._broken
-        return f"the last {self._broken} updates were not finite, so the weights are those after update {last}: {then}; {ADVICE}"
 
     def _update(self, feed: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer update from ``accumulation`` micro-batches; returns their mean metrics, still on the device."""
@@ -308,19 +235,18 @@ class Loop:
         self.optimizers.begin(self.step, task.lr_scale)
         sums: dict[str, Tensor] = {}
         for i in range(n):
-            batch = {
-                k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
-                for k, v in next(feed).items()
-            }
+            batch = self._on_device(next(feed))
             self.probe.draws(batch, (*task.stream.draws.normals, *task.stream.draws.uniforms))
             with ExitStack() as stack:
                 if i < n - 1:  # gradients are exchanged once, with the last micro-batch
-                    for network in task.wrapped.values():
+                    for network in self.prepared.values():
                         stack.enter_context(self.accelerator.no_sync(network))
-                metrics = task.micro_step(batch, self.step, lambda loss: self.accelerator.backward(loss / n))
+                metrics = task.micro_step(
+                    self.prepared, batch, self.step, lambda loss: self.accelerator.backward(loss / n)
+                )
             sums = {k: v / n + sums.get(k, 0.0) for k, v in metrics.items()}
         self.probe.gradients(task.networks)
-        self._look_back()
+        self.guard.look_back(self.step)
         sums |= {f"grad_norm_{name}": self.optimizers.norm(name) for name in task.networks}
         finite = self.flags.send(self.stop.asked, torch.stack([torch.isfinite(v).all() for v in sums.values()]).all())
         self._whole = False
@@ -329,33 +255,102 @@ class Loop:
         task.after_update(self.step, self._mean, finite)
         return sums
 
+    def _on_device(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _follow_up(self, metrics: dict[str, Tensor], per_second: float) -> None:
+        """Log, validate, draw previews and save, where one of them is due after update ``step``."""
+        config, logger, last = self.config, self.logger, self.step == self.config.steps
+        validating, saving = self.step % config.validate_every == 0 or last, self.step % config.checkpoint_every == 0
+        if validating or saving:
+            self.guard.look_back(self.step)
+            self.guard.require_finite(self.step)
+        values: dict[str, Any] = {}
+        if self.step % config.log_every == 0 or last:
+            values |= self._logged(metrics, per_second)
+        try:
+            if validating:
+                with logger.timed("a validation"):
+                    values |= self._validated()
+        finally:  # what is known of the update is kept where its validation fails
+            if values:
+                logger.metrics(self.step, values)
+        if values and self.writer:
+            self.writer.poll()
+        if last and self.guard.skipped and _validation_failed(values):
+            then = "with them the validation is not finite, so nothing is exported"
+            raise TrainingError(self.guard.describe(self.step, then))
+        if self.step % config.sample_every == 0 or last:
+            with logger.timed("drawing samples"):
+                logger.pictures(self.step, self._drawn)
+        if saving and not last:
+            self._checkpoint()
+
     def _logged(self, metrics: dict[str, Tensor], per_second: float) -> dict[str, Any]:
         values = {k: float(self._mean(v.float())) for k, v in metrics.items()}
         return {**values, "lr": learning_rate(self.config, self.step - 1), "updates_per_second": per_second}
 
     def _validated(self) -> dict[str, Any]:
-        network = self.task.networks[self.task.averaged]
-        with self.ema.swap(network), _evaluating(self.task.networks), torch.no_grad():
-            figures = self.task.validate(
-                self.step, self._gather, self.accelerator.process_index, self.accelerator.num_processes
-            )
-        return {f"validation/{k}": v for k, v in figures.items()}
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        with self._averaged():
+            metrics = self.task.validate(self.step, self._gather, rank, count)
+        return {f"validation/{k}": v for k, v in metrics.items()}
 
     def _drawn(self) -> dict[str, Any]:
-        with self.ema.swap(self.task.networks[self.task.averaged]), _evaluating(self.task.networks), torch.no_grad():
+        with self._averaged():
             return self.task.previews()
 
     def _finish(self) -> None:
+        """Export, on the main process; the others wait."""
         if self.run:
             self.run.clear_export()
-            with (
-                self.ema.swap(self.task.networks[self.task.averaged]),
-                _evaluating(self.task.networks),
-                torch.no_grad(),
-            ):
+            with self._averaged():
                 self.task.export(self.run)
             self.run.status("done", self.step, self.config.steps)
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Networks as they are validated and exported.
+
+        With the EMA's weights, in evaluation mode, without gradients.
+        """
+        networks = self.task.networks
+        with self.ema.swap(networks[self.task.averaged]), _evaluating(networks), torch.no_grad():
+            yield
+
+    # ---------------------------------------------------------------- saving
+
+    def _checkpoint(self) -> None:
+        """Write a checkpoint in the background (main process only); while updates are skipped, older ones stay."""
+        if self.writer:
+            scalars = self.state.scalars(self.step)
+            thin = self.guard.skipped == 0
+            self.writer.submit(self.step, self.state.tensors(), scalars, self.run_config, thin=thin)
+
+    def _save_last(self) -> None:
+        """Write the checkpoint that a training ends with; it is on the disk when this returns."""
+        self._checkpoint()
+        if self.writer:
+            self.writer.wait()
+
+    def _save_before_the_end(self, error: Exception) -> None:
+        """Keep the updates since the last checkpoint, unless ``error`` says they are useless or cannot be kept."""
+        if not self._whole or isinstance(error, (TrainingError, ProcessesDifferError, shelf.CheckpointError)):
+            return
+        known = self.guard.known_finite(self.step)
+        if not known and (problem := not_finite(self.state.tensors(), self.state.scalars(self.step))):
+            self.reporter.say(f"not saved: {problem} not finite after update {self.step}")
+            return
+        try:
+            self._save_last()
+        except Exception as second:  # a lost device, a full disk: the first error is the one to report
+            self.reporter.say(f"not saved: {' '.join(str(second).split())}")
+        else:
+            self.reporter.say(f"saved at update {self.step}, before the end by an error")
+
+    # ---------------------------------------------------------------- between processes
 
     def _mean(self, tensor: Tensor) -> Tensor:
         """Averaged over processes."""
@@ -371,9 +366,8 @@ class Loop:
 
 
 def _validation_failed(values: dict[str, Any]) -> bool:
-    return any(
-        key.startswith("validation/") and isinstance(v, float) and not math.isfinite(v) for key, v in values.items()
-    )
+    losses = [v for key, v in values.items() if key.startswith("validation/") and isinstance(v, float)]
+    return not all(map(math.isfinite, losses))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One AdamW for each network of a task: their rates, the norms of their gradients, and a step of all or of none."""
+"""One AdamW for each network of a task: learning rates, gradient norms, and a step of all or of none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 
 class Optimizers:
-    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it). ``each``: the optimizers by network."""
+    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it).
+
+    ``each``: the optimizers by network.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module], config: TrainConfig, scaler: Any) -> None:
         self.networks, self.config, self.scaler = networks, config, scaler
@@ -40,7 +43,7 @@ class Optimizers:
         }
 
     def begin(self, update: int, scale: Callable[[str], float]) -> None:
-        """Set the rates of an update, ``scale`` times the run's for each network, and drop the gradients of the one before."""
+        """Set each network's rate, ``scale`` times the run's, and drop the gradients of the last update."""
         for name, optimizer in self.each.items():
             optimizer.param_groups[0]["lr"] = learning_rate(self.config, update) * scale(name)
             optimizer.zero_grad(set_to_none=True)

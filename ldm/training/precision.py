@@ -1,4 +1,4 @@
-"""How a training computes: its precision, which the device must offer, and the settings of its libraries."""
+"""Precision, which the device must support, and the settings of torch's backends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ldm.config import ConfigError, TrainConfig
 
 
 def accelerator_of(mixed_precision: str) -> Accelerator:
-    """accelerate on this process's device. Raises ConfigError for a precision that the device does not offer.
+    """Make accelerate's Accelerator. Raises ConfigError for a precision that the device does not support.
 
-    The first call settles the precision of the process. Cheap, so a command calls it before anything slow.
+    The first call fixes the precision of the process. It is cheap, so a command calls it before anything slow.
     """
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision)
@@ -21,13 +21,13 @@ def accelerator_of(mixed_precision: str) -> Accelerator:
         raise ConfigError(f"train.mixed_precision {mixed_precision}: {' '.join(str(error).split())}") from None
     if mixed_precision != "no" and not accelerator.native_amp:  # accelerate would compute in float32
         raise ConfigError(
-            f"train.mixed_precision {mixed_precision} is not offered on {accelerator.device}: use no or bf16"
+            f"train.mixed_precision {mixed_precision} is not supported on {accelerator.device}: use no or bf16"
         )
     return accelerator
 
 
 def set_backends(config: TrainConfig) -> None:
-    """Set the libraries of this process up for speed, or for equal numbers each time where ``train.deterministic`` asks for that."""
+    """Configure torch for speed, or for reproducible numbers if ``train.deterministic`` is set."""
     torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic

@@ -1,4 +1,4 @@
-"""On start, several processes prove that they train one model: equal weights, one gradient, each its own draws."""
+"""On start, check that all processes train one model: equal weights and gradients, different noise."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Probe:
         self._compared: set[str] = set()  # networks whose gradients have been found equal
 
     def weights(self, networks: Mapping[str, nn.Module]) -> None:
-        """Every process must start from the same weights."""
+        """Require equal weights on all processes."""
         if self._active:
             for name, network in networks.items():
                 self._compare(f"the weights of {name}", [p.detach() for p in network.parameters()])
 
     def draws(self, batch: Batch, names: Iterable[str]) -> None:
-        """No two processes may read the same positions, or draw the same numbers for ``names`` at different ones."""
+        """Require different positions, and different numbers for ``names`` at different positions."""
         if not self._active or self._draws_seen:
             return
         self._draws_seen = True
@@ -55,7 +55,7 @@ class Probe:
                 )
 
     def gradients(self, networks: Mapping[str, nn.Module]) -> None:
-        """After the first backward passes of a network, its gradients must be the same everywhere."""
+        """Require equal gradients after the first backward passes of a network."""
         if not self._active:
             return
         for name in sorted(set(networks) - self._compared):
@@ -64,18 +64,19 @@ class Probe:
                 self._compared.add(name)
 
     def _compare(self, what: str, tensors: list[Tensor]) -> bool:
-        """Compare weighted sums of every tensor; False where they are not finite and say nothing."""
+        """Compare weighted sums of every tensor; False if they are not finite."""
         sums = torch.stack([_sums(tensor) for tensor in tensors]).cpu()  # [tensors, 3]
         everyone = [torch.tensor(other, dtype=torch.float64) for other in self._processes.gather(sums.tolist())]
         if any(other.shape != sums.shape for other in everyone):
-            raise ProcessesDifferError(f"the processes differ in {what}: not even their number is the same")
+            raise ProcessesDifferError(f"the processes differ in {what}: they have different numbers of tensors")
         if not all(bool(other.isfinite().all()) for other in everyone):
             return False
         scale = everyone[0][:, 2:].clamp(min=1e-30)
         deviation = max(float(((other - everyone[0]).abs() / scale).max()) for other in everyone)
         if deviation > TOLERANCE:
             raise ProcessesDifferError(
-                f"the processes differ in {what} (by {deviation:.1e} of its magnitude): they would train {len(everyone)} models, not one"
+                f"the processes differ in {what} (by {deviation:.1e} of its magnitude): they would train"
+                f" {len(everyone)} models, not one"
             )
         return True
 

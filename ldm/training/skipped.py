@@ -16,7 +16,7 @@ NAMED = 3  # files named on the terminal at a time; the list has all
 class SkipLog:
     """Counts distinct images and rows that were skipped since this start, on every process alike.
 
-    ``run`` is None but on the main process, which writes ``skipped.jsonl``.
+    ``run`` is None on all but the main process, which writes ``skipped.jsonl``.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class SkipLog:
 
     @property
     def total(self) -> int | None:
-        """Images and rows in the folder, skipped ones included; None for a source without end, which skips nothing."""
+        """Images and rows in the folder, skipped ones included; None for an endless source, which skips nothing."""
         lengths = [stream.source.length for stream in self.streams]
         return None if None in lengths else sum(n or 0 for n in lengths) + len(self.streams[0].source.skipped)
 
     def update(self) -> None:
-        """Take in what is new. Raises DataError, on every process, where it is more than ``data.max_skipped`` allows."""
+        """Count new ones. Raises DataError, on every process, beyond ``data.max_skipped``."""
         if self.total is None:
             return
         mine = [s for stream in self.streams for s in (*stream.source.skipped, *stream.skipped) if s not in self._told]

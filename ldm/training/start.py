@@ -1,8 +1,9 @@
-"""The start of a training: its place checked, its task made, the loop run. Imports no torch at its top."""
+"""Start a training: check its place, make its task, run the loop. Importing this module does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,35 @@ if TYPE_CHECKING:
 
 
 class Lines:
-    """A reporter that prints, on the main process: messages, and the metrics of every log."""
+    """A reporter that prints lines, on the main process only: messages, metrics, and the seconds left.
+
+    ``names``: the metrics to print; all by default.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self.silent, self._names = own_rank() != 0, names
+        self._begun: tuple[float, int] | None = None  # clock and step at the first report
 
     def say(self, text: str) -> None:
-        if own_rank() == 0:
+        """Print one line."""
+        if not self.silent:
             print(text, flush=True)
 
-    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if isinstance(value, (int, float)))
-        self.say(f"{step}/{steps}  {shown}")
+    def progress(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
+        """Print that ``step`` of ``steps`` is done, with the chosen metrics of ``values``."""
+        if self._begun is None:
+            self._begun = time.monotonic(), step
+        passed, done = time.monotonic() - self._begun[0], step - self._begun[1]
+        metrics = "  ".join(f"{name} {value}" for name, value in self.chosen(values).items())
+        left = f"{passed / done * (steps - step):.0f} s left" if done and step < steps else ""
+        self.say(f"{step}/{steps}  {', '.join(part for part in (metrics, left) if part)}".rstrip())
+        if step >= steps:
+            self._begun = None
+
+    def chosen(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The metrics to print that are numbers, as text by name."""
+        names = values if self._names is None else self._names
+        return {k.replace("/", " "): f"{values[k]:.3g}" for k in names if isinstance(values.get(k), (int, float))}
 
 
 def train(configuration: Any, *overrides: str, reporter: Reporter | None = None) -> Path:
@@ -36,7 +57,8 @@ def train(configuration: Any, *overrides: str, reporter: Reporter | None = None)
         reporter: gets messages and progress; left out, they are printed.
 
     Raises:
-        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command prints.
+        ConfigError, DataError, FolderError, CheckpointError, RunError, TrainingError: one line each, as the command
+        prints.
     """
     if isinstance(configuration, (str, Path)):
         settings = config.load_any(configuration, overrides)
@@ -57,7 +79,7 @@ def train_settings(settings: Any, reporter: Reporter, start: str | None = None) 
 
     require_same(Path(settings.run), settings)  # before anything is read, encoded or put on the device
     from ldm.distributed.launch import launched
-    from ldm.training.loop import Loop  # torch and accelerate: seconds
+    from ldm.training.loop import Loop  # importing torch and accelerate takes seconds
     from ldm.training.precision import accelerator_of
     from ldm.training.stopping import end_with_launcher
 
@@ -71,13 +93,14 @@ def train_settings(settings: Any, reporter: Reporter, start: str | None = None) 
         raise
     for line in task.summary:
         reporter.say(line)
-    Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start).train()
+    with Loop(task, settings.train, settings, settings.run, settings.data.workers, reporter, start) as loop:
+        loop.train()
     reporter.say(f"done: {settings.run}")
 
 
 def make_task(settings: Any, reporter: Reporter) -> Task:
-    """The task of a run's configuration, whichever command it is of."""
-    match settings:  # each brings torch, and some transformers: seconds
+    """Make the task of a run's configuration, of whichever stage."""
+    match settings:  # importing torch and transformers takes seconds
         case config.AutoencoderTrainingConfig():
             from ldm.training.stages.autoencoder import AutoencoderTask
 
@@ -89,15 +112,19 @@ def make_task(settings: Any, reporter: Reporter) -> Task:
         case config.ClassifierTrainingConfig():
             from ldm.training.stages.classifier import ClassifierTask
 
-            return ClassifierTask(settings, reporter.say)
+            return ClassifierTask.from_config(settings, reporter.say)
+        case config.DiffusionTrainingConfig() if settings.schedule.name == config.LEARNED:
+            from ldm.training.stages.learned_schedule import LearnedScheduleTask
+
+            return LearnedScheduleTask.from_config(settings, reporter.say)
         case _:
             from ldm.training.stages.diffusion import DiffusionTask
 
-            return DiffusionTask(settings, reporter.say)
+            return DiffusionTask.from_config(settings, reporter.say)
 
 
 def _fail(settings: Any, error: Exception) -> None:
-    """Say in the status of a run that exists how this start of it ended: a script that asks would begin again for ever."""
+    """Write to an existing run's status that this start failed, so that a script does not restart it forever."""
     from ldm.errors import RunError
     from ldm.runs.directory import RunDirectory
 
@@ -108,7 +135,7 @@ def _fail(settings: Any, error: Exception) -> None:
 
 
 def _finished(settings: Any, reporter: Reporter) -> bool:
-    """True if the run is trained to its end and exported; prints so."""
+    """True if the run is finished and exported; reports it."""
     from ldm.runs.directory import RunDirectory
     from ldm.runs.records import read_status
 
@@ -132,7 +159,7 @@ def _finished(settings: Any, reporter: Reporter) -> bool:
 
 
 def _lacks_its_base(path: Path) -> bool:
-    """True if the run has exported a LoRA whose base is no longer where the export says."""
+    """True if the base of the run's exported LoRA is no longer where the export says."""
     from ldm.errors import FolderError
     from ldm.interop.diffusers.lora_folder import Reference
 

@@ -76,10 +76,11 @@ class TrainingState:
         return {"images": train.length, "train": train.fingerprint, "validation": validation.fingerprint}
 
     def _check_data(self, before: dict[str, Any]) -> None:
-        """Going on with other images is a decision, not an accident."""
+        """Refuse to continue with other images unless ``data.accept_changes`` is set."""
         now = self._data()
         if now != before and not self.task.stream.data.accept_changes:
             raise RunError(
-                f"the images or captions have changed since this run began ({before['images']} training images then, {now['images']} now):"
+                f"the images or captions have changed since this run began ({before['images']} training images then,"
+                f" {now['images']} now):"
                 " restore them, use another run: directory, or continue with them by data.accept_changes=true"
             )

@@ -18,10 +18,10 @@ class StepFlags:
         self._reduce, self._device = reduce, device
         self._pending: Tensor | None = None  # on its way to the host
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
-        self.stop = False  # whether any process had been asked to stop, as last read
+        self.stop = False  # any process was asked to stop, as last read
 
     def send(self, asked: bool, finite: Tensor) -> Tensor:
-        """Tell the others; returns on the device, as a bool, whether the update was finite on every process."""
+        """Send this process's flags; returns a bool on the device: the update was finite on every process."""
         mine = torch.stack([torch.full((), float(asked), device=self._device), (~finite).float()])
         everyone = self._reduce(mine)
         self._pending = torch.empty(2, pin_memory=self._arrived is not None).copy_(everyone, non_blocking=True)
@@ -31,11 +31,14 @@ class StepFlags:
 
     @property
     def at_hand(self) -> bool:
-        """True if reading what was just sent does not wait: everywhere except on a GPU."""
+        """True if ``receive`` right after ``send`` does not wait: on any device but a GPU."""
         return self._arrived is None
 
     def receive(self) -> bool | None:
-        """Read whether the last update sent was finite; None if that was read before. Sets ``stop``."""
+        """Return True if the last update sent was finite on all processes, None if that was read already.
+
+        Sets ``stop``.
+        """
         if self._pending is None:
             return None
         if self._arrived is not None:

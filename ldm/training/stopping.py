@@ -1,4 +1,4 @@
-"""Being asked to stop: by signals, and by the end of the launcher that started this process."""
+"""Requests to stop: signals, and the end of the launcher that started this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SIGNALS = (
     signal.SIGHUP,
 )  # what schedulers send ahead of their limit; a closed terminal
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "elastic_launch")  # words of their command lines
-# Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a scheduler's likewise,
+# Seconds within which several signals are one: Ctrl-C reaches a trainer by its terminal and by its launcher, a
+# scheduler's likewise,
 # and the kernel tells of a launcher's end once for each of its threads.
 TOGETHER = 2.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -27,8 +28,8 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Stop:
     """A request to stop. While it is entered, the first signal requests it; one after ``TOGETHER`` stops at once.
 
-    Only the ``main`` process heeds that one, and the others end with it: they wait in exchanges where they hear late of a signal
-    that came soon after the first.
+    Only the ``main`` process obeys that one, and the others end with it: waiting for an exchange, they may see a
+    second signal late.
     """
 
     def __init__(self, say: Callable[[str], None], main: bool = True) -> None:
@@ -60,9 +61,9 @@ class Stop:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher has ended, however it ended: a trainer never outlives it.
+    """Let the kernel send SIGTERM when the launcher ends, so that no training outlives it.
 
-    Without a launcher nothing is asked for: a trainer may outlive the shell that started it. Linux; elsewhere nothing happens.
+    Without a launcher nothing is done: a training may outlive its shell. Linux only; elsewhere it does nothing.
     """
     parent = os.getppid()
     if not _is_launcher(parent):
@@ -70,7 +71,7 @@ def end_with_launcher() -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if hasattr(library, "prctl"):
         library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before we asked
+        if os.getppid() != parent:  # it ended before the request
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from ldm.data.dataset import Batch, Stream
 from ldm.runs.directory import RunDirectory
 
 N = TypeVar("N", bound=nn.Module)
+Networks: TypeAlias = Mapping[str, Callable[..., Any]]
 
 
 @runtime_checkable
@@ -28,10 +29,7 @@ class Reporter(Protocol):
 class Task(Protocol):
     """One stage of training: networks, data, and the contribution of one micro-batch."""
 
-    networks: dict[str, nn.Module]  # each with an AdamW of its own; `wrapped` replaces them for the forward passes
-    wrapped: dict[
-        str, nn.Module
-    ]  # set by the loop: on the device, in DistributedDataParallel where several processes are
+    networks: dict[str, nn.Module]  # trained, each by an AdamW of its own
     averaged: str  # the network that the EMA follows
     stream: Stream
     validation: Stream
@@ -50,17 +48,23 @@ class Task(Protocol):
         ...
 
     def initialize(self) -> None:
-        """Settle what initial weights take from the data; called on the device, and only where no checkpoint replaces them."""
+        """Data-dependent initialisation; called on the device, and only where no checkpoint replaces the weights."""
         ...
 
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached."""
+    def micro_step(
+        self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached.
+
+        ``networks``: those of the task, ready to be called: on the device, in DistributedDataParallel where several
+        processes train.
+        """
         ...
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
-        """Settle what depends on the whole global batch; ``reduce`` averages a tensor over processes.
+        """Update what depends on the whole global batch; ``reduce`` averages a tensor over processes.
 
-        Where ``finite`` (a bool on the device) is false the update was skipped, and ``state`` must stay as it is.
+        Where ``finite`` (a bool on the device) is false the update was skipped, and ``state`` must not change.
         """
         ...
 
@@ -69,24 +73,24 @@ class Task(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``state()``."""
+        """Load a ``state()``."""
         ...
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Figures on the validation set, with the EMA weights in place; every process takes part."""
+        """Metrics on the validation set, with the EMA weights in place; every process takes part."""
         ...
 
     def previews(self) -> dict[str, np.ndarray]:
-        """Grids to look at, uint8 [h, w, c], with the EMA weights in place; main process only."""
+        """Image grids, uint8 [h, w, c], with the EMA weights in place; main process only."""
         ...
 
     def export(self, run: RunDirectory) -> None:
-        """Write what the stage is for (the model folder), with the EMA weights in place; main process only."""
+        """Write the model folder, with the EMA weights in place; main process only."""
         ...
 
 
 def seeded(seed: int, make: Callable[[], N]) -> N:
-    """Build a network whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
+    """Build a network whose initial weights depend on ``seed`` alone; the global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         return make()

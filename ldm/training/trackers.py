@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; what a resumed run will log again is hidden from the curves."""
+    """Event files in `<run>/tensorboard`; entries that a resumed run will log again are hidden."""
 
     def __init__(self, folder: Path, step: int) -> None:
         try:
@@ -85,7 +85,7 @@ OPENERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard
 
 
 class Trackers:
-    """Several trackers as one. One that fails is named in a warning and dropped, and training continues."""
+    """Several trackers as one. A tracker that fails is dropped with a warning, and training continues."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
@@ -96,7 +96,7 @@ class Trackers:
         return tuple(self._trackers)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log named numbers; those that are not finite are left out, as no tracker can draw them."""
+        """Log named numbers; trackers cannot draw NaN and infinity, so these are left out."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._each(lambda tracker: tracker.scalars(step, finite))
 

@@ -29,7 +29,7 @@ SMALL = CONFIGS["factor4"]
 
 
 def perturbed(config: AutoencoderConfig, seed: int = 0) -> AutoencoderKL:
-    """A network whose norms, biases and residual branches are not at their initial ones, so that swapping them shows."""
+    """A network whose norms, biases and residual branches differ from their initial values, so that swaps show."""
     torch.manual_seed(seed)
     model = AutoencoderKL(config)
     with torch.no_grad():

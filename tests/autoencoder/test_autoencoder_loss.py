@@ -91,7 +91,7 @@ def test_gan_factor_ramp() -> None:
 
 
 def test_published_kl_weight_converts() -> None:
-    """L1 and KL summed per image with weight 1e-6, over the image elements, equal our means with the converted weight."""
+    """L1 and KL summed per image with weight 1e-6, over the image elements: our means with the converted weight."""
     torch.manual_seed(0)
     a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     posterior = DiagonalGaussian.from_moments(torch.randn(2, 8, 4, 4))

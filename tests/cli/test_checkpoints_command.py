@@ -50,14 +50,14 @@ def test_a_line_for_each(run: Path, capsys: Capture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["10", "20", "30", "40", "50"]
     assert (
-        "goes at the next save" in lines[0]
+        "deleted at the next save" in lines[0]
         and "multiple of 20" in lines[1]
         and "newest 2" in lines[2]
         and "newest 2" in lines[4]
     )
     assert [line.endswith("<- the next start") for line in lines] == [False] * 4 + [True]
     assert all("ema model_unet" in line and "intact" in line and " kB" in line for line in lines)
-    assert main(["checkpoints", str(run), "--fast"]) == 0 and "sizes right" in capsys.readouterr().out
+    assert main(["checkpoints", str(run), "--fast"]) == 0 and "sizes match" in capsys.readouterr().out
     assert tree(run) == before
 
 
@@ -67,7 +67,7 @@ def test_a_flipped_byte_in_the_newest(run: Path, capsys: Capture) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     code, found, error = listed(run, capsys)
-    assert code == 4 and "step-00000050, is damaged: the next start takes" in error and "step-00000040" in error
+    assert code == 4 and "step-00000050, is damaged: the next start uses" in error and "step-00000040" in error
     assert "ema.safetensors: its content does not match" in found["checkpoints"][-1]["problems"][0]
     assert found["next"] == str(resume.choose(run / "checkpoints")[0])
     assert [row["held"] for row in found["checkpoints"]] == [
@@ -103,14 +103,14 @@ def test_left_overs_and_those_set_aside(run: Path, capsys: Capture) -> None:
     assert (
         len(lines) == 6 and f"{dead}: left by a killed process" in lines[3] and f"{living}: being written" in lines[4]
     )
-    assert "set-aside-1: set aside, 40, 50" in lines[5] and dead.is_dir()
+    assert "set-aside-1: updates 40, 50, set aside" in lines[5] and dead.is_dir()
 
 
 def test_none_is_intact(run: Path, capsys: Capture) -> None:
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
     code, found, error = listed(run, capsys)
-    assert code == 4 and found["next"] is None and "none is intact: the next start will refuse" in error
+    assert code == 4 and found["next"] is None and "none is intact, so the next start will refuse" in error
 
 
 def test_without_a_configuration_retention_is_not_known(run: Path, capsys: Capture) -> None:

@@ -1,4 +1,4 @@
-"""The commands as a person meets them: help without torch, one line for whatever is wrong, pictures that say how they were made."""
+"""Commands as a user meets them: help without torch, errors of one line, images with their settings."""
 
 import argparse
 import json
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.command_line import Call, caller
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm import config as configuration
-from ldm.cli.main import COMMANDS, main
+from ldm.cli.main import COMMANDS
 from ldm.config import ClipConfig, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.evaluation.evaluate import GUIDANCE_SCALES
 from ldm.models.text import build_clip, from_clip, train_tokenizer
@@ -78,25 +78,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in the folder: its exit code, and what it wrote to stdout and stderr."""
+def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in the folder."""
     monkeypatch.chdir(here)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-Run = Callable[..., tuple[int, str, str]]
+    return caller(capsys)
 
 
 @pytest.fixture
@@ -137,7 +122,7 @@ def test_each_script_is_its_command(script: Path) -> None:
 
 def test_there_is_a_script_for_each_command() -> None:
     names = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    # what looks and trains nothing needs no launcher; and scripts/inspect.py would hide Python's own inspect from the others
+    # commands that only look need no launcher, and scripts/inspect.py would hide Python's own inspect
     assert names == set(COMMANDS) - {"inspect", "reproduce", "replay", "status", "diff", "checkpoints"}
 
 
@@ -153,7 +138,7 @@ def test_a_fault_in_a_script_is_one_line_and_its_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["numpy", "cpu"])
-def test_too_little_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_too_little_memory_is_one_line(run: Call, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     def asks_too_much(*_: Any, **__: Any) -> None:
         np.empty(2**62, np.uint8) if device == "numpy" else torch.empty(2**62, dtype=torch.uint8)
 
@@ -170,7 +155,7 @@ USAGE = [
     (["sample", "run", "--steps", "three"], "--steps: invalid int value: 'three'"),
     (["sample", "run", "--seed", "1.5"], "--seed"),
     (["sample", "run", "--guidance-scale", "big"], "--guidance-scale"),
-    (["train-ldm"], "config"),
+    (["train-ldm"], "CONFIG"),
     (
         ["train-ldm", "ldm.yaml", "--from", "4", "train.lr=1", "--fast", "x=1"],
         "unrecognized arguments: train.lr=1 --fast x=1",
@@ -213,14 +198,14 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE)
-def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_one_line(run: Call, arguments: list[str], message: str) -> None:
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err and "--help" in err
 
 
 @pytest.mark.parametrize(("arguments", "message"), SAMPLING)
 def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
-    run: Run, nothing_is_loaded: None, arguments: list[str], message: str
+    run: Call, nothing_is_loaded: None, arguments: list[str], message: str
 ) -> None:
     code, out, err = run("sample", "run", "--prompt", "a red circle", *arguments)
     assert code == 2 and out == "" and err.startswith("ldm sample: ") and err.count("\n") == 1 and message in err
@@ -283,21 +268,21 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(
-    run: Run, nothing_is_loaded: None, arguments: list[str], code: int, message: str
+    run: Call, nothing_is_loaded: None, arguments: list[str], code: int, message: str
 ) -> None:
     returned, _, err = run(*arguments)
     assert (returned, err.count("\n")) == (code, 1), err
     assert err.startswith(f"ldm {arguments[0]}: ") and message in err and "Traceback" not in err
 
 
-def test_images_that_do_not_fit_the_autoencoder(run: Run, nothing_is_loaded: None) -> None:
+def test_images_that_do_not_fit_the_autoencoder(run: Call, nothing_is_loaded: None) -> None:
     code, _, err = run("train-ldm", "run.yaml", "data.image_size=30", "run=fresh")
     assert (code, err) == (2, "ldm train-ldm: data.image_size 30 is not a multiple of 4 (the autoencoder's factor)\n")
     code, _, err = run("train-ldm", "run.yaml", "train.batch_size=6", "train.micro_batch=4", "run=fresh")
     assert code == 2 and "train.batch_size 6 is not a multiple of micro_batch 4" in err and not Path("fresh").exists()
 
 
-def test_the_keyboard_stops_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keyboard_stops_without_a_traceback(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -313,28 +298,13 @@ def about(file: Path) -> dict[str, Any]:
     return {k: v for k, v in json.loads(Image.open(file).text["ldm"]).items() if k != "drawn"}  # type: ignore[attr-defined]
 
 
-def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Path) -> None:
+def test_pictures_carry_their_settings_and_numbers_go_on(run: Call, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--prompt", "Ein roter Kreis: ○!", "--seed", "7", "--out", str(tmp_path / "out")]
-    assert (
-        run(
-            "sample",
-            "run",
-            *options,
-            "--count",
-            "2",
-            "--prompt",
-            "",
-            "--batch-size",
-            "3",
-            "--steps",
-            "3",
-            "--sampler",
-            "dpmpp_2m",
-        )[0]
-        == 0
-    )
+    more = ["--count", "2", "--prompt", "", "--batch-size", "3", "--steps", "3", "--sampler", "dpmpp_2m"]
+    assert run("sample", "run", *options, *more)[0] == 0
     assert sorted(f.name for f in out.iterdir()) == [
-        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png", "00002-empty.png", "00003-empty.png", "grid-00000.png",
+        "00000-ein-roter-kreis.png", "00001-ein-roter-kreis.png",
+        "00002-empty.png", "00003-empty.png", "grid-00000.png",
     ]  # fmt: skip
     one = about(out / "00001-ein-roter-kreis.png")
     settings = {
@@ -360,7 +330,7 @@ def test_pictures_carry_their_settings_and_numbers_go_on(run: Run, tmp_path: Pat
     )
 
 
-def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Run, here: Path, tmp_path: Path) -> None:
+def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Call, here: Path, tmp_path: Path) -> None:
     shutil.copytree(here / "run/model", tmp_path / "model")
     facts = tmp_path / "model/ldm.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "caption_dropout": 0.0}))
@@ -376,22 +346,12 @@ def test_guidance_on_a_model_that_never_saw_the_empty_caption_warns(run: Run, he
         assert any("trained without caption dropout" in str(warning.message) for warning in caught) == warns
 
 
-def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue star  \n", encoding="utf-8")
+def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Call, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  a blue star  \n", encoding="utf-8")
     for name, batch in (("a", "1"), ("b", "4"), ("c", "4")):
-        options = [
-            "--prompts-file",
-            str(tmp_path / "prompts.txt"),
-            "--count",
-            "2",
-            "--seed",
-            "5",
-            "--size",
-            "24",
-            "--batch-size",
-            batch,
-        ]
-        assert run("sample", "run", *options, "--out", str(tmp_path / name))[0] == 0
+        options = ["--prompts-file", str(prompts), "--count", "2", "--seed", "5", "--size", "24"]
+        assert run("sample", "run", *options, "--batch-size", batch, "--out", str(tmp_path / name))[0] == 0
     names = sorted(f.name for f in (tmp_path / "a").iterdir())
     assert (
         len(names) == 5
@@ -405,7 +365,7 @@ def test_the_same_settings_give_the_same_picture_at_any_batch_size(run: Run, tmp
         assert about(tmp_path / "a" / name) == about(tmp_path / "b" / name)
 
 
-def test_an_unconditional_model_needs_no_prompt(run: Run, tmp_path: Path) -> None:
+def test_an_unconditional_model_needs_no_prompt(run: Call, tmp_path: Path) -> None:
     assert run("sample", "pixels", "--count", "3", "--out", str(tmp_path))[0] == 0
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         "00000-empty.png",
@@ -421,7 +381,7 @@ def test_an_unconditional_model_needs_no_prompt(run: Run, tmp_path: Path) -> Non
     assert code == 2 and "steps must lie between 1 and 20, got 21" in err  # the T of this model
 
 
-def test_latents_are_cached_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_are_cached_once(run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("cache-latents", "run.yaml", f"run={tmp_path}")
     assert code == 0 and "encoding 6 images" in out and f"6 images in {tmp_path}/latents" in out
     code, out, _ = run("cache-latents", "run.yaml", f"run={tmp_path}")
@@ -430,7 +390,7 @@ def test_latents_are_cached_once(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert code == 3 and err.count("\n") == 1 and "another data" in err
 
 
-def test_a_run_is_evaluated(run: Run, here: Path) -> None:
+def test_a_run_is_evaluated(run: Call, here: Path) -> None:
     code, out, err = run("evaluate", "run", "--images", "3", "--tune", "2", "--batch-size", "2")
     assert code == 0, err
     report = json.loads((here / "run/report.json").read_text())
@@ -444,7 +404,7 @@ def test_a_run_is_evaluated(run: Run, here: Path) -> None:
     assert Image.open(here / "run/samples.png").size and Image.open(here / "run/curves.png").size
 
 
-def test_a_warning_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_is_one_line(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def warn(arguments: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("always")

@@ -6,38 +6,27 @@ import csv
 import json
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from support.command_line import Call, caller
 
 from ldm import config
 from ldm.cli import init, recipe
-from ldm.cli.main import main
 from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DataConfig, DiffusionTrainingConfig
 from ldm.runs.records import read_status
 
 CLASSES = {"autoencoder": AutoencoderTrainingConfig, "clip": ClipTrainingConfig, "ldm": DiffusionTrainingConfig}
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command in a folder of its own: exit code, output, errors."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return caller(capsys)
 
 
 def paint(folder: Path, n: int = 40, suffix: str = "png", side: int = 40) -> list[str]:
@@ -64,7 +53,7 @@ def written(out: Path) -> dict[str, object]:
     }
 
 
-def test_from_a_folder_to_samples_in_three_commands(run: Run, tmp_path: Path) -> None:
+def test_from_a_folder_to_samples_in_three_commands(run: Call, tmp_path: Path) -> None:
     metadata(tmp_path / "my photos", paint(tmp_path / "my photos"))
     code, out, err = run("init", "my photos")
     assert (code, err) == (0, ""), err
@@ -140,7 +129,7 @@ def test_steps_follow_the_data_within_limits() -> None:
     assert [plan(n, "gpu").steps("autoencoder") for n in (1, 100_000, 10**7)] == [20_000, 125_000, 200_000]
 
 
-def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> None:
+def test_layouts_are_found_and_near_misses_named(run: Call, tmp_path: Path) -> None:
     names = paint(tmp_path / "sidecar", 20)
     for name in names:
         (tmp_path / "sidecar" / name).with_suffix(".txt").write_text("a caption")
@@ -192,7 +181,7 @@ def test_layouts_are_found_and_near_misses_named(run: Run, tmp_path: Path) -> No
     ],
 )
 def test_what_cannot_be_looked_at_is_one_line(
-    run: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+    run: Call, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "file").touch()
     for folder in ("empty", "ruins"):
@@ -206,7 +195,9 @@ def test_what_cannot_be_looked_at_is_one_line(
     assert not (tmp_path / "configs").exists()
 
 
-def test_a_large_set_is_decoded_in_part_unless_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_set_is_decoded_in_part_unless_asked(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ldm.data import survey
 
     monkeypatch.setattr(survey, "DECODED", 10)
@@ -214,21 +205,22 @@ def test_a_large_set_is_decoded_in_part_unless_asked(run: Run, tmp_path: Path, m
     cut = tmp_path / "photos" / names[1]
     cut.write_bytes(cut.read_bytes()[:60])  # the header stands
     code, out, _ = run("init", "photos")
-    assert code == 0 and "decoded   10 of them, of the others the header alone" in out and "left out" not in out
+    assert code == 0 and "decoded   10 of them; of the others only the header was read" in out and "left out" not in out
     code, out, _ = run("init", "photos", "--out", "again", "--all")
     assert (
         code == 0
         and "decoded" not in out.replace("cannot be decoded", "")
         and f"photos/{names[1]}: cannot be decoded" in out
     )
-    assert "training stops where more than 1% is left out, and this is 2.5%" in out and "set max_skipped to 0.03" in out
+    assert "training stops if more than 1% are left out, and here it is 2.5%" in out
+    assert "set max_skipped to 0.03" in out
     assert [json.loads(line)["file"] for line in (tmp_path / "again/skipped.jsonl").read_text().splitlines()] == [
         f"photos/{names[1]}"
     ]
 
 
 def test_grey_images_make_grey_models_and_a_gpu_larger_ones(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "grey").mkdir()
     for i in range(20):
@@ -240,21 +232,21 @@ def test_grey_images_make_grey_models_and_a_gpu_larger_ones(
     assert (stage1.data.image_size, stage1.data.image_channels, stage1.model.image_channels) == (192, 1, 1)
 
 
-def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tmp_path: Path) -> None:
+def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Call, tmp_path: Path) -> None:
     paint(tmp_path / "photos", 20)
     assert run("init", "photos")[0] == 0
     for arguments, message in (
         (["nowhere"], "nowhere holds none of autoencoder.yaml, clip.yaml, ldm.yaml"),
         (
             ["configs/photos", "train.steps=3"],
-            "override 'train.steps=3' must begin with a stage that is there: autoencoder., ldm.",
+            "override 'train.steps=3' must begin with a stage of the folder: autoencoder., ldm.",
         ),
         (["configs/photos", "clip.train.steps=3"], "must begin with a stage"),
         (
             ["configs/photos", "ldm.train.stesp=3"],
             "configs/photos/ldm.yaml: unknown key train.stesp: did you mean train.steps?",
         ),
-        (["configs/photos", "ldm.train.mixed_precision=bf16"], "train.mixed_precision is bf16 here and no there"),
+        (["configs/photos", "ldm.train.mixed_precision=bf16"], "mixed_precision differs between the stages (bf16, no)"),
     ):
         code, out, err = run("train", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and out == "", err
@@ -264,7 +256,7 @@ def test_train_names_what_is_wrong_with_the_folder_or_the_overrides(run: Run, tm
     )
 
 
-def test_a_second_look_tells_and_overwrites_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_second_look_tells_and_overwrites_nothing(run: Call, tmp_path: Path) -> None:
     paint(tmp_path / "photos", 20)
     assert run("init", "photos")[0] == 0
     (tmp_path / "configs/photos/ldm.yaml").write_text("mine")
@@ -275,7 +267,7 @@ def test_a_second_look_tells_and_overwrites_nothing(run: Run, tmp_path: Path) ->
     assert (tmp_path / "configs/photos/ldm.yaml").read_text() == "mine"
 
 
-def test_nothing_is_written_among_the_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_among_the_images(run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(tmp_path / "photos", 20)
     assert run("init", "photos")[0] == 0
     monkeypatch.chdir(tmp_path / "photos")
@@ -285,12 +277,12 @@ def test_nothing_is_written_among_the_images(run: Run, tmp_path: Path, monkeypat
     code, _, err = run("train-autoencoder", "configs/photos/autoencoder.yaml", "run=photos/runs")
     assert (
         code == 2
-        and "run photos/runs lies inside data.folder photos" in err
+        and "run photos/runs is inside data.folder photos" in err
         and len(list((tmp_path / "photos").iterdir())) == 20
     )
 
 
-def test_the_next_line_can_be_pasted(run: Run, tmp_path: Path) -> None:
+def test_the_next_line_can_be_pasted(run: Call, tmp_path: Path) -> None:
     names = paint(tmp_path / "photos", 20)
     captions = ["two\nlines", "x" * 300, 'it\'s `touch pwned` $5 "here"']
     rows = [json.dumps({"file_name": name, "text": captions[min(i, 2)]}) for i, name in enumerate(names)]
@@ -338,23 +330,24 @@ def folder_of(kind: str, folder: Path) -> None:
     [
         ("hugging face", "has no metadata.jsonl, but train/metadata.jsonl: give that folder"),
         ("splits", "train, val look like splits, not classes: give one of them"),
-        (".caption", "20 files such as 00.caption lie beside images: if they hold captions, rename them to 00.txt"),
-        ("double", "20 files such as 00.png.txt lie beside images: if they hold captions, rename them to 00.txt"),
+        (".caption", "20 files such as 00.caption are beside images: if they hold captions, rename them to 00.txt"),
+        ("double", "20 files such as 00.png.txt are beside images: if they hold captions, rename them to 00.txt"),
         ("empty captions", "every caption is empty: fix them, or train without with --captions none"),
         ("array", "none of 1 images and rows can be used, such as look/metadata.jsonl:1: must be an object like"),
         (
             "one text",
-            "1 usable image is too few to train on some and validate on others, and 19 were left out, such as look/00.png: no 00.txt",
+            "1 usable image is too few to train on some and validate on others, and 19 were left out,"
+            " such as look/00.png: no 00.txt",
         ),
     ],
 )
-def test_captions_in_another_place_are_not_passed_over(run: Run, tmp_path: Path, kind: str, message: str) -> None:
+def test_captions_in_another_place_are_not_passed_over(run: Call, tmp_path: Path, kind: str, message: str) -> None:
     folder_of(kind, tmp_path / "look")
     code, out, err = run("init", "look")
     assert code == 3 and message in err and err.count("\n") == 1 and out == "", err
 
 
-def test_pipes_broken_links_and_loops_are_named_or_followed_once(run: Run, tmp_path: Path) -> None:
+def test_pipes_broken_links_and_loops_are_named_or_followed_once(run: Call, tmp_path: Path) -> None:
     paint(tmp_path / "photos", 20)
     paint(tmp_path / "elsewhere", 5, suffix="jpg")
     photos = tmp_path / "photos"

@@ -14,6 +14,7 @@ from PIL import Image
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TRAIN = {"steps": 2, "batch_size": 4, "validation_size": 4, "trackers": []}
 DATA = {"source": "shapes", "image_size": 32, "size": 12}
+TEXTURES = {"source": "textures", "image_size": 32, "size": 12}
 AUTOENCODER = {
     "model": {"channels": [8, 8, 8], "layers_per_level": 1, "groups": 4, "mid_attention": False},
     "train": TRAIN,
@@ -23,19 +24,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tiny/autoencoder": {"run": "runs/tiny/autoencoder", "data": DATA, **AUTOENCODER},
     "tiny/clip": {
         "run": "runs/tiny/text", "data": DATA, "train": TRAIN,
-        "model": {"width": 16, "layers": 1, "heads": 2, "max_length": 32, "merges": 32, "patch_size": 8, "projection": 8},
+        "model": {
+            "width": 16, "layers": 1, "heads": 2, "max_length": 32, "merges": 32, "patch_size": 8, "projection": 8,
+        },
     },
     "tiny/ldm": {
-        "run": "runs/tiny", "data": DATA, "train": TRAIN, "autoencoder": "runs/tiny/autoencoder", "text": "runs/tiny/text",
+        "run": "runs/tiny", "data": DATA, "train": TRAIN,
+        "autoencoder": "runs/tiny/autoencoder", "text": "runs/tiny/text",
         "unet": {"channels": [16, 16], "layers_per_level": 1, "attention_levels": [1], "heads": [2], "groups": 4},
         "sample": {"steps": 2},
     },
     "classifier": {
-        "run": "runs/classifier", "data": {"source": "digits", "image_size": 32, "image_channels": 3}, "diffusion": "runs/tiny",
+        "run": "runs/classifier", "diffusion": "runs/tiny",
+        "data": {"source": "digits", "image_size": 32, "image_channels": 3},
         "model": {"channels": [8, 8], "groups": 4}, "train": TRAIN,
     },
-    "plain": {"run": "runs/plain", "data": {"source": "textures", "image_size": 32, "size": 12}, **AUTOENCODER},
-    "gan": {"run": "runs/gan", "data": {"source": "textures", "image_size": 32, "size": 12}, **AUTOENCODER, **ADVERSARY},
+    "plain": {"run": "runs/plain", "data": TEXTURES, **AUTOENCODER},
+    "gan": {"run": "runs/gan", "data": TEXTURES, **AUTOENCODER, **ADVERSARY},
 }  # fmt: skip
 CALLS: list[tuple[str, list[str], str]] = [  # script, arguments, a file that it leaves
     ("init", ["photos"], "configs/photos/autoencoder.yaml"),

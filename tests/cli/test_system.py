@@ -1,4 +1,4 @@
-"""What the system says against a command, and what other programs left in a run: one line, the right code, nothing half-written."""
+"""Refusals of the system, and files that other programs left: one line, the right code, nothing half-written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.command_line import Call, caller
 from support.stages import DIFFUSION, TRAIN
 
 from ldm import config as configuration
 from ldm.cli.console import Console
-from ldm.cli.main import main
 from ldm.config import DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.distributed.processes import ElsewhereError, Processes
 from ldm.evaluation.figures.plots import is_figure
@@ -42,7 +42,6 @@ from ldm.training.stopping import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXELS = {**DIFFUSION, "autoencoder": "none", "text": "none", "caption_dropout": 0.0}
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +79,8 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def call(here: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """A command's exit code, and what it wrote."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    """Run a command in the copied folder."""
+    return caller(capsys)
 
 
 # a disk that takes nothing
@@ -201,8 +190,8 @@ def test_a_name_with_a_control_character_stays_in_one_line(call: Call, arguments
     "arguments",
     [
         ["train-ldm", "ldm.yaml", "run={}"], ["train-ldm", "{}"], ["init", "photos", "--out", "{}"], ["init", "{}"],
-        ["convert", "run", "{}"], ["reproduce", "{}", "--out", "a.png"], ["reproduce", "a.png", "--out", "{}"], ["replay", "{}"],
-        ["status", "{}"],
+        ["convert", "run", "{}"], ["reproduce", "{}", "--out", "a.png"], ["reproduce", "a.png", "--out", "{}"],
+        ["replay", "{}"], ["status", "{}"],
         ["sample", "run", "--prompts-file", "{}"], ["plot", "schedules", "--run", "{}"],
     ],
 )  # fmt: skip
@@ -362,15 +351,20 @@ ODD = {
     "less deep": b'{"step": 1, "a": ' + b'{"a":' * 400 + b"1" + b"}" * 401 + b"\n",
     "numbers": b'{"step": 1, "loss": NaN, "b": 1e999, "c": ' + b"9" * 400 + b', "accuracy": -Infinity}\n',
     "5000 digits": b'{"step": ' + b"1" * 5000 + b"}\n",
-    "wrong types": b'{"step": "x", "steps": null, "seconds": [], "state": {}, "code": "5", "reason": 3, "files": [], "data": []}\n',
+    "wrong types": b'{"step": "x", "steps": null, "seconds": [], "state": {}, '
+    b'"code": "5", "reason": 3, "files": [], "data": []}\n',
     "negative": b'{"step": -1, "steps": 0, "seconds": -1e400, "state": "running", "code": 1e9}\n',
     "a name of no file": b'{"step": 4, "format": 1, "files": {"a\\u0000b": {"bytes": 0, "sha256": ""}}}\n',
     "other names": b'{"step": true, "files": {"x": 3}, "format": 1, "judge": {"accuracy": {}}}\n',
 }
-FILES = ("status.json", "metrics.jsonl", "starts.jsonl", "skipped.jsonl", "report.json", "checkpoints/step-00000004/state.json",
-         "checkpoints/step-00000004/manifest.json", "incidents/update-00000001/incident.json", "config.yaml")  # fmt: skip
+FILES = (
+    "status.json", "metrics.jsonl", "starts.jsonl", "skipped.jsonl", "report.json",
+    "checkpoints/step-00000004/state.json", "checkpoints/step-00000004/manifest.json",
+    "incidents/update-00000001/incident.json", "config.yaml",
+)  # fmt: skip
 READERS = (
-    ["status", "run"], ["status", "run", "--json"], ["report", "run", "--images", "0"], ["diff", "run", "other"], ["diff", "other", "run"],
+    ["status", "run"], ["status", "run", "--json"], ["report", "run", "--images", "0"],
+    ["diff", "run", "other"], ["diff", "other", "run"],
     ["checkpoints", "run"], ["checkpoints", "run", "--json"], ["replay", "run/incidents/update-00000001"],
     ["plot", "schedules", "run", "--out", "x.png"],
 )  # fmt: skip
@@ -491,10 +485,9 @@ def test_a_closed_terminal_saves_as_a_request_to_stop_does(here: Path) -> None:
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 75
-    told = read_status(here / "new") or {}
-    assert told["state"] == "interrupted" and [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")] == [
-        told["step"]
-    ]
+    recorded = read_status(here / "new") or {}
+    saved = [shelf.step_of(p) for p in shelf.steps(here / "new/checkpoints")]
+    assert recorded["state"] == "interrupted" and saved == [recorded["step"]]
 
 
 def test_nohup_keeps_a_hang_up_ignored() -> None:

@@ -1,4 +1,4 @@
-"""Reading, checking and writing of configurations: every fault is one line that names the key, and every shipped file is sound."""
+"""Reading and writing of configurations: a fault is one line that names the key; shipped files are valid."""
 
 import dataclasses
 import re
@@ -143,7 +143,7 @@ def test_values_out_of_range_are_named(tmp_path: Path, override: str, name: str)
         (
             DiffusionTrainingConfig,
             ["schedule.zero_terminal_snr=true", "objective.target=eps"],
-            "objective.target eps says nothing of the image",
+            "objective.target eps does not determine the image",
         ),
         (DiffusionTrainingConfig, ["data.size=null"], "cache_latents needs a finite set"),
         (
@@ -324,7 +324,7 @@ def test_odd_overrides_are_one_line(tmp_path: Path, override: str) -> None:
 
 @pytest.mark.parametrize("value", [10**30, 10**4000, -(10**30), 10**10])
 def test_every_size_and_count_has_an_upper_limit(value: int) -> None:
-    """Of every integer in every configuration, lists too: one line that names it, before anything of that size is made."""
+    """Every integer of every configuration, in lists too: one line, before anything of its size is made."""
 
     def integers(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
         for name, hint in typing.get_type_hints(cls).items():
@@ -409,7 +409,7 @@ def kind(file: Path) -> type:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: str(f.relative_to(ROOT / "configs")))
 def test_shipped_file_is_sound(file: Path) -> None:
-    """It parses into its command's class, and its networks can be built (without memory) and run on one sample's shape."""
+    """It parses, and its networks can be built (on the meta device) and run on one sample's shape."""
     from autoencoder.discriminator import PatchDiscriminator
     from autoencoder.model import AutoencoderKL
     from ldm.models.unet import UNet

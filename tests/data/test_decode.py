@@ -91,5 +91,5 @@ def test_damaged_files_are_one_line(tmp_path, name):
 
 def test_other_formats_are_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.ppm")
-    with pytest.raises(BadSample, match="no image in one of the formats JPEG, PNG"):
+    with pytest.raises(BadSample, match="not an image in one of the formats JPEG, PNG"):
         read_image(tmp_path / "a.ppm", 3)

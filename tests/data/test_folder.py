@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.photos import open_folder, paint
 
-from ldm.config import DataConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Skipped
-from ldm.data.sources import open_source
 from ldm.errors import DataError
 
 
@@ -35,9 +34,7 @@ def rows(n: int) -> list[dict]:
 
 
 def opened(folder: Path, split: str = "train", **settings) -> FolderSource:
-    source = open_source(DataConfig(folder=str(folder), **{"min_side": 1, **settings}), split)
-    assert isinstance(source, FolderSource)
-    return source
+    return open_folder(folder, split, **{"min_side": 1, **settings})
 
 
 def test_folder_reads_images_captions_and_columns(tmp_path):
@@ -101,7 +98,7 @@ GOOD = {"file_name": "a.png", "text": "a"}
         ('{"file_name": "b.png", "text": "b"}', r":2: no file 'b.png'"),
         ('{"file_name": "b\\u0000.png", "text": "b"}', r":2: no file"),
         ('{"file_name": ".", "text": "b"}', r":2: file_name '.' is not a regular file"),
-        ('{"file_name": "./a.png", "text": "b"}', r":2: file_name 'a.png' stands on line 1 already"),
+        ('{"file_name": "./a.png", "text": "b"}', r":2: file_name 'a.png' is already on line 1"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
@@ -151,12 +148,6 @@ def test_missing_metadata_names_what_was_found_instead(tmp_path):
 # --- other layouts
 
 
-def paint(folder: Path, *names: str) -> None:
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name)
-
-
 def everything(folder: Path, **settings) -> dict[str, str]:
     source = opened(folder, validation_fraction=0.0, **settings)
     return {row.file_name: row.text for row in source.rows}
@@ -173,7 +164,7 @@ def test_csv_is_read_as_jsonl_is(tmp_path):
     source = opened(tmp_path, validation_fraction=0.0, max_skipped=0.7)
     where = tmp_path / "metadata.csv"
     assert source.skipped == tuple(
-        Skipped(f"{where}:{n}", "has not the 2 fields of the first line: a caption that holds commas needs quotes")
+        Skipped(f"{where}:{n}", "does not have the 2 fields of the first line: quote a caption that holds commas")
         for n in (2, 3)
     )
     (tmp_path / "metadata.jsonl").touch()

@@ -1,4 +1,4 @@
-"""A damaged latent cache is never trained on: it is named and made again, the same to the last bit, on all processes alike."""
+"""A damaged latent cache is never trained on: it is named and made again, bit for bit, on all ranks."""
 
 import json
 import os
@@ -135,15 +135,15 @@ def test_damage_is_named_in_one_line_and_the_cache_made_again(
 
 
 def test_a_cache_of_before_without_hashes_is_made_again_and_one_of_something_else_refused(tmp_path: Path) -> None:
-    _, _, bound = write(tmp_path / "latents")
+    _, _, key = write(tmp_path / "latents")
     manifest = tmp_path / "latents" / cache.MANIFEST
     held = json.loads(manifest.read_text())
     del held["sha256"], held["files"]
     manifest.write_text(json.dumps(held | {"format": 2}))
     with pytest.raises(cache.DamagedCacheError, match="without hashes"):
-        cache.LatentCache(tmp_path / "latents", bound)
+        cache.LatentCache(tmp_path / "latents", key)
     with pytest.raises(DataError, match="another autoencoder"):
-        cache.LatentCache(tmp_path / "latents", {**bound, "autoencoder": "another"})
+        cache.LatentCache(tmp_path / "latents", {**key, "autoencoder": "another"})
 
 
 def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
     before = contents(tmp_path / "latents")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/latents").symlink_to(tmp_path / "latents")
-    _, _, bound = write(tmp_path / "run/latents")
-    cache.LatentCache(tmp_path / "run/latents", bound)
+    _, _, key = write(tmp_path / "run/latents")
+    cache.LatentCache(tmp_path / "run/latents", key)
     assert contents(tmp_path / "latents") == before
 
 
@@ -187,7 +187,7 @@ def test_latents_that_are_not_finite_are_refused_by_the_image(tmp_path: Path) ->
     with pytest.raises(cache.NonFiniteLatentsError, match="image 3 is not finite") as caught:
         cache.write(
             tmp_path / "latents",
-            cache.binding("abc", source, data),
+            cache.cache_key("abc", source, data),
             network,
             source,
             data,

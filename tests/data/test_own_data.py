@@ -1,4 +1,4 @@
-"""A folder as people have them: whatever lies in it is read rightly, or left out by name. docs/data.md has the same table."""
+"""A realistic folder: each file is read correctly or left out by name; docs/data.md has the same table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.photos import open_folder
 
-from ldm.config import ClipConfig, DataConfig
+from ldm.config import ClipConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Sample
-from ldm.data.sources import open_source
 from ldm.errors import DataError
 from ldm.models.text import CaptionTable, TextEncoder, build_clip, from_clip, train_tokenizer
 
@@ -80,13 +80,15 @@ def near(*colour: int, at: tuple[int, int] = (4, 4), within: int = 6) -> Check:
 # what stands in docs/data.md; file; how it is made; what becomes of it: a check of the pixels, or why it is left out
 FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
     ("a truncated PNG", "cut.png", truncated, "cannot be decoded"),
-    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"), "no image in one of the formats"),
+    ("a text file named .jpg", "fake.jpg", lambda p: p.write_text("no image at all"),
+     "not an image in one of the formats"),
     ("an empty file", "empty.png", lambda p: p.touch(), "the file is empty"),
     ("16-bit grey", "grey16.png", grey16, lambda i: i[:, 0, 0].tolist() == [round(v * 4096 / 257) for v in range(16)]),
-    ("RGBA, hidden colours under transparency", "alpha.png", lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
+    ("RGBA, hidden colours under transparency", "alpha.png",
+     lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
      lambda i: near(10, 20, 30, within=0)(i) and near(0, 0, 255, at=(4, 20), within=0)(i)),
     ("CMYK", "ink.jpg", lambda p: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(p, quality=95), near(255, 0, 0)),
-    ("turned by EXIF", "turned.jpg", turned, lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
+    ("rotated by EXIF", "turned.jpg", turned, lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
     ("1×1", "dot.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1×1 is smaller than 8 pixels"),
     ("an animated GIF", "moving.gif", moving, near(200, 30, 30, within=0)),
     ("an animated WEBP", "moving.webp", moving, near(200, 30, 30, within=0)),
@@ -94,7 +96,7 @@ FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
     ("a palette with transparency", "palette.gif",
      lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p), near(10, 20, 30, within=0)),
     ("one bit a pixel", "bit.png", lambda p: Image.new("1", (16, 16), 1).save(p), near(255, 255, 255, within=0)),
-    ("32 bits a channel", "float.tiff", lambda p: Image.new("F", (16, 16), 0.5).save(p), "32 bits per channel"),
+    ("32 bits per channel", "float.tiff", lambda p: Image.new("F", (16, 16), 0.5).save(p), "32 bits per channel"),
 ]  # fmt: skip
 
 # rows of metadata: what stands in docs/data.md; the line; why it is left out
@@ -105,7 +107,7 @@ ROWS: list[tuple[str, str, str]] = [
     (
         "a duplicate row",
         '{"file_name": "good/0.png", "text": "again"}',
-        "file_name 'good/0.png' stands on line 1 already",
+        "file_name 'good/0.png' is already on line 1",
     ),
     ("a broken JSON line", '{"file_name": "good/1.png", "text": "x"', "not JSON"),
     ("a caption that is not text", '{"file_name": "good/2.png", "text": 5}', "text must be text, got 5"),
@@ -144,10 +146,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, **settings: Any) -> FolderSource:
-    given = {"image_size": 32, "max_skipped": 0.5, "validation_fraction": 0.0, "background": (10, 20, 30), **settings}
-    source = open_source(DataConfig(folder=str(folder), **given), "train")
-    assert isinstance(source, FolderSource)
-    return source
+    given = {"image_size": 32, "max_skipped": 0.5, "validation_fraction": 0.0, "background": (10, 20, 30)}
+    return open_folder(folder, **{**given, **settings})
 
 
 def read(source: FolderSource, name: str) -> Sample:

@@ -1,4 +1,4 @@
-"""Files written by hand, bit by bit, against arithmetic: depths, negatives, transparent colours, other colour spaces."""
+"""Image files written bit by bit, compared with arithmetic: depths, negatives, transparency, colour spaces."""
 
 import struct
 import zlib
@@ -37,8 +37,8 @@ def tiff(
 ) -> bytes:
     """One strip. ``tags``: `t339=(2,)` and the like; all are SHORT but the offsets."""
     entries: dict[int, tuple[int, ...]] = {
-        256: (WIDTH,), 257: (height,), 258: bits, 259: (1,), 262: (photometric,), 273: (8,), 277: (len(bits),), 278: (height,),
-        279: (len(data),), **{int(name[1:]): value for name, value in tags.items()},
+        256: (WIDTH,), 257: (height,), 258: bits, 259: (1,), 262: (photometric,), 273: (8,), 277: (len(bits),),
+        278: (height,), 279: (len(data),), **{int(name[1:]): value for name, value in tags.items()},
     }  # fmt: skip
     data += b"\0" * (len(data) % 2)
     place = 8 + len(data) + 2 + 12 * len(entries) + 4
@@ -116,7 +116,7 @@ def test_a_transparent_colour_of_a_colour_png(tmp_path: Path) -> None:
         agree(read(tmp_path, content, "rgb.png"), over(COLOURS, alpha))
     content = png(16, 2, packed(COLOURS * 257, 16), (b"tRNS", struct.pack(">HHH", *(key * 257).tolist())))
     with pytest.raises(
-        BadSample, match="16 bits a channel and one transparent colour"
+        BadSample, match="16 bits per channel and one transparent colour"
     ):  # Pillow keeps the higher eight alone
         read(tmp_path, content, "rgb.png")
     agree(read(tmp_path, png(16, 2, packed(COLOURS * 257, 16)), "rgb.png"), COLOURS)
@@ -243,7 +243,7 @@ def test_separate_planes(tmp_path: Path) -> None:
         t273=tuple(8 + 2 * size * i for i in range(3)),
         t279=(2 * size,) * 3,
     )
-    with pytest.raises(BadSample, match="16 bits a channel in separate planes"):
+    with pytest.raises(BadSample, match="16 bits per channel in separate planes"):
         read(tmp_path, content, "planes.tif")
 
 

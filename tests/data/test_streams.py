@@ -123,7 +123,7 @@ def test_positions_do_not_overlap_however_much_is_drawn() -> None:
 
 
 def test_order_is_a_permutation_in_each_epoch_and_another_in_the_next() -> None:
-    order, n = streams.Order(7, 50), 50
+    order, n = streams.ShuffledOrder(7, 50), 50
     epochs = [[order[e * n + i] for i in range(n)] for e in range(4)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -133,13 +133,13 @@ def test_order_is_a_permutation_in_each_epoch_and_another_in_the_next() -> None:
         epochs[1][27],
         epochs[0][3],
     ]  # any order of asking
-    assert [streams.Order(8, 50)[i] for i in range(n)] != epochs[0]
-    first = np.array([streams.Order(seed, 10)[0] for seed in range(2000)])  # each sample is first equally often
+    assert [streams.ShuffledOrder(8, 50)[i] for i in range(n)] != epochs[0]
+    first = np.array([streams.ShuffledOrder(seed, 10)[0] for seed in range(2000)])  # each sample is first equally often
     assert ((np.bincount(first, minlength=10) - 200) ** 2 / 200).sum() < 27.9  # χ² with 9 degrees of freedom, 0.001
 
 
 def test_an_endless_source_is_read_straight_through() -> None:
-    assert [streams.Order(0, None)[i] for i in (0, 5, 10**9)] == [0, 5, 10**9]
+    assert [streams.ShuffledOrder(0, None)[i] for i in (0, 5, 10**9)] == [0, 5, 10**9]
 
 
 # the split of a batch
@@ -222,7 +222,7 @@ def test_flips_are_half_and_crops_even() -> None:
 
 
 def test_each_choice_has_draws_of_its_own() -> None:
-    """Mirror and place of the crop are those of the streams `flip` and `crop`, vertical first, and tell nothing of `t` and `drop`."""
+    """Mirror and crop follow the streams `flip` and `crop`, vertical first, independent of `t` and `drop`."""
     data = DataConfig(source="shapes", image_size=8, flip=True, crop="random")
     reading, positions = Stream(Ramp(None, (8, 11)), data, 6, RandomFields({}, ("t", "drop"))), range(2000)
     samples = [reading[p] for p in positions]
@@ -301,7 +301,7 @@ def test_a_data_error_arrives_as_one_line(workers: int) -> None:
 
 
 def test_workers_leave_signals_to_the_trainer() -> None:
-    """Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group, but the trainer still needs its batches."""
+    """Ctrl-C and a scheduler's signals reach the whole process group; the trainer still needs its batches."""
     reading = Stream(Ramp(5), DataConfig(source="shapes", image_size=8), 0, RandomFields({}))
     feed = batches(reading, BatchPlan(5, 5, 1, 0), 0, 30, workers=2)
     for _ in range(2):  # one from each, so that both are at work
@@ -343,7 +343,7 @@ HOLES = DataConfig(source="shapes", image_size=8)
 
 
 def test_what_replaces_a_damaged_sample_is_a_function_of_its_position() -> None:
-    order = streams.Order(7, 10)
+    order = streams.ShuffledOrder(7, 10)
     whole, holes = (Stream(source(10), HOLES, 7, RandomFields({"eps": (2,)}, ("t",))) for source in (Ramp, Holes))
     taken = {}
     for position in range(40):
@@ -389,8 +389,8 @@ def test_validation_has_substitutes_too_and_a_set_of_ruins_stops_the_run() -> No
 def test_cached_moments_are_those_of_a_direct_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD", 4)  # three files
     seen: list[tuple[int, int]] = []
-    network, source, bound = write(tmp_path / "latents", progress=lambda done, total: seen.append((done, total)))
-    held = cache.LatentCache(tmp_path / "latents", bound)
+    network, source, key = write(tmp_path / "latents", progress=lambda done, total: seen.append((done, total)))
+    held = cache.LatentCache(tmp_path / "latents", key)
     assert held.length == 10 and seen[-1] == (10, 10) and len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
     for i in range(10):
@@ -403,9 +403,9 @@ def test_cached_moments_are_those_of_a_direct_encoding(tmp_path: Path, monkeypat
 
 
 def test_a_cached_stream_gives_what_the_image_stream_gives_and_never_the_same_noise(tmp_path: Path) -> None:
-    network, source, bound = write(tmp_path / "latents")
+    network, source, key = write(tmp_path / "latents")
     draws = RandomFields({"posterior": (2, 12, 12)})
-    cached = Stream(source, FLIPPING, 3, draws, cache.LatentCache(tmp_path / "latents", bound))
+    cached = Stream(source, FLIPPING, 3, draws, cache.LatentCache(tmp_path / "latents", key))
     direct = Stream(source, FLIPPING, 3, draws)
     latents: dict[str, list[torch.Tensor]] = {}
     for position in range(30):  # three epochs
@@ -433,9 +433,9 @@ def test_a_cached_stream_gives_what_the_image_stream_gives_and_never_the_same_no
     ],
 )
 def test_a_cache_made_for_something_else_is_refused_by_name(tmp_path: Path, change: dict[str, Any], name: str) -> None:
-    _, _, bound = write(tmp_path / "latents")
+    _, _, key = write(tmp_path / "latents")
     with pytest.raises(DataError, match=f"another {name}"):
-        cache.LatentCache(tmp_path / "latents", {**bound, **change})
+        cache.LatentCache(tmp_path / "latents", {**key, **change})
 
 
 def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(
@@ -443,10 +443,10 @@ def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(
 ) -> None:
     monkeypatch.setattr(cache, "SHARD", 4)
     data, holes = DataConfig(source="shapes", image_size=24, size=10, flip=True), Holes(10, (24, 24))
-    bound = cache.binding("abc", holes, data)
+    key = cache.cache_key("abc", holes, data)
     network = autoencoder()
-    cache.write(tmp_path / "latents", bound, network, holes, data, torch.device("cpu"), batch=3)
-    held = cache.LatentCache(tmp_path / "latents", bound)
+    cache.write(tmp_path / "latents", key, network, holes, data, torch.device("cpu"), batch=3)
+    held = cache.LatentCache(tmp_path / "latents", key)
     assert held.skipped == {i: Skipped(f"{i}.png", "cannot be decoded") for i in Holes.damaged}
     with pytest.raises(BadSample, match=r"4\.png: cannot be decoded"):
         held.moments(4)
@@ -461,12 +461,12 @@ def test_what_cannot_be_encoded_is_named_and_replaced_as_without_a_cache(
 
 def test_the_binding_sees_what_matters() -> None:
     source = open_source(FLIPPING, "train")
-    bound = cache.binding("abc", source, FLIPPING)
+    key = cache.cache_key("abc", source, FLIPPING)
     other_size = DataConfig(source="shapes", image_size=24, size=11, flip=True)
     unflipped = DataConfig(source="shapes", image_size=24, size=10)
-    assert cache.binding("abd", source, FLIPPING)["autoencoder"] != bound["autoencoder"]
-    assert cache.binding("abc", open_source(other_size, "train"), other_size)["data"] != bound["data"]
-    assert cache.binding("abc", open_source(unflipped, "train"), unflipped)["transform"] != bound["transform"]
+    assert cache.cache_key("abd", source, FLIPPING)["autoencoder"] != key["autoencoder"]
+    assert cache.cache_key("abc", open_source(other_size, "train"), other_size)["data"] != key["data"]
+    assert cache.cache_key("abc", open_source(unflipped, "train"), unflipped)["transform"] != key["transform"]
 
 
 def test_no_cache_and_an_endless_set(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_no_cache_and_an_endless_set(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(
     tmp_path: Path, error: BaseException | type[BaseException]
 ) -> None:
-    _, _, bound = write(tmp_path / "latents")
+    _, _, key = write(tmp_path / "latents")
     before = (tmp_path / "latents/cache.json").read_text()
 
     def stop(done: int, total: int) -> None:
@@ -493,4 +493,4 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(
             write(tmp_path / folder, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
     assert (tmp_path / "latents/cache.json").read_text() == before and json.loads(before)["length"] == 10
-    cache.LatentCache(tmp_path / "latents", bound).moments(9)
+    cache.LatentCache(tmp_path / "latents", key).moments(9)

@@ -1,4 +1,4 @@
-"""Tables and captions as people have them: rows that say two things, names in other forms, odd texts. Right, or named with the line."""
+"""Realistic tables and captions: ambiguous rows, names in other forms, odd texts; read, or named by line."""
 
 import json
 import unicodedata
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from support.photos import open_folder, paint
 
 from ldm.config import DataConfig
 from ldm.data.folder import FolderSource, in_validation, working_fraction
@@ -19,17 +19,8 @@ NFC, NFD = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
 assert NFC != NFD
 
 
-def paint(folder: Path, *names: str) -> None:
-    for i, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name, format="PNG")
-
-
 def opened(folder: Path, **settings: Any) -> FolderSource:
-    given = {"image_size": 8, "validation_fraction": 0.0, "max_skipped": 0.99, **settings}
-    source = open_source(DataConfig(folder=str(folder), **given), "train")
-    assert isinstance(source, FolderSource)
-    return source
+    return open_folder(folder, **{"image_size": 8, "validation_fraction": 0.0, "max_skipped": 0.99, **settings})
 
 
 def table(folder: Path, *lines: str, kind: str = "jsonl") -> None:
@@ -43,14 +34,14 @@ def row(name: str = "b.png", text: Any = "b", **more: Any) -> str:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"file_name": "b.png", "text": "a long caption", "text": "x"}', "the key 'text' stands twice"),
-        ('{"file_name": "b.png", "file_name": "c.png", "text": "x"}', "the key 'file_name' stands twice"),
-        ('{"file_name": "b.png", "text": "x", "size": {"w": 1, "w": 2}}', "the key 'w' stands twice"),
+        ('{"file_name": "b.png", "text": "a long caption", "text": "x"}', "the key 'text' appears twice"),
+        ('{"file_name": "b.png", "file_name": "c.png", "text": "x"}', "the key 'file_name' appears twice"),
+        ('{"file_name": "b.png", "text": "x", "size": {"w": 1, "w": 2}}', "the key 'w' appears twice"),
         (row() + ",", "not JSON: Extra data (character 36): remove the comma at its end"),
         (row()[:-1], "not JSON: Expecting ',' delimiter"),
         ('{"file_name": "b.png", "text": "b", "score": 1' + "0" * 5000 + "}", "Exceeds the limit (4300 digits)"),
-        ("[" * 100_000, "nested too deep"),
-        ('{"file_name": "b.png", "text": "b", "x": ' + "[" * 200 + "]" * 200 + "}", "nested too deep"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"file_name": "b.png", "text": "b", "x": ' + "[" * 200 + "]" * 200 + "}", "nested too deeply"),
         ('["b.png", "b"]', "must be an object like"),
         ("null", "must be an object like"),
         ('"b.png"', "must be an object like"),
@@ -87,8 +78,8 @@ def test_further_columns_may_hold_what_json_can(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ("file_name,text,text", "metadata.csv:1: the column 'text' stands twice: rename or remove one of them"),
-        ("file_name, text ,x,x,text", "metadata.csv:1: the column 'text' stands twice"),
+        ("file_name,text,text", "metadata.csv:1: the column 'text' appears twice: rename or remove one of them"),
+        ("file_name, text ,x,x,text", "metadata.csv:1: the column 'text' appears twice"),
         ("f\0i\0l\0e\0", "metadata.csv holds NUL bytes, as UTF-16 does: save it as UTF-8"),
     ],
 )
@@ -102,10 +93,11 @@ def test_a_csv_whose_columns_are_not_clear_is_refused(tmp_path: Path, head: str,
 
 
 def test_a_csv_of_spreadsheets_and_data_frames(tmp_path: Path) -> None:
-    """A mark of the byte order, an index without a name, blank rows, quotes, old line ends, a caption longer than csv's own limit."""
+    """A byte order mark, an unnamed index, blank rows, quotes, old line ends, a caption beyond csv's limit."""
     paint(tmp_path, "a.png", "b.png", "c.png")
     long = "x" * 200_000
-    content = f'\ufeff,file_name,text\r\n0,a.png,"one ""two"", three\r\nfour"\r\n\r\n,,\r\n1,b.png,\u2028\x0c\r\n2,c.png,{long}\r\n'
+    content = '\ufeff,file_name,text\r\n0,a.png,"one ""two"", three\r\nfour"\r\n\r\n,,\r\n'
+    content += f"1,b.png,\u2028\x0c\r\n2,c.png,{long}\r\n"
     for text in (content, content.replace("\r\n", "\n"), content.replace("\r\n", "\r")):
         (tmp_path / "metadata.csv").write_bytes(text.encode())
         source = opened(tmp_path)
@@ -125,7 +117,7 @@ def test_a_name_in_another_unicode_form_is_found(tmp_path: Path, said: str, ther
     table(tmp_path, row(f"sub/{said}", "a cup"), row(f"sub/{there}", "again"))
     source = opened(tmp_path)
     assert [r.file_name for r in source.rows] == [f"sub/{there}"] and source[0].image.shape == (8, 8, 3)
-    assert [s.reason for s in source.skipped] == [f"file_name 'sub/{there}' stands on line 1 already"]
+    assert [s.reason for s in source.skipped] == [f"file_name 'sub/{there}' is already on line 1"]
 
 
 def test_where_both_forms_are_on_the_disk_the_exact_one_is_meant(tmp_path: Path) -> None:
@@ -158,7 +150,7 @@ def test_captions_beside_images_whatever_the_capitals_of_their_ending_and_the_fo
     source = opened(tmp_path, captions="sidecar")
     assert {r.file_name: r.text for r in source.rows} == {"A.PNG": "a", "b.png": "b", f"sub/{NFD}": "c"}
     assert set(source.skipped) == {
-        Skipped(str(tmp_path / "d.png"), "d.TXT and d.Txt lie beside it: keep one of them"),
+        Skipped(str(tmp_path / "d.png"), "d.TXT and d.Txt are beside it: keep one of them"),
         Skipped(str(tmp_path / "e.txt"), "holds a NUL character, as UTF-16 does: save it as UTF-8"),
         Skipped(str(tmp_path / "F.png"), "no F.txt beside it (f.txt is another name: rename it)"),
     }

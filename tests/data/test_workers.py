@@ -66,12 +66,12 @@ class Fatal(FolderSource):
     [
         (
             "killed",
-            r"data worker \d+ was killed (signal Killed) at {place}: most likely for want of memory: lower data.workers",
+            r"data worker \d+ was killed (signal Killed) at {place}: most likely out of memory: lower data.workers",
         ),
         ("ended", r"data worker \d+ ended at {place}: data.workers=0 shows why"),
         (
             "bus",
-            r"data worker \d+ was killed (signal Bus error) at {place}: most likely for want of shared memory (/dev/shm)",
+            r"data worker \d+ was killed (signal Bus error) at {place}: most likely out of shared memory (/dev/shm)",
         ),
         (
             "asleep",
@@ -222,7 +222,9 @@ def processes_of(path: Path) -> list[str]:
     [
         (False, "another process has ended: its own line, if it could write one, says why"),
         pytest.param(
-            True, "another process has not answered for 10 s (train.rank_timeout): it hangs, or its work takes longer than that",
+            True,
+            "another process has not answered for 10 s (train.rank_timeout):"
+            " it hangs, or its work takes longer than that",
             marks=pytest.mark.slow,
         ),
     ],

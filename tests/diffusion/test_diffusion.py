@@ -13,17 +13,16 @@ import ldm.training.trackers
 from ldm.config import TARGETS, ConfigError, ScheduleConfig
 from ldm.diffusion.objective import WEIGHTINGS, target
 from ldm.diffusion.process import (
-    forward_step,
     from_x0,
     learned_log_variance,
     posterior_mean,
     posterior_variance,
-    reverse_mean,
     score,
     to_eps,
     to_x0,
     transition,
 )
+from ldm.diffusion.reference import forward_step, reverse_mean
 from ldm.diffusion.samplers.ancestral import VARIANCES
 from ldm.diffusion.samplers.grids import GRIDS
 from ldm.diffusion.samplers.registry import SAMPLERS
@@ -132,7 +131,7 @@ def test_zero_terminal_snr_as_printed(name: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0, 4.0])
 def test_a_resolution_shift_moves_lambda(schedule: Schedule, ratio: float) -> None:
-    """Averaging ratio² pixels with independent noise raises λ by log ratio: the shifted process, averaged, is the first one."""
+    """Averaging ratio² pixels with independent noise raises λ by log ratio, which undoes the shift."""
     moved = Schedule(shifted(schedule.betas, ratio))
     t = torch.arange(1000)
     torch.testing.assert_close(moved.half_log_snr(t), schedule.half_log_snr(t) - math.log(ratio), rtol=1e-7, atol=1e-7)
@@ -217,7 +216,7 @@ def test_noising_keeps_the_type_and_matches_diffusers() -> None:
 
 @pytest.mark.parametrize(("s", "t"), [(0, 1), (4, 5), (20, 60), (300, 301), (100, 700), (0, 999)])
 def test_posterior_is_bayes_rule(schedule: Schedule, s: int, t: int) -> None:
-    """q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0), both from products of single steps, normalised on a grid of x_s."""
+    """q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0), both products of single steps, normalised on a grid of x_s."""
 
     def steps(first: int, last: int) -> tuple[float, float]:
         ratio, variance = 1.0, 0.0
@@ -281,7 +280,7 @@ def test_reverse_mean_from_the_noise(schedule: Schedule, s: int, t: int) -> None
 
 
 def test_learned_variance_lies_between_its_ends(schedule: Schedule) -> None:
-    """P5: o = 1 gives β_t, o = −1 gives β̃_t, 0 their geometric mean, and more than 1 more than β_t; t = 0 uses β̃ of t = 1."""
+    """P5: o = 1 gives β_t, o = −1 β̃_t, 0 their geometric mean, above 1 more than β_t; at t = 0 β̃ of t = 1."""
     for s, t in ((0, 1), (400, 401), (998, 999), (10, 60)):
         s_, t_ = torch.tensor(s), torch.tensor(t)
         large, small = transition(schedule, s_, t_)[1].item(), posterior_variance(schedule, s_, t_).item()

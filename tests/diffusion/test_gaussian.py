@@ -1,4 +1,4 @@
-"""Gaussians against torch.distributions, scipy, and 60-digit arithmetic; the discretised one against its own definition."""
+"""Gaussians against torch, scipy and 60-digit arithmetic; the discretised one against its own definition."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from autoencoder.posterior import DiagonalGaussian
-from ldm.diffusion import gaussian
+from ldm.diffusion import gaussian, reference
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -38,20 +38,20 @@ def test_the_diagonal_forms_are_those_of_torch() -> None:
 def test_the_full_forms_are_those_of_torch() -> None:
     (x, mean, other), one, two = torch.randn(3, 6, 4, dtype=torch.float64), covariance(6), covariance(6)
     ours, theirs = MultivariateNormal(mean, one), MultivariateNormal(other, two)
-    torch.testing.assert_close(gaussian.log_density_full(x, mean, one), ours.log_prob(x))
+    torch.testing.assert_close(reference.log_density_full(x, mean, one), ours.log_prob(x))
     torch.testing.assert_close(
-        gaussian.log_density_full(x, mean[0], one[0]), MultivariateNormal(mean[0], one[0]).log_prob(x)
+        reference.log_density_full(x, mean[0], one[0]), MultivariateNormal(mean[0], one[0]).log_prob(x)
     )
-    torch.testing.assert_close(gaussian.entropy_full(one), ours.entropy())
-    torch.testing.assert_close(gaussian.kl_full(mean, one, other, two), kl_divergence(ours, theirs))
+    torch.testing.assert_close(reference.entropy_full(one), ours.entropy())
+    torch.testing.assert_close(reference.kl_full(mean, one, other, two), kl_divergence(ours, theirs))
 
 
 def test_full_and_diagonal_agree() -> None:
     (x, mean, other), (a, b) = torch.randn(3, 6, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
     one, two = torch.diag_embed(a.exp()), torch.diag_embed(b.exp())
-    torch.testing.assert_close(gaussian.log_density(x, mean, a).sum(1), gaussian.log_density_full(x, mean, one))
-    torch.testing.assert_close(gaussian.entropy(a).sum(1), gaussian.entropy_full(one))
-    torch.testing.assert_close(gaussian.kl(mean, a, other, b).sum(1), gaussian.kl_full(mean, one, other, two))
+    torch.testing.assert_close(gaussian.log_density(x, mean, a).sum(1), reference.log_density_full(x, mean, one))
+    torch.testing.assert_close(gaussian.entropy(a).sum(1), reference.entropy_full(one))
+    torch.testing.assert_close(gaussian.kl(mean, a, other, b).sum(1), reference.kl_full(mean, one, other, two))
 
 
 def test_a_small_kl_keeps_its_digits() -> None:
@@ -66,7 +66,7 @@ def test_a_small_kl_keeps_its_digits() -> None:
 @pytest.mark.parametrize("bad", [[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.5], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
 def test_what_is_no_covariance_is_refused(bad: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="symmetric and positive definite"):
-        gaussian.entropy_full(torch.tensor(bad))
+        reference.entropy_full(torch.tensor(bad))
 
 
 # ---------------------------------------------------------------- the discretised Gaussian (L5)

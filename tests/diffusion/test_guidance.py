@@ -1,4 +1,4 @@
-"""The guidance stack against exact scores of a Gaussian mixture, its formulas, diffusers, and the count of evaluations."""
+"""The guidance stack against exact scores of a mixture, its formulas, diffusers, and counts of evaluations."""
 
 import math
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def sample() -> Tensor:
 @pytest.mark.parametrize(("scale", "which"), [(1.0, COND), (0.0, NULL)])
 def test_one_and_zero_are_the_model_itself_in_one_evaluation(scale: float, which: Condition) -> None:
     model, x = Counted(), sample()
-    out = stack(model, scale=scale, rescale=0.7, weak=weaker, weak_scale=1.0)(
+    out = stack(model, scale=scale, rescale=0.7, guide=weaker, guide_scale=1.0)(
         x, AT
     )  # rescale and a scale of 1 change nothing
     assert len(model.calls) == 1 and len(model.calls[0]) == 3 and torch.equal(out, model(x, AT, which))
@@ -86,9 +86,12 @@ def test_guidance_is_the_same_in_every_prediction() -> None:
         def model(x_t: Tensor, at: Tensor, cond: Condition) -> Tensor:
             return from_x0(SCHEDULE, name, torch.cat(halves), x_t, at)
 
+        def guide(x_t: Tensor, at: Tensor) -> Tensor:
+            return from_x0(SCHEDULE, name, weak_x0, x_t, at)
+
         out = Guidance(
-            model, Condition(), Condition(), SCHEDULE, name, scale=4.0, weak=lambda x_t, at: from_x0(SCHEDULE, name, weak_x0, x_t, at),
-            weak_scale=2.0, gradient=lambda x_t, at: gradient, threshold=0.9,
+            model, Condition(), Condition(), SCHEDULE, name, scale=4.0, guide=guide, guide_scale=2.0,
+            gradient=lambda x_t, at: gradient, threshold=0.9,
         )(x, t)  # fmt: skip
         return to_x0(SCHEDULE, name, out, x, t)
 
@@ -119,13 +122,15 @@ def test_outside_the_interval_there_is_one_evaluation_and_no_guidance() -> None:
         gradients.append(int(t[0]))
         return torch.ones_like(x)
 
-    def weak(x: Tensor, t: Tensor) -> Tensor:
+    def guide(x: Tensor, t: Tensor) -> Tensor:
         asked.append(int(t[0]))
         return weaker(x, t)
 
     for scale, alone in ((3.0, COND), (0.0, NULL)):
         model = Counted()
-        guided = stack(model, scale=scale, interval=interval, rescale=0.5, weak=weak, weak_scale=2.0, gradient=gradient)
+        guided = stack(
+            model, scale=scale, interval=interval, rescale=0.5, guide=guide, guide_scale=2.0, gradient=gradient
+        )
         for t in (0, 199, 200, 400, 600, 601, 999):
             x, inside = sample(), 200 <= t <= 600
             for calls in (model.calls, asked, gradients):
@@ -182,13 +187,13 @@ def test_thresholding_comes_last_and_answers_in_the_target(target: str) -> None:
 def test_autoguidance_takes_the_place_of_the_unconditional_model() -> None:
     x, model = sample(), Counted()
     strong, without, weak = model(x, AT, COND), model(x, AT, NULL), weaker(x, AT)
-    torch.testing.assert_close(stack(model, weak=weaker, weak_scale=2.5)(x, AT), weak + 2.5 * (strong - weak))
+    torch.testing.assert_close(stack(model, guide=weaker, guide_scale=2.5)(x, AT), weak + 2.5 * (strong - weak))
     torch.testing.assert_close(
-        stack(model, scale=0.0, weak=weaker, weak_scale=2.5)(x, AT), weak + 2.5 * (without - weak)
+        stack(model, scale=0.0, guide=weaker, guide_scale=2.5)(x, AT), weak + 2.5 * (without - weak)
     )
-    both = stack(model, scale=3.0, weak=weaker, weak_scale=2.5)(x, AT)
+    both = stack(model, scale=3.0, guide=weaker, guide_scale=2.5)(x, AT)
     torch.testing.assert_close(both, strong + 2.0 * (strong - without) + 1.5 * (strong - weak))
-    kept = stack(model, scale=3.0, weak=weaker, weak_scale=2.5, rescale=1.0)(x, AT)
+    kept = stack(model, scale=3.0, guide=weaker, guide_scale=2.5, rescale=1.0)(x, AT)
     torch.testing.assert_close(
         kept, both * strong.flatten(1).std(1).view(3, 1, 1, 1) / both.flatten(1).std(1).view(3, 1, 1, 1)
     )
@@ -198,8 +203,8 @@ def test_a_learned_variance_is_that_of_the_conditional_evaluation() -> None:
     x, model, half = sample(), Counted(outputs=2), Counted()
     settings: dict[str, Any] = {
         "rescale": 0.5,
-        "weak": weaker,
-        "weak_scale": 2.0,
+        "guide": weaker,
+        "guide_scale": 2.0,
         "gradient": lambda x, t: x,
         "threshold": 0.9,
     }
@@ -323,7 +328,7 @@ def test_the_shift_of_the_mean_takes_the_learned_variance_and_the_last_step() ->
         torch.testing.assert_close(moved - plain, square * 2 * x)
 
 
-# ---------------------------------------------------------------- exact scores: a mixture of three Gaussians in the plane
+# ---------------------------------------------------------------- exact scores: three Gaussians in the plane
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]], dtype=torch.float64)
@@ -461,5 +466,5 @@ def test_conditions_join_and_map() -> None:
 )
 def test_unequal_kinds_are_refused(kind: str, value: object) -> None:
     for pair in ((Condition(**{kind: value}), Condition()), (Condition(), Condition(**{kind: value}))):
-        with pytest.raises(ValueError, match=f"one condition has {kind} and the other has not"):
+        with pytest.raises(ValueError, match=f"only one of two conditions has {kind}"):
             concatenate(*pair)

@@ -1,4 +1,4 @@
-"""Langevin samplers: the step against the closed form on a Gaussian, the rest against DDIM and on a mixture (docs/equations.md S4)."""
+"""Langevin samplers: the step against its closed form on a Gaussian, the rest against DDIM and on a mixture (S4)."""
 
 import math
 
@@ -23,7 +23,7 @@ NAMES = ("annealed_langevin", "predictor_corrector")
 
 
 def test_a_step_shrinks_and_spreads_as_it_should() -> None:
-    """On N(m, v) at noise level t, with V = α² v + σ²: x − α m shrinks by 1 − δ/(2V), and the variance grows by δ = 4 r² σ²."""
+    """On N(m, v) at level t, V = α² v + σ²: x − α m shrinks by 1 − δ/(2V), and the variance grows by δ = 4 r² σ²."""
     mean, variance, snr, t = 0.7, 0.2, 0.3, torch.tensor(400.0, dtype=torch.float64)
     of = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     denoiser = GaussianMixture.of(of(1.0), of([mean]), of(variance)).denoiser(SCHEDULE, "eps")
@@ -38,7 +38,7 @@ def test_a_step_shrinks_and_spreads_as_it_should() -> None:
 
 @pytest.mark.parametrize("dimensions", [1, 2, 16])
 def test_steps_without_end_keep_the_variance(dimensions: int) -> None:
-    """On Gaussian data of variance V at the level: V/(1 − δ/(4V)), the fixed point of v ← (1 − δ/(2V))² v + δ, in any dimension."""
+    """V/(1 − δ/(4V)) on data of variance V, the fixed point of v ← (1 − δ/(2V))² v + δ, in any dimension."""
     snr, t, generator = 0.3, torch.tensor(400), torch.Generator().manual_seed(0)
     of = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     denoiser = GaussianMixture.of(of(1.0), of([0.0] * dimensions), of(0.2)).denoiser(SCHEDULE, "eps")

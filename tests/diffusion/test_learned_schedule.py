@@ -1,4 +1,4 @@
-"""The learned schedule: its table, its two gradients against finite differences, the proof on exact denoisers, and whole runs."""
+"""The learned schedule: its table, its gradients against differences, exact denoisers, and whole runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics
-from ldm.training.stages.diffusion import UNCLIPPED, DiffusionTask
+from ldm.training.stages.diffusion import DiffusionTask
+from ldm.training.stages.learned_schedule import UNCLIPPED, LearnedScheduleTask
 
 pytestmark = pytest.mark.usefixtures("seed")
 Function = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -230,7 +231,7 @@ STD, STEPS = 0.3, 1000
 
 
 def exact(a: Tensor, s: Tensor, x_t: Tensor) -> Tensor:
-    """E[ε | x_t] of the equal mixture of N(MEANS, STD²): x_t is a mixture of N(a·MEANS, a² STD² + s²). a and s: [b, 1]."""
+    """E[ε | x_t] of the equal mixture of N(MEANS, STD²): x_t mixes N(a·MEANS, a² STD² + s²). a and s: [b, 1]."""
     away, variance = x_t[:, None] - a[:, :, None] * MEANS, a.square() * STD**2 + s.square()
     weight = torch.softmax(-away.square().sum(2) / (2 * variance), 1)
     return s / variance * (weight[:, :, None] * away).sum(1)
@@ -244,7 +245,10 @@ def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def common_draws() -> tuple[Tensor, Tensor]:
-    """100 draws for comparisons. The noise has mean square 1 exactly: half of what it lacks would count for each unit of γ_min."""
+    """100 draws for comparisons, whose noise has mean square 1 exactly.
+
+    Half of any shortfall would count for each unit of γ_min.
+    """
     x0, eps = drawn(100, torch.Generator().manual_seed(11))
     return x0, eps / eps.square().mean().sqrt()
 
@@ -257,7 +261,7 @@ def errors_at(gamma: Tensor) -> Tensor:
 
 
 def variance_and_bound(gamma: Tensor) -> tuple[float, float]:
-    """Variance of the estimator of the denoising terms, over t exactly and over common draws; and prior + decoder + their mean."""
+    """Variance of the estimator of the denoising terms, exact over t; and prior + decoder + their mean."""
     snr, squared = torch.exp(-gamma), errors_at(gamma[1:])
     terms = len(gamma) / 2 * ((snr[:-1] - snr[1:]) / snr[1:])[:, None] * squared
     mean, square = terms.sum(0).mean() / len(gamma), terms.square().sum(0).mean() / len(gamma)
@@ -311,7 +315,8 @@ def test_learning_lowers_the_variance_of_the_bound_below_cosine_and_near_its_opt
     print(f"variance {variance:.3f}, cosine {cosine_variance:.3f}, optimum {best_variance:.3f}")
     print(f"bound {bound:.4f}, cosine {cosine_bound:.4f}, optimum {best_bound:.4f}")
     print(
-        f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, ends now {first:.2f}, {last:.2f}"
+        f"before: variance and bound {variance_and_bound(gammas(made(STEPS).schedule()))}, "
+        f"ends now {first:.2f}, {last:.2f}"
     )
     assert variance < 0.2 * cosine_variance and variance < 2.5 * best_variance
     assert bound < cosine_bound and bound < best_bound + 0.01
@@ -329,7 +334,8 @@ TREE: dict[str, Any] = {
     "objective": {"target": "v"},
     "sample": {"steps": 2},
     "train": {
-        "steps": 4, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "warmup": 1, "ema_decay": 0.9, "log_every": 1, "validate_every": 4,
+        "steps": 4, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "warmup": 1, "ema_decay": 0.9, "log_every": 1,
+        "validate_every": 4,
         "validation_size": 4, "sample_every": 4, "checkpoint_every": 2, "trackers": [],
     },
 }  # fmt: skip
@@ -393,20 +399,22 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(
 def gradients_of_the_network(task: DiffusionTask) -> dict[str, Tensor]:
     task.to(torch.device("cpu"))
     for start in (0, 4):
-        task.micro_step(collate([task.stream[i] for i in range(start, start + 4)]), 0, lambda loss: loss.backward())
-    return {name: p.grad for name, p in task.unet.named_parameters() if p.grad is not None}
+        task.micro_step(
+            task.networks, collate([task.stream[i] for i in range(start, start + 4)]), 0, lambda loss: loss.backward()
+        )
+    return {name: p.grad for name, p in task.trained.unet.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: str) -> None:
     chosen = settings(run, f"objective.target={target}")
-    task = DiffusionTask(chosen, lambda _: None)
+    task = LearnedScheduleTask.from_config(chosen, lambda _: None)
     table = configuration.to_dict(saved(run).given())
-    fixed = DiffusionTask(
+    fixed = DiffusionTask.from_config(
         configuration.build(DiffusionTrainingConfig, {**configuration.to_dict(chosen), "schedule": table}),
         lambda _: None,
     )
-    assert task.learned is not None and fixed.learned is None and list(fixed.networks) == ["unet"]
+    assert list(task.networks) == ["unet", "schedule"] and list(fixed.networks) == ["unet"]
     task.learned.load_state_dict(saved(run).state_dict())
     mine, theirs = gradients_of_the_network(task), gradients_of_the_network(fixed)
     assert mine.keys() == theirs.keys() and len(mine) > 20
@@ -417,9 +425,9 @@ def test_the_network_is_trained_as_with_the_same_table_fixed(run: Path, target: 
 
 
 def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -> None:
-    task = DiffusionTask(settings(run), lambda _: None)
+    task = LearnedScheduleTask.from_config(settings(run), lambda _: None)
     task.to(torch.device("cpu"))
-    assert task.learned is not None and task.lr_scale("schedule") * task.config.train.lr == pytest.approx(0.1)
+    assert task.lr_scale("schedule") * task.config.train.lr == pytest.approx(0.1)
     assert task.lr_scale("unet") == 1.0 and task.averaged == "unet"
     one = collate([task.stream[i] for i in range(4)])
 
@@ -427,7 +435,7 @@ def test_training_validation_and_samples_use_the_table_as_it_stands(run: Path) -
     def validate() -> None:
         task.validate(0, lambda x: x, 0, 1)
 
-    for use in (validate, lambda: task.micro_step(one, 0, lambda loss: None)):
+    for use in (validate, lambda: task.micro_step(task.networks, one, 0, lambda loss: None)):
         with torch.no_grad():
             task.learned.ends.add_(0.1)
         use()

@@ -1,4 +1,4 @@
-"""The bound against closed forms of Gaussian data, quadrature and Monte Carlo; `ldm evaluate --likelihood` against both."""
+"""The bound against closed forms, quadrature and Monte Carlo; `ldm evaluate --likelihood` against both."""
 
 import dataclasses
 import json
@@ -34,16 +34,13 @@ from ldm.diffusion.likelihood import (
     all_steps,
     bits_per_dimension,
     bounds,
-    draw_chain,
     drawn_steps,
-    gap,
-    log_forward,
-    log_reverse,
     prior_kl,
     step_probabilities,
     two_stage_bound,
 )
 from ldm.diffusion.process import from_x0
+from ldm.diffusion.reference import draw_chain, gap, kl_full, log_forward, log_reverse
 from ldm.diffusion.schedule import Schedule
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation import decoder_noise
@@ -52,7 +49,7 @@ from ldm.evaluation.likelihood import likelihood, measure
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
-from ldm.runs.records import figures
+from ldm.runs.records import report_metrics
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -177,7 +174,7 @@ def test_the_prior_term_is_f4_and_torchs() -> None:
 
 
 def test_a_learned_variance_lies_between_its_ends() -> None:
-    """Outputs ±1 in every channel are β and β̃ themselves; the exact variance, told by the network, gives the entropy."""
+    """Outputs ±1 in every channel are β and β̃; the exact variance as the network's output gives the entropy."""
     schedule = Schedule.from_config(ScheduleConfig("linear", 100, 1e-3, 0.2))
     plain = exact(schedule)
 
@@ -358,7 +355,7 @@ def test_the_gap_is_the_kl_of_the_joints(variance: str, x0: float) -> None:
     a, s = SHORT.alpha(t), SHORT.sigma(t)
     later, earlier = torch.maximum(t[:, None], t), torch.minimum(t[:, None], t)
     ours = a * x0, a[later] / a[earlier] * s[earlier] ** 2
-    kl = gaussian.kl_full(*ours, *theirs)
+    kl = kl_full(*ours, *theirs)
     assert kl > 0.01
     assert log_p.item() + bound_at(x0, variance) == pytest.approx(kl.item(), rel=1e-8)
     n = 20_000
@@ -421,7 +418,9 @@ def test_the_autoencoders_bound_is_tight_for_its_own_posterior() -> None:
 
 
 def test_two_stages_are_bounded_by_their_parts() -> None:
-    """x = w z + noise, z Gaussian under its exact diffusion model: with the exact posterior the bound is −log p(x), with another
+    """x = w z + noise, z Gaussian under its exact diffusion model.
+
+    With the exact posterior the bound is −log p(x), with another
     it is larger by KL(q ‖ posterior)."""
     schedule, w, std = Schedule.from_config(ScheduleConfig("linear")), 1.7, 0.6
     x = torch.tensor([0.9, -0.4, 2.0], dtype=torch.float64)
@@ -443,7 +442,7 @@ def test_two_stages_are_bounded_by_their_parts() -> None:
 
 
 def test_the_fitted_deviation_is_the_likeliest() -> None:
-    """Against a scan of σ, on pixels drawn from the discretised model itself: many at 0 and 255, where an RMS is not a guide."""
+    """Against a scan of σ, on pixels drawn from the discretised model: many at 0 and 255, where an RMS misleads."""
     true = torch.tensor([0.004, 0.05, 0.6], dtype=torch.float64)
     mean = 1.3 * (2 * torch.rand(6_000, 3) - 1)
     continuous = mean.double() + true * torch.randn(6_000, 3, dtype=torch.float64)
@@ -503,7 +502,7 @@ class OneImage:
 
 
 class ExactPipeline(Pipeline):
-    """Its model of the latent is N(MEAN, VARIANCE) exactly, reverse variance and all, in the units of the normalised latent."""
+    """Its model of the normalised latent is exactly N(MEAN, VARIANCE), reverse variance included."""
 
     MEAN, VARIANCE = 0.2, 0.3  # of the encoder's own latent
 
@@ -588,7 +587,8 @@ def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         tiny_unet(2 if latents else 3), ScheduleConfig("linear", STEPS, 1e-3, 0.5), "v", codec, None, 16
     ).save_pretrained(run / "model")
     tree = {
-        "run": str(run), "data": {"source": "textures", "image_size": 16, "size": 20}, "autoencoder": str(run) if latents else "none",
+        "run": str(run), "autoencoder": str(run) if latents else "none",
+        "data": {"source": "textures", "image_size": 16, "size": 20},
         "text": "none", "schedule": {"name": "linear", "num_steps": STEPS, "beta_start": 1e-3, "beta_end": 0.5},
     }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -612,7 +612,7 @@ def measured(
 def flat(report: dict[str, Any]) -> list[float]:
     return [
         v
-        for k, v in figures({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]})
+        for k, v in report_metrics({**report, "seconds": 0, "by_t": [list(b.values()) for b in report["by_t"]]})
         if isinstance(v, float)
     ]
 

@@ -1,4 +1,4 @@
-"""Objectives against Gaussian KLs, autograd and enumeration; the learned variance against Gaussian data; timestep sampling; whole runs."""
+"""Objectives against Gaussian KLs, autograd and enumeration; learned variance, timestep sampling, whole runs."""
 
 import json
 import math
@@ -30,13 +30,14 @@ from ldm.config import (
 from ldm.data.dataset import Stream, collate
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import WEIGHTINGS, Objective, error_ratio, target
+from ldm.diffusion.objective import WEIGHTINGS, Objective, target
 from ldm.diffusion.process import from_x0, learned_log_variance
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import error_ratio
 from ldm.diffusion.timesteps import HISTORY, LossHistory, Timesteps, uniform_timesteps
 from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics
 from ldm.training.stages.diffusion import DiffusionTask
@@ -125,7 +126,7 @@ def test_weights_as_published(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_variational_weights_are_the_terms_of_the_bound(schedule: Schedule, name: str) -> None:
-    """The part of KL(q(x_{t−1}|x_t,x_0) ‖ p) that the network moves, and at t = 0 of −log p(x_0|x_1), by torch's Gaussians."""
+    """The network's part of KL(q(x_{t−1}|x_t,x_0) ‖ p), and of −log p(x_0|x_1) at t = 0, by torch's Gaussians."""
     t = torch.arange(1000)
     x0, eps, wrong = randn(1000, 3), randn(1000, 3), randn(1000, 3)
     x_t = schedule.add_noise(x0, eps, t)
@@ -224,10 +225,9 @@ def test_the_hybrid_is_l1_and_a_thousandth_of_the_bound(steps: int, pixels: bool
         nu = (output[i] + 1) / 2
         p_std = (nu * beta.log() + (1 - nu) * small.log()).exp().sqrt()
         if k:
-            centre = lambda x: (
-                before.sqrt() * beta / (1 - bar) * x + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_t[i]
-            )  # noqa: B023, E731
-            nats = kl_divergence(Normal(centre(x0[i]), small.sqrt()), Normal(centre(mean[i]), p_std))
+            of_x0, of_x_t = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
+            posterior, reverse = (of_x0 * x + of_x_t * x_t[i] for x in (x0[i], mean[i]))
+            nats = kl_divergence(Normal(posterior, small.sqrt()), Normal(reverse, p_std))
         elif pixels:
             low, high = ((x0[i] + edge - mean[i]) / p_std for edge in (-1 / 255, 1 / 255))
             low, high = low.where(x0[i] > -0.999, -math.inf), high.where(x0[i] < 0.999, math.inf)
@@ -263,7 +263,7 @@ def test_l1_teaches_the_mean_and_the_bound_the_variance(name: str) -> None:
 
 
 def test_on_gaussian_data_the_exact_reverse_variance_is_learned() -> None:
-    """x_0 ~ N(0, 0.3): p(x_{t−1}|x_t) has variance β_t m_{t−1}/m_t, m_t = 0.3 ᾱ_t + 1 − ᾱ_t. Expectations by quadrature."""
+    """x_0 ~ N(0, 0.3): p(x_{t−1}|x_t) has variance β_t m_{t−1}/m_t, m_t = 0.3 ᾱ_t + 1 − ᾱ_t. By quadrature."""
     steps, power = 6, 0.3
     schedule = Schedule.from_config(ScheduleConfig("linear", steps, 0.02, 0.6))
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(4))  # exact to the seventh power
@@ -443,7 +443,7 @@ def test_diffusers_names_what_it_cannot_open() -> None:
     from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 
     def bundle(learned: bool, target: str) -> Bundle:
-        unet = unet_to_diffusers(UNetConfig(), 4, 8 if learned else 4, 768, 64)
+        unet = unet_to_diffusers(NetworkSpec(UNetConfig(), 4, 8 if learned else 4, 768), 64)
         parts = {UNET: Part(unet, {}), VAE: Part({}, {}), TEXT: Part({}, {})}
         return Bundle(parts, scheduler_to_diffusers(ScheduleConfig(), target))
 
@@ -456,10 +456,10 @@ def test_diffusers_names_what_it_cannot_open() -> None:
 @pytest.mark.parametrize("learned", [False, True])
 def test_channels_of_a_folder(concat: int, learned: bool) -> None:
     config = UNetConfig(concat_channels=concat)
-    layout = unet_to_diffusers(config, 4, 8 if learned else 4, 768, 32)
+    layout = unet_to_diffusers(NetworkSpec(config, 4, 8 if learned else 4, 768), 32)
     assert (layout["in_channels"], layout["out_channels"]) == (4 + concat, 8 if learned else 4)
     assert ("learned_variance" in layout) == learned == (layout["_class_name"] == "LatentDiffusionUNet")
-    assert unet_from_diffusers(layout) == (config, 4, 8 if learned else 4, 768)
+    assert unet_from_diffusers(layout) == NetworkSpec(config, 4, 8 if learned else 4, 768)
 
 
 def test_ddpm_takes_the_learned_variance_and_others_the_mean() -> None:
@@ -485,6 +485,7 @@ class HalfOnly(nn.Module):
         super().__init__()
         self.unet, self.conv_in, self.config = unet, unet.conv_in, unet.config
         self.in_channels = self.out_channels = unet.in_channels
+        self.spec = replace(unet.spec, out_channels=unet.in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.unet(x_t, t, cond)[:, : self.in_channels]
@@ -515,7 +516,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(folder: Path, *overrides: str) -> DiffusionTask:
-    return DiffusionTask(ldm.config.load(DiffusionTrainingConfig, folder / "ldm.yaml", list(overrides)), lambda _: None)
+    return DiffusionTask.from_config(
+        ldm.config.load(DiffusionTrainingConfig, folder / "ldm.yaml", list(overrides)), lambda _: None
+    )
 
 
 def history(run: Path, step: int) -> dict[str, Any]:
@@ -532,7 +535,7 @@ def test_a_hybrid_run_trains_validates_and_draws(trained: Path) -> None:
 
 def test_validation_is_the_plain_loss_of_the_first_half(trained: Path) -> None:
     hybrid, plain = task(trained), task(trained, "objective.learned_variance=false", "objective.weighting=simple")
-    half = HalfOnly(hybrid.unet)
+    half = HalfOnly(hybrid.trained.unet)
     plain.networks["unet"] = half
     with torch.no_grad():
         figures = [one.validate(0, lambda tensor: tensor, 0, 1) for one in (hybrid, plain)]
@@ -567,8 +570,8 @@ def test_the_training_step_weighs_by_importance_and_remembers_without(trained: P
     batch = collate([one.stream[p] for p in range(16, 24)])
     p = filled(3).probabilities
     t = (batch["t"][:, None] >= p.cumsum(0)).sum(1)
-    logged = one.micro_step(batch, 2, passed.append)
-    losses = one.objective.loss(one.unet, batch["image"], batch["eps"], t, Condition()).detach()
+    logged = one.micro_step(one.networks, batch, 2, passed.append)
+    losses = one.objective.loss(one.trained.unet, batch["image"], batch["eps"], t, Condition()).detach()
     expected = (losses / (3 * p[t])).mean()
     assert len(set(t.tolist())) > 1
     for found in (passed[0].detach(), logged["loss"]):
@@ -590,7 +593,7 @@ def test_the_history_is_that_of_the_whole_batch_on_any_number_of_processes(train
         for one, micro_batches in zip(tasks, parts, strict=True):
             one.timesteps.history = filled(3)
             for positions in micro_batches:
-                one.micro_step(collate([one.stream[p] for p in positions]), 1, lambda loss: None)
+                one.micro_step(one.networks, collate([one.stream[p] for p in positions]), 1, lambda loss: None)
         mean = torch.stack([one.timesteps._update for one in tasks]).mean(0)
         for one in tasks:
             one.after_update(1, lambda _: mean, torch.tensor(True))

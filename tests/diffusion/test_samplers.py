@@ -224,7 +224,8 @@ def test_dpmpp_2m_is_diffusers(kind: str, name: str) -> None:
     for steps in (1, 2, 5, 10, 20, 50):
         theirs = their_scheduler(
             diffusers.DPMSolverMultistepScheduler, schedule, config, name,
-            algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing",
+            algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+            timestep_spacing="trailing",
         )  # fmt: skip
         theirs.set_timesteps(steps)
         assert theirs.timesteps.tolist() == trailing(steps)[:-1].tolist()
@@ -255,8 +256,10 @@ def test_ddim_with_eta_one_is_ddpm(name: str, grid: Tensor, schedule: Schedule) 
     ],
 )
 def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, tolerance: float) -> None:
-    """With the exact denoiser a sampler is affine in x_T and in each step's noise, so one run gives mean and variance exactly:
-    row 0 starts at 0, row 1 at 1, row 2 + i gets 1 as the noise of step i."""
+    """With the exact denoiser a sampler is affine in x_T and in each step's noise: one run gives mean and variance.
+
+    Row 0 starts at 0, row 1 at 1, row 2 + i gets 1 as the noise of step i.
+    """
     schedule, (mean, std) = Schedule.from_config(ScheduleConfig("linear")), (1.5, 0.4)
     x = torch.zeros(2 + steps, 1, dtype=torch.float64)
     x[1] = 1
@@ -274,7 +277,7 @@ def test_samplers_reach_gaussian_data(name: str, steps: int, eta: float | None, 
 
 
 def test_inversion_comes_back() -> None:
-    """DDIM from the inverted noise: the error of the round trip halves as steps double (first order), and is none where ε̂ is constant."""
+    """DDIM from the inverted noise: the error halves as steps double, and is 0 where ε̂ is constant."""
     schedule = SCHEDULES[1000]
     denoiser = Denoiser(schedule, "v", network(schedule, "v"))
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every solver against diffusers' schedulers, against each other where they must agree, and its order, calls and refusals."""
+"""Every solver against diffusers' schedulers and against each other, its order, calls and refusals."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ from ldm.diffusion.samplers.ancestral import ddim, ddpm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
 from ldm.diffusion.samplers.edm import adams_weights, dpm2, euler, euler_ancestral, heun, lms
 from ldm.diffusion.samplers.grids import GRIDS
-from ldm.diffusion.samplers.path import Nodes
+from ldm.diffusion.samplers.nodes import Nodes
 from ldm.diffusion.samplers.pndm import plms
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.samplers.unipc import unipc
@@ -54,7 +54,7 @@ def drawn(steps: int, x: Tensor) -> Callable[[int], Tensor]:
 
 
 def grid_of(theirs: Any, schedule: Schedule, spacing: str, steps: int, end: float) -> Tensor:
-    """Our grid of a scheduler after set_timesteps: its whole t, or where it has Karras' levels, whose t it may round, ours."""
+    """Our grid for a scheduler after set_timesteps: its whole t; with Karras' levels, whose t it may round, ours."""
     t = theirs.timesteps.double()
     nodes = GRIDS[spacing](schedule, steps)[:-1]
     if isinstance(
@@ -79,7 +79,7 @@ VARIANCE_EXPLODING = (  # they hold x/α
 
 
 def in_float64(theirs: Any, nodes: Nodes) -> Tensor:
-    """Put float64 in place of a scheduler's float32 levels, which must be equal to rounding. Returns the level of each call."""
+    """Replace a scheduler's float32 levels by float64, equal to rounding. Returns the level of each call."""
     levels = expanded = nodes.level
     if isinstance(theirs, diffusers.HeunDiscreteScheduler):
         expanded = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
@@ -136,7 +136,8 @@ PAIRS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], tuple[str, ...]
     "SDE-2M": (dpmpp_2m_sde, {}, DPM, {"solver_order": 2, **SDE}, ALL, True),
     **{
         f"UniPC-{p}-{kind}": (
-            unipc, {"order": p, "solver": kind}, diffusers.UniPCMultistepScheduler, {"solver_order": p, "solver_type": kind}, ALL, True
+            unipc, {"order": p, "solver": kind},
+            diffusers.UniPCMultistepScheduler, {"solver_order": p, "solver_type": kind}, ALL, True,
         )
         for p in (1, 2, 3) for kind in ("bh1", "bh2")
     },
@@ -163,10 +164,10 @@ def constructed(pair: str, kind: str, zero_terminal: bool) -> Any:
 
 
 def compare(
-    pair: str, kind: str, target: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch, zero_terminal: bool = False,
-    options: dict[str, Any] | None = None, **settings: Any,
+    pair: str, kind: str, target: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch,
+    zero_terminal: bool = False, options: dict[str, Any] | None = None, **settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What ours and theirs end with, from the same start and noise; theirs with further ``settings``, ours with ``options``."""
+    """Results of ours (with ``options``) and theirs (with further ``settings``), from the same start and noise."""
     ours, chosen, cls, fixed, _, _ = PAIRS[pair]
     schedule, theirs = process(kind, zero_terminal), copy.deepcopy(constructed(pair, kind, zero_terminal))
     prediction = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[target]
@@ -205,7 +206,8 @@ def assert_same(found: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
-CASES = {  # schedule: spacing and steps; linspace is where its nodes are whole, which is for others than those that hold x/α 9 steps
+# schedule: spacing and steps; linspace where its nodes are whole: 9 steps, except for those that hold x/α
+CASES = {
     "linear": (("trailing", 5), ("trailing", 2)),
     "scaled_linear": (("karras", 6), ("trailing", 1), ("leading", 10), ("linspace", 10)),
     "cosine": (("trailing", 16), ("karras", 9)),
@@ -215,7 +217,7 @@ CASES = {  # schedule: spacing and steps; linspace is where its nodes are whole,
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_solver_is_that_of_diffusers(pair: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps and many, their three spacings and Karras' levels; every prediction they offer in the first case that they have."""
+    """Few steps and many, their spacings and Karras' levels; every prediction that they offer, in its first case."""
     _, _, cls, _, predictions, has_karras = PAIRS[pair]
     compared = False
     for i, (spacing, steps) in enumerate(CASES[kind]):
@@ -496,7 +498,7 @@ def test_a_sampler_goes_on_with_what_the_callback_returns(name: str) -> None:
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, dpmpp_3m, dpmpp_3m_published, unipc, lms])
 def test_exact_samples_take_the_place_of_the_first(solver: Callable[..., Tensor]) -> None:
-    """The network is asked about them, and they are not corrected: of one image, what follows depends on the last alone."""
+    """The network is called on them, and they are not corrected: what follows depends on the last one alone."""
     schedule, x = process("linear"), torch.randn(2, 3, dtype=torch.float64)
     grid, start, image = (
         GRIDS["trailing"](schedule, 5),

@@ -14,7 +14,7 @@ from ldm.cli.main import main
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of one name on ten flat images, of which fewer than eight are for validation, without and with a discriminator."""
+    """Two runs of one name, without and with a discriminator, on ten flat images, fewer than eight for validation."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "photos").mkdir()
     for i in range(10):
@@ -43,17 +43,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     assert main(["compare-autoencoders", "plain/run", "gan/run", "--out", "both.png"]) == 0
-    figures = json.loads((runs / "both.json").read_text())
-    assert list(figures) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
-    assert figures["plain/run"]["high_frequency"] is None and np.isfinite(
-        figures["plain/run"]["psnr"]
-    )  # flat originals have none
+    metrics = json.loads((runs / "both.json").read_text())
+    assert list(metrics) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
+    assert metrics["plain/run"]["high_frequency"] is None and np.isfinite(metrics["plain/run"]["psnr"])  # flat images
     assert Image.open(runs / "both.png").width > 100
 
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, is there already")],
+    [("both.yaml", "must end in .png"), ("taken.png", "taken.json, which is written with it, exists already")],
 )
 def test_what_is_there_is_not_overwritten(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str

@@ -1,4 +1,4 @@
-"""The oracle of all samplers and objectives, against numerical integration, Monte Carlo and autograd (docs/equations.md F6)."""
+"""Gaussian mixtures against numerical integration, Monte Carlo and autograd (docs/equations.md F6)."""
 
 import math
 
@@ -31,9 +31,8 @@ def plane() -> GaussianMixture:
     return GaussianMixture.of(tensor(0.2, 0.5, 0.3), tensor([-1.0, 0.5], [1.0, 1.0], [0.3, -1.5]), covariances)
 
 
-SKEW = tensor(
-    [1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5]
-)  # its matrix of axes is not symmetric, as that of two by two may be
+# its matrix of axes is not symmetric, as that of a 2×2 covariance may be
+SKEW = tensor([1.0, 0.4, -0.2], [0.4, 0.7, 0.3], [-0.2, 0.3, 0.5])
 
 
 def space() -> GaussianMixture:
@@ -125,7 +124,7 @@ def test_draws_have_the_moments_and_the_classes() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_denoiser_speaks_every_target(name: str, schedule: Schedule) -> None:
-    """Whatever the words, x̂_0 is E[x_0|x_t] and the score that of the marginal, at whole and fractional t, per sample too."""
+    """For every target x̂_0 is E[x_0|x_t], and the score that of q(x_t), at whole and fractional t, per sample too."""
     mixture = plane()
     x = torch.randn(7, 2, dtype=torch.float64)
     for t in (tensor(3.0)[0], tensor(420.3)[0], torch.tensor(900)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -72,10 +73,21 @@ def disc(radius: float, x0: float = 0, y0: float = 0):
     return lambda x, y: (x - x0) ** 2 + (y - y0) ** 2 <= radius**2
 
 
-WRONG = {  # what is drawn in the place of a shape
+def with_another(shape: str):
+    other = "ring" if shape != "ring" else "square"
+    return lambda x, y: inside(shape, x, y) | inside(other, x - 0.7, y)
+
+
+def with_wrong_hole(shape: str):
+    if shape == "ring":
+        return lambda x, y: disc(1)(x, y) & ~disc(0.2)(x, y)
+    return lambda x, y: inside(shape, x, y) & ~disc(0.35)(x, y)
+
+
+WRONG = {  # outlines drawn in place of a shape
     "half": lambda shape: lambda x, y: inside(shape, x, y) & (x + y > 0),
-    "merged": lambda shape: lambda x, y: inside(shape, x, y) | inside("ring" if shape != "ring" else "square", x - 0.7, y),
-    "hole": lambda shape: lambda x, y: inside(shape, x, y) & ~disc(0.35)(x, y) if shape != "ring" else disc(1)(x, y) & ~disc(0.2)(x, y),
+    "merged": with_another,
+    "hole": with_wrong_hole,
     "cut": lambda shape: lambda x, y: inside(shape, x, y) & ~((y > 0.35) & (x > 0.1)),
     "pentagram": lambda shape: lambda x, y: np.hypot(x, y) <= 0.75 * (1 + 0.22 * np.cos(5 * np.arctan2(x, -y))),
     "egg": lambda shape: lambda x, y: np.hypot(x, y / 0.65) <= 1,
@@ -151,7 +163,7 @@ def test_each_of_two_objects_is_read_strictly():
         "blob for star": painted((blob, "red"), (square, "green"), ground="navy"),
         "three": painted((star, "red"), (square, "green"), (third, "pink"), ground="navy"),
         "one": painted((star, "red"), ground="navy"),
-        "exchanged": draw(Scene("navy", (Object(None, "green", "square", 12, 14), Object(None, "red", "star", 35, 30))), 48),
+        "exchanged": draw(Scene("navy", (replace(second, x=12, y=14), replace(first, x=35, y=30))), 48),
     }  # fmt: skip
     rows = dict(zip(pictures, judge.read(np.stack(list(pictures.values()))), strict=True))
     found = {name: examined(verdict, scene)[0] for name, verdict in rows.items()}
@@ -197,7 +209,8 @@ def test_the_confusion_counts_every_object_once():
         "ring": {"circle": 1, "star": 0, REFUSED: 0},
         "star": {"circle": 0, "star": 2, REFUSED: 1},
     }
-    assert reasons([{"shape": "ellipse"}, {}, {"shape": "ellipse", "size": "size"}]) == {"shape: ellipse": 2, "size: size": 1}
+    refused = [{"shape": "ellipse"}, {}, {"shape": "ellipse", "size": "size"}]
+    assert reasons(refused) == {"shape: ellipse": 2, "size: size": 1}
 
 
 def test_what_evaluation_uses_is_strict():

@@ -1,4 +1,4 @@
-"""The reader of pickles: plain values as Python's own reads them, Lightning's files, and what a planted pickle can not do."""
+"""The unpickler: plain values as Python reads them, Lightning's files, and what hostile pickles cannot do."""
 
 from __future__ import annotations
 
@@ -208,22 +208,30 @@ def beside() -> dict[str, Any]:
     return {
         "types": [int, str, float, range(3), slice(1, 2), 1j, ..., type(None), bytearray(b"a"), {1}, frozenset({2})],
         "collections": [
-            collections.Counter([30, 60]), collections.OrderedDict(a=1), collections.defaultdict(int, a=1), collections.deque([1], 3),
-            collections.ChainMap({1: 2}), collections.UserDict(a=1), collections.UserList([1]), {(1, "a"): 2, (): 3},
+            collections.Counter([30, 60]), collections.OrderedDict(a=1), collections.defaultdict(int, a=1),
+            collections.deque([1], 3), collections.ChainMap({1: 2}), collections.UserDict(a=1),
+            collections.UserList([1]), {(1, "a"): 2, (): 3},
         ],
         "paths": [Path("logs"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
-        "times": [datetime.datetime.now(datetime.UTC), datetime.date(2020, 1, 2), datetime.timedelta(1), datetime.time(3)],
+        "times": [
+            datetime.datetime.now(datetime.UTC), datetime.date(2020, 1, 2), datetime.timedelta(1), datetime.time(3),
+        ],
         "numbers": [decimal.Decimal("1.5"), fractions.Fraction(1, 2), uuid.UUID(int=5)],
         "namespaces": [types.SimpleNamespace(a=1), argparse.Namespace(b=2)],
         "numpy": [
-            np.int64, np.float32(1), np.str_("a"), np.datetime64("2020-01-01"), np.complex64(1j), np.zeros(2), np.array(["a"], object),
-            np.random.RandomState(0), np.random.default_rng(0), np.random.RandomState(0).get_state(),
+            np.int64, np.float32(1), np.str_("a"), np.datetime64("2020-01-01"), np.complex64(1j), np.zeros(2),
+            np.array(["a"], object), np.random.RandomState(0), np.random.default_rng(0),
+            np.random.RandomState(0).get_state(),
         ],
         "schedules": [
             schedulers.MultiStepLR(optimizer, [30]).state_dict(), schedulers.OneCycleLR(optimizer, 1.0, 9).state_dict(),
-            schedulers.LambdaLR(optimizer, lambda epoch: 1.0).state_dict(), optimizer.state_dict(), torch.optim.AdamW, optimizer,
+            schedulers.LambdaLR(optimizer, lambda epoch: 1.0).state_dict(), optimizer.state_dict(), torch.optim.AdamW,
+            optimizer,
         ],
-        "torch": [torch.__version__, torch.device("cpu"), torch.Size([1]), torch.bfloat16, torch.complex64, torch.eye(2).to_sparse()],
+        "torch": [
+            torch.__version__, torch.device("cpu"), torch.Size([1]), torch.bfloat16, torch.complex64,
+            torch.eye(2).to_sparse(),
+        ],
         "omegaconf": [
             OmegaConf.create({"a": [1, {"b": "${a}"}], "c": None, "d": 1.5, "e": True}), OmegaConf.create([1, 2]),
             OmegaConf.structured(Structured),
@@ -269,7 +277,7 @@ def test_a_placeholder_among_the_weights(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         odd = _Lightning(patch).make("omegaconf.nodes", _val=1)
         torch.save({"state_dict": {"w": torch.ones(2), "odd": odd}}, tmp_path / "model.ckpt")
-    with pytest.raises(FolderError, match=r"model.ckpt: 'odd' is a omegaconf.nodes.AnyNode, no tensor"):
+    with pytest.raises(FolderError, match=r"model.ckpt: 'odd' is a omegaconf.nodes.AnyNode, not a tensor"):
         open_archive(tmp_path / "model.ckpt")
 
 
@@ -379,10 +387,13 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
         (b"\x80\x02ctorch\nFloatStorage\nK\x01K\x02s.", "an entry set in a StorageType"),
         (b"\x80\x02" + text("module") + b"\x85Q.", "a persistent object that is not a storage"),
         (b"Pstorage\n.", "PERSID"),
-        (b"\x80\x02(" + text("storage") + b"K\x01" + text("0") + text("cpu") + b"K\x01tQ.", "a persistent object that is not a storage"),
-        (b"\x80\x02(" + text("storage") + b"ctorch\nIntStorage\n" + text("0") + text("cpu") + b"J\xff\xff\xff\xfftQ.", "a storage without"),
+        (b"\x80\x02(" + text("storage") + b"K\x01" + text("0") + text("cpu") + b"K\x01tQ.",
+         "a persistent object that is not a storage"),
+        (b"\x80\x02(" + text("storage") + b"ctorch\nIntStorage\n" + text("0") + text("cpu") + b"J\xff\xff\xff\xfftQ.",
+         "a storage without"),
         (b"\x80\x04K\x01K\x02\x93.", "a global whose name is a int"),
-        (b"\x80\x04\x8c\x0bcollections\x8c\x24OrderedDict.__init__.__globals__.get\x93.", "OrderedDict.__init__.__globals__.get"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x24OrderedDict.__init__.__globals__.get\x93.",
+         "OrderedDict.__init__.__globals__.get"),
         (b"\x80\x04\x8c\x11pytorch_lightning\x8c\x09os.system\x93.", "pytorch_lightning.os.system"),
         (b"\x80\x02cpytorch_lightning_evil\nX\n.", "pytorch_lightning_evil.X"),
         (b"\x80\x02cos\nsys\x1b[31mtem\n.", r"os.sys\\x1b[31mtem".replace("\\\\", "\\")),
@@ -393,17 +404,18 @@ def test_a_state_is_set_nowhere(tmp_path: Path) -> None:
         (b"\x80\x02}(K\x01u.", "damaged"),
         (b"\x80\x02R.", "damaged"),
         (b"\x80\x02h\x05.", "damaged"),
-        (b"\x80\x02c_operator\ngetitem\n]K\x00\x86R.", "an item of what is not a type"),
+        (b"\x80\x02c_operator\ngetitem\n]K\x00\x86R.", "an item of something that is not a type"),
         (b"\x80\x02cfunctools\npartial\n)R.", "functools.partial"),
         (b"\x80\x02ctypes\nFunctionType\n.", "types.FunctionType"),
-        (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN)NtR.", "rebuilt by another function than a tensor"),
+        (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN)NtR.",
+         "rebuilt by another function than a tensor"),
         (b"\x80\x02c__builtin__\nreduce\n.", "functools.reduce"),
         (b"\x80\x02t.", "damaged"),
         (b"\x80\x02.", "damaged"),
         (b"\x80\x02\xff.", "0xff"),
         (b"\x80\x02N", "cut off"),
         (b"\x80\x02X\xff\xff\xff\xff.", "cut off"),
-        (b"\x80\x02N.", "NoneType, no tensors by name"),
+        (b"\x80\x02N.", "NoneType, not tensors by name"),
         (b"\x80\x02}" + text("state_dict") + b"K\x01s.", "its state_dict is a int"),
     ],
 )  # fmt: skip
@@ -433,7 +445,7 @@ def test_bombs(tmp_path: Path) -> None:
     )
     with pytest.raises(FolderError, match="a key that is a tuple"):
         load(deep)
-    refused(repeated + b"t.", tmp_path, "more work than any weights are")
+    refused(repeated + b"t.", tmp_path, "more work than any weights take")
     refused(b"\x80\x02" + text("x" * LIMIT) + b"}.", tmp_path, "longer than 16 MiB")
     wide = b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\x01s."  # such numbers have all the same hash
     refused(wide, tmp_path, "a key that is a int")

@@ -42,12 +42,15 @@ from ldm.interop.compvis.schedule import buffers
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.models.text import train_tokenizer
+from ldm.models.unet import NetworkSpec
 
 # ---------------------------------------------------------------- models
 
 
-SD1 = unet_to_diffusers(UNetConfig((32, 32, 64, 64), heads=(8,)), 4, 4, 768, 64)
-SD2 = unet_to_diffusers(UNetConfig((64, 64, 128, 128), heads=(1, 1, 2, 2), linear_projection=True), 4, 4, 1024, 96)
+SD1 = unet_to_diffusers(NetworkSpec(UNetConfig((32, 32, 64, 64), heads=(8,)), 4, 4, 768), 64)
+SD2 = unet_to_diffusers(
+    NetworkSpec(UNetConfig((64, 64, 128, 128), heads=(1, 1, 2, 2), linear_projection=True), 4, 4, 1024), 96
+)
 KL8 = AutoencoderConfig(channels=(32, 32, 64, 64))
 
 
@@ -55,7 +58,7 @@ KL8 = AutoencoderConfig(channels=(32, 32, 64, 64))
 def sd1() -> Bundle:
     """Stable Diffusion 1 to those who look at its kind of projection and context, and as small as that can be."""
     torch.manual_seed(0)
-    unet = unet_to_diffusers(UNetConfig((32,), 1, (), (8,)), 4, 4, 768, 64)
+    unet = unet_to_diffusers(NetworkSpec(UNetConfig((32,), 1, (), (8,)), 4, 4, 768), 64)
     vae = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
     return Bundle({UNET: unet_part(unet), VAE: vae_part(vae), TEXT: text_part(text_config(layers=1))}, scheduler())
 
@@ -101,7 +104,9 @@ UNET_NAMES = {  # of the published Stable Diffusion 1.5: name there, name in dif
     "input_blocks.9.0.op.bias": ("down_blocks.2.downsamplers.0.conv.bias", (1280,)),
     "input_blocks.11.0.out_layers.3.bias": ("down_blocks.3.resnets.1.conv2.bias", (1280,)),
     "middle_block.0.in_layers.2.weight": ("mid_block.resnets.0.conv1.weight", (1280, 1280, 3, 3)),
-    "middle_block.1.transformer_blocks.0.norm3.weight": ("mid_block.attentions.0.transformer_blocks.0.norm3.weight", (1280,)),
+    "middle_block.1.transformer_blocks.0.norm3.weight": (
+        "mid_block.attentions.0.transformer_blocks.0.norm3.weight", (1280,),
+    ),
     "middle_block.2.emb_layers.1.bias": ("mid_block.resnets.1.time_emb_proj.bias", (1280,)),
     "output_blocks.0.0.skip_connection.weight": ("up_blocks.0.resnets.0.conv_shortcut.weight", (1280, 2560, 1, 1)),
     "output_blocks.2.1.conv.weight": ("up_blocks.0.upsamplers.0.conv.weight", (1280, 1280, 3, 3)),
@@ -109,7 +114,9 @@ UNET_NAMES = {  # of the published Stable Diffusion 1.5: name there, name in dif
     "output_blocks.5.2.conv.weight": ("up_blocks.1.upsamplers.0.conv.weight", (1280, 1280, 3, 3)),
     "output_blocks.6.0.in_layers.0.weight": ("up_blocks.2.resnets.0.norm1.weight", (1920,)),
     "output_blocks.8.2.conv.bias": ("up_blocks.2.upsamplers.0.conv.bias", (640,)),
-    "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias": ("up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2.bias", (320,)),
+    "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias": (
+        "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2.bias", (320,),
+    ),
     "out.0.weight": ("conv_norm_out.weight", (320,)),
     "out.2.weight": ("conv_out.weight", (4, 320, 3, 3)),
 }  # fmt: skip
@@ -165,7 +172,7 @@ def size(tensors: dict[str, Tensor], prefix: str) -> tuple[int, int]:
 
 def test_names_and_shapes_of_stable_diffusion_1() -> None:
     text = {**text_config(layers=12, inner=3072), "vocab_size": 49408, "max_position_embeddings": 77}
-    bundle = published(unet_to_diffusers(UNetConfig(), 4, 4, 768, 64), text)
+    bundle = published(unet_to_diffusers(NetworkSpec(UNetConfig(), 4, 4, 768), 64), text)
     tensors, _ = to_compvis(bundle)
     assert size(tensors, "model.diffusion_model.") == (686, 859_520_964)
     assert size(tensors, "first_stage_model.") == (248, 83_653_863)
@@ -180,7 +187,7 @@ def test_names_and_shapes_of_stable_diffusion_1() -> None:
 
 def test_names_of_stable_diffusion_2() -> None:
     config = unet_to_diffusers(
-        UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024, 96
+        NetworkSpec(UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True), 4, 4, 1024), 96
     )
     vocabulary = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 77}
     text = {**text_config(1024, 23, 16, "gelu", 4096), **vocabulary}
@@ -219,20 +226,25 @@ STRUCTURES = {
     "sd1": SD1,
     "sd2": SD2,
     "inpainting": unet_to_diffusers(
-        UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768, 64
+        NetworkSpec(UNetConfig((32, 64), heads=(8,), attention_levels=(0,), concat_channels=5), 4, 4, 768), 64
     ),
     "vector": unet_to_diffusers(
-        UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)),
-        4,
-        4,
-        768,
+        NetworkSpec(
+            UNetConfig((32, 64), vector_dim=6, scale_shift=True, transformer_layers=2, attention_levels=(0, 1)),
+            4,
+            4,
+            768,
+        ),
         64,
     ),
     "attention elsewhere": unet_to_diffusers(
-        UNetConfig((32, 32, 64, 64), attention_levels=(1, 3), layers_per_level=1, heads=(2, 4, 8, 1)), 4, 4, 20, 64
+        NetworkSpec(
+            UNetConfig((32, 32, 64, 64), attention_levels=(1, 3), layers_per_level=1, heads=(2, 4, 8, 1)), 4, 4, 20
+        ),
+        64,
     ),
     "classes": {
-        **unet_to_diffusers(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768, 64),
+        **unet_to_diffusers(NetworkSpec(UNetConfig((32, 64), attention_levels=(1,)), 4, 4, 768), 64),
         "num_class_embeds": 10,
     },
 }
@@ -311,7 +323,8 @@ def any_model(draw: Callable[[st.SearchStrategy], Any]) -> Bundle:
     layers = draw(st.sampled_from([1, 1, 2]))
     unet = UNetConfig(
         channels, layers, tuple(sorted(draw(st.sets(st.integers(0, levels - 1))))), heads, draw(st.integers(1, 2)),
-        groups, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, 3])), draw(st.sampled_from([0, 1, 5])),
+        groups, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, 3])),
+        draw(st.sampled_from([0, 1, 5])),
     )  # fmt: skip
     vae = None
     if draw(st.booleans()):
@@ -321,7 +334,9 @@ def any_model(draw: Callable[[st.SearchStrategy], Any]) -> Bundle:
         vae = AutoencoderConfig(*sizes, 2, draw(st.booleans()), attention)
     channels_in, context = (vae.latent_channels if vae else draw(st.integers(1, 4))), draw(st.integers(1, 3)) * 2
     learned = draw(st.booleans())
-    parts = {UNET: unet_part(unet_to_diffusers(unet, channels_in, (1 + learned) * channels_in, context, 8))}
+    parts = {
+        UNET: unet_part(unet_to_diffusers(NetworkSpec(unet, channels_in, (1 + learned) * channels_in, context), 8))
+    }
     if vae is not None:
         parts[VAE] = vae_part(vae, draw(st.floats(0.1, 10.0)))
     tokenizer: dict[str, bytes] = {}
@@ -359,7 +374,9 @@ def hints_for(bundle: Bundle) -> Hints:
 
 @pytest.mark.parametrize(("given_channels", "concat"), [(3, 0), (6, 0), (3, 5)])
 def test_pixel_models_with_and_without_a_learned_variance(given_channels: int, concat: int) -> None:
-    config = unet_to_diffusers(UNetConfig((32,), 1, (), (8,), concat_channels=concat), 3, given_channels, 20, 64)
+    config = unet_to_diffusers(
+        NetworkSpec(UNetConfig((32,), 1, (), (8,), concat_channels=concat), 3, given_channels, 20), 64
+    )
     tensors, _ = to_compvis(Bundle({UNET: unet_part(config)}, scheduler()))
     read = from_compvis(tensors, hints=Hints(prediction="eps", heads=8, image_size=64)).parts[UNET].config
     assert read == config and ("learned_variance" in read) == (given_channels == 6)
@@ -384,7 +401,7 @@ def round_trip(data: st.DataObject) -> None:
     assert set(map(type, metadata.values())) == {str} and metadata["format"] == "pt"
     read = from_compvis(tensors, metadata)
     assert same(read, bundle)
-    assert set(read.besides) == set(buffers(Schedule.from_config(ScheduleConfig(num_steps=2)))) | (
+    assert set(read.unused) == set(buffers(Schedule.from_config(ScheduleConfig(num_steps=2)))) | (
         {"scale_factor"} if VAE in bundle.parts else set()
     )
     unet = bundle.parts[UNET].config
@@ -436,14 +453,14 @@ def test_openclip_gives_the_same_states() -> None:
         ours, expected = network(input_ids=ids).last_hidden_state, openclip_states(tensors, ids, 2)
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     unused = {name for name in tensors if ".resblocks.3." in name}
-    assert set(read.besides) == unused | {
+    assert set(read.unused) == unused | {
         "cond_stage_model.model.text_projection",
         "cond_stage_model.model.logit_scale",
     }
     written, metadata = to_compvis(read, openclip=True)
-    assert written.keys() == tensors.keys() - read.besides.keys()
+    assert written.keys() == tensors.keys() - read.unused.keys()
     assert all(torch.equal(t, tensors[name]) for name, t in written.items())
-    assert same(from_compvis(written, metadata), dataclasses.replace(read, besides={}))
+    assert same(from_compvis(written, metadata), dataclasses.replace(read, unused={}))
     other, _ = to_compvis(read)
     assert "cond_stage_model.transformer.text_model.encoder.layers.2.self_attn.k_proj.bias" in other
 
@@ -451,7 +468,7 @@ def test_openclip_gives_the_same_states() -> None:
 def test_openclip_where_dtypes_differ() -> None:
     text = text_part(text_config(16, 1, 2, "gelu"))
     mixed = {name: t.half() if name.endswith("0.self_attn.q_proj.bias") else t for name, t in text.tensors.items()}
-    with pytest.raises(ConfigError, match=r"resblocks\.0\.attn\.in_proj_bias holds several .*float16"):
+    with pytest.raises(ConfigError, match=r"resblocks\.0\.attn\.in_proj_bias joins several .*float16"):
         to_compvis(Bundle({TEXT: Part(text.config, mixed)}), openclip=True)
 
 
@@ -493,7 +510,7 @@ def test_tables_are_those_of_latent_diffusion(sd1: Bundle) -> None:
 def test_published_tables_are_recognised(sd1: Bundle, dtype: torch.dtype) -> None:
     tensors = to_compvis(sd1)[0] | {name: table.to(dtype) for name, table in TABLES.items()}
     read = from_compvis(tensors)
-    assert read.scheduler == scheduler() and set(read.besides) == set(TABLES)
+    assert read.scheduler == scheduler() and set(read.unused) == set(TABLES)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +523,7 @@ def test_other_tables_are_taken_as_they_are(sd1: Bundle, schedule: ScheduleConfi
     torch.testing.assert_close(
         torch.tensor(read.scheduler["trained_betas"]), Schedule.from_config(schedule).betas.float()
     )
-    assert set(TABLES) == set(read.besides)
+    assert set(TABLES) == set(read.unused)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -533,7 +550,7 @@ def test_weights_of_the_bound_and_log_variances(sd1: Bundle) -> None:
         )
     bound[0] = bound[1]
     extra = {"lvlb_weights": torch.tensor(bound).float(), "logvar": torch.zeros(1000)}
-    assert {"lvlb_weights", "logvar"} <= set(from_compvis(tensors | extra).besides)
+    assert {"lvlb_weights", "logvar"} <= set(from_compvis(tensors | extra).unused)
     with pytest.raises(FolderError, match="lvlb_weights does not fit"):
         from_compvis(tensors | extra, hints=Hints(prediction="v"))
 
@@ -561,9 +578,9 @@ def test_ema_or_raw(sd1: Bundle) -> None:
     for name, t in sd1.parts[UNET].tensors.items():
         assert torch.equal(ema.parts[UNET].tensors[name], t + 1)
     flat = {name for name in both if name.startswith("model_ema.")}
-    assert flat <= set(raw.besides) and not flat & set(tensors)
-    assert {name for name in both if name.startswith("model.")} <= set(ema.besides)
-    assert "their EMA was taken" in ema.besides["model.diffusion_model.out.2.weight"]
+    assert flat <= set(raw.unused) and not flat & set(tensors)
+    assert {name for name in both if name.startswith("model.")} <= set(ema.unused)
+    assert "their EMA was used" in ema.unused["model.diffusion_model.out.2.weight"]
     del both["model_ema.diffusion_modelout2bias"]
     with pytest.raises(
         FolderError,
@@ -605,7 +622,7 @@ def test_autoencoder_alone(name: str, prefix: str) -> None:
         prefix + "loss.discriminator.main.0.weight": torch.zeros(64, 3, 4, 4),
     }
     read = from_compvis(file | loss, hints=Hints(scale=scale))
-    assert same(read, bundle) and set(read.besides) == set(loss)
+    assert same(read, bundle) and set(read.unused) == set(loss)
     if scale is not None:
         with pytest.raises(ConfigError, match="give scale"):
             from_compvis(file)
@@ -615,7 +632,7 @@ def test_scale_of_the_latents(sd1: Bundle) -> None:
     vae = Part({**sd1.parts[VAE].config, "scaling_factor": 0.7}, sd1.parts[VAE].tensors)
     tensors, metadata = to_compvis(dataclasses.replace(sd1, parts={**sd1.parts, VAE: vae}))
     read = from_compvis(tensors)
-    assert read.parts[VAE].config["scaling_factor"] == pytest.approx(0.7, rel=1e-7) and "scale_factor" in read.besides
+    assert read.parts[VAE].config["scaling_factor"] == pytest.approx(0.7, rel=1e-7) and "scale_factor" in read.unused
     assert from_compvis(tensors, metadata).parts[VAE].config["scaling_factor"] == 0.7
     with pytest.raises(FolderError, match=r"scale_factor is 0\.8, .* says 0\.7"):
         from_compvis(tensors | {"scale_factor": torch.tensor(0.8)}, metadata)
@@ -632,7 +649,8 @@ U = "model.diffusion_model."
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "extra": (
         lambda t: t.update({U + "out.3.weight": torch.zeros(1)}),
-        r"tensor model\.diffusion_model\.out\.3\.weight belongs to no part of the model: the nearest that does is .*\.out\.[02]\.weight",
+        r"tensor model\.diffusion_model\.out\.3\.weight belongs to no part of the model:"
+        r" the nearest that does is .*\.out\.[02]\.weight",
     ),
     "extra of nothing": (
         lambda t: t.update({"depth_model.x": torch.zeros(1)}),
@@ -678,10 +696,12 @@ def test_a_faulty_file_is_refused(sd1: Bundle, fault: str, header: bool) -> None
 
 
 def test_what_no_tensor_says_is_asked_for() -> None:
-    sd2 = unet_to_diffusers(UNetConfig((64,), 1, (), (1,), linear_projection=True), 4, 4, 1024, 96)
+    sd2 = unet_to_diffusers(NetworkSpec(UNetConfig((64,), 1, (), (1,), linear_projection=True), 4, 4, 1024), 96)
     with pytest.raises(ConfigError, match=r"give prediction: eps for Stable Diffusion 2\.0-base.*v for 2\.0 and 2\.1"):
         from_compvis(to_compvis(Bundle({UNET: unet_part(sd2)}, scheduler("v")))[0])
-    odd = unet_to_diffusers(UNetConfig((16, 16), heads=(2,), attention_levels=(1,), groups=4), 4, 4, 20, 64)
+    odd = unet_to_diffusers(
+        NetworkSpec(UNetConfig((16, 16), heads=(2,), attention_levels=(1,), groups=4), 4, 4, 20), 64
+    )
     tensors, metadata = to_compvis(Bundle({UNET: unet_part(odd)}, scheduler("v")))
     hints: dict[str, Any] = {}
     for name, value in (("heads", 2), ("prediction", "v"), ("groups", 4), ("image_size", 64)):
@@ -703,12 +723,12 @@ def test_what_no_tensor_says_is_asked_for() -> None:
         from_compvis(to_compvis(Bundle({TEXT: text_part(text_config(32, heads=2))}))[0])
     with pytest.raises(ConfigError, match="give text_layers"):
         from_compvis(openclip_file(), hints=Hints(text_heads=2))
-    with pytest.raises(FolderError, match="no CompVis file"):
+    with pytest.raises(FolderError, match="not a CompVis file"):
         from_compvis({"weight": torch.zeros(1)})
 
 
 def without_context() -> dict[str, Any]:
-    return unet_to_diffusers(UNetConfig((32,), heads=(8,), attention_levels=()), 3, 3, None, 64)
+    return unet_to_diffusers(NetworkSpec(UNetConfig((32,), heads=(8,), attention_levels=()), 3, 3, None), 64)
 
 
 @pytest.mark.parametrize(
@@ -717,7 +737,8 @@ def without_context() -> dict[str, Any]:
         (lambda b: dataclasses.replace(b, scheduler=scheduler("score")), "score target"),
         (lambda b: dataclasses.replace(b, scheduler=None), "without its scheduler"),
         (lambda b: dataclasses.replace(b, parts={UNET: unet_part(without_context())}), "without a context"),
-        (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}), "shift_factor"),
+        (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}),
+         "shift_factor"),
         (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "latents_mean": [0.0]}, {})}), "latents_mean"),
         (lambda b: dataclasses.replace(b, parts={**b.parts, "controlnet": b.parts[UNET]}), "no part controlnet"),
         (lambda b: dataclasses.replace(b, tokenizer={"a.bin": b"\xff"}), "a.bin is not UTF-8"),

@@ -1,4 +1,4 @@
-"""The hashes of a folder's own weights: a flipped bit or another run's part is one line, before anything is computed with it."""
+"""The hashes of a folder's weights: a flipped bit or another run's part is one line, before it is used."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
+from support.model_folders import folder, forget_hashes, written  # noqa: F401
 from support.pipelines import PROMPTS, make
 
 from ldm.cli.main import main
@@ -23,18 +23,6 @@ from ldm.interop.open import read_any
 from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hashes") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def flip(file: Path) -> None:
@@ -227,7 +215,8 @@ def test_several_processes_share_the_folder(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ldm.files import known\n"
         "known.SMALLEST, known.SETTLED = 1, -10.0\n"
-        "for _ in range(20):\n    known._computed.clear()\n    print(*(known.known_hash(Path(f)) for f in sys.argv[1:]))"
+        "for _ in range(20):\n    known._computed.clear()\n"
+        "    print(*(known.known_hash(Path(f)) for f in sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *map(str, files)]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

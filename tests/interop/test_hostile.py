@@ -1,12 +1,12 @@
-"""Model folders whose JSON is damaged or hostile: one line and its exit code, from every command that opens them, at once."""
+"""Model folders with damaged or hostile JSON: one line and its exit code from every command, at once."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import make
 
 from ldm.cli.main import main
@@ -21,18 +21,6 @@ from ldm.interop.open import read_any
 from ldm.interop.sizes import check_sizes
 from ldm.models.text import padded_with
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str = "inspect") -> str:
@@ -105,9 +93,9 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("unet/config.json", "layers_per_block", 10**30, "layers, and there are"),
     ("unet/config.json", "layers_per_block", True, "layers_per_level must be an integer"),
     ("unet/config.json", "transformer_layers_per_block", 10**9, "layers, and there are"),
-    ("unet/config.json", "block_out_channels", [10**30, 64], "000: no network is as wide"),
+    ("unet/config.json", "block_out_channels", [10**30, 64], "000: no network is that wide"),
     ("unet/config.json", "block_out_channels", [8] * 5000, "layers, and there are"),
-    ("unet/config.json", "cross_attention_dim", 10**9, "cross_attention_dim is 1000000000: no network is as wide"),
+    ("unet/config.json", "cross_attention_dim", 10**9, "cross_attention_dim is 1000000000: no network is that wide"),
     ("unet/config.json", "sample_size", [[8], [8, 8]], "sample_size"),
     ("unet/config.json", "num_class_embeds", 10**12, "num_class_embeds is"),
     ("text_encoder/config.json", "num_hidden_layers", 10**6, "1000000 layers, and there are"),
@@ -117,7 +105,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("text_encoder/config.json", "hidden_size", 0, "hidden_size is 0"),
     ("text_encoder/config.json", "max_position_embeddings", None, "max_position_embeddings is None"),
     ("model_index.json", "_class_name", ["StableDiffusionPipeline"], "cannot be opened"),
-    ("model_index.json", "vae", "AutoencoderKL", "vae should be a library and a class, or two nulls, and is 'AutoencoderKL'"),
+    ("model_index.json", "vae", "AutoencoderKL",
+     "vae should be a library and a class, or two nulls, and is 'AutoencoderKL'"),
     ("model_index.json", "vae", ["diffusers"], "vae should be a library and a class"),
     ("model_index.json", "text_encoder", [1, 2], "text_encoder should be a library and a class"),
     ("model_index.json", "unet", None, "unet should be a library and a class"),
@@ -212,7 +201,7 @@ def test_settings_of_a_tokenizer_that_cannot_be_read(content: bytes) -> None:
     ("index", "words"),
     [
         ({"weight_map": {"a": 3}}, "weight_map should name"),
-        ({"weight_map": {"a": "../x.safetensors"}}, "not a name of a file beside it"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "not the name of a file beside it"),
         ({"weight_map": {"a": "a\0b.safetensors"}}, "missing"),
         ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, ""),
         ({"weight_map": []}, "weight_map should name"),

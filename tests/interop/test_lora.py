@@ -17,7 +17,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.loras import (
+from support.loras import (  # noqa: F401
     ALL,
     PROMPTS,
     TEXT_TARGETS,
@@ -30,10 +30,11 @@ from support.loras import (
     networks,
     out,
     pictures,
+    pipe,
     plain_keys,
     same,
     theirs,
-    write_model,
+    written,
 )
 from torch import Tensor
 
@@ -48,17 +49,6 @@ from ldm.interop.lora_settings import TOWER
 from ldm.models.lora import Lora, changeable, named_layers
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
-
 
 # ---------------------------------------------------------------- the layers
 
@@ -235,7 +225,8 @@ def test_a_folder_of_peft_is_read_with_its_scaling(written: Path, pipe: Pipeline
     """rsLoRA, ranks and α that differ between layers, as peft's own model computes them."""
     other: Any = diffusers.UNet2DConditionModel.from_pretrained(written / "unet")
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "to_v"], rank_pattern={"attn2.to_q": 2}, alpha_pattern={"to_v": 3}, use_rslora=True,
+        r=4, lora_alpha=6, target_modules=["to_q", "to_v"], rank_pattern={"attn2.to_q": 2}, alpha_pattern={"to_v": 3},
+        use_rslora=True,
         init_lora_weights=False,
     )  # fmt: skip
     wrapped: Any = peft.get_peft_model(other, config)
@@ -372,16 +363,22 @@ def broken(
 @pytest.mark.parametrize(
     ("change", "header", "said"),
     [
-        (lambda t: t.update({"unet.mid_block.nowhere.to_q.lora_A.weight": torch.ones(1, 1)}), None, "mid_block.nowhere.* changes no layer"),
-        (lambda t: t.update({f"unet.{Q}x.lora_A.weight": torch.ones(3, 32)}), None, rf"\(the nearest is called unet.{Q}\)"),
+        (lambda t: t.update({"unet.mid_block.nowhere.to_q.lora_A.weight": torch.ones(1, 1)}), None,
+         "mid_block.nowhere.* changes no layer"),
+        (lambda t: t.update({f"unet.{Q}x.lora_A.weight": torch.ones(3, 32)}), None,
+         rf"\(the nearest is called unet.{Q}\)"),
         (lambda t: t.update({"position": torch.ones(1)}), None, "position changes no layer of this model"),
         (lambda t: t.pop(f"unet.{Q}.lora_B.weight"), None, f"the lora_B of {Q} is missing"),
         (lambda t: t.pop(f"unet.{Q}.lora_A.weight"), None, f"the lora_A of {Q} is missing"),
-        (lambda t: t.update({f"unet.{Q}.lora_A.weight": torch.ones(3, 31)}), None, r"is \[3, 31\], .* should be \[3, 32\]"),
-        (lambda t: t.update({f"unet.{Q}.lora_B.weight": torch.ones(32, 4)}), None, r"is \[32, 4\], .* should be \[32, 3\]"),
+        (lambda t: t.update({f"unet.{Q}.lora_A.weight": torch.ones(3, 31)}), None,
+         r"is \[3, 31\], .* should be \[3, 32\]"),
+        (lambda t: t.update({f"unet.{Q}.lora_B.weight": torch.ones(32, 4)}), None,
+         r"is \[32, 4\], .* should be \[32, 3\]"),
         (lambda t: t.update({f"unet.{Q}.lora_A.weight": torch.ones(0, 32)}), None, "its first dimension is the rank"),
-        (lambda t: t.update({f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": torch.ones(3, 32)}), None, "are for the same layer"),
-        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None, "alpha holds 1 of 1 numbers that are not finite"),
+        (lambda t: t.update({f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": torch.ones(3, 32)}), None,
+         "are for the same layer"),
+        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(torch.nan)}), None,
+         "alpha holds 1 of 1 numbers that are not finite"),
         (lambda t: t.update({f"unet.{Q}.alpha": torch.ones(2)}), None, "should be one finite number"),
         (lambda t: t.update({f"unet.{Q}.dora_scale": torch.ones(2)}), None, "DoRA is not offered"),
         (lambda t: t.update({f"unet.{Q}.hada_w1_a": torch.ones(2)}), None, "LoHa is not offered"),
@@ -391,7 +388,8 @@ def broken(
         (lambda t: None, {"unet.r": 3, "unet.lora_alpha": "much"}, "'much', which is not a finite number"),
         (lambda t: None, {"unet.r": 3, "unet.use_dora": True}, "use_dora in its settings is True: DoRA is not offered"),
         (lambda t: None, {"unet.r": 3, "unet.rank_pattern": {"(a+)+$": 3}}, "the pattern .* is not offered"),
-        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(2.0)}), {"unet.r": 3, "unet.lora_alpha": 3}, "is 2, the settings .* say 3"),
+        (lambda t: t.update({f"unet.{Q}.alpha": torch.tensor(2.0)}), {"unet.r": 3, "unet.lora_alpha": 3},
+         "is 2, the settings .* say 3"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line(pipe: Pipeline, tmp_path: Path, change: Any, header: Any, said: str) -> None:
@@ -428,7 +426,7 @@ def test_files_that_are_no_lora(pipe: Pipeline, tmp_path: Path) -> None:
     )
     (tmp_path / "pytorch_lora_weights.bin").unlink()
     (tmp_path / FILE).write_bytes(b"short")
-    assert "should be safetensors and holds nothing that is known: not opened" in said(tmp_path)
+    assert "should be safetensors and holds something unknown: not opened" in said(tmp_path)
     (tmp_path / FILE).unlink()
     save_file(
         {"base_model.model.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, tmp_path / "adapter_model.safetensors"

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.loras import close, inputs, out, write_model
+from support.loras import close, inputs, out, pipe, written  # noqa: F401
 
 from ldm.cli.main import main
 from ldm.config import UNetConfig
@@ -26,16 +26,6 @@ from ldm.pipeline import Pipeline
 
 TARGETS = ["to_q", "to_v", "conv1"]
 SIZE = {"r": 4, "lora_alpha": 6}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +170,12 @@ def set_config(folder: Path, **settings: Any) -> None:
 
 
 VALUES: dict[str, Any] = {
-    "init_lora_weights": "corda", "use_qalora": True, "monteclora_config": {"num_samples": 8}, "arrow_config": {"top_k": 3},
-    "trainable_token_indices": [1], "target_parameters": ["a.b"], "layer_replication": [[0, 2]], "megatron_config": {"a": 1},
-    "peft_type": "ADALORA", "a_setting_of_tomorrow": 0.5, "use_rslora": "false", "rank_pattern": [1], "alpha_pattern": {"to_q": None},
+    "init_lora_weights": "corda", "use_qalora": True, "monteclora_config": {"num_samples": 8},
+    "arrow_config": {"top_k": 3},
+    "trainable_token_indices": [1], "target_parameters": ["a.b"], "layer_replication": [[0, 2]],
+    "megatron_config": {"a": 1},
+    "peft_type": "ADALORA", "a_setting_of_tomorrow": 0.5, "use_rslora": "false", "rank_pattern": [1],
+    "alpha_pattern": {"to_q": None},
     "lora_alpha": float("nan"), "r": True,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""LoRA files as other programs take them: the scale by whatever they look for, names in either layout, `ldm convert`."""
+"""LoRA files as other programs read them: the scale with or without α, either layout, `ldm convert`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, stir, write_model
+from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, pipe, stir, written  # noqa: F401
 from torch import Tensor, nn
 
 from ldm.cli.main import main
@@ -26,18 +26,8 @@ from ldm.pipeline.info import ModelInfo
 SCALE = 0.8
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("written") / "model")
-
-
-@pytest.fixture
-def pipe(written: Path) -> Pipeline:
-    return Pipeline.from_pretrained(written, "cpu")
-
-
 def mixed(pipe: Pipeline) -> dict[str, Lora]:
-    """Of all layers of the U-Net and of the text encoder's attention, with ranks that differ and α/r no power of two."""
+    """A LoRA of all layers, with different ranks and α/r that are not powers of two."""
     loras = {}
     for part, network in networks(pipe).items():
         names = [name for name in changeable(network) if part == UNET or name.endswith(TEXT_TARGETS)]
@@ -65,7 +55,7 @@ def kohya_name(part: str, name: str) -> str:
 
 
 def by_a_reader_of_kohya(file: Path, pipe: Pipeline) -> dict[str, dict[str, Tensor]]:
-    """As kohya's merge_lora.py and ComfyUI do it: down, up and alpha by the flattened name, alpha left out meaning the rank."""
+    """Merge as kohya's merge_lora.py and ComfyUI do, by flattened names; without alpha it is the rank."""
     tensors, result = load_file(file), {}
     taken = set()
     for part, network in networks(pipe).items():
@@ -247,7 +237,7 @@ def test_half_precision_is_rounded_and_what_it_cannot_hold_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["LORA", "x.safetensors"], 2, "is a LoRA, no model of its own: .*rewrite it by `ldm convert --lora-layout`"),
+        (["LORA", "x.safetensors"], 2, "is a LoRA, not a model: .*convert it by `ldm convert --lora-layout`"),
         (
             ["LORA", "x.safetensors", "--lora-layout", "kohya"],
             2,

@@ -1,6 +1,6 @@
-"""A scheduler exchanged by X.from_config(pipe.scheduler.config) draws here as it does in diffusers, or is refused by name.
+"""A scheduler exchanged by X.from_config(pipe.scheduler.config) draws as in diffusers, or is refused by name.
 
-Beside diffusers' own classes: their steps with a closed-form network, from one start and one noise, against our sampler with
+Compared with diffusers' classes: their steps with a closed-form network, from one start and noise, and our sampler with
 the fields that are read from the file that X writes.
 """
 
@@ -29,8 +29,10 @@ from ldm.pipeline.checks import grid_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of diffusers
 STEPS = 10  # a divisor of T: with others, DDIM's and PNDM's trailing steps end beside their own grid
-PUBLISHED = {  # Stable Diffusion's, of a quarter of its steps: KDPM2DiscreteScheduler takes seconds to be made with 1000
-    "num_train_timesteps": 250, "beta_start": 0.0034, "beta_end": 0.048, "beta_schedule": "scaled_linear", "steps_offset": 1,
+# Stable Diffusion's schedule with a quarter of its steps: KDPM2DiscreteScheduler needs seconds to set up 1000.
+PUBLISHED = {
+    "num_train_timesteps": 250, "beta_start": 0.0034, "beta_end": 0.048, "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
 }  # fmt: skip
 SOURCES: dict[str, dict[str, Any]] = {  # what is exchanged: with keys that the other classes must not obey, or must
     "DDIMScheduler": {"set_alpha_to_one": False, "clip_sample": True, "timestep_spacing": "trailing"},
@@ -65,7 +67,7 @@ def written(scheduler: Any, folder: Path) -> dict[str, Any]:
 
 
 def theirs(layout: dict[str, Any], target: str, start: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """The sample of diffusers' scheduler, as its StableDiffusionPipeline has it, in units of the variance-preserving process."""
+    """The sample of diffusers' scheduler in its pipeline, in units of the variance-preserving process."""
     pipeline = {"steps_offset": 1, "clip_sample": False}
     scheduler = getattr(diffusers, layout["_class_name"]).from_config({**layout, **pipeline})
     scheduler.set_timesteps(STEPS)
@@ -136,7 +138,7 @@ REFUSED = {  # (class, key) → the values with which its steps are none of ours
 @pytest.mark.parametrize("target", READS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_exchanged_scheduler_draws_as_diffusers_does(source: str, target: str, tmp_path: Path) -> None:
-    """With the published settings, and with others that a folder spells out, as it does once it was written and read."""
+    """With the published settings, and with others that a folder spells out after it was written and read."""
     first, second = (getattr(diffusers, source)(**PUBLISHED, **settings) for settings in ({}, SOURCES[source]))
     second = type(second).from_config(written(second, tmp_path))
     for scheduler in (first, second):

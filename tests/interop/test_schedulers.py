@@ -62,7 +62,7 @@ def give(folder: Path, name: str, settings: dict[str, Any]) -> Any:
 
 
 def difference(folder: Path, name: str, settings: dict[str, Any], **call: Any) -> int:
-    """The largest difference of a pixel, 0 to 255, between diffusers' pictures and ours, both with what the folder says."""
+    """The largest difference of a pixel, 0 to 255, between diffusers' pictures and ours of one folder."""
     give(folder, name, settings)
     ours, pipeline = Pipeline.from_pretrained(folder), theirs(folder)
     start = noise(3, len(PROMPTS))
@@ -231,11 +231,14 @@ NO_SIGNAL = [
 def test_a_prediction_of_noise_is_not_asked_where_no_signal_is_left(
     written: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """x̂_0 would be a division by 0: refused where the grid starts there, by every command; below it pictures are finite, as before."""
+    """x̂_0 would be a division by 0: refused where the grid starts there; grids below draw finite pictures."""
     file, sampling = written / "scheduler/scheduler_config.json", {"steps": STEPS, "guidance_scale": 2.0}
     before = file.read_text()
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", **settings, "timestep_spacing": "trailing"}))
-    message = "predicts eps, which says nothing of the image where its schedule leaves no signal, and grid trailing starts there: take grid"
+    message = (
+        "predicts eps, which says nothing of the image where its schedule leaves no signal,"
+        " and grid trailing starts there: take grid"
+    )
     try:
         pipe = Pipeline.from_pretrained(written)
         with pytest.raises(ConfigError, match=message):

@@ -28,13 +28,14 @@ from ldm.interop.text import read_text
 from ldm.interop.weights import read_module
 from ldm.models.layers import Attention
 from ldm.models.text import save_tokenizer, train_tokenizer
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD1 = {
-    "sample_size": 8, "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4,
+    "sample_size": 8, "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12, "attention_head_dim": 2,
+    "norm_num_groups": 4,
     "layers_per_block": 2, "in_channels": 4, "out_channels": 4,
 }  # fmt: skip
 SMALL = SD1 | {
@@ -53,17 +54,23 @@ def blocks(attends: str) -> dict[str, Any]:
 UNETS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "Stable Diffusion 1": (SD1, (8, 16)),
     "Stable Diffusion 2": (
-        SD1 | {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True, "dual_cross_attention": False},
+        SD1 | {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True,
+               "dual_cross_attention": False},
         (16, 8),
     ),
     "inpainting": (SD1 | {"in_channels": 9}, (16, 8)),
     "class table": (SMALL | {"num_class_embeds": 5}, (4, 6)),
     "class number": (SMALL | {"class_embed_type": "timestep"}, (4, 6)),
     "class identity": (SMALL | {"class_embed_type": "identity"}, (4, 6)),
-    "class projection": (SMALL | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6}, (4, 6)),
-    "class simple projection": (SMALL | {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6}, (4, 6)),
+    "class projection": (
+        SMALL | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6}, (4, 6),
+    ),
+    "class simple projection": (
+        SMALL | {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6}, (4, 6),
+    ),
     "three levels, odd heads and sides": (
-        SMALL | blocks("oxx") | {"block_out_channels": (12, 20, 28), "attention_head_dim": (9, 5, 7), "sample_size": 11},
+        SMALL | blocks("oxx")
+        | {"block_out_channels": (12, 20, 28), "attention_head_dim": (9, 5, 7), "sample_size": 11},
         (7, 11),
     ),
     "five levels, odd sides": (SMALL | blocks("xxoxo") | {"block_out_channels": (8,) * 5}, (19, 13)),
@@ -71,7 +78,8 @@ UNETS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "scale and shift": (SMALL | {"resnet_time_scale_shift": "scale_shift"}, (4, 4)),
     "three residual blocks": (SMALL | {"layers_per_block": 3, "in_channels": 16, "out_channels": 16}, (6, 3)),
     "lists of one value": (
-        SMALL | {"layers_per_block": (1, 1), "transformer_layers_per_block": (2, 2), "cross_attention_dim": (12, 12)}, (4, 4),
+        SMALL | {"layers_per_block": (1, 1), "transformer_layers_per_block": (2, 2), "cross_attention_dim": (12, 12)},
+        (4, 4),
     ),
 }  # fmt: skip
 
@@ -113,8 +121,8 @@ def theirs_saved(name: str, folder: Path) -> Any:
 
 
 def read(folder: Path) -> UNet:
-    arguments = unet_from_diffusers(json.loads((folder / "config.json").read_text()))
-    return read_module(lambda: UNet(*arguments), folder / WEIGHTS).train().requires_grad_()
+    spec = unet_from_diffusers(json.loads((folder / "config.json").read_text()))
+    return read_module(spec.make, folder / WEIGHTS).train().requires_grad_()
 
 
 def labels(config: UNetConfig, batch: int = 2) -> dict[str, Tensor]:
@@ -160,7 +168,7 @@ def test_unet_settings_go_there_and_back(name: str) -> None:
     with torch.device("meta"):
         before: Any = diffusers.UNet2DConditionModel(**UNETS[name][0])
         layout = json.loads(before.to_json_string())
-        back = unet_to_diffusers(*unet_from_diffusers(layout), sample_size=sample_side(layout))
+        back = unet_to_diffusers(unet_from_diffusers(layout), sample_size=sample_side(layout))
         after: Any = diffusers.UNet2DConditionModel.from_config(back)
     assert plain(after.config) == plain(before.config)
 
@@ -189,7 +197,7 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         assert theirs <= known and {key for key in known - theirs if not key.startswith("_")} <= {"learned_variance"}
     defaults: Any = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
     layout = {key: p.default for key, p in defaults.items() if key != "self"}
-    assert unet_from_diffusers(layout) == (UNetConfig(), 4, 4, 1280)
+    assert unet_from_diffusers(layout) == NetworkSpec(UNetConfig(), 4, 4, 1280)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +228,7 @@ def test_every_setting_of_diffusers_is_known_by_name() -> None:
         ({"in_channels": 3}, "unet: in_channels 3 is less than the 4 channels"),
         ({"out_channels": "4"}, "unet: out_channels must be a whole number"),
         ({"cross_attention_dim": "12"}, "unet: cross_attention_dim must be a whole number"),
-        ({"block_out_channels": 8}, "unet: block_out_channels is missing, or no list"),
+        ({"block_out_channels": 8}, "unet: block_out_channels is missing, or not a list"),
         ({"class_embed_type": "sum"}, "unet: class_embed_type 'sum'"),
         ({"class_embed_type": "projection"}, "unet: projection_class_embeddings_input_dim is missing"),
         (
@@ -282,7 +290,7 @@ def test_labels_are_asked_for_and_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision_attention_has_its_scores_in_float32(dtype: torch.dtype) -> None:
-    """What `upcast_attention` asks for: scores beyond the largest half (65504) neither overflow nor lose more than the inputs did."""
+    """Scores beyond the largest half (65504) neither overflow nor lose more precision than the inputs."""
     torch.manual_seed(0)
     attention = Attention(32, 1).to(dtype)
     for linear, scale in ((attention.to_q, 40.0), (attention.to_k, 40.0)):
@@ -303,13 +311,18 @@ def test_half_precision_attention_has_its_scores_in_float32(dtype: torch.dtype) 
 # ---------------------------------------------------------------- autoencoder
 
 VAE = {
-    "block_out_channels": (8, 16, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 16, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 32,
 }  # fmt: skip
 VAES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "kl-f8": (VAE, (16, 24)),
-    "16 latent channels": (VAE | {"latent_channels": 16, "scaling_factor": 0.36, "shift_factor": 0.1, "layers_per_block": 1}, (16, 16)),
-    "grey, no attention": (VAE | {"in_channels": 1, "out_channels": 1, "mid_block_add_attention": False, "layers_per_block": 3}, (8, 16)),
+    "16 latent channels": (
+        VAE | {"latent_channels": 16, "scaling_factor": 0.36, "shift_factor": 0.1, "layers_per_block": 1}, (16, 16),
+    ),
+    "grey, no attention": (
+        VAE | {"in_channels": 1, "out_channels": 1, "mid_block_add_attention": False, "layers_per_block": 3}, (8, 16),
+    ),
     "kl-f4": ({**VAE, "block_out_channels": (8, 16, 12), "down_block_types": ("DownEncoderBlock2D",) * 3,
                "up_block_types": ("UpDecoderBlock2D",) * 3, "latent_channels": 3}, (12, 8)),
 }  # fmt: skip
@@ -317,7 +330,7 @@ VAES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 
 @pytest.mark.parametrize("name", VAES)
 def test_autoencoder_and_its_gradients_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
-    """Posterior means and log-variances, decoded images, and the gradients of all three by every parameter and input."""
+    """Posterior means, log-variances, decoded images, and their gradients by every parameter and input."""
     theirs: Any = diffusers.AutoencoderKL(**VAES[name][0])
     stir(theirs)
     theirs.save_pretrained(tmp_path)
@@ -423,7 +436,7 @@ CAPTIONS = ["a small red circle", "", "two blue stars " * 40]
 
 
 def saved_tower(folder: Path, layers: int = 3, shard: str = "1GB", **change: Any) -> Any:
-    """A text encoder as transformers writes it, with the tokenizer as published folders have it: vocab.json and merges.txt alone."""
+    """A text encoder written by transformers, with only vocab.json and merges.txt, as in published folders."""
     tokenizer = train_tokenizer(["a small red circle", "two blue stars"], 12, 77)
     save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "tokenizer/tokenizer.json").unlink()
@@ -590,7 +603,8 @@ PUBLISHED = {  # the settings of the files as published, and how many parameters
         859_520_964,
     ),
     "unet of Stable Diffusion 2.1": (
-        {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 96, "use_linear_projection": True,
+        {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 96,
+         "use_linear_projection": True,
          "upcast_attention": True},
         865_910_724,
     ),
@@ -601,12 +615,14 @@ PUBLISHED = {  # the settings of the files as published, and how many parameters
         83_653_863,
     ),
     "text of Stable Diffusion 1.5": (
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu",
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+         "hidden_act": "quick_gelu",
          "projection_dim": 768, "eos_token_id": 2, "bos_token_id": 0, "vocab_size": 49408},
         123_060_480,
     ),
     "text of Stable Diffusion 2.1": (
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+         "hidden_act": "gelu",
          "projection_dim": 512, "eos_token_id": 2, "bos_token_id": 0, "vocab_size": 49408},
         340_387_840,
     ),
@@ -616,8 +632,10 @@ UNET_1, UNET_2, _, TEXT_1, TEXT_2 = PUBLISHED
 
 def published_unet(name: str) -> dict[str, Any]:
     common = {
-        "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "downsample_padding": 1,
-        "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
+        "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+        "mid_block_scale_factor": 1, "norm_eps": 1e-05,
         "norm_num_groups": 32, "out_channels": 4, **{key: list(value) for key, value in blocks("xxxo").items()},
     }  # fmt: skip
     return {**common, **PUBLISHED[name][0]}
@@ -629,7 +647,7 @@ def both(name: str) -> tuple[nn.Module, Any]:
         if name == "vae":
             return AutoencoderKL(from_diffusers(PUBLISHED[name][0])), diffusers.AutoencoderKL(**PUBLISHED[name][0])
         layout = published_unet(name)
-        return UNet(*unet_from_diffusers(layout)), diffusers.UNet2DConditionModel(**layout)
+        return unet_from_diffusers(layout).make(), diffusers.UNet2DConditionModel(**layout)
 
 
 def share_weights(ours: nn.Module, theirs: nn.Module) -> None:
@@ -655,7 +673,7 @@ def test_published_networks_have_their_parameters(name: str) -> None:
     assert shapes[0] == shapes[1]
     if name != "vae":
         layout = published_unet(name)
-        back = unet_to_diffusers(*unet_from_diffusers(layout), sample_size=sample_side(layout))
+        back = unet_to_diffusers(unet_from_diffusers(layout), sample_size=sample_side(layout))
         assert {key: plain(back)[key] for key in layout} == layout
 
 
@@ -681,7 +699,7 @@ def test_shipped_configurations_have_the_published_sizes(file: str, name: str, c
         else:
             run = settings.load(settings.DiffusionTrainingConfig, path)
             ours, theirs = UNet(run.unet, 4, 4, context_dim), both(name)[0]
-            assert run.unet == unet_from_diffusers(published_unet(name))[0]
+            assert run.unet == unet_from_diffusers(published_unet(name)).config
     assert count(ours) == PUBLISHED[name][1]
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     assert run.data.image_size % 8 == 0 and f"{PUBLISHED[name][1] / 1e6:.2f} M" in path.read_text()

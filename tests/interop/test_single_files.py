@@ -1,4 +1,4 @@
-"""Single files of others: names that are spelled otherwise are read, and what is another kind of model is said to be that."""
+"""Other programs' single files: other spellings of names are read, other kinds of models named."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ldm.interop.compvis.layout import to_compvis
 from ldm.interop.compvis.spelling import spelled
 from ldm.interop.diffusers.unet import unet_to_diffusers
 from ldm.interop.open import read_autoencoder, read_file
+from ldm.models.unet import NetworkSpec
 
 Tensors = dict[str, Tensor]
 KL = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
@@ -30,7 +31,7 @@ KL = AutoencoderConfig(channels=(32, 32, 32, 64), layers_per_level=1)
 @pytest.fixture(scope="module")
 def model() -> Bundle:
     torch.manual_seed(0)
-    unet = unet_to_diffusers(UNetConfig((32,), 1, (), (8,)), 4, 4, 768, 64)
+    unet = unet_to_diffusers(NetworkSpec(UNetConfig((32,), 1, (), (8,)), 4, 4, 768), 64)
     return Bundle({UNET: unet_part(unet), VAE: vae_part(KL), TEXT: text_part(text_config(layers=1))}, scheduler())
 
 
@@ -150,8 +151,8 @@ def test_numbers_of_positions_without_a_text_encoder(whole: Tensors, tmp_path: P
     ):
         left = {key: tensor for key, tensor in whole.items() if not key.startswith("cond_stage_model.")}
         bundle = opened(tmp_path / "a.safetensors", {**left, name: torch.arange(7)[None]})
-        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.besides}.values()), "") + str(
-            bundle.besides
+        assert bundle.parts.keys() == {UNET, VAE} and "positions" in next(iter({**bundle.unused}.values()), "") + str(
+            bundle.unused
         )
         assert TEXT in opened(tmp_path / "b.safetensors", {**whole, name: torch.arange(7)[None]}).parts
 
@@ -179,7 +180,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
         ["first_stage_model.quantize.embedding.weight", "model.diffusion_model.out.2.weight"],
         "a VQ autoencoder",
     ),
-    "BERT": (["cond_stage_model.transformer.token_emb.weight"], "latent diffusion's first text-to-image model"),
+    "BERT": (["cond_stage_model.transformer.token_emb.weight"], "a latent diffusion model with a BERT text encoder"),
     "classes": (
         ["cond_stage_model.embedding.weight", "first_stage_model.quantize.embedding.weight"],
         "a class-conditional",
@@ -206,7 +207,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
         "the EMA of a U-Net without the U-Net",
     ),
     "U-Net of diffusers": (["down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"], "a U-Net in diffusers' names"),
-    "text encoder": (["text_model.encoder.layers.0.layer_norm1.bias"], "a text encoder alone"),
+    "text encoder": (["text_model.encoder.layers.0.layer_norm1.bias"], "only a text encoder"),
     "T5": (["encoder.block.0.layer.0.SelfAttention.k.weight"], "a T5 text encoder"),
     "optimizer": (["state.0.exp_avg", "state.0.exp_avg_sq"], "the state of an optimizer"),
     "16 channels": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder without quant_conv"),
@@ -216,7 +217,7 @@ OTHERS: dict[str, tuple[list[str] | Tensors, str]] = {
     ),
     "images": (
         ["embedder.model.visual.proj", "model.diffusion_model.out.2.weight"],
-        "a model that is conditioned on images",
+        "an image variation model",
     ),
     "IP-Adapter": (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
 }
@@ -252,7 +253,7 @@ def test_a_lora_is_said_to_be_one(tmp_path: Path) -> None:
         "diffusion_model.out.2.lokr_w1",
     ):
         save_file({name: one}, tmp_path / "a.safetensors")
-        with pytest.raises(ConfigError, match="is a LoRA, no model of its own: draw with it by"):
+        with pytest.raises(ConfigError, match="is a LoRA, not a model: draw with it by"):
             read_file(tmp_path / "a.safetensors")
 
 

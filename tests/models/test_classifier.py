@@ -1,4 +1,4 @@
-"""The classifier of noisy latents: its network, its training and resume, what it refuses, and guidance in the pipeline."""
+"""The classifier of noisy latents: network, training and resume, refusals, guidance in the pipeline."""
 
 import dataclasses
 import json
@@ -31,9 +31,10 @@ from ldm.data.digits import caption
 from ldm.data.sources import open_source
 from ldm.errors import FolderError
 from ldm.evaluation.figures.page import EDGE, HEADER
-from ldm.evaluation.figures.sweep import REAL, distance
+from ldm.evaluation.figures.sweep import REAL
 from ldm.evaluation.figures.sweep_panels import BELOW
 from ldm.evaluation.judges.digits import DigitJudge
+from ldm.evaluation.metrics import pairwise_distance
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.unet import UNet
@@ -43,8 +44,8 @@ from ldm.runs.records import read_metrics
 from ldm.training.stages.classifier import ClassifierTask, find_classes
 
 TRAIN = {
-    "steps": 6, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 6, "validation_size": 20,
-    "sample_every": 6, "checkpoint_every": 2, "trackers": [],
+    "steps": 6, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": 6,
+    "validation_size": 20, "sample_every": 6, "checkpoint_every": 2, "trackers": [],
 }  # fmt: skip
 DATA = {"source": "digits", "image_size": 16, "image_channels": 1}
 TREE: dict[str, Any] = {
@@ -70,7 +71,7 @@ def pipeline(codec: LatentCodec | None, **changes: Any) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Diffusion models of latents and of pixels (untrained), others that do not fit them, and a classifier of each of the first two."""
+    """Diffusion models of latents and of pixels (untrained), misfits, and a classifier of each of the first two."""
     folder = tmp_path_factory.mktemp("here")
     torch.manual_seed(0)
     made = [
@@ -157,10 +158,10 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(
 
 def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: x_t = a x_0 + s ε at the t of the draw, −log softmax at the digit that is written."""
-    task = ClassifierTask(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml"), print)
+    task = ClassifierTask.from_config(configuration.load(ClassifierTrainingConfig, here / "pixels.yaml"), print)
     batch = collate([task.stream[i] for i in range(8)])
     seen: list[torch.Tensor] = []
-    logged = task.micro_step(batch, 0, seen.append)
+    logged = task.micro_step(task.networks, batch, 0, seen.append)
     expected = []
     for i in range(8):
         t = int(float(batch["t"][i]) * 20)
@@ -175,7 +176,7 @@ def test_what_is_learned_is_the_cross_entropy_of_x_t(here: Path, monkeypatch: py
 
 def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
     """Image by image: t from its part of 1…T, −log softmax at the digit, and whether it is the likeliest."""
-    task = ClassifierTask(
+    task = ClassifierTask.from_config(
         configuration.load(ClassifierTrainingConfig, here / "pixels.yaml", ["train.validation_size=43"]), print
     )
     schedule, parts, found = task.schedule, scattered(list(range(43)), 43), []
@@ -226,7 +227,7 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
         ("data.image_size=32", "data.image_size is 32 but the diffusion model's is 16"),
         ("data.image_channels=3", "data.image_channels is 3 but the diffusion model's is 1"),
         ("data={source: shapes, size: 10}", "classes are those of source: digits"),
-        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier offers none"),
+        ("train.gradient_checkpointing=true", "train.gradient_checkpointing: the classifier does not support it"),
         ("model.groups=3", "model.channels 8 is not a positive multiple of groups 3"),
         ("diffusion=nowhere", "no run or model folder nowhere"),
     ],
@@ -257,7 +258,7 @@ def test_each_form_moves_the_picture_and_zero_does_not(here: Path, pipe: Pipelin
 
 
 def test_strong_guidance_makes_the_classifier_sure(here: Path, pipe: Pipeline) -> None:
-    """The whole way: label, gradient, target and sampler; by the classifier's own word on the latents that are reached."""
+    """Label, gradient, target and sampler together, by the classifier's own judgement of the latents drawn."""
     info, network = load_classifier(here / "of-latents")
     with torch.no_grad():
         network.linear.weight *= 20  # it has hardly been trained
@@ -351,8 +352,9 @@ def test_the_command_line_draws_and_the_picture_says_how(
     assert main([*arguments, "--prompt", THREE]) == 0, capsys.readouterr().err
     about = json.loads(Image.open(tmp_path / "00000-a-handwritten-digit-three.png").text["ldm"])  # type: ignore[attr-defined]
     expected = {
-        "classifier": str(here / "of-latents"), "classifier_scale": 4.0, "classifier_form": "mean", "guidance_interval": [0.1, 50.0],
-        "guidance_rescale": 0.3, "autoguidance": str(here / "weak"), "autoguidance_scale": 1.5, "sampler": "ddpm",
+        "classifier": str(here / "of-latents"), "classifier_scale": 4.0, "classifier_form": "mean",
+        "guidance_interval": [0.1, 50.0], "guidance_rescale": 0.3,
+        "autoguidance": str(here / "weak"), "autoguidance_scale": 1.5, "sampler": "ddpm",
     }  # fmt: skip
     assert {name: about[name] for name in expected} == expected
     assert main([*arguments, "--prompt", "a handwritten digit eleven"]) == 2
@@ -406,7 +408,7 @@ def test_the_sweep_measures_what_the_pipeline_draws(
     source = open_source(DataConfig(**DATA), "validation")
     everything = [source[i] for i in range(source.length or 0)]
     captions = list(dict.fromkeys(sample.text for sample in everything))
-    real = np.mean([distance(np.stack([s.image for s in everything if s.text == c][:REAL])) for c in captions])
+    real = np.mean([pairwise_distance(np.stack([s.image for s in everything if s.text == c][:REAL])) for c in captions])
     pipe, judge = Pipeline.from_pretrained(here / "latents"), DigitJudge(16)
     twice = [c for c in captions for _ in range(2)]
     asked: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0.0, 10.0)}, {"classifier_form": "mean"})
@@ -421,7 +423,7 @@ def test_the_sweep_measures_what_the_pipeline_draws(
             ]
             grey = np.stack(images).reshape(20, 16, 16, -1)[..., :1]
             right = sum(caption(d) == c for d, c in zip(judge.read(grey), twice, strict=True))
-            varied = np.mean([distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
+            varied = np.mean([pairwise_distance(pair) for pair in grey.reshape(10, 2, 16, 16, 1)]) / real
             assert row["judged"]["all"]["accuracy"] == pytest.approx(right / 20) and row["diversity"] == pytest.approx(
                 varied, rel=1e-6
             )

@@ -1,7 +1,6 @@
-"""Numbers that are none: in the weights of a model, in what its parts compute, in pixels. Named, and no picture is written."""
+"""NaN and infinity in the weights of a model, in its parts' outputs, in pixels: named, and no image is written."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import PROMPTS, make
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from ldm.interop.text import read_text
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
 from ldm.runs.directory import RunDirectory
-from ldm.training.logger import Recorder
+from ldm.training.logger import Logger
 from ldm.training.skipped import SkipLog
 
 NAN, INF = float("nan"), float("inf")
@@ -37,18 +37,6 @@ PLACES = {  # of each part: a tensor, its name there, the part as messages call 
     VAE: ("decoder.conv_in.bias", "autoencoder"),
     TEXT: ("text_model.final_layer_norm.bias", "text encoder"),
 }
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finite") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def plant(folder: Path, part: str, value: float) -> str:
@@ -236,13 +224,13 @@ def test_a_preview_that_is_none_does_not_end_the_training(tmp_path: Path) -> Non
         def progress(self, step: int, steps: int, values: Any) -> None: ...
 
     with RunDirectory(tmp_path / "run") as run:
-        recorder = Recorder(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
+        logger = Logger(run, 9, SkipLog([], run, Silent().say, ALONE), Silent())
         with pytest.warns(
             UserWarning, match=r"no pictures from update 3 on, training continues: NonFiniteError: pixels of a picture"
         ):
-            recorder.pictures(3, lambda: {"samples": to_uint8(torch.full((1, 3, 2, 2), NAN))[0]})
+            logger.pictures(3, lambda: {"samples": to_uint8(torch.full((1, 3, 2, 2), NAN))[0]})
         assert not list((tmp_path / "run").rglob("*.png"))
-        recorder.pictures(4, lambda: {"samples": to_uint8(torch.zeros(1, 3, 2, 2))[0]})
+        logger.pictures(4, lambda: {"samples": to_uint8(torch.zeros(1, 3, 2, 2))[0]})
         assert len(list((tmp_path / "run").rglob("*.png"))) == 1
 
 

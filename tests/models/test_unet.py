@@ -1,6 +1,7 @@
 """The U-Net against diffusers' UNet2DConditionModel, by way of the configuration that a model folder holds."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ from ldm.config import ConfigError, UNetConfig
 from ldm.diffusion.condition import Condition
 from ldm.interop.diffusers.unet import unet_from_diffusers, unet_to_diffusers
 from ldm.models.layers import timestep_embedding
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 
 # name: configuration, channels of x_t, context width, side of the sample
 CASES: dict[str, tuple[UNetConfig, int, int | None, tuple[int, int]]] = {
@@ -33,7 +34,7 @@ def build(name: str) -> tuple[UNet, Any]:
     ours = UNet(config, channels, channels, context_dim)
     for parameter in ours.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    layout = json.loads(json.dumps(unet_to_diffusers(config, channels, channels, context_dim, max(size))))
+    layout = json.loads(json.dumps(unet_to_diffusers(NetworkSpec(config, channels, channels, context_dim), max(size))))
     theirs = diffusers.UNet2DConditionModel.from_config(layout)
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
@@ -84,19 +85,27 @@ def test_forward_and_gradients_are_those_of_diffusers(name: str) -> None:
 def test_the_layout_is_read_back(name: str) -> None:
     config, channels, context_dim, size = CASES[name]
     levels = len(config.channels)
-    expected = (config, channels, channels, context_dim)
-    layout = json.loads(json.dumps(unet_to_diffusers(*expected, max(size))))
+    expected = NetworkSpec(config, channels, channels, context_dim)
+    layout = json.loads(json.dumps(unet_to_diffusers(expected, max(size))))
     theirs = diffusers.UNet2DConditionModel.from_config(layout)
     for text in (json.dumps(layout), theirs.to_json_string()):  # as we write it, and as they do
-        found, *rest = unet_from_diffusers(json.loads(text))
-        assert [found.heads[i if len(found.heads) > 1 else 0] for i in range(levels)] == list(config.heads * levels)[
-            :levels
-        ]
-        assert {**vars(found), "heads": config.heads} == vars(config) and tuple(rest) == expected[1:]
+        found = unet_from_diffusers(json.loads(text))
+        heads = found.config.heads
+        assert [heads[i if len(heads) > 1 else 0] for i in range(levels)] == list(config.heads * levels)[:levels]
+        assert replace(found, config=replace(found.config, heads=config.heads)) == expected
+
+
+def test_a_network_knows_what_it_was_built_with() -> None:
+    """The four arguments arrive each in its place, and the variance is learned where twice the channels come out."""
+    spec = NetworkSpec(UNetConfig((8,), 1, (0,), (1,), groups=4, concat_channels=5), 3, 6, 7)
+    network = spec.make()
+    assert network.spec == spec and spec.learned_variance and not replace(spec, out_channels=3).learned_variance
+    assert network.conv_in.in_channels == 3 + 5 and network.conv_out.out_channels == 6
+    assert network.state_dict()["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape == (8, 7)
 
 
 def test_attention_without_a_context_is_ours_alone() -> None:
-    """It equals the network with a context whose cross-attention is silenced; diffusers has no such network, and says so."""
+    """It equals the network with a context whose cross-attention is silenced; diffusers refuses to build it."""
     torch.manual_seed(0)
     config = UNetConfig((8, 16), 1, (0, 1), (1, 2), groups=8, transformer_layers=2)
     ours, silenced = UNet(config, 1, 1, None), UNet(config, 1, 1, 6)
@@ -107,8 +116,9 @@ def test_attention_without_a_context_is_ours_alone() -> None:
             torch.nn.init.zeros_(parameter)
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 700])
     assert_close(ours(x, t, Condition()), silenced(x, t, Condition(context=torch.randn(2, 3, 6))))
-    layout = unet_to_diffusers(config, 1, 1, None, 4)
-    assert layout["_class_name"] == "LatentDiffusionUNet" and unet_from_diffusers(layout) == (config, 1, 1, None)
+    layout = unet_to_diffusers(NetworkSpec(config, 1, 1, None), 4)
+    assert layout["_class_name"] == "LatentDiffusionUNet"
+    assert unet_from_diffusers(layout) == NetworkSpec(config, 1, 1, None)
     with pytest.raises(ValueError, match="cross_attention_dim must be specified"):
         diffusers.UNet2DConditionModel.from_config(layout)
 
@@ -116,27 +126,25 @@ def test_attention_without_a_context_is_ours_alone() -> None:
 def test_published_architectures_are_read() -> None:
     """The config.json of Stable Diffusion 1.5 and 2.1 as published, less what is not a setting of the network."""
     common = {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
         "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     }  # fmt: skip
-    assert unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768}) == (
-        UNetConfig(),
-        4,
-        4,
-        768,
-    )
-    assert unet_from_diffusers({**common, "attention_head_dim": 4, "cross_attention_dim": 768})[0].heads == (4,)
+    one = {"attention_head_dim": 8, "cross_attention_dim": 768}
+    assert unet_from_diffusers({**common, **one}) == NetworkSpec(UNetConfig(), 4, 4, 768)
+    assert unet_from_diffusers({**common, **one, "attention_head_dim": 4}).config.heads == (4,)
     two = {
-        "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False, "use_linear_projection": True,
+        "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+        "use_linear_projection": True,
         "num_class_embeds": None, "only_cross_attention": False, "upcast_attention": True,
     }  # fmt: skip
     published = UNetConfig(heads=(5, 10, 20, 20), linear_projection=True, upcast_attention=True)
-    assert unet_from_diffusers({**common, **two}) == (published, 4, 4, 1024)
-    inpainting = unet_from_diffusers({**common, "attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 9})
-    assert inpainting == (UNetConfig(concat_channels=5), 4, 4, 768)
+    assert unet_from_diffusers({**common, **two}) == NetworkSpec(published, 4, 4, 1024)
+    inpainting = unet_from_diffusers({**common, **one, "in_channels": 9})
+    assert inpainting == NetworkSpec(UNetConfig(concat_channels=5), 4, 4, 768)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_published_architectures_are_read() -> None:
 )
 def test_what_we_cannot_express_is_refused_by_name(key: str, value: Any) -> None:
     config, channels, context_dim, _ = CASES["vector and concat"]
-    layout = unet_to_diffusers(config, channels, channels, context_dim, 8)
+    layout = unet_to_diffusers(NetworkSpec(config, channels, channels, context_dim), 8)
     named = {"down_block_types": "ResnetDownsampleBlock2D", "_class_name": "UNet2DModel"}.get(key, key)
     with pytest.raises(ConfigError, match=f"unet: .*{named}"):
         unet_from_diffusers({**layout, key: value})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.model_folders import folder, written  # noqa: F401
 from support.pipelines import PROMPTS, array, make
 
 from ldm.cli.main import main
@@ -17,18 +18,6 @@ from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("complete") / "model"
-    make().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def edit(file: Path, **keys: Any) -> None:

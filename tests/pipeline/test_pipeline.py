@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
-from support.pipelines import LATENT, PROMPTS, array, folder, make, noise, pipe, theirs, written  # noqa: F401
+from support.model_folders import folder, forget_hashes  # noqa: F401
+from support.pipelines import LATENT, PROMPTS, array, make, noise, pipe, theirs, written  # noqa: F401
 from torch import Tensor
 
 from autoencoder.posterior import DiagonalGaussian

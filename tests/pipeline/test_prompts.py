@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.pipelines import PROMPTS, array, make, text_encoder
+from support.model_folders import written  # noqa: F401
+from support.pipelines import PROMPTS, array, make, pipe, text_encoder  # noqa: F401
 
 from ldm.cli.main import main
 from ldm.config import ConfigError
@@ -19,18 +20,6 @@ from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "a small red circle and two blue stars above it with a Green SQUARE on white, ça va"
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return make()
-
-
-@pytest.fixture(scope="module")
-def written(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prompts") / "model"
-    pipe.save_pretrained(folder)
-    return folder
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
-from support.folders import forget_hashes
+from support.model_folders import forget_hashes
 from support.stages import Stages
 
 from ldm.cli import sample

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import flip
 from torch import Tensor, nn
 
 from ldm.config import ScheduleConfig
@@ -39,12 +40,6 @@ def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bo
         and all(a[g][n].dtype == b[g][n].dtype and torch.equal(a[g][n], b[g][n]) for n in a[g])
         for g in a
     )
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -151,7 +146,8 @@ for line in sys.stdin:  # one child for each line, which saves until it is kille
     if not (child := os.fork()):
         for step in range(int(line), 10**6):
             w = torch.full((200_000,), float(step))
-            save(Path(sys.argv[1]), step, {"model": {"w": w}, "ema": {"w": torch.zeros(1000)}}, {"step": step}, ScheduleConfig())
+            groups = {"model": {"w": w}, "ema": {"w": torch.zeros(1000)}}
+            save(Path(sys.argv[1]), step, groups, {"step": step}, ScheduleConfig())
     print(child, flush=True)
     os.waitpid(child, 0)
     print("gone", flush=True)

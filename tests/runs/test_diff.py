@@ -20,8 +20,9 @@ from ldm.pipeline import Pipeline
 
 EQUAL = {subject: ["no difference"] for subject in ("configuration", "data", "code", "results", "report", "status")}
 START = {
-    "time": "2026-01-01T00:00:00+00:00", "step": 0, "processes": 1, "device": "cpu", "python": "3.11.7", "torch": "2.15.0",
-    "accelerate": "1.15.0", "ldm": "0.1.0", "commit": "a" * 40, "dirty": False, "arguments": ["train-ldm", "a.yaml"],
+    "time": "2026-01-01T00:00:00+00:00", "step": 0, "processes": 1, "device": "cpu", "python": "3.11.7",
+    "torch": "2.15.0", "accelerate": "1.15.0", "ldm": "0.1.0", "commit": "a" * 40, "dirty": False,
+    "arguments": ["train-ldm", "a.yaml"],
 }  # fmt: skip
 METRICS = [
     {"step": 1, "loss": 1.0, "updates_per_second": 3.0},
@@ -84,8 +85,8 @@ def test_two_equal_runs_have_no_difference(tmp_path: Path, diff: Diff) -> None:
     """Though one is called differently, started at another time and faster."""
     a = make(tmp_path / "a", status={"seconds": 7.0})
     b = make(
-        tmp_path / "b", start={"time": "2027", "step": 1, "arguments": []}, metrics=[{"step": 2, "updates_per_second": 9.0}],
-        report={"seconds": {"train": 4}}, status={"seconds": 9.0},
+        tmp_path / "b", start={"time": "2027", "step": 1, "arguments": []},
+        metrics=[{"step": 2, "updates_per_second": 9.0}], report={"seconds": {"train": 4}}, status={"seconds": 9.0},
     )  # fmt: skip
     assert diff(a, b) == EQUAL
 
@@ -183,7 +184,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
     (damaged := make(tmp_path / "damaged")).joinpath("status.json").write_text("{")
     for a, b, code, what in [
         (run, tmp_path / "none", 2, f"no run or model {tmp_path / 'none'}"),
-        (run, empty, 2, f"{run} is a run and {empty} is none"),
+        (run, empty, 2, f"{run} is a run and {empty} is not"),
         (empty, empty, 4, f"{empty} holds no model"),
         (run, damaged, 2, "status.json cannot be read"),
     ]:

@@ -30,7 +30,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)  # 3 
 
 @contextmanager
 def no_file_longer_than(size: int) -> Iterator[None]:
-    """The kernel takes what fits and refuses the rest, as a quota or a full disk does, of every file of this process."""
+    """Limit the size of this process's files: the kernel takes what fits, as with a quota or a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -89,14 +89,12 @@ def test_what_a_full_disk_does_not_take_is_written_once_it_does(tmp_path: Path, 
     ]  # the newest
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples/grid-00000007.png")), PICTURE)
     reason = os.strerror(errno.EFBIG)
-    assert told == [
-        line
-        for step, back in ((3, 5), (6, 8))
-        for line in (
-            f"{tmp_path} cannot be written to ({reason}) at update {step}: training continues, and its records are kept until it can",
-            f"{tmp_path} can be written to again at update {back}: the records are complete",
-        )
-    ]
+    expected = []
+    for failed, back in ((3, 5), (6, 8)):
+        failing = f"{tmp_path} cannot be written to ({reason}) at update {failed}"
+        expected.append(f"{failing}: training continues, and its records are kept until it can")
+        expected.append(f"{tmp_path} can be written to again at update {back}: the records are complete")
+    assert told == expected
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -115,9 +113,9 @@ def test_the_end_is_the_last_try(tmp_path: Path, told: list[str], monkeypatch: p
         record(run, range(1, 2))
         run.close()
     assert told[2:] == [
-        f"{tmp_path}/lost cannot be written to ({os.strerror(errno.EFBIG)}) at update 1: training continues, and its records are kept"
-        " until it can",
-        f"{tmp_path}/lost: what was last to be written is lost: metrics.jsonl, status.json",
+        f"{tmp_path}/lost cannot be written to ({os.strerror(errno.EFBIG)}) at update 1:"
+        " training continues, and its records are kept until it can",
+        f"{tmp_path}/lost: lost, because they could not be written: metrics.jsonl, status.json",
     ]
     RunDirectory(tmp_path / "lost").close()  # and the lock was let go
 
@@ -175,8 +173,8 @@ def test_a_training_goes_on_without_records_and_pictures(
     last = "checkpoints/step-00000006/model_unet.safetensors"
     assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "straight" / last).read_bytes()
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {tmp_path}/run cannot be written to (No space left on device) at update 2: training continues, and its records are"
-        " kept until it can",
+        f"warning: {tmp_path}/run cannot be written to (No space left on device) at update 2:"
+        " training continues, and its records are kept until it can",
         f"warning: {tmp_path}/run can be written to again at update 5: the records are complete",
         "warning: no pictures from update 5 on, training continues: RuntimeError: out of memory",
     ]

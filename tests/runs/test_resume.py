@@ -1,4 +1,4 @@
-"""Whole runs that resume: from the newest, from the one asked for, with damage, with other frozen models, after failing saves."""
+"""Runs that resume: newest or given checkpoint, damage, changed frozen models, failing saves."""
 
 import errno
 import json
@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import updates
 from support.stages import Stages
 
 from ldm.interop.intact import write_hashes
 from ldm.runs.checkpoints import files as checkpoint
-from ldm.runs.checkpoints.folder import step_of, steps
+from ldm.runs.checkpoints.folder import steps
 from ldm.runs.records import read_metrics
-
-
-def updates(folder: Path) -> list[int]:
-    return [step_of(path) for path in steps(folder)]
 
 
 def test_from_an_earlier_checkpoint_a_run_ends_as_before(

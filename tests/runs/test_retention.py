@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import checkpoints
+from support.checkpoints import updates
 
 from ldm.config import ConfigError, ScheduleConfig, TrainConfig
 from ldm.distributed.processes import ElsewhereError, Processes
@@ -17,7 +19,7 @@ from ldm.errors import CheckpointError
 from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.checkpoints import resume
 from ldm.runs.checkpoints.files import require_fit, save
-from ldm.runs.checkpoints.folder import newest_valid, step_of, steps
+from ldm.runs.checkpoints.folder import newest_valid, step_of
 from ldm.runs.checkpoints.resume import agreed, choose, set_aside
 
 CONFIG = ScheduleConfig()
@@ -30,15 +32,8 @@ def written(folder: Path, *updates: int, **retention: Any) -> list[Path]:
     ]
 
 
-def updates(folder: Path) -> list[int]:
-    return [step_of(path) for path in steps(folder)]
-
-
 def flip(checkpoint: Path) -> None:
-    file = checkpoint / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    checkpoints.flip(checkpoint / "model.safetensors")
 
 
 # retention
@@ -107,11 +102,12 @@ def test_more_digits_are_more(tmp_path: Path) -> None:
     assert newest_valid(tmp_path)[0] == tmp_path / "step-100000000"
 
 
-def test_where_none_is_intact_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+def test_where_none_is_intact_a_run_does_not_start_over(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         flip(path)
     with pytest.raises(
-        CheckpointError, match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*put back"
+        CheckpointError,
+        match=r"none of its 2 checkpoints is intact: .*step-00000002.*sha256.*step-00000001.*restore a copy",
     ):
         choose(tmp_path)
 
@@ -194,7 +190,7 @@ def test_all_take_what_the_main_one_chooses(tmp_path: Path) -> None:
         (
             "check",
             ["manifest.json: cannot be read"],
-            "manifest.json: cannot be read: every process must see the run's folder",
+            "manifest.json: cannot be read: every process must see the run directory",
         ),
         ("file_hash", "another", "is another checkpoint than on the main process"),
     ],
@@ -214,8 +210,8 @@ def test_a_network_that_does_not_fit_is_named_from_the_headers(tmp_path: Path) -
     require_fit(path, {"model": {"w": torch.empty(4)}})
     for named, message in (
         ({"w": torch.empty(5)}, "w is of shape 4 there and of shape 5 in this model"),
-        ({"w": torch.empty(4), "x": torch.empty(1)}, "x is not there and of shape 1"),
-        ({}, "w is of shape 4 there and not in this model"),
+        ({"w": torch.empty(4), "x": torch.empty(1)}, "x is missing there and of shape 1"),
+        ({}, "w is of shape 4 there and missing in this model"),
     ):
         with pytest.raises(CheckpointError, match=message):
             require_fit(path, {"model": named})

@@ -120,7 +120,8 @@ def test_any_other_change_is_refused_by_name(tmp_path: Path, key: str) -> None:
     with RunDirectory(tmp_path) as run:
         run.start(config())
         before = (tmp_path / "config.yaml").read_text()
-        expected = rf"config\.yaml: {key.replace('__', '.')} \S+ → {values[key]}: use another run: directory or restore the setting"
+        setting = rf"{key.replace('__', '.')} \S+ → {values[key]}"
+        expected = rf"config\.yaml: {setting}: use another run: directory or restore the setting"
         with pytest.raises(RunError, match=expected):
             run.start(config(**{key: values[key], "train__log_every": 3}))
         assert (tmp_path / "config.yaml").read_text() == before

@@ -1,4 +1,4 @@
-"""Saving in the background, and when it fails: full and read-only disks, limits, interrupts, and what training does then."""
+"""Saving in the background, and its failures: full and read-only disks, limits, interrupts."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def refused(folder: Path, message: str) -> None:
-    """Saving a checkpoint of 1.5 MB fails by ``message``, leaves the one of update 1 as it was, and nothing beside it."""
+    """Saving a checkpoint of 1.5 MB fails with ``message``; that of update 1 stays as it was, alone."""
     before = {file.name: file.read_bytes() for file in (folder / "step-00000001").iterdir()}
     with pytest.raises(CheckpointError, match=message) as caught:
         save(folder, 2, tensors(375_000), {}, CONFIG)

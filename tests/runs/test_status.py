@@ -27,8 +27,9 @@ from ldm.runs import provenance as starts
 from ldm.runs.checkpoints.files import CheckpointError
 from ldm.runs.directory import RunDirectory
 from ldm.runs.records import read_starts, read_status
-from ldm.runs.status import held
-from ldm.training.loop import Interrupted, Loop, TrainingError
+from ldm.runs.status import is_locked
+from ldm.training.finite import TrainingError
+from ldm.training.loop import Interrupted, Loop
 from ldm.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,11 +80,14 @@ def seconds_of(path: Path) -> str:
         ("done", None, 0, "done, update 12 of 100 (12 %), 0 s, last checkpoint at update 10"),
         (
             "interrupted", Interrupted("stopped"), 75,
-            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; the same command continues from there",
+            "interrupted and saved at update 12 of 100 (12 %), 0 s, last checkpoint at update 10;"
+            " the same command continues from there",
         ),
         ("interrupted", None, 75, "interrupted and saved at"),  # written by an older ldm
-        ("interrupted", KeyboardInterrupt(), 130, "at once at update 12 of 100 (12 %), 0 s; the same command continues from update 10"),
-        ("failed", TrainingError("a\nb"), 5, "failed at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; exit code 5: a b"),
+        ("interrupted", KeyboardInterrupt(), 130,
+         "at once at update 12 of 100 (12 %), 0 s; the same command continues from update 10"),
+        ("failed", TrainingError("a\nb"), 5,
+         "failed at update 12 of 100 (12 %), 0 s, last checkpoint at update 10; exit code 5: a b"),
         ("failed", CheckpointError("disk full"), 4, "exit code 4: disk full"),
         ("failed", ZeroDivisionError(), 1, "exit code 1: ZeroDivisionError"),
         ("failed", None, 1, "exit code 1: no reason was recorded"),
@@ -128,13 +132,13 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
         )  # being started again
         run.status("running", 13, 100)
         assert "running, update 13 of 100 (13 %)" in status(path)[1]
-        assert held(path) and held(path)
+        assert is_locked(path) and is_locked(path)
         with pytest.raises(RunError, match="in use by another process"):  # the lock is still theirs
             RunDirectory(path)
         told = json.loads(status(path, "--json")[1])
         assert told == {
-            "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"], "checkpoint": None, "locked": True,
-            "exit_code": 0, "reason": None,
+            "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"],
+            "checkpoint": None, "locked": True, "exit_code": 0, "reason": None,
         }  # fmt: skip
     assert status(path)[0] == 1 and "the same command continues from the beginning" in status(path)[1]
 
@@ -177,7 +181,9 @@ def test_where_locks_cannot_be_seen_nothing_is_claimed(
 
     monkeypatch.setattr(fcntl, "flock", without)
     code, said = status(path)
-    assert code == 0 and "running, update 12" in said and "whether a process is at work cannot be seen" in said
+    assert (
+        code == 0 and "running, update 12" in said and "this file system does not show if a process is at work" in said
+    )
 
 
 def test_a_start_in_the_moment_of_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +193,7 @@ def test_a_start_in_the_moment_of_a_look(tmp_path: Path, monkeypatch: pytest.Mon
     fcntl.flock(looking, fcntl.LOCK_SH)
     monkeypatch.setattr("ldm.runs.directory.time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
     with RunDirectory(path):
-        assert held(path)
+        assert is_locked(path)
     os.close(looking)
 
 
@@ -244,8 +250,8 @@ def test_every_start_leaves_a_line(
     now = datetime.now(UTC)
     for line in lines:
         assert set(line) == {
-            "time", "step", "processes", "device", "python", "torch", "accelerate", "ldm", "commit", "dirty", "arguments",
-            "processor", "threads",
+            "time", "step", "processes", "device", "python", "torch", "accelerate", "ldm", "commit", "dirty",
+            "arguments", "processor", "threads",
         }  # fmt: skip
         assert abs((now - datetime.fromisoformat(line["time"])).total_seconds()) < 3600
         assert (line["processes"], line["device"]) == (1, "cpu") or torch.cuda.is_available()

@@ -23,6 +23,6 @@ def autoencoder() -> AutoencoderKL:
 
 def write(folder: Path, data: DataConfig = FLIPPING, **options: Any) -> tuple[AutoencoderKL, Any, dict[str, Any]]:
     network, source = autoencoder(), open_source(data, "train")
-    bound = cache.binding("abc", source, data)
-    cache.write(folder, bound, network, source, data, torch.device("cpu"), batch=4, **options)
-    return network, source, bound
+    key = cache.cache_key("abc", source, data)
+    cache.write(folder, key, network, source, data, torch.device("cpu"), batch=4, **options)
+    return network, source, key

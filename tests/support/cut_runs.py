@@ -1,7 +1,9 @@
 """Runs that are cut off, and their ends compared."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +28,14 @@ class Silent:
 @pytest.fixture
 def make_loop(tmp_path: Path) -> Iterator[Callable[..., Loop]]:
     """Loops of a task in fresh runs, closed afterwards."""
-    made: list[Loop] = []
+    count = itertools.count()
+    with ExitStack() as stack:
 
-    def make(task: Any, settings: Any, **changes: Any) -> Loop:
-        made.append(
-            Loop(task, replace(settings.train, **changes), settings, str(tmp_path / f"run{len(made)}"), 0, Silent())
-        )
-        return made[-1]
+        def make(task: Any, settings: Any, **changes: Any) -> Loop:
+            train, run = replace(settings.train, **changes), str(tmp_path / f"run{next(count)}")
+            return stack.enter_context(Loop(task, train, settings, run, 0, Silent()))
 
-    yield make
-    for loop in made:
-        assert loop.run
-        loop.run.close()
+        yield make
 
 
 def at_position(

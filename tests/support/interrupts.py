@@ -6,7 +6,7 @@ import threading
 class PowerCut(BaseException):
     """An end that nothing catches, so that nothing is saved before it.
 
-    Of the checkpoint being written it waits for the end, so that what is on the disk does not depend on the machine's speed.
+    It waits for the checkpoint being written, so that the files do not depend on the machine's speed.
     """
 
     def __init__(self) -> None:
@@ -14,7 +14,7 @@ class PowerCut(BaseException):
 
 
 def end_writes() -> None:
-    """Wait for checkpoints that are being written behind this process's back."""
+    """Wait for checkpoints that are being written in the background."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()

@@ -8,7 +8,9 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
+from support.pipelines import stir
 from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
@@ -42,12 +44,6 @@ ALL = (
 )
 
 
-def stir(module: nn.Module, amount: float) -> None:
-    for parameter in module.parameters():
-        parameter.data += amount * torch.randn_like(parameter)
-    module.requires_grad_(False).eval()
-
-
 def write_model(folder: Path) -> Path:
     """A model folder of tiny networks with random weights."""
     torch.manual_seed(0)
@@ -64,6 +60,18 @@ def write_model(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder, for_diffusers=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ``write_model``."""
+    return write_model(tmp_path_factory.mktemp("written") / "model")
+
+
+@pytest.fixture
+def pipe(written: Path) -> Pipeline:
+    """The model of ``written``, loaded anew for each test."""
+    return Pipeline.from_pretrained(written, "cpu")
 
 
 def text(pipe: Pipeline) -> TextEncoder:

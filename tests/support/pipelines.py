@@ -1,6 +1,5 @@
 """Tiny pipelines, and diffusers' beside them."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,6 @@ def written(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "model"
     pipe.save_pretrained(folder, for_diffusers=True)
     return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def array(pictures: Sequence[Image.Image]) -> np.ndarray:

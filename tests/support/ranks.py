@@ -1,4 +1,4 @@
-"""What tests/training/test_ranks.py starts, alone or under torchrun: training from a checkpoint, with gradients and draws written down.
+"""Commands of tests/training/test_ranks.py, alone or under torchrun: train on and record gradients and draws.
 
 ranks.py train JOBS                                   continue from copies of runs: JSON, the fields of Job
 ranks.py sabotage OUT COMMAND CONFIG                  wrong set-ups, each of which must be refused
@@ -38,7 +38,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Go on from update ``at`` of a copy of the run ``base`` in OUT/run, and write what ``watch`` sees of updates ``gradients``."""
+    """Continue a copy of the run ``base`` from update ``at``; write what ``watch`` records of ``gradients``."""
 
     out: str
     command: str
@@ -56,18 +56,21 @@ def made(command: str, config: str, run: Path, *overrides: str) -> Loop:
 
 
 def watch(loop: Loop, updates: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """The gradients of some updates, by update, network and parameter, and a digest of each position's sample: filled as it trains."""
+    """Gradients of ``updates`` by update, network and parameter, and a digest of each position's sample.
+
+    Both are filled as the loop trains.
+    """
     gradients: dict[str, torch.Tensor] = {}
     draws: dict[int, str] = {}
     norm, micro_step = loop.optimizers.norm, loop.task.micro_step
 
-    def record(batch: Any, update: int, backward: Any) -> Any:
+    def record(networks: Any, batch: Any, update: int, backward: Any) -> Any:
         for i, position in enumerate(batch["position"].tolist()):
             row = [
                 v[i].numpy().tobytes().hex() if isinstance(v, torch.Tensor) else v[i] for _, v in sorted(batch.items())
             ]
             draws[position] = hashlib.sha256(json.dumps(row).encode()).hexdigest()
-        return micro_step(batch, update, backward)
+        return micro_step(networks, batch, update, backward)
 
     def keep(name: str) -> Any:
         if loop.step in updates:
@@ -86,15 +89,11 @@ def train(jobs: Path) -> None:
     for job in [Job(**{**fields, "gradients": tuple(fields["gradients"])}) for fields in json.loads(jobs.read_text())]:
         out = Path(job.out)
         launched()[0].each(lambda job=job: None if int(os.environ.get("RANK", 0)) else copied(job))
-        loop = made(
-            job.command,
-            job.config,
-            out / "run",
-            f"train.micro_batch={'null' if job.micro_batch is None else job.micro_batch}",
-        )
-        assert loop.step == job.at
-        gradients, draws = watch(loop, job.gradients)
-        loop.train()
+        micro_batch = "null" if job.micro_batch is None else job.micro_batch
+        with made(job.command, job.config, out / "run", f"train.micro_batch={micro_batch}") as loop:
+            assert loop.step == job.at
+            gradients, draws = watch(loop, job.gradients)
+            loop.train()
         everyone = gather_object([draws])
         if loop.accelerator.is_main_process:
             save_file(gradients, out / "gradients.safetensors")
@@ -151,7 +150,8 @@ def sabotage(out: Path, command: str, config: str) -> None:
         intact = getattr(where, attribute)
         setattr(where, attribute, broken)
         try:
-            made(command, config, out / name).train()
+            with made(command, config, out / name) as loop:
+                loop.train()
             said = "nothing"
         except configuration.ConfigError as error:
             said = str(error)

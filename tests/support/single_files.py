@@ -13,13 +13,12 @@ from ldm.config import ScheduleConfig
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_from_diffusers
-from ldm.models.unet import UNet
 
 
 def unet_part(config: dict[str, Any], meta: bool = False) -> Part:
     """Random tensors of our U-Net."""
     with torch.device("meta"):
-        network = UNet(*unet_from_diffusers({k: v for k, v in config.items() if k != "num_class_embeds"}))
+        network = unet_from_diffusers({k: v for k, v in config.items() if k != "num_class_embeds"}).make()
     tensors = {name: t if meta else torch.randn(t.shape) for name, t in network.state_dict().items()}
     if config.get("num_class_embeds"):
         tensors["class_embedding.weight"] = torch.randn(config["num_class_embeds"], 4 * config["block_out_channels"][0])
@@ -38,9 +37,9 @@ def text_config(
 ) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 40, "hidden_size": width,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 7,
-        "hidden_act": act, "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 1,
-        "projection_dim": width,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "max_position_embeddings": 7, "hidden_act": act, "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+        "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 1, "projection_dim": width,
     }  # fmt: skip
 
 

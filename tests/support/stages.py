@@ -10,8 +10,8 @@ from ldm.cli.main import main
 from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DiffusionTrainingConfig
 
 TRAIN = {
-    "steps": 6, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "ema_decay": 0.9, "log_every": 1, "validate_every": 6,
-    "validation_size": 6, "sample_every": 6, "checkpoint_every": 2, "trackers": [],
+    "steps": 6, "batch_size": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "ema_decay": 0.9, "log_every": 1,
+    "validate_every": 6, "validation_size": 6, "sample_every": 6, "checkpoint_every": 2, "trackers": [],
 }  # fmt: skip
 AUTOENCODER = {
     "data": {"source": "textures", "image_size": 32, "size": 24},

@@ -24,8 +24,8 @@ from ldm.runs.checkpoints import files as checkpoint
 from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.records import read_metrics, read_status
 from ldm.training import optimizers
-from ldm.training.finite import not_finite
-from ldm.training.loop import Loop, TrainingError
+from ldm.training.finite import TrainingError, not_finite
+from ldm.training.loop import Loop
 from ldm.training.stages.autoencoder import AutoencoderTask
 
 __all__ = ["make_loop"]  # a fixture
@@ -86,11 +86,11 @@ def test_every_group_of_a_checkpoint_is_looked_at_on_every_process(
             held = tensor.clone()
             tensor.view(-1)[-1] = math.inf
             with pytest.raises(TrainingError, match=r"not finite after update 1 \(after update 0 all was finite\)"):
-                loop._require_finite()
+                loop.guard.require_finite(loop.step)
             tensor.copy_(held)
-    loop.processes = replace(loop.processes, gather=lambda mine: [mine, "the weights of unet (x) are"])
+    loop.guard._processes = replace(loop.processes, gather=lambda mine: [mine, "the weights of unet (x) are"])
     with pytest.raises(TrainingError, match=r"the weights of unet \(x\) are not finite"):  # of another process
-        loop._require_finite()
+        loop.guard.require_finite(loop.step)
 
 
 # whole runs

@@ -1,4 +1,7 @@
-"""Updates that are not finite: all processes agree, nothing changes, the incident is written and can be computed again."""
+"""Updates that are not finite.
+
+All processes agree, nothing changes, the incident is written and can be computed again.
+"""
 
 import json
 import math
@@ -56,7 +59,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_though_its_gradients_are(
     stages: Stages, make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = stages.settings("ldm")
-    loop = make_loop(DiffusionTask(settings, lambda _: None), settings)
+    loop = make_loop(DiffusionTask.from_config(settings, lambda _: None), settings)
     feed, micro_step = batches(loop.task.stream, loop.split, 0, 3, 0), loop.task.micro_step
     loop._update(feed)
     loop.step, before = 1, state_of(loop)
@@ -96,9 +99,10 @@ def test_the_loss_scale_of_float16_falls_and_nothing_else_changes(
     stages: Stages, make_loop: Callable[..., Loop]
 ) -> None:
     settings = stages.settings("ldm")
-    plain, scaled = (make_loop(DiffusionTask(settings, lambda _: None), settings) for _ in range(2))
+    plain, scaled = (make_loop(DiffusionTask.from_config(settings, lambda _: None), settings) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # pyright: ignore[reportPrivateImportUsage]
     scaled.accelerator.scaler = scaled.optimizers.scaler = scaler
+    scaled.guard.patient = True
     try:
         for loop in (plain, scaled):
             loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
@@ -110,7 +114,7 @@ def test_the_loss_scale_of_float16_falls_and_nothing_else_changes(
         handle.remove()
         assert all(torch.equal(a, b) for a, b in zip(before, state_of(scaled), strict=True))
         assert scaler.get_scale() == 2.0**7
-        scaled._look_back()
+        scaled.guard.look_back(1)
         assert not (scaled.run.path / "incidents").exists()  # type: ignore[union-attr]
     finally:
         scaled.accelerator.scaler = None
@@ -200,7 +204,7 @@ def test_the_module_whose_weights_are_broken_is_named(
     stages: Stages, tmp_path: Path, make_loop: Callable[..., Loop], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = stages.settings("ldm")
-    loop = make_loop(DiffusionTask(settings, lambda _: None), settings)
+    loop = make_loop(DiffusionTask.from_config(settings, lambda _: None), settings)
     assert loop.run
     loop.run.start(settings)
     name = next(
@@ -212,7 +216,7 @@ def test_the_module_whose_weights_are_broken_is_named(
         loop.task.networks["unet"].get_submodule(name).weight[0, 0] = 3e38  # type: ignore[index]
     loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
     loop.step = 1
-    loop._look_back()
+    loop.guard.look_back(loop.step)
     place = loop.run.path / "incidents/update-00000000"
     assert main(["replay", str(place)]) == 0
     said = capsys.readouterr().out

@@ -13,8 +13,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from support.cut_runs import assert_same_end, at_position, power_cut
-from support.folders import forget_hashes
 from support.interrupts import PowerCut
+from support.model_folders import forget_hashes
 from support.stages import DIFFUSION, TRAIN, Stages
 
 from ldm.cli.main import main
@@ -72,9 +72,11 @@ def test_training_starts_at_the_given_weights(stages: Stages, runs: Path, tmp_pa
     given = Pipeline.from_pretrained(stages.folder / "ldm", "cpu").unet
     for name in ("whole", "lora"):
         settings: Any = load_run(runs / name)
-        task = DiffusionTask(_with(settings, run=str(tmp_path / name)), Silent())
+        task = DiffusionTask.from_config(_with(settings, run=str(tmp_path / name)), Silent())
         if name == "whole":
-            assert float((out(task.unet) - out(given)).abs().max()) > 1e-3  # random until no checkpoint is found
+            assert (
+                float((out(task.trained.unet) - out(given)).abs().max()) > 1e-3
+            )  # random until no checkpoint is found
         task.initialize()
         assert torch.equal(out(task.networks["unet"]), out(given))
         assert all(p.requires_grad for p in task.networks["unet"].parameters())
@@ -104,7 +106,7 @@ def test_a_lora_trains_its_own_parameters_alone_and_checkpoints_are_small(stages
 def test_validation_sees_the_lora(runs: Path) -> None:
     """Its figures differ from those of the base, which training left as it was."""
     settings: Any = load_run(runs / "lora")
-    task = DiffusionTask(settings, Silent())
+    task = DiffusionTask.from_config(settings, Silent())
     task.to(torch.device("cpu"))
     with torch.no_grad():
         base = task.validate(0, lambda x: x, 0, 1)["loss"]
@@ -130,8 +132,10 @@ def test_half_a_base_stays_half_where_autocast_computes(stages: Stages, runs: Pa
     file = half / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
-        task = DiffusionTask(_with(load_run(runs / "lora"), init=str(half), mixed_precision=precision), Silent())
-        assert {p.dtype for p in task.unet.parameters()} == {dtype} and {
+        task = DiffusionTask.from_config(
+            _with(load_run(runs / "lora"), init=str(half), mixed_precision=precision), Silent()
+        )
+        assert {p.dtype for p in task.trained.unet.parameters()} == {dtype} and {
             p.dtype for p in task.networks["unet"].parameters()
         } == {torch.float32}
     AcceleratorState._reset_state(True)  # one precision for each process

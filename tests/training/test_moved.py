@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.cut_runs import at_position, power_cut
-from support.folders import forget_hashes
 from support.interrupts import PowerCut
+from support.model_folders import forget_hashes
 from support.stages import DIFFUSION, TRAIN, Stages
 
 from ldm.cli.main import main
@@ -32,7 +32,10 @@ def photos(folder: Path, shade: int = 0) -> None:
 
 
 def trees(here: Path, base: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Of each kind of training that names something: its command and configuration, all it names below ``here`` and ``base``."""
+    """Of each kind of training that names something.
+
+    Its command and configuration, all it names below ``here`` and ``base``.
+    """
     data = {
         "source": "folder",
         "folder": f"{here}/photos",
@@ -184,7 +187,7 @@ def test_a_run_without_checkpoint_cannot_say_what_it_had(
     (run / "status.json").unlink()
     shutil.copytree(here / "clip", tmp_path / "clip")
     assert main([*run_of("whole", run, here, here / "ldm"), f"text={tmp_path}/clip"]) == 2
-    assert "no checkpoint, which would say what was there" in capsys.readouterr().err
+    assert "no checkpoint, which would identify what it used" in capsys.readouterr().err
 
 
 # other circumstances

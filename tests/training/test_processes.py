@@ -92,7 +92,8 @@ def test_one_process_alone_raises_what_was_raised() -> None:
 
 def about(file: Path) -> dict[str, Any]:
     """What the picture says, but for how the work was shared out."""
-    return {k: v for k, v in json.loads(Image.open(file).text["ldm"]).items() if k != "drawn"}  # type: ignore[attr-defined]
+    drawn = json.loads(Image.open(file).text["ldm"])  # type: ignore[attr-defined]
+    return {k: v for k, v in drawn.items() if k != "drawn"}
 
 
 def assert_same_pictures(one: Path, other: Path) -> None:
@@ -434,7 +435,8 @@ def test_two_machines_train_as_one_process_does(stages: Stages, tmp_path: Path) 
     assert_same_weights(stages.folder / "ldm", tmp_path / "run")
 
 
-# what srun and scontrol do for slurm.sh: start the tasks and hand the signal on; name the nodes and note what is requeued
+# what srun and scontrol do for slurm.sh: start the tasks and hand the signal on; name the nodes and note what is
+# requeued
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!); done

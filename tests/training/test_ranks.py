@@ -1,4 +1,7 @@
-"""Two processes train as one does, also from the middle on: gradients, losses and draws compared. Wrong set-ups are refused."""
+"""Two processes train as one does, also from the middle on.
+
+Gradients, losses and draws compared. Wrong set-ups are refused.
+"""
 
 from __future__ import annotations
 

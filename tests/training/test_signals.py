@@ -1,4 +1,7 @@
-"""The worst cells of the table that `make signals` prints: a launcher that forwards nothing, and one that dies of the signal."""
+"""The worst cells of the table that `make signals` prints.
+
+A launcher that forwards nothing, and one that dies of the signal.
+"""
 
 import signal
 from pathlib import Path
@@ -15,7 +18,7 @@ from ldm.training import stopping
         ("accelerate, 1 process", signal.SIGTERM, "update"),
         pytest.param("torchrun, 2 processes", signal.SIGTERM, "validation", marks=pytest.mark.slow),
         pytest.param("torchrun, 2 processes", signal.SIGUSR1, "saving", marks=pytest.mark.slow),
-        pytest.param("torchrun told of SIGUSR1", signal.SIGUSR1, "sampling", marks=pytest.mark.slow),
+        pytest.param("torchrun handling SIGUSR1", signal.SIGUSR1, "sampling", marks=pytest.mark.slow),
         pytest.param("accelerate, 2 processes", signal.SIGINT, "update", marks=pytest.mark.slow),
     ],
 )

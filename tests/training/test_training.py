@@ -1,4 +1,7 @@
-"""The three stages, trained for a few updates on tiny networks: exact resume, gradients, faults, and what is exported."""
+"""The three stages, trained for a few updates on tiny networks.
+
+Exact resume, gradients, faults, and what is exported.
+"""
 
 import hashlib
 import json
@@ -43,7 +46,8 @@ from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec, load_codec
 from ldm.runs.records import read_metrics, read_status
 from ldm.training import logger as recorder
-from ldm.training.loop import MAX_NONFINITE, Loop
+from ldm.training.finite import MAX_NONFINITE
+from ldm.training.loop import Loop
 from ldm.training.optimizers import Optimizers, learning_rate
 from ldm.training.stages.autoencoder import AutoencoderTask
 from ldm.training.stages.diffusion import DiffusionTask
@@ -88,7 +92,9 @@ def test_the_exported_folders_open_elsewhere(stages: Stages) -> None:
 @pytest.mark.parametrize(
     ("name", "update", "resumed"),
     [("autoencoder", 1, 0), ("autoencoder", 2, 2), ("autoencoder", 5, 4), ("ldm", 3, 2), ("ldm", 5, 4), ("clip", 2, 2)],
-)  # the adversary joins at update 2; LoRA: tests/training/test_initial.py; the classifier: tests/models/test_classifier.py
+    # the adversary joins at update 2; LoRA: tests/training/test_initial.py; the classifier:
+    # tests/models/test_classifier.py
+)
 def test_a_run_cut_off_within_an_update_ends_as_if_nothing_had_happened(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, update: int, resumed: int
 ) -> None:
@@ -270,7 +276,7 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
     finally:
         AcceleratorState._reset_state()
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.mixed_precision fp16 is not offered on cpu: use no or bf16" in error
+    assert error.count("\n") == 1 and "train.mixed_precision fp16 is not supported on cpu: use no or bf16" in error
 
 
 # conditions
@@ -279,12 +285,12 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_captions_are_dropped_where_their_draw_says(stages: Stages, share: float) -> None:
     """What reaches the U-Net is the state of the sample's own caption, or of the null caption where its draw lies below the share."""
-    task, seen = DiffusionTask(stages.settings("ldm", f"caption_dropout={share}"), lambda _: None), []
+    task, seen = DiffusionTask.from_config(stages.settings("ldm", f"caption_dropout={share}"), lambda _: None), []
     task.to(torch.device("cpu"))
-    task.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].context))
+    task.trained.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].context))
     positions, seed = range(40), task.config.train.seed
     batch = collate([task.stream[p] for p in positions])
-    task.micro_step(batch, 0, lambda loss: None)
+    task.micro_step(task.networks, batch, 0, lambda loss: None)
     dropped = [streams.uniform(seed, "drop", p) < share for p in positions]
     own = [task.source.text(task.stream.order[p]) for p in positions]
     expected = task.text.encode(["" if drop else text for text, drop in zip(own, dropped, strict=True)])
@@ -353,9 +359,13 @@ def assert_close_to_the_largest(a: list[Tensor], b: list[Tensor], share: float =
 def test_an_update_clips_and_logs_means_over_its_micro_batches(stages: Stages, make_loop: Callable[..., Loop]) -> None:
     settings, found = stages.settings("ldm"), []
     for clip in (None, 0.01):
-        loop = make_loop(DiffusionTask(settings, lambda _: None), settings, batch_size=6, micro_batch=2, clip=clip)
+        loop = make_loop(
+            DiffusionTask.from_config(settings, lambda _: None), settings, batch_size=6, micro_batch=2, clip=clip
+        )
         parts = [
-            loop.task.micro_step(collate([loop.task.stream[p] for p in range(i, i + 2)]), 0, lambda loss: None)
+            loop.task.micro_step(
+                loop.task.networks, collate([loop.task.stream[p] for p in range(i, i + 2)]), 0, lambda loss: None
+            )
             for i in (0, 2, 4)
         ]
         logged = loop._update(batches(loop.task.stream, loop.split, 0, 1, 0))
@@ -372,7 +382,10 @@ def test_an_update_clips_and_logs_means_over_its_micro_batches(stages: Stages, m
 
 
 def test_the_optimizer_is_adamw_as_configured() -> None:
-    """Three updates by hand: m and v with their own decays, both corrected for their start, and weights that decay beside them."""
+    """Three updates by hand.
+
+    M and v with their own decays, both corrected for their start, and weights that decay beside them.
+    """
     config = TrainConfig(lr=0.1, betas=(0.8, 0.95), adam_eps=0.01, weight_decay=0.5)
     layer = torch.nn.Linear(3, 1, bias=False)
     w, m, v = layer.weight.detach().double().clone(), torch.zeros(1, 3).double(), torch.zeros(1, 3).double()
@@ -393,7 +406,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
 ) -> None:
     settings, found, weights = stages.settings(name), [], []
     for micro in (8, 4, 2):
-        task = AutoencoderTask(settings) if name == "autoencoder" else DiffusionTask(settings, lambda _: None)
+        task = (
+            AutoencoderTask(settings) if name == "autoencoder" else DiffusionTask.from_config(settings, lambda _: None)
+        )
         if isinstance(task, AutoencoderTask):
             task._adaptive = torch.tensor(0.7)
         found.append(gradients(make_loop(task, settings, batch_size=8, micro_batch=micro), monkeypatch, 4))
@@ -470,9 +485,9 @@ def test_an_update_that_is_not_finite_changes_nothing(
     assert all(
         torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True)
     )  # weights, average, moments and step
-    assert all(torch.isfinite(t).all() for t in states[5]) and loop._broken == 1
-    loop._look_back()
-    assert loop._broken == 0
+    assert all(torch.isfinite(t).all() for t in states[5]) and loop.guard.skipped == 1
+    loop.guard.look_back(loop.step)
+    assert loop.guard.skipped == 0
     assert all(
         not torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True) if a.ndim == 0
     )  # the steps count on
@@ -539,8 +554,8 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
     said = capsys.readouterr().err
     if name == "ldm":
         assert (
-            "this latent cache was made with another data (images, captions or further columns have changed): delete the folder"
-            in said
+            "this latent cache was made with another data (images, captions or other columns have changed): delete"
+            " the folder" in said
         )
         shutil.rmtree(tmp_path / "run/latents")
         assert main([f"train-{name}", str(config)]) == 2
@@ -563,7 +578,7 @@ def test_a_run_goes_on_with_other_images_only_when_told_to(
 
 
 def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stages) -> None:
-    task = DiffusionTask(stages.settings("ldm"), lambda _: None)
+    task = DiffusionTask.from_config(stages.settings("ldm"), lambda _: None)
     parts: list[Tensor] = []
 
     def gather(tensor: Tensor) -> Tensor:
@@ -591,9 +606,12 @@ def test_validation_is_deterministic_and_shared_out_over_processes(stages: Stage
 
 
 def test_validation_is_the_mean_error_whole_and_by_tenths(stages: Stages) -> None:
-    """Image by image: t from its part of 1…T, ‖ε − ε̂‖² without the weighting, means of all and of each tenth; the last batch is smaller."""
+    """Image by image: t from its part of 1…T, ‖ε − ε̂‖² without the weighting, means of all and of each tenth.
+
+    The last batch is smaller.
+    """
     task, total = (
-        DiffusionTask(
+        DiffusionTask.from_config(
             stages.settings("ldm", "train.validation_size=23", "objective.weighting=min_snr"), lambda _: None
         ),
         23,
@@ -607,7 +625,7 @@ def test_validation_is_the_mean_error_whole_and_by_tenths(stages: Stages) -> Non
             sample, t = collate([task.validation[p]]), (parts[p] * 1000).long()[None]
             x0 = task.codec.autoencoder.encode(sample["image"]).sample(sample["posterior"])
             x_t = schedule.alpha(t).float() * x0 + schedule.sigma(t).float() * sample["eps"]
-            said = task.unet(x_t, t, Condition(context=task.text.encode(sample["text"])))
+            said = task.trained.unet(x_t, t, Condition(context=task.text.encode(sample["text"])))
             errors.append(float((said - sample["eps"]).square().mean()))
             steps.append(int(t))
     tenths = [[e for e, t in zip(errors, steps, strict=True) if 100 * k <= t < 100 * (k + 1)] for k in range(10)]
@@ -655,7 +673,11 @@ def test_more_processes_than_validation_images(stages: Stages) -> None:
         exchanged: dict[int, list[tuple[int, ...]]] = {0: [], 7: []}
         for rank, shapes in exchanged.items():
             settings = stages.settings(name)
-            task = AutoencoderTask(settings) if name == "autoencoder" else DiffusionTask(settings, lambda _: None)
+            task = (
+                AutoencoderTask(settings)
+                if name == "autoencoder"
+                else DiffusionTask.from_config(settings, lambda _: None)
+            )
 
             def gather(tensor: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
                 shapes.append(tuple(tensor.shape))
@@ -683,10 +705,10 @@ def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Sta
 
 def test_the_averaged_weights_are_validated_and_drawn_from(stages: Stages) -> None:
     """The figures and the samples of the last update, from the average and from the weights as trained, which differ."""
-    task, run = DiffusionTask(stages.settings("ldm"), lambda _: None), stages.folder / "ldm"
+    task, run = DiffusionTask.from_config(stages.settings("ldm"), lambda _: None), stages.folder / "ldm"
     found = []
     for name in ("ema", "model_unet"):
-        task.unet.load_state_dict(load_file(run / f"checkpoints/step-00000006/{name}.safetensors"))
+        task.trained.unet.load_state_dict(load_file(run / f"checkpoints/step-00000006/{name}.safetensors"))
         with torch.no_grad():
             found.append((task.validate(6, lambda t: t, 0, 1)["loss"], task.previews()["samples"].tolist()))
     (picture,) = (run / "samples").glob("*6*.png")

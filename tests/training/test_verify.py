@@ -78,7 +78,7 @@ def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.Ca
     said = capsys.readouterr().out
     assert (
         said.endswith("\nverdict: exact\n")
-        and "cut off within update 4, then on from the checkpoint of update 2" in said
+        and "killed within update 4, then resumed from the checkpoint of update 2" in said
     )
     found = rows(said)
     network = {"ldm": "unet", "lora": "unet"}.get(name, name)
@@ -143,8 +143,8 @@ def _repeats_the_epoch(patch: pytest.MonkeyPatch) -> None:
 def _global_noise(patch: pytest.MonkeyPatch) -> None:
     step = AutoencoderTask.micro_step
 
-    def with_noise(self: Any, batch: dict[str, Any], update: int, backward: Any) -> Any:
-        return step(self, {**batch, "posterior": torch.randn_like(batch["posterior"])}, update, backward)
+    def with_noise(self: Any, networks: Any, batch: dict[str, Any], update: int, backward: Any) -> Any:
+        return step(self, networks, {**batch, "posterior": torch.randn_like(batch["posterior"])}, update, backward)
 
     patch.setattr(AutoencoderTask, "micro_step", with_noise)
 
@@ -160,14 +160,14 @@ def _noise_of_the_loader(patch: pytest.MonkeyPatch) -> None:
 
 
 def _rate_begins_anew(patch: pytest.MonkeyPatch) -> None:
-    rate, begun = optimizers.learning_rate, loop.Loop._prepare
+    rate, begun = optimizers.learning_rate, loop.Loop.prepare
 
     def prepared(self: Any, *arguments: Any) -> None:
         begun(self, *arguments)
         first = self.step
         patch.setattr(optimizers, "learning_rate", lambda config, update: rate(config, update - first))
 
-    patch.setattr(loop.Loop, "_prepare", prepared)
+    patch.setattr(loop.Loop, "prepare", prepared)
 
 
 def _weight_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ SABOTAGE: dict[str, tuple[Damage, str]] = {
     "loader": (_noise_of_the_loader, "samples, draws included: the sample at position 8 is another"),
     "rate": (_rate_begins_anew, "learning rates: update 3 steps at "),
     "task": (_weight_forgotten, "state of the task, as restored: "),
-    "anew": (_starts_over, "update gone on from: it went on from update 0 instead of 2"),
+    "anew": (_starts_over, "update resumed from: it continued from update 0 instead of 2"),
 }
 
 
@@ -317,7 +317,7 @@ def test_the_kind_of_a_configuration(
     bare = tmp_path / "bare.yaml"
     bare.write_text(yaml.safe_dump({"run": f"{tmp_path}/run", "data": {"source": "shapes", "image_size": 32}}))
     assert main(["verify-resume", str(bare)]) == 2
-    assert "may be of train-autoencoder or of train-clip: say which by --command" in capsys.readouterr().err
+    assert "may be for train-autoencoder or for train-clip: say which by --command" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"unknown key train\.stepz"):
         load_any(configs["ldm"], ["train.stepz=3"])
     assert main(["verify-resume", str(configs["ldm"]), "--updates", "3"]) == 2

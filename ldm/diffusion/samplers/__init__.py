@@ -1,1 +1,1 @@
-"""Samplers, by family; ``registry`` names them all."""
+"""Samplers, one module a family; ``registry`` lists them by name."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Gradient
 from ldm.diffusion.process import posterior_mean, posterior_variance, transition
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, no_noise
+from ldm.diffusion.samplers.nodes import Callback, Nodes, Noise, after_step, no_noise
 from ldm.diffusion.schedule import Schedule, like
 
 VARIANCES = ("posterior", "beta", "learned")
@@ -20,11 +20,13 @@ def ddpm(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     variance: str | None = None, mean_shift: Gradient | None = None, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1). No noise where the step ends at clean data.
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2; S1).
 
-    ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or ``learned``; left out, learned
-    where the network has learned it, else posterior. ``mean_shift(x_t, t)``: what is added to the mean, times that
-    variance (classifier guidance, G2).
+    No noise where the step ends at clean data.
+
+    ``variance`` of p(x_s | x_t) (P5): ``posterior`` β̃, ``beta`` (the transition's V), or
+    ``learned``; None: learned if the network has learned it, else posterior. The mean is shifted by
+    ``mean_shift(x_t, t)`` times that variance (classifier guidance, G2).
     """
     schedule, variance = denoiser.schedule, variance or ("learned" if denoiser.learned_variance else "posterior")
     if variance not in VARIANCES:
@@ -52,10 +54,12 @@ def ddim(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     eta: float = 0.0, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance (Song et al. 2021, eq. 12; S2).
+    """x_s = a_s x̂_0 + √(s_s² − σ²) ε̂ + σ z, σ² = η² · posterior variance.
 
-    η from 0, deterministic, to 1, ancestral; anything else is a ValueError. Stable Diffusion's own DDIM ends at ᾱ[0], not at
-    clean data: a grid whose last entry is 0.
+    Song et al. 2021, eq. 12; S2.
+
+    η runs from 0 (deterministic) to 1 (ancestral); ValueError outside. Stable Diffusion's own DDIM
+    ends at ᾱ[0] and not at clean data: that is a grid whose last entry is 0.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
@@ -64,10 +68,8 @@ def ddim(
         pred = denoiser(x, t)
         x0 = pred.x0
         variance = eta**2 * posterior_variance(schedule, s, t)
-        x = (
-            like(schedule.alpha(s), x) * x0
-            + like((schedule.sigma(s).square() - variance).clamp(min=0).sqrt(), x) * pred.eps
-        )
+        kept = (schedule.sigma(s).square() - variance).clamp(min=0).sqrt()
+        x = like(schedule.alpha(s), x) * x0 + like(kept, x) * pred.eps
         if eta > 0 and s >= 0:
             x = x + like(variance.sqrt(), x) * noise(i)
         x = after_step(callback, i, x, x0)
@@ -77,10 +79,12 @@ def ddim(
 def ddim_inversion(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], *, callback: Callback | None = None
 ) -> Float[Tensor, "b *d"]:
-    """The noise from which DDIM with η = 0 comes back to about ``x``: its steps upwards (Song et al. 2021, section 4.3; S2).
+    """DDIM's steps upwards: the noise from which DDIM with η = 0 returns to ``x``, to first order.
 
-    ``grid`` as for ``ddim``, falling, and ending where ``x`` is. Each step asks the network at the noise level of the
-    sample that it holds; at clean data, which no network has seen, at t = 0. The round trip is of first order.
+    ``grid`` as for ``ddim``: falling, and ending at the noise level of ``x``. Each step calls the
+    network at the noise level of the sample that it holds, or at t = 0 for clean data, on which no
+    network is trained (Song et al. 2021, section 4.3; S2). For use from Python: no command calls
+    it.
     """
     schedule = denoiser.schedule
     for i, (s, t) in enumerate(pairwise(Nodes.of(schedule, grid, x).t.flip(0))):

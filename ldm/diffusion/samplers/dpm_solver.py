@@ -1,11 +1,13 @@
 """DPM-Solver++: exponential integrators in λ for x̂_0 (docs/equations.md S3).
 
-Each step solves x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0(λ) dλ with a polynomial in place of x̂_0. The deterministic ones follow
-the probability flow, those named ``sde`` the reverse diffusion with the same marginals.
+Each step solves x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0(λ) dλ with a polynomial in place of x̂_0. The
+deterministic solvers follow the probability flow; those named ``sde`` follow the reverse diffusion
+with the same marginals.
 
-``start``: exact samples at the grid's nodes 1, 2, …, taken in place of the solver's own, to measure its order.
-``lower_final``: with fewer than 15 steps the last is of first order and the one before it of second at most. The paper has no
-such rule; it is one of the authors' code, there for fewer than 10 steps (at first 15, which diffusers kept, and so do we).
+``start``: exact samples at the grid's nodes 1, 2, …, taken in place of the solver's own, to measure
+its order. ``lower_final``: with fewer than 15 steps the last step is of first order, and the one
+before it of second at most. The rule is not in the paper but in the authors' code, for fewer than
+10 steps there (15 at first, which diffusers kept, as do we).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start, no_noise
+from ldm.diffusion.samplers.nodes import Callback, Nodes, Noise, after_step, check_start, no_noise
 from ldm.diffusion.schedule import like
 
 FEW_STEPS = 15  # below it the last orders are lowered, as in diffusers
 
-# data(path, step, [x̂_0 now, of the call before, …]): the constant x̂_0 that would make the same step
+# data(nodes, step, [x̂_0 now, x̂_0 of the call before, …]): the constant x̂_0 that makes the same step
 Data = Callable[[Nodes, int, list[Tensor]], Tensor]
 
 
@@ -41,7 +43,10 @@ def dpmpp_3m(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++(3M) with the second derivative of x̂_0 in full: third order (Lu et al. 2022, appendix; docs/equations.md S5)."""
+    """DPM-Solver++(3M) with the full second derivative of x̂_0: third order.
+
+    Lu et al. 2022, appendix; S5.
+    """
     return _multistep(denoiser, x, grid, 3, _three, start, lower_final, callback)
 
 
@@ -49,7 +54,10 @@ def dpmpp_3m_published(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++(3M) as published and in diffusers: its second derivative is half of what it should be, so it is of second order."""
+    """DPM-Solver++(3M) as published and in diffusers: of second order.
+
+    Its second derivative is half of what it should be.
+    """
     return _multistep(denoiser, x, grid, 3, _three_published, start, lower_final, callback)
 
 
@@ -57,14 +65,15 @@ def dpmpp_2s(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++(2S) on pairs of steps, the node between them its middle: second order (Lu et al. 2022, Algorithm 1).
+    """DPM-Solver++(2S) on pairs of steps, with the node between them as the middle: second order.
 
-    The first step of a pair is of first order; the second takes the pair again from its beginning, by x̂_0 at both nodes. With
-    an odd number of steps the last is of first order; with an even one too where ``lower_final`` or where it ends at clean
-    data. A middle that the callback replaced begins a new pair. One call a step. Deterministic.
+    Lu et al. 2022, Algorithm 1. The first step of a pair is of first order; the second repeats the
+    pair from its beginning, with x̂_0 at both nodes. With an odd number of steps the last step is
+    of first order; with an even number too if ``lower_final`` is set or if it ends at clean data. A
+    middle that the callback replaced begins a new pair. One call a step. Deterministic.
     """
     nodes = Nodes.of(denoiser.schedule, grid, x)
-    middle, first, x0_first = False, x, x  # whether x is the middle of a pair, and where that began
+    middle, first, x0_first = False, x, x  # is x the middle of a pair, and how did the pair begin
     for i in range(nodes.steps):
         x0 = denoiser(x, nodes.t[i]).x0
         if middle and not (i == nodes.steps - 1 and (lower_final or nodes.sigma[i + 1] == 0)):
@@ -87,7 +96,10 @@ def dpmpp_sde(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5). Equals DDIM with η = 1."""
+    """SDE-DPM-Solver++(1): first order in the weak sense (Lu et al. 2022, section 5).
+
+    Equals DDIM with η = 1.
+    """
     return _multistep_sde(denoiser, x, grid, noise, 1, True, callback)
 
 
@@ -95,7 +107,12 @@ def dpmpp_2m_sde(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     lower_final: bool = True, callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense, one call a step (Lu et al. 2022, section 5)."""
+    """SDE-DPM-Solver++(2M), midpoint form: second order in the weak sense.
+
+    Lu et al. 2022, section 5.
+
+    One call a step.
+    """
     return _multistep_sde(denoiser, x, grid, noise, 2, lower_final, callback)
 
 
@@ -115,11 +132,10 @@ def _multistep(
     for i in range(nodes.steps):
         history = [denoiser(x, nodes.t[i]).x0, *history[: order - 1]]
         known = history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)]
-        after = (
-            start[i]
-            if i < len(start)
-            else _solved(nodes, i, i + 1, x, (data if len(known) == order else _two)(nodes, i, known))
-        )
+        if i < len(start):
+            after = start[i]
+        else:
+            after = _solved(nodes, i, i + 1, x, (data if len(known) == order else _two)(nodes, i, known))
         x = after_step(callback, i, after, history[0])
     return x
 
@@ -127,7 +143,10 @@ def _multistep(
 def _multistep_sde(
     denoiser: Denoiser, x: Tensor, grid: Tensor, noise: Noise, order: int, lower_final: bool, callback: Callback | None
 ) -> Tensor:
-    """x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) x̂_0 + σ_s √(1 − e^{−2h}) z. No noise where the step ends at clean data."""
+    """x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) x̂_0 + σ_s √(1 − e^{−2h}) z.
+
+    No noise where the step ends at clean data.
+    """
     nodes = Nodes.of(denoiser.schedule, grid, x)
     history: list[Tensor] = []
     for i in range(nodes.steps):
@@ -135,10 +154,8 @@ def _multistep_sde(
         data = _two(nodes, i, history[: nodes.order(i, order, lower_final and nodes.steps < FEW_STEPS)])
         h = nodes.lam[i + 1] - nodes.lam[i]
         replaced = -torch.expm1(-2 * h)  # share of the variance that is drawn anew
-        x = (
-            like(nodes.sigma[i + 1] / nodes.sigma[i] * torch.exp(-h), x) * x
-            + like(nodes.alpha[i + 1] * replaced, x) * data
-        )
+        kept = nodes.sigma[i + 1] / nodes.sigma[i] * torch.exp(-h)
+        x = like(kept, x) * x + like(nodes.alpha[i + 1] * replaced, x) * data
         if nodes.sigma[i + 1] > 0:
             x = x + like(nodes.sigma[i + 1] * replaced.sqrt(), x) * noise(i)
         x = after_step(callback, i, x, history[0])
@@ -152,7 +169,10 @@ def _solved(nodes: Nodes, i: int, j: int, x: Tensor, data: Tensor) -> Tensor:
 
 
 def _two(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
-    """x̂_0 at the middle of the step, by the line through the last two; the last alone where it is the only one."""
+    """x̂_0 at the middle of the step, on the line through the last two.
+
+    The last x̂_0 itself if it is the only one.
+    """
     if len(history) == 1:
         return history[0]
     r = (nodes.lam[i] - nodes.lam[i - 1]) / (nodes.lam[i + 1] - nodes.lam[i])
@@ -160,9 +180,11 @@ def _two(nodes: Nodes, i: int, history: list[Tensor]) -> Tensor:
 
 
 def _three(nodes: Nodes, i: int, history: list[Tensor], curvature: float = 2.0) -> Tensor:
-    """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', the derivatives by divided differences of the last three.
+    """x̂_0 + (φ_2/φ_1) h x̂_0' + (φ_3/φ_1) h² x̂_0'', the constant x̂_0 of a third-order step.
 
-    φ_k of −h: φ_1 = (1 − e^{−h})/h, φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: of a second divided difference.
+    The derivatives are divided differences of the last three x̂_0. φ_k of −h: φ_1 = (1 − e^{−h})/h,
+    φ_2 = (1 − φ_1)/h, φ_3 = (½ − φ_2)/h. ``curvature``: factor from the second divided difference
+    to the second derivative.
     """
     h, before, earlier = (nodes.lam[i + 1 - k] - nodes.lam[i - k] for k in range(3))
     slope = (history[0] - history[1]) / like(before, history[0])

@@ -1,7 +1,10 @@
-"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow (docs/equations.md S3).
+"""Solvers in the noise level σ/α, as Karras et al. (2022) write the probability flow.
+
+docs/equations.md S3.
 
 y = x/α obeys dy/d(σ/α) = (y − x̂_0)/(σ/α) = ε̂. A step from level σ̃ to σ̃_n with any slope d' is
-y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), d the slope at its beginning: written so, nothing cancels where σ̃ is large.
+y_n = x̂_0 + σ̃_n d + (σ̃_n − σ̃)(d' − d), where d is the slope at its beginning. In this form
+nothing cancels where σ̃ is large.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, check_start, no_noise
+from ldm.diffusion.samplers.nodes import Callback, Nodes, Noise, after_step, check_start, no_noise
 from ldm.diffusion.schedule import like
 
 LMS_ORDER = 4
 
 
 def slope(nodes: Nodes, i: int, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
-    """dy/d(σ/α) at node i, which is ε̂; by α and σ of the path, which are never 0 where there is noise."""
+    """dy/d(σ/α) at node i, which is ε̂.
+
+    From the nodes' α and σ, neither of which is 0 where there is noise.
+    """
     return (x - like(nodes.alpha[i], x) * x0) / like(nodes.sigma[i], x)
 
 
@@ -31,7 +37,7 @@ def stepped(
     d: Float[Tensor, "b *d"],
     correction: Float[Tensor, "b *d"] | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """x at node i + 1 along the slope d; ``further`` is added to y."""
+    """x at node i + 1 along the slope d; ``correction`` is added to y."""
     x = like(nodes.alpha[i + 1], d) * x0 + like(nodes.sigma[i + 1], d) * d
     return x if correction is None else x + like(nodes.alpha[i + 1], d) * correction
 
@@ -60,9 +66,10 @@ def euler_ancestral(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """Euler's method to a level below the next, and noise up to it: σ̃_n² = σ̃_down² + σ̃_up². Equals DDIM with η = 1.
+    """Euler's method to below the next level, then noise up to it: σ̃_n² = σ̃_down² + σ̃_up².
 
-    First order in the weak sense, one call a step. No noise where the step ends at clean data.
+    First order in the weak sense, one call a step. Equals DDIM with η = 1. No noise where the step
+    ends at clean data.
     """
     nodes = Nodes.of(denoiser.schedule, grid, x)
     for i in range(nodes.steps):
@@ -85,9 +92,10 @@ def heun(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """Heun's method, the mean of the slopes at both ends: second order, two calls a step (Karras et al. 2022, Algorithm 1).
+    """Heun's method, the mean of the slopes at both ends (Karras et al. 2022, Algorithm 1).
 
-    A last step that ends at clean data is Euler's, one call. Deterministic.
+    Second order, two calls a step. A last step that ends at clean data is Euler's, one call.
+    Deterministic.
     """
     nodes = Nodes.of(denoiser.schedule, grid, x)
     for i in range(nodes.steps):
@@ -109,10 +117,10 @@ def dpm2(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """The slope at the geometric mean of both levels: second order, two calls a step (Lu et al. 2022a; k-diffusion's DPM2).
+    """The slope at the geometric mean of both levels (Lu et al. 2022a; k-diffusion's DPM2).
 
-    The middle lies between nodes: its t is fractional. A last step that ends at clean data is Euler's, one call.
-    Deterministic.
+    Second order, two calls a step. The middle lies between nodes: its t is fractional. A last step
+    that ends at clean data is Euler's, one call. Deterministic.
     """
     schedule = denoiser.schedule
     nodes = Nodes.of(schedule, grid, x)
@@ -121,9 +129,8 @@ def dpm2(
         d = slope(nodes, i, x, x0)
         after = stepped(nodes, i, x0, d)
         if nodes.sigma[i + 1] > 0:
-            half = Nodes.of(
-                schedule, torch.stack([nodes.t[i], schedule.time((nodes.lam[i] + nodes.lam[i + 1]) / 2)]), x
-            )
+            t_half = schedule.time((nodes.lam[i] + nodes.lam[i + 1]) / 2)
+            half = Nodes.of(schedule, torch.stack([nodes.t[i], t_half]), x)
             middle = stepped(half, 0, x0, d)
             change = slope(half, 1, middle, denoiser(middle, half.t[1]).x0) - d
             after = stepped(nodes, i, x0, d, like(nodes.level[i + 1] - nodes.level[i], x) * change)
@@ -135,10 +142,10 @@ def lms(
     denoiser: Denoiser, x: Float[Tensor, "b *d"], grid: Float[Tensor, " nodes"], noise: Noise = no_noise, *,
     start: Sequence[Tensor] = (), callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Linear multistep, the exact integral of the polynomial through the last four slopes: one call a step (k-diffusion's LMS).
+    """Linear multistep: the exact integral of the polynomial through the last four slopes.
 
-    Of fourth order with exact samples at the nodes 1, 2, 3 (``start``); its own first steps have one slope, two, three.
-    Deterministic.
+    One call a step (k-diffusion's LMS). Fourth order with exact samples at the nodes 1, 2, 3
+    (``start``); without them the first steps have one, two and three slopes. Deterministic.
     """
     nodes = Nodes.of(denoiser.schedule, grid, x)
     check_start(nodes, start)
@@ -147,17 +154,16 @@ def lms(
         x0 = denoiser(x, nodes.t[i]).x0
         slopes = [slope(nodes, i, x, x0), *slopes[: LMS_ORDER - 1]]
         weights = adams_weights(nodes.level[: i + 2].flip(0)[: len(slopes) + 1])
-        correction = sum(
-            (like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True)), torch.zeros_like(x)
-        )
+        changes = (like(w, x) * (d - slopes[0]) for w, d in zip(weights[1:], slopes[1:], strict=True))
+        correction = sum(changes, torch.zeros_like(x))
         x = after_step(callback, i, start[i] if i < len(start) else stepped(nodes, i, x0, slopes[0], correction), x0)
     return x
 
 
 def adams_weights(levels: Float[Tensor, " nodes"]) -> Float[Tensor, " slopes"]:
-    """Integrals from levels[1] to levels[0] of the Lagrange polynomials through levels[1], levels[2], …, of degree 3 at most.
+    """Integrals from levels[1] to levels[0] of the Lagrange polynomials through levels[1], ….
 
-    By Gauss and Legendre's two points, which are exact for cubic polynomials.
+    Gauss–Legendre quadrature with two points, exact up to degree 3, the highest here.
     """
     end, nodes = levels[0], levels[1:]
     half = (end - nodes[0]) / 2

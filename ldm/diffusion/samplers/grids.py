@@ -1,4 +1,7 @@
-"""Step grids: the t of each step of a sampler, falling, and where it ends (docs/equations.md S5, Grids)."""
+"""Step grids: the t of each step of a sampler, falling, and the t at which it ends.
+
+docs/equations.md S5.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,19 @@ OFFSET = ("leading", "leading_positive")  # grids that take an offset
 
 
 def trailing(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """T−1, …, one node at the end of each of ``steps`` equal parts of 1…T: 999, 949, …, 49 for 20. Then clean data.
+    """One node at the end of each of S equal parts of 1…T, then clean data: 999, 949, …, 49 for 20.
 
-    Distinct for every number of steps from 1 to T. Raises ValueError outside.
+    All nodes differ for every number of steps S from 1 to T. Raises ValueError outside.
     """
     n = _checked(schedule, steps)
     return _ended([round(n - i * n / steps) - 1 for i in range(steps)], schedule)
 
 
 def leading(schedule: Schedule, steps: int, offset: int = 1) -> Float[Tensor, " nodes"]:
-    """Stable Diffusion's grid i·(T//S) + offset, falling: 951, …, 1 for 20. The offset shrinks where it would leave 0…T−1."""
+    """Stable Diffusion's grid i·(T//S) + offset, falling: 951, …, 1 for 20.
+
+    The offset shrinks where it would leave 0…T−1.
+    """
     n = _checked(schedule, steps)
     return _offset([i * (n // steps) for i in range(steps)], offset, schedule)
 
@@ -42,7 +48,10 @@ def linspace_fractional(schedule: Schedule, steps: int) -> Float[Tensor, " nodes
 
 
 def linspace_positive(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """S + 1 equally spaced whole t from T−1 to 0, without that at 0: 999, …, 50 for 20. T steps are all t."""
+    """S + 1 equally spaced whole t from T−1 to 0, without the 0: 999, …, 50 for 20.
+
+    T steps are all t.
+    """
     n = _checked(schedule, steps)
     if steps == n:
         return linspace(schedule, n)
@@ -50,7 +59,10 @@ def linspace_positive(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]
 
 
 def leading_positive(schedule: Schedule, steps: int, offset: int = 1) -> Float[Tensor, " nodes"]:
-    """Stable Diffusion's grid of S + 1 nodes, without the last: i·(T//(S+1)) + offset: 941, …, 48 for 20. T steps are all t."""
+    """Stable Diffusion's grid of S + 1 nodes without the last: 941, …, 48 for 20.
+
+    Its nodes are i·(T//(S+1)) + offset. T steps are all t.
+    """
     n = _checked(schedule, steps)
     if steps == n:
         return linspace(schedule, n)
@@ -58,7 +70,10 @@ def leading_positive(schedule: Schedule, steps: int, offset: int = 1) -> Float[T
 
 
 def karras(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
-    """(σ/α)^(1/ρ) equally spaced over the schedule's own range, ρ = 7 (Karras et al. 2022, eq. 5); t is fractional."""
+    """(σ/α)^(1/ρ) equally spaced over the schedule's own range, ρ = 7 (Karras et al. 2022, eq. 5).
+
+    The t are fractional.
+    """
     n = _checked(schedule, steps)
     noise = torch.exp(-schedule.half_log_snr_table[[n - 1, 0]])  # σ/α at both ends
     high, low = noise.pow(1 / RHO)
@@ -69,11 +84,9 @@ def karras(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
 def uniform_lambda(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
     """λ equally spaced from T−1 to 0 (Lu et al. 2022); t is fractional."""
     n = _checked(schedule, steps)
-    high, low = schedule.half_log_snr_table[[n - 1, 0]]
-    return _ended(
-        schedule.time(high + torch.linspace(0, 1, steps, dtype=torch.float64, device=high.device) * (low - high)),
-        schedule,
-    )
+    noisy, clean = schedule.half_log_snr_table[[n - 1, 0]]
+    part = torch.linspace(0, 1, steps, dtype=torch.float64, device=noisy.device)
+    return _ended(schedule.time(noisy + part * (clean - noisy)), schedule)
 
 
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -91,9 +104,11 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
 def make_grid(
     name: str, schedule: Schedule, steps: int, offset: int = 1, end_clean: bool = True
 ) -> Float[Tensor, " nodes"]:
-    """The grid of that name. ``offset``: of those that have one. ``end_clean`` false: it ends at t = 0, not at clean data.
+    """The grid of that name.
 
-    Raises ValueError where the steps are out of range, or where such an end leaves no step between the last nodes.
+    ``offset``: used by the grids of ``OFFSET``. ``end_clean`` false: the grid ends at t = 0, not at
+    clean data. Raises ValueError if the steps are out of range, or if the grid's last node is t = 0
+    already.
     """
     grid = GRIDS[name](schedule, steps, **({"offset": offset} if name in OFFSET else {}))
     if not end_clean:
@@ -117,11 +132,11 @@ def _checked(schedule: Schedule, steps: int) -> int:
 
 
 def _offset(nodes: list[int], offset: int, schedule: Schedule) -> Tensor:
-    """The rising nodes, moved up by as much of ``offset`` as 0…T−1 has room for, and turned round."""
+    """The rising nodes, moved up by ``offset`` as far as 0…T−1 has room, in falling order."""
     return _ended([node + min(offset, schedule.num_steps - 1 - nodes[-1]) for node in reversed(nodes)], schedule)
 
 
 def _ended(nodes: list[int] | list[float] | Tensor, schedule: Schedule) -> Tensor:
-    """The nodes and the clean end, float64 beside the schedule's tables."""
+    """The nodes and the clean end, float64, on the schedule's device."""
     given = torch.as_tensor(nodes, dtype=torch.float64, device=schedule.betas.device)
     return torch.cat([given, given.new_tensor([CLEAN])])

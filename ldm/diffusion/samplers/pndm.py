@@ -1,4 +1,7 @@
-"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler (docs/equations.md S3)."""
+"""PNDM without its Runge–Kutta start: PLMS, Stable Diffusion's first sampler.
+
+docs/equations.md S3.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.edm import slope, stepped
-from ldm.diffusion.samplers.path import Callback, Nodes, Noise, after_step, no_noise
+from ldm.diffusion.samplers.nodes import Callback, Nodes, Noise, after_step, no_noise
 from ldm.diffusion.schedule import like
 
 FEWEST = 2  # steps: the first has two calls, the second of them at the second node
@@ -23,10 +26,12 @@ def plms(
     *,
     callback: Callback | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step (Liu et al. 2022, eq. 9, 12; Heun's first step).
+    """Adams–Bashforth on ε̂ with the weights of equal steps, then DDIM's step.
 
-    S + 1 calls for S steps, at least 2. Second order: the steps are not equal in σ/α, in which it would be of fourth.
-    Deterministic.
+    The first step is Heun's.
+
+    Liu et al. 2022, eq. 9 and 12. S + 1 calls for S steps, S at least 2. Second order: it would be
+    of fourth if the steps were equal in σ/α. Deterministic.
 
     Raises:
         ValueError: fewer than 2 steps.
@@ -42,9 +47,8 @@ def plms(
             ahead = stepped(nodes, 0, x0, slopes[0])
             combined = (slopes[0] + slope(nodes, 1, ahead, denoiser(ahead, nodes.t[1]).x0)) / 2
         else:
-            combined = torch.stack([w * d for w, d in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True)]).sum(
-                0
-            )
+            weights = ADAMS_BASHFORTH[len(slopes) - 1]
+            combined = torch.stack([w * d for w, d in zip(weights, slopes, strict=True)]).sum(0)
         x = stepped(nodes, i, x0, slopes[0], like(nodes.level[i + 1] - nodes.level[i], x) * (combined - slopes[0]))
         x = after_step(callback, i, x, x0)
     return x

@@ -1,4 +1,4 @@
-"""All samplers by name, with what a caller must know of each."""
+"""All samplers by name, with their properties."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class Sampler:
 
     Attributes:
         function: sampler(denoiser, x, grid, noise, *, callback, and the ``options``).
-        order: of convergence as steps double (docs/equations.md S5), with exact starting values from 3 on; weak for stochastic ones.
-        stochastic: draws noise at its steps with the settings' defaults (ddim does so where eta is above 0).
-        options: settings of SampleConfig that it reads, by name.
-        calls: network calls for a number of steps, on a grid that ends at clean data.
-        fewest: the smallest number of steps.
-        looks_ahead: takes the slope at the end of a step for half of it, which a first step that is long in σ/α spoils.
+        order: order of convergence as steps double (docs/equations.md S5), with exact starting
+            values from order 3 on; in the weak sense for stochastic samplers.
+        stochastic: draws noise at its steps with the default settings (ddim: if eta is above 0).
+        options: names of the settings of SampleConfig that it reads.
+        calls: number of network calls for a number of steps, on a grid that ends at clean data.
+        fewest: smallest number of steps.
+        looks_ahead: averages in the slope at the end of a step, which suffers from a first step
+            that is long in σ/α.
     """
 
     function: Callable[..., Tensor]

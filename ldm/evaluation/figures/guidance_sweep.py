@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a run, swept (docs/equations.md G4), and its page."""
+"""Sweep of classifier-free guidance of a run (docs/equations.md G4), and its page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ldm.data.sources import open_source
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.evaluate import JUDGES, Progress
 from ldm.evaluation.figures.page import CELL, EDGE, FONT, GAP, HEADER, Page, labels, spread, wrapped
-from ldm.evaluation.figures.sweep import DIVERSITY, Setting, real_pictures, sweep
+from ldm.evaluation.figures.sweep import DIVERSITY, Setting, about, real_pictures, sweep
 from ldm.evaluation.figures.sweep_panels import BELOW, Line, panels
 from ldm.pipeline import Pipeline
 
-EACH = 4  # images of a caption, where there are captions enough
+EACH = 4  # images of a caption, if there are enough captions
 SHOWN = 4  # captions in the picture
 ACCURACY_COLOUR, DIVERSITY_COLOUR = "#0072B2", "#D55E00"
 
@@ -32,11 +32,16 @@ def guidance_sweep(
     progress: Progress | None = None, processes: Processes = ALONE, device: torch.device | None = None,
     parts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Page]:  # fmt: skip
-    """Classifier-free guidance of a run, swept: the figures and their page. ``given``: sampling settings that replace the run's.
+    """Sweep classifier-free guidance of a run; returns the report and its page.
 
-    ``images`` of each scale at most: EACH of every caption, or more where the captions are few.
-    ``parts``: of the model, as ``Pipeline.from_pretrained`` takes them (``vae``, ``text``).
-    Raises ConfigError for data that no judge reads and for an unconditional model, FolderError for a run without a model.
+    Args:
+        images: most images for each scale: EACH of every caption, or more if there are few captions.
+        given: sampling settings that replace those of the run.
+        parts: replacements for parts of the model (``vae``, ``text``), see ``Pipeline.from_pretrained``.
+
+    Raises:
+        ConfigError: there is no judge for the data, or the model is unconditional.
+        FolderError: the run has no model.
     """
     data = configuration.load(DiffusionTrainingConfig, run / "config.yaml").data
     if data.source not in JUDGES:
@@ -58,9 +63,11 @@ def guidance_sweep(
     found, first = sweep(draw, scales, real, each, judge, processes, progress)
     sampling = {name: value for name, value in dataclasses.asdict(settings).items() if name != "guidance_scale"}
     report = {
-        "run": str(run), "model": pipe.hash, "split": split, "captions": len(real), "images_of_each": each, "images": each * len(real),
-        "sampling": sampling, "diversity": DIVERSITY, "scales": [dataclasses.asdict(setting) for setting in found],
-    }  # fmt: skip
+        **about(run, pipe.hash, split, len(real), each),
+        "sampling": sampling,
+        "diversity": DIVERSITY,
+        "scales": [dataclasses.asdict(setting) for setting in found],
+    }
     sampled = f"{settings.sampler}, {settings.steps} steps, {report['images']} images for each γ"
     return report, guidance_page(found, dict(zip(real, first[:SHOWN], strict=False)), sampled)
 
@@ -68,22 +75,16 @@ def guidance_sweep(
 def guidance_page(
     found: Sequence[Setting], pictures: dict[str, UInt8[np.ndarray, "scales h w c"]], sampled: str
 ) -> Page:
-    """Accuracy and diversity over γ, and below a row of samples of each caption, with the same noise at every γ."""
+    """Page of accuracy and diversity over γ, with a row of samples for each caption, the same noise at every γ."""
     left = 200
     width = EDGE + left + spread(max(len(found), 7)) + EDGE
     page = Page(width, BELOW + HEADER + spread(len(pictures)) + EDGE)
     page.text(EDGE, EDGE + 8, f"Guidance: {sampled}, with 95 % intervals", fontsize=FONT + 1.5)
     _, varied = panels(page, [Line("", found, ACCURACY_COLOUR, DIVERSITY_COLOUR)], "guidance γ")
     varied.annotate(
-        "as varied as real images",
-        (1, 1),
-        (0, 4),
-        ("axes fraction", "data"),
-        "offset points",
-        fontsize=FONT - 1,
-        ha="right",
-        color="0.35",
-    )
+        "as varied as real images", (1, 1), (0, 4), ("axes fraction", "data"), "offset points",
+        fontsize=FONT - 1, ha="right", color="0.35",
+    )  # fmt: skip
     labels(page, EDGE + left, BELOW, [f"γ = {setting.scale:g}" for setting in found])
     for i, (caption, row) in enumerate(pictures.items()):
         y = BELOW + HEADER + i * (CELL + GAP)

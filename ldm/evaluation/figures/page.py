@@ -1,4 +1,4 @@
-"""A white page measured in pixels: axes, text and tables of pictures at exact places, so that no picture is resampled twice."""
+"""A white page measured in pixels: axes, text and tables of pictures, none of which is resampled twice."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DPI = 100
 CELL = 96  # side of a picture in a table, in pixels
 FONT = 10.5  # points
 HEADER = 26  # pixels over a table for the labels of its columns
-GROUP = 14  # pixels between two groups of rows
+GROUP = 14  # pixels between groups of rows
 EDGE = 16  # pixels around everything
 
 
 class Page:
-    """A figure whose places are pixels from its top left corner."""
+    """A matplotlib figure whose positions are pixels from its top left corner."""
 
     def __init__(self, width: int, height: int) -> None:
         from matplotlib.figure import Figure
@@ -35,13 +35,13 @@ class Page:
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes whose frame has this top left corner and size."""
+        """Add axes whose frame has this top left corner and size."""
         return self.figure.add_axes(
             (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         )
 
     def panel(self, x: float, y: float, width: float, height: float, *, title: str, across: str) -> Axes:
-        """Axes for curves, in the one look of all plots."""
+        """Add axes for curves, in the common style of all plots."""
         axes = self.axes(x, y, width, height)
         axes.set_title(title, fontsize=FONT + 1, loc="left")
         axes.set_xlabel(across, fontsize=FONT)
@@ -52,25 +52,25 @@ class Page:
         return axes
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Text at a point; left of it and vertically centred unless ``style`` says otherwise."""
+        """Write text that starts at a point, vertically centred, unless ``style`` says otherwise."""
         self.figure.text(
             x / self.width, 1 - y / self.height, text, **{"fontsize": FONT, "ha": "left", "va": "center", **style}
         )
 
     def pictures(self, x: int, y: int, images: UInt8[np.ndarray, "r k h w c"], cell: int = CELL) -> None:
-        """Rows of pictures, each ``cell`` pixels wide, their first corner at (x, y)."""
+        """Show rows of pictures, each ``cell`` pixels wide, with their top left corner at (x, y)."""
         sheet = grid(fitted(images.reshape(-1, *images.shape[2:]), cell), images.shape[1])
         axes = self.axes(x, y, sheet.shape[1], sheet.shape[0])
         axes.imshow(sheet, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
     def save(self, file: Path, about: Mapping[str, Any]) -> None:
-        """Write the page; a PNG carries ``about`` as our samples do."""
+        """Write the page; a PNG carries ``about`` in its metadata, as samples do."""
         save_figure(self.figure, file, json.dumps(about, ensure_ascii=False))
 
 
 def fitted(images: UInt8[np.ndarray, "n h w c"], cell: int) -> UInt8[np.ndarray, "n cell2 cell2 3"]:
-    """Square pictures in colour, ``cell`` pixels wide: enlarged by a whole factor on white, or reduced.
+    """Convert to square RGB pictures ``cell`` pixels wide: enlarged by a whole factor on white, or reduced.
 
     One channel becomes grey; of more than three the first three are shown.
     """
@@ -89,7 +89,7 @@ def fitted(images: UInt8[np.ndarray, "n h w c"], cell: int) -> UInt8[np.ndarray,
 
 
 def spread(count: int, cell: int = CELL) -> int:
-    """Pixels that ``count`` pictures take, side by side or one below the other."""
+    """Extent in pixels of ``count`` pictures in a row or column."""
     return count * (cell + GAP) - GAP
 
 
@@ -97,7 +97,7 @@ def table(
     groups: Sequence[tuple[str, UInt8[np.ndarray, "r k h w c"]]], rows: Sequence[str], columns: Sequence[str], *,
     title: str, left: int = 250,
 ) -> Page:  # fmt: skip
-    """Groups of rows of pictures: the group's text and each row's label at the left, the columns' over the first row."""
+    """Page of groups of rows of pictures: texts of groups and labels of rows at the left, of columns at the top."""
     r, k = len(rows), len(columns)
     top, high = EDGE + 30, spread(r) + GROUP
     page = Page(EDGE + left + spread(k) + EDGE, top + HEADER + len(groups) * high - GROUP + EDGE)
@@ -113,11 +113,11 @@ def table(
 
 
 def labels(page: Page, x: int, y: int, columns: Sequence[str], cell: int = CELL) -> None:
-    """A line of text over each column of a table that begins at x."""
+    """Write a label over each column of a table that begins at x."""
     for i, column in enumerate(columns):
         page.text(x + i * (cell + GAP) + cell / 2, y + HEADER / 2, column, ha="center")
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most ``width`` characters, five of them at most."""
+    """Wrap text into at most five lines of ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width, max_lines=5, placeholder=" …"))

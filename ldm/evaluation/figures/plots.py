@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, captions under them, curves of a run."""
+"""Figures as files: captioned images, curves of a run, the terms of a likelihood."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from ldm.runs.records import Points
 
 SUFFIXES = (".png", ".pdf", ".svg")
 MARK = "ldm figure"  # in the metadata of each kind of file
-
-
-LONGEST = 200  # characters of a caption below its picture
+LONGEST = 200  # characters shown of a caption
 
 
 def captioned(
@@ -30,7 +28,7 @@ def captioned(
     wrong: Sequence[bool] | None = None,
     title: str = "",
 ) -> None:
-    """Save a picture of the images, each with its caption below; those marked ``wrong`` have a red frame and caption."""
+    """Save a picture of images with captions below them; those marked ``wrong`` have a red frame and caption."""
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // columns)
@@ -38,17 +36,15 @@ def captioned(
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         bad = wrong is not None and wrong[i]
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(
-            image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-        )
+        shown = image[..., 0] if image.shape[-1] == 1 else image
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color("red" if bad else "none")
             spine.set_linewidth(3)
-        axes.set_xlabel(
-            _wrap(caption[:LONGEST], 22), fontsize=6.5, color="red" if bad else "black", parse_math=False
-        )  # $ is a dollar
+        text, colour = _wrap(caption[:LONGEST], 22), "red" if bad else "black"
+        axes.set_xlabel(text, fontsize=6.5, color=colour, parse_math=False)  # a $ in a caption is a dollar
     if title:
         figure.suptitle(title, fontsize=9)
     figure.tight_layout()
@@ -56,7 +52,7 @@ def captioned(
 
 
 def curves(series: Mapping[str, Points], file: Path) -> None:
-    """Draw figures over updates, one panel each; what was not finite is a gap."""
+    """Plot metrics over updates, one panel each; values that are not finite are gaps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * max(len(series), 1), 2.8), dpi=110)
@@ -71,7 +67,7 @@ def curves(series: Mapping[str, Points], file: Path) -> None:
 
 
 def likelihood(found: Mapping[str, Any], file: Path) -> None:
-    """Plot of the bits of a report's ``likelihood``: per step along t, cumulated from noise to data, and by term."""
+    """Plot the ``likelihood`` of a report: bits per step, cumulated from noise to data, and by term."""
     from matplotlib.figure import Figure
 
     bins, terms = found["by_t"], found.get("terms", found["parts"])
@@ -93,21 +89,23 @@ def likelihood(found: Mapping[str, Any], file: Path) -> None:
     bars.margins(x=0.35)
     bars.invert_yaxis()
     error = "" if found["error"] is None else f" ± {found['error']:.3f}"
-    bars.set(xlabel="bits per dimension", title=f"in all {found['bits_per_dim']:.3f}{error}")
+    bars.set(xlabel="bits per dimension", title=f"total {found['bits_per_dim']:.3f}{error}")
     figure.tight_layout()
     save_figure(figure, file)
 
 
 def save_figure(figure: Any, file: Path, about: str | None = None) -> None:
-    """Write a figure whole or not at all; ``about`` is kept in a PNG under ``ldm``. ``is_figure`` knows it again. Raises OSError."""
+    """Write a figure atomically, marked for ``is_figure``; a PNG carries ``about`` as `ldm`. Raises OSError."""
     content, kind = io.BytesIO(), file.suffix.lower().removeprefix(".")
-    told = {"Source": MARK, **({} if about is None else {"ldm": about})} if kind == "png" else {"Creator": MARK}
-    figure.savefig(content, format=kind, metadata=told)
+    metadata = {"Source": MARK} if kind == "png" else {"Creator": MARK}
+    if kind == "png" and about is not None:
+        metadata["ldm"] = about
+    figure.savefig(content, format=kind, metadata=metadata)
     replace(file, content.getvalue())
 
 
 def write_png(picture: Image.Image, file: Path, info: PngInfo) -> None:
-    """Write a picture whole or not at all. Raises OSError."""
+    """Write a picture atomically. Raises OSError."""
     content = io.BytesIO()
     picture.save(content, format="PNG", pnginfo=info)
     replace(file, content.getvalue())

@@ -1,4 +1,4 @@
-"""The head of a sweep's page: accuracy and diversity by scale, side by side."""
+"""Top of the page of a sweep: accuracy and diversity by scale, side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BELOW = TOP + HIGH + 70  # where the pictures begin
 
 @dataclass(frozen=True)
 class Line:
-    """One sweep in both panels, with its colour in each."""
+    """One sweep, with its colour in each panel."""
 
     name: str
     found: Sequence[Setting]
@@ -29,16 +29,15 @@ class Line:
 
 
 def panels(page: Page, lines: Sequence[Line], across: str) -> tuple[Axes, Axes]:
-    """The share of images read right, and their diversity with a dashed line at that of real ones."""
+    """Share of images judged right, and diversity with a dashed line at that of real images."""
     half = (page.width - 2 * EDGE - 150) // 2
-    right = page.panel(EDGE + 50, TOP, half, HIGH, title="read by the judge as the caption says", across=across)
+    right = page.panel(EDGE + 50, TOP, half, HIGH, title="judged to show what the caption says", across=across)
     varied = page.panel(page.width - EDGE - half, TOP, half, HIGH, title="diversity within a caption", across=across)
     for line in lines:
         shares = [setting.judged["all"] for setting in line.found]
         _curve(right, line, [(s["accuracy"], s["low"], s["high"]) for s in shares], line.accuracy_colour)
-        _curve(
-            varied, line, [(s.diversity, s.diversity_low, s.diversity_high) for s in line.found], line.diversity_colour
-        )
+        diversities = [(s.diversity, s.diversity_low, s.diversity_high) for s in line.found]
+        _curve(varied, line, diversities, line.diversity_colour)
     right.set_ylim(0, 1.03)
     right.set_ylabel("share of images", fontsize=FONT)
     varied.axhline(1, color="0.45", linewidth=1.2, linestyle="--", label="as varied as real images")
@@ -48,7 +47,7 @@ def panels(page: Page, lines: Sequence[Line], across: str) -> tuple[Axes, Axes]:
 
 
 def _curve(axes: Axes, line: Line, values: Sequence[tuple[float, float, float]], colour: str) -> None:
-    """Points with their intervals."""
+    """Plot points with a band for their intervals."""
     middle, low, high = np.array(values).T
     scales = np.array([setting.scale for setting in line.found])
     order = np.argsort(scales)

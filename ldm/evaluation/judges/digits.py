@@ -1,4 +1,4 @@
-"""Reads the digit in a picture with a support vector machine trained on the real digits of the train split."""
+"""Judge of digits: a support vector machine trained on the real digits of the train split."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ldm.data.digits import DigitsSource
 
 
 class DigitJudge:
-    """An RBF support vector machine on 8×8 averages of images of ``side`` pixels. Raises DataError without scikit-learn."""
+    """An RBF support vector machine on 8×8 averages of square images. Raises DataError without scikit-learn."""
 
     def __init__(self, side: int) -> None:
         self.side = side
         images, labels = self._real("train")
         from sklearn.svm import SVC
 
-        self._model = SVC(C=10.0, gamma=0.001).fit(self._features(images), labels)  # type: ignore[arg-type]  # the stub forgets numbers
+        # scikit-learn's stub allows only text as labels
+        self._model = SVC(C=10.0, gamma=0.001).fit(self._features(images), labels)  # type: ignore[arg-type]
 
     def _real(self, split: str) -> tuple[np.ndarray, list[int]]:
         source = DigitsSource(DataConfig(source="digits", image_size=self.side, image_channels=1), split)
@@ -34,7 +35,7 @@ class DigitJudge:
         return np.stack(small).reshape(len(small), 64)
 
     def read(self, images: np.ndarray) -> list[int]:
-        """The digit that each image shows, uint8 [n, h, w, c] with any number of channels."""
+        """Read the digit of each image, uint8 [n, h, w, c] with any number of channels."""
         if images.ndim != 4 or images.shape[1:3] != (self.side, self.side) or images.dtype != np.uint8:
             raise ValueError(
                 f"images must be uint8 [n, {self.side}, {self.side}, c], got {images.dtype} {list(images.shape)}"
@@ -43,6 +44,6 @@ class DigitJudge:
 
     @cached_property
     def held_out_accuracy(self) -> float:
-        """The share of the validation split's real digits that it reads right: the most that generated ones can score."""
+        """Share of the real digits of the validation split read right: the ceiling of generated ones."""
         images, labels = self._real("validation")
         return float(np.mean(np.array(self.read(images)) == np.array(labels)))

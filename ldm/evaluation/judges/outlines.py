@@ -1,7 +1,7 @@
-"""Outlines that are nearly a drawn shape: what a picture must not be nearer to than to the shape that was asked for.
+"""Decoys of the strict judge: outlines that resemble a drawn shape and that no caption means.
 
-An outline is a function of x and y, with y growing downwards, that says which points lie inside; all fit in about
-[−1, 1], as those of ``ldm.data.shapes.inside`` do.
+An outline is a function of x and y (y points down) that returns a mask of the points inside; like those of
+``ldm.data.shapes.inside``, outlines fit in [−1, 1] up to rounding.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def polygon(corners: int, turn: float = 0.0) -> Outline:
 
 
 def star(points: int, notch: float) -> Outline:
-    """A star with ``points`` points on the unit circle, one of them on top; ``notch``: radius of the corners between."""
+    """A star with points on the unit circle, one of them on top; ``notch``: radius of the corners between them."""
     sector = 2 * math.pi / points
 
     def outline(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -109,8 +109,8 @@ def _shape(name: str) -> Outline:
 _QUARTERS = (0, 90, 180, 270)
 _RING = _shape("ring")
 
-# What a caption never means, by the name that a refusal gives. Each is about twice as far from the shape that it resembles as
-# the eye forgives: what lies between the two is refused from the middle on.
+# By the name that a refusal gives. Each is about twice as far from the shape it resembles as the eye forgives, so an
+# outline between the two is refused from the middle on.
 DECOYS: dict[str, tuple[Outline, ...]] = {
     "ellipse": tuple(turned(stretched(disc(1), 1, 0.76), a) for a in (0, 45, 90, 135)),
     "hexagon": (polygon(6), polygon(6, 30)),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, coverage, parse
+from ldm.evaluation.metrics import proportion
 
 Reading = Scene  # a picture is read as the scene that it shows; two objects come left to right or top to bottom
 Report = dict[str, dict[str, float]]
@@ -60,7 +61,7 @@ class ShapesJudge:
     def read(self, images: np.ndarray, grounds: Sequence[int] | None = None) -> list[Reading]:
         """The nearest scene of each image, uint8 [n, side, side, 3].
 
-        ``grounds``: for two objects, the number of each image's background where it is known; the search is then faster.
+        ``grounds``: for two objects, the index of each image's background if it is known; makes the search faster.
         """
         check(images, self.side)
         one = (self._backgrounds.shape[0] if grounds is None else 1) * self._contrasts.shape[1] * len(SHAPES)
@@ -145,7 +146,7 @@ class ShapesJudge:
         return readings
 
     def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
-        """The best object of another colour whose square touches the other's nowhere: index into [c · place], [n, b]."""
+        """The best object of another colour whose square does not touch the other's: index into [c · place], [n, b]."""
         kernel = self._templates[PLAIN].shape[-1]
         width = self.side - kernel + 1
         place = torch.arange(width * width)
@@ -196,7 +197,7 @@ def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str
 
 
 def matched(reading: Reading, asked: Scene) -> tuple[tuple[Object, ...], str | None]:
-    """The reading's objects in the order in which they agree best with the caption's, and their relation in that order."""
+    """The reading's objects in the order that agrees best with the caption, and their relation in that order."""
     found, relation = reading.objects, reading.relation
     if relation is not None and _matches(found[::-1], asked.objects) > _matches(found, asked.objects):
         return found[::-1], _INVERSE[relation]
@@ -220,12 +221,3 @@ def score(readings: Sequence[Reading], captions: Sequence[str]) -> Report:
     return {
         name: proportion(sum(row[name] for row in rows), len(rows)) for name in ATTRIBUTES[len(readings[0].objects)]
     }
-
-
-def proportion(successes: int, n: int) -> dict[str, float]:
-    """A share with its 95 % interval (Wilson 1927)."""
-    z = 1.959964
-    p, shrink = successes / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"accuracy": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}

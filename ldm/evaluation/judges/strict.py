@@ -1,4 +1,7 @@
-"""Reads a picture of drawn shapes strictly: what it shows must be nearer to a drawn scene than to anything else, or is refused."""
+"""Strict judge of drawn shapes: accepts an image that is nearer to a drawn scene than to anything else, or refuses it.
+
+What else an image may show are the outlines of `outlines.DECOYS`, shapes of other sizes, and what no template explains.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,42 @@ from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, 
 from ldm.evaluation.judges.outlines import DECOYS, Outline
 from ldm.evaluation.judges.shapes import ShapesJudge, agreement, check, matched, ordered
 
-RESIDUAL = 0.05  # the largest accepted; set by `python benchmarks/judge.py --threshold`
-TOLERANCE = 0.1  # of a radius
-LOOSE_TOLERANCE = 0.2  # of a radius where captions name no size
-OFF_PALETTE = 58  # levels from a colour of the palette: half the distance of the nearest two
-FAINTEST = 0.7  # contrast of an object over that of the colours it is read as
-LEAST_BACKGROUND = 0.25  # of the picture
-NOTHING = "nothing is drawn"
+# What is accepted
+RESIDUAL = 0.05  # largest residual of an object's fit; set with `python benchmarks/judge.py --threshold`
+MARGIN = 0.003  # by which a decoy's residual must be smaller than the shape's for a refusal
+STRAY, STRAY_SIDE = (
+    50,
+    0.4,
+)  # largest mean left by the fit, in levels, over squares of this side (over the object's radius)
+TOLERANCE = 0.1  # of the radius
+LOOSE_TOLERANCE = 0.2  # of the radius if captions name no size
+OFF_PALETTE = 58  # levels from a colour of the palette: half the distance between the nearest two
+FAINTEST = 0.7  # contrast of an object over the contrast of the colours it is read as
 EMPTY = 30  # levels of contrast below which nothing is drawn
-BLUR = 0.7  # px (Gaussian σ) of pictures and templates before they are compared
-BLURS = (0.2, 0.75)  # px that templates are blurred besides, as pictures from latents are
-COMPONENTS = 128  # principal components in which the templates are weighed
-MARGIN = 0.003  # by which a decoy's residual must be smaller than a shape's
-SIDES = 32  # larger pictures of one object are averaged down to between this side and twice of it
+LEAST_BACKGROUND = 0.25  # of the image
+NOISIEST = 0.08  # σ of noise that is subtracted from the residual, of the range
+NOTHING = "nothing is drawn"
+
+# How images and templates are compared
+BLUR = 0.7  # σ in px of the Gaussian blur applied to images and templates: edges of equal softness, less noise
+BLURS = (0.2, 0.75)  # σ in px of the templates' own blur: images from latents are soft
+SIDE = 32  # one object: larger images are averaged down to a side between this and twice as much
 STEP = 1.08  # ratio of neighbouring radii of the templates
 SMALLEST, LARGEST = 0.4, 1.3  # radii of templates, over the smallest and the largest that is drawn
-_REACH = 2  # half pixels that a template's centroid may lie from the picture's, along either axis
-NOISIEST = 3 * 0.08**2 / (4 * math.pi * BLUR**2)  # of a pixel's energy: noise of σ 0.08 after the blur
-STRAY, STRAY_SIDE = 50, 0.4  # levels; side of the square over an object's radius
-CHI_SQUARE = 3 / 1.2125  # the mean of its distribution with 3 degrees of freedom over its first quartile
+COMPONENTS = 128  # principal components in which templates are weighed
+CHI_SQUARE = 3 / 1.2125  # mean over first quartile of its distribution with 3 degrees of freedom
+_REACH = 2  # half pixels between the centroids of template and image, at most, along either axis
 _FINE = 4  # samples per pixel along either axis
-_CHUNK = 256  # objects weighed at once
+_CHUNK = 256  # images weighed at once
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A picture as it was read.
+    """Reading of an image.
 
     Attributes:
         scene: the nearest scene.
-        refused: why the picture shows no scene, by attribute as in ``agreement``; empty where it is accepted.
+        refused: reasons why the image does not show it, by attribute as in ``agreement``; empty if it is accepted.
         residual: squared error of the worst object's fit over the energy that the fit explains.
     """
 
@@ -58,7 +67,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Template:
-    """What one row of a bank draws; ``name``: of a shape or of a decoy."""
+    """Outline drawn by one row of a bank; ``name``: of a shape or of a decoy."""
 
     name: str
     radius: float  # px
@@ -94,13 +103,15 @@ class Fit:
 class Bank:
     """Templates of all shapes and decoys as unit vectors.
 
-    ``drawn``: radii of the scenes' objects in px, ``tolerance``: as a share of them, ``stripe``: height in px, None: none striped.
+    ``drawn``: radii of the scenes' objects in px; ``tolerance``: as a share of them; ``stripe``: height of stripes in
+    px, None for plain shapes.
 
     Attributes:
         window: side of a template, px.
         rows: float32 [k, window²], blurred, each of norm 1.
         norms: float32 [k], of the rows before.
-        templates: what each row is.
+        templates: outline of each row.
+        origin: float32 [k, xy], of the outlines from the window's middle, px.
         drawn: number of the rows that are of drawn shapes; they come first.
     """
 
@@ -178,7 +189,7 @@ class StrictJudge:
     def __init__(self, side: int, objects: int, striped: bool = False) -> None:
         self.side, self.objects = side, objects
         self._nearest = ShapesJudge(side, objects, striped)
-        self._factor = max(1, side // SIDES) if objects == 1 else 1
+        self._factor = max(1, side // SIDE) if objects == 1 else 1
         self._sizes: tuple[str | None, ...] = SIZES if objects == 1 else (None,)
         self._radii = tuple(RADII[size] * side / self._factor for size in self._sizes)
         self._tolerance = TOLERANCE if objects == 1 else LOOSE_TOLERANCE
@@ -205,7 +216,7 @@ class StrictJudge:
         fits = [self._fit(rest * cells[:, i, None], cells[:, i], ground) for i in range(self.objects)]
         verdicts = []
         for i, b in enumerate(near.tolist()):
-            refused = {}
+            refused: dict[str, str] = {}
             if (ground[i] - self._backgrounds[b]).norm() * 255 > OFF_PALETTE or share[i] < LEAST_BACKGROUND:
                 refused["background"] = "no background colour"
             objects = [self._object(fit, i, b, refused) for fit in fits]
@@ -225,7 +236,7 @@ class StrictJudge:
         return median.nan_to_num(0.0), near, share
 
     def _cells(self, scenes: list[Scene], rest: Tensor) -> Tensor:
-        """Which object each pixel is nearer to, [n, objects, side, side]."""
+        """Mask of the pixels nearer to each object than to the other, [n, objects, side, side]."""
         side = rest.shape[-1]
         if not scenes:
             return torch.ones(len(rest), 1, side, side, dtype=torch.bool)
@@ -296,9 +307,10 @@ class StrictJudge:
         return colour, left - colour[..., None] * moved[:, None]
 
     def _noise(self, cell: Tensor, mask: Tensor) -> Tensor:
-        """Energy of the noise in a cell, [n]: as normal noise has where a quarter of the pixels are as the quietest quarter."""
+        """Energy of normal noise in a cell, [n], estimated from the first quartile of its pixels' energies."""
         energy = cell.square().sum(1).masked_fill(~mask, math.nan).flatten(1)
-        return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=NOISIEST) * mask.sum((1, 2))
+        most = 3 * NOISIEST**2 / (4 * math.pi * BLUR**2)  # of a pixel, after the blur
+        return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=most) * mask.sum((1, 2))
 
     def _object(self, fit: Fit, i: int, background: int, refused: dict[str, str]) -> Object:
         """The object that a fit found; adds to ``refused``."""

@@ -1,4 +1,4 @@
-"""One self-contained page: elements whose text is escaped by construction, embedded pictures, a sheet for light and dark."""
+"""A self-contained HTML page: elements that escape their text, embedded pictures, styles for light and dark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from PIL import Image
 LARGEST_PNG = 200_000  # bytes; a picture that needs more is embedded as JPEG
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --ink: #1c1e21; --faint: #5f6670; --line: #d9dce1; --card: #f6f7f9; --bad: #b3261e; }
+:root { color-scheme: light dark; }
+:root { --ground: #fff; --ink: #1c1e21; --faint: #5f6670; --line: #d9dce1; --card: #f6f7f9; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #16181b; --ink: #e4e6e9; --faint: #9aa1ab; --line: #34383e; --card: #1e2125; --bad: #ff8a80; }
   img.drawn { filter: invert(0.92) hue-rotate(180deg); }
@@ -39,21 +40,22 @@ table { border-collapse: collapse; font-size: .9rem; margin: .4rem 0 1rem; displ
 td, th { text-align: left; padding: .15rem 1.4rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { font-variant-numeric: tabular-nums; }
 th { color: var(--faint); font-weight: 600; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: .82rem; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+pre { padding: .8rem; overflow-x: auto; font-size: .82rem; }
 .faint { color: var(--faint); }
 .bad { color: var(--bad); }
 """
-# Nothing is fetched and nothing is run, whatever the page should come to hold.
+# The browser neither fetches nor runs anything, whatever the page may contain.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _VOID = ("img", "meta")
 
 
 class Html(str):
-    """Markup. Whatever is not of this type is text, and `element` escapes it."""
+    """Markup. Any other string is text, which `element` escapes."""
 
 
 def element(tag: str, *content: Any, **attributes: Any) -> Html:
-    """One element; ``class_`` gives `class`. Text and attributes are escaped here and nowhere else."""
+    """One element; ``class_`` stands for `class`. Text and attributes are escaped here and nowhere else."""
     given = "".join(f' {name.rstrip("_")}="{escape(str(value))}"' for name, value in attributes.items())
     if tag in _VOID:
         return Html(f"<{tag}{given}>")
@@ -61,18 +63,18 @@ def element(tag: str, *content: Any, **attributes: Any) -> Html:
 
 
 def join(content: Iterable[Any]) -> Html:
-    """Pieces one after the other: markup as it is, text escaped."""
+    """Concatenate pieces: markup unchanged, text escaped."""
     return Html("".join(piece if isinstance(piece, Html) else escape(str(piece)) for piece in content))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table; without a heading where ``head`` is empty."""
+    """A table; without a head row if ``head`` is empty."""
     top = [element("tr", *(element("th", name) for name in head))] if head else []
     return element("table", *top, *(element("tr", *(element("td", cell) for cell in row)) for row in rows))
 
 
 def picture(image: Image.Image, about: str, side: int, wanted: int) -> Html:
-    """A picture of ``side`` pixels at most, enlarged by a whole factor to about ``wanted`` where it is much smaller."""
+    """A picture of at most ``side`` pixels; a small one is enlarged by a whole factor towards ``wanted``."""
     image = image.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind, data = "png", _encoded(image, format="PNG", optimize=True)
@@ -85,12 +87,12 @@ def picture(image: Image.Image, about: str, side: int, wanted: int) -> Html:
 
 
 def drawing(svg: bytes, about: str) -> Html:
-    """A drawing of dark lines on nothing; its lightness is turned over in the dark."""
+    """A drawing of dark lines on a transparent ground, inverted in dark mode."""
     return element("img", class_="drawn", alt=about, src=f"data:image/svg+xml;base64,{_text(svg)}")
 
 
 def page(title: str, *content: Any) -> str:
-    """The whole file."""
+    """The complete file."""
     head = element(
         "head",
         element("meta", charset="utf-8"),

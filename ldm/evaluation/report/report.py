@@ -1,7 +1,7 @@
-"""The report of a run as one HTML page: what it is, its curves, its pictures, its figures, what was skipped, its settings.
+"""Report of a run as one HTML page: curves, pictures, reconstructions, metrics, skipped files, settings.
 
-Each section is a function of the run that gives its title and content, or None where there is nothing to say. Whatever
-should be there and is not yet is said in one sentence, so that a run can be looked at in every state.
+Each section is a function of the run that returns its title and content, or None if it does not apply.
+What is still missing is stated in one sentence, so that a run can be looked at in every state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ldm.evaluation.report.html import Html, drawing, element, join, page, pictu
 from ldm.files.disk import check_regular, read_bytes, resolved
 from ldm.interop.diffusers.lora_folder import REFERENCE
 from ldm.pipeline.codec import load_codec
-from ldm.runs import records as record
+from ldm.runs import records
 
 MODELS = {
     "train-autoencoder": ("vae/config.json",),
@@ -47,11 +47,11 @@ MODELS = {
     "train-ldm": ("model_index.json", REFERENCE),
     "train-classifier": ("classifier/config.json",),
 }
-GRIDS = 12  # pictures shown of each name
+GRIDS = 12  # pictures shown of each kind
 STATES = {
-    "running": "running (or killed: then nothing has said so)",
-    "interrupted": "interrupted and saved: the same command continues",
-    "failed": "failed: the same command continues from the last checkpoint",
+    "running": "running (or killed: a killed run cannot record it)",
+    "interrupted": "interrupted and saved: the same command resumes",
+    "failed": "failed: the same command resumes from the last checkpoint",
 }
 T = TypeVar("T")
 Section = tuple[str, Html]
@@ -59,13 +59,13 @@ Section = tuple[str, Html]
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory as far as it has come."""
+    """Contents of a run directory in any state."""
 
     path: Path
     config: AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig
     status: dict[str, Any]  # empty before the first log
     lines: list[dict[str, Any]]
-    images: int  # validation images that are reconstructed
+    images: int  # validation images to reconstruct
     progress: Progress
 
     @property
@@ -75,43 +75,34 @@ class Run:
 
 
 def report(path: Path, images: int, progress: Progress) -> str:
-    """The page for a run directory. ``images``: validation images that are reconstructed, 0 for none.
+    """Build the page of a run directory. ``images``: validation images to reconstruct, 0 for none.
 
-    Raises ConfigError for what is not a run, RunError for a damaged status.json.
+    Raises ConfigError for a folder that is not a run, RunError for a damaged status.json.
     """
-    run = Run(
-        path,
-        configuration.load_run(path),
-        record.read_status(path, checked=False) or {},
-        record.read_metrics(path),
-        images,
-        progress,
-    )
+    config, status = configuration.load_run(path), records.read_status(path, checked=False) or {}
+    run = Run(path, config, status, records.read_metrics(path), images, progress)
     found = [section for make in SECTIONS if (section := make(run)) is not None]
     names = [title.lower().replace(" ", "-") for title, _ in found]
-    links = element(
-        "nav", *(element("a", title, href=f"#{name}") for name, (title, _) in zip(names, found, strict=True))
-    )
-    body = [
-        element("section", element("h2", title), content, id=name)
-        for name, (title, content) in zip(names, found, strict=True)
-    ]
+    links, body = [], []
+    for name, (title, content) in zip(names, found, strict=True):
+        links.append(element("a", title, href=f"#{name}"))
+        body.append(element("section", element("h2", title), content, id=name))
     title = resolved(path).name
-    return page(f"{title}: report", element("h1", title), _head(run), links, *body)
+    return page(f"{title}: report", element("h1", title), _head(run), element("nav", *links), *body)
 
 
 def _head(run: Run) -> Html:
     command = next(name for name, kind in RUNS.items() if isinstance(run.config, kind))
     state, seconds, train = run.status.get("state"), run.status.get("seconds"), run.config.train
-    told = STATES.get(str(state), state) if run.status else "no status yet: nothing has been logged"
+    described = STATES.get(str(state), state) if run.status else "no status yet: nothing has been logged"
     exported = any((run.path / "model" / file).is_file() for file in MODELS[command])
     rows: list[tuple[str, Any]] = [
         ("command", f"ldm {command}"),
-        ("state", element("b", told, class_="bad") if state == "failed" else told),
+        ("state", element("b", described, class_="bad") if state == "failed" else described),
         ("updates", f"{run.status.get('step', 0)} of {train.steps}"),
-        ("wall time", _duration(seconds) + ", all resumes together" if record.is_seconds(seconds) else "not known yet"),
+        ("wall time", _duration(seconds) + ", resumes included" if records.is_seconds(seconds) else "not known yet"),
         ("global batch", f"{train.batch_size} images"),
-        ("model", "exported" if exported else "not exported yet: that follows the last update"),
+        ("model", "exported" if exported else "not exported yet: this follows the last update"),
     ]
     if parameters := _parameters(run.path):
         rows.append(("parameters", ", ".join(f"{name} {count:,}" for name, count in parameters.items())))
@@ -120,26 +111,21 @@ def _head(run: Run) -> Html:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _parameters(run: Path) -> dict[str, int]:
-    """Elements of each network's weights in the newest checkpoint, from the files' headers; empty where there is none."""
-    newest = record.newest_checkpoint(run)
+    """Parameters of each network in the newest checkpoint, from the file headers; empty without one."""
+    newest = records.newest_checkpoint(run)
     counts: dict[str, int] = {}
     try:
         for file in sorted(newest[1].glob("model_*.safetensors")) if newest else []:
             with safe_open(file, "pt") as weights:
-                counts[file.stem.removeprefix("model_")] = sum(
-                    math.prod(weights.get_slice(k).get_shape()) for k in weights.keys()
-                )  # noqa: SIM118
-    except (OSError, SafetensorError):  # deleted meanwhile by the training that continues
+                shapes = [weights.get_slice(k).get_shape() for k in weights.keys()]  # noqa: SIM118
+            counts[file.stem.removeprefix("model_")] = sum(map(math.prod, shapes))
+    except (OSError, SafetensorError):  # deleted meanwhile by a running training
         return {}
     return counts
 
@@ -147,16 +133,12 @@ def _parameters(run: Path) -> dict[str, int]:
 def _curves(run: Run) -> Section:
     train = run.config.train
     if not run.lines:
-        return "Curves", element(
-            "p", f"No figures yet: the first come after update {min(train.log_every, train.steps)}."
-        )
-    scalars, lists = record.scalar_series(run.lines), record.list_series(run.lines)
+        first = min(train.log_every, train.steps)
+        return "Curves", element("p", f"No metrics yet: the first come after update {first}.")
+    scalars, lists = records.scalar_series(run.lines), records.list_series(run.lines)
     drawn = [(panel.quantity, panels.draw(panel)) for panel in panels.panels(scalars)]
-    drawn += [
-        (panels.quantity(name), panels.draw_by_t(points))
-        for name, points in lists.items()
-        if name.endswith(panels.BY_T)
-    ]
+    by_t = {name: points for name, points in lists.items() if name.endswith(panels.BY_T)}
+    drawn += [(panels.quantity(name), panels.draw_by_t(points)) for name, points in by_t.items()]
     figures = [
         element("figure", element("h3", name), drawing(svg, name), element("figcaption", panels.HINTS.get(name, "")))
         for name, svg in sorted(drawn, key=lambda item: panels.place(item[0]))
@@ -165,37 +147,31 @@ def _curves(run: Run) -> Section:
     for name, points in lists.items():
         flat = [v for _, values in points for v in values]
         if empty := sum(math.isnan(v) for v in flat):
-            gaps.append(
-                f"{name}: {empty} of {len(flat)} values null, left as gaps: no validation image fell there, or not finite."
-            )
+            reason = "no validation image fell there, or not finite"
+            gaps.append(f"{name}: {empty} of {len(flat)} values null, left as gaps: {reason}.")
     notes = element("ul", *(element("li", gap) for gap in gaps)) if gaps else ""
     return "Curves", join([element("div", *figures, class_="panels"), notes])
 
 
 def _pictures(run: Run) -> Section:
-    found, train = record.grids(run.path), run.config.train
+    found, train = records.grids(run.path), run.config.train
     if not found:
-        return "Pictures over time", element(
-            "p", f"None yet: the first come after update {min(train.sample_every, train.steps)}."
-        )
+        first = min(train.sample_every, train.steps)
+        return "Pictures over time", element("p", f"None yet: the first come after update {first}.")
     content: list[Any] = []
     for name, files in found.items():
         shown = evenly(files, GRIDS)
         count = f"{len(shown)} of {len(files)}, evenly chosen" if len(shown) < len(files) else f"{len(files)}"
-        content += [
-            element("h3", f"{name} ({count})"),
-            element("div", *(_grid(step, file) for step, file in shown), class_="rows"),
-        ]
+        grids = (_grid(step, file) for step, file in shown)
+        content += [element("h3", f"{name} ({count})"), element("div", *grids, class_="rows")]
     if isinstance(run.config, DiffusionTrainingConfig) and run.config.prompts:
-        content += [
-            element("h3", "Prompts, row by row"),
-            element("ol", *(element("li", text) for text in run.config.prompts)),
-        ]
+        prompts = (element("li", text) for text in run.config.prompts)
+        content += [element("h3", "Prompts, row by row"), element("ol", *prompts)]
     return "Pictures over time", join(content)
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` items, evenly spread, the first and the last among them."""
+    """At most ``most`` items, evenly spread, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
@@ -206,7 +182,7 @@ def _grid(step: int, file: Path) -> Html:
 
 
 def _file(file: Path, side: int, wanted: int) -> Html:
-    """A picture on disk; a sentence where it cannot be read, as while it is being written."""
+    """A picture on disk; a message if it cannot be read, for example while it is being written."""
     try:
         check_regular(file)
         with Image.open(file) as image:
@@ -230,12 +206,12 @@ def _reconstructions(run: Run) -> Section | None:
         return title, element("p", f"None: {error}.")
     n = len(decibels)
     if n == 0:
-        return title, element("p", f"None: not one of {wanted} validation images can be read.")
+        return title, element("p", f"None: none of {wanted} validation images can be read.")
     middle = (decibels[(n - 1) // 2] + decibels[n // 2]) / 2
     summary = {"best": decibels[0], "median": middle, "worst": decibels[-1], "mean": statistics.fmean(decibels)}
-    told = ", ".join(f"{name} {_decibels(value)}" for name, value in summary.items())
-    text = f"Originals above, reconstructions below, of {n} validation image{'s' * (n > 1)} ranked by PSNR: {told}."
-    stale = "" if run.done else " Training has not ended: the autoencoder is the one that was exported before."
+    ranked = ", ".join(f"{name} {_decibels(value)}" for name, value in summary.items())
+    text = f"Originals above, reconstructions below, of {n} validation image{'s' * (n > 1)} ranked by PSNR: {ranked}."
+    stale = "" if run.done else " Training has not ended: this is the autoencoder exported before."
     rows = [
         join([element("h3", name), element("div", *map(_pair, pairs), class_="rows pairs")])
         for name, pairs in groups.items()
@@ -244,7 +220,7 @@ def _reconstructions(run: Run) -> Section | None:
 
 
 def _autoencoder(run: Run) -> AutoencoderKL:
-    """The run's own, or the one that a diffusion run names. Raises FolderError or ConfigError."""
+    """The autoencoder of the run, or the one that a diffusion run names. Raises FolderError or ConfigError."""
     where = run.path
     if isinstance(run.config, DiffusionTrainingConfig) and not (run.path / "model/vae").is_dir():
         where = Path(run.config.autoencoder)
@@ -265,7 +241,7 @@ def _decibels(value: float) -> str:
     return f"{value:.2f} dB".replace("inf", "∞")
 
 
-def _figures(run: Run) -> Section:
+def _metrics(run: Run) -> Section:
     content = [tables.newest(run.lines)]
     if (run.path / "report.json").is_file():
         content.append(tables.evaluation(run.path / "report.json"))
@@ -273,7 +249,7 @@ def _figures(run: Run) -> Section:
         content.append(element("p", "Not evaluated yet: `ldm evaluate` judges the samples."))
     if (run.path / "samples.png").is_file():
         content.append(_file(run.path / "samples.png", 1400, 0))
-    return "Figures", join(content)
+    return "Metrics", join(content)
 
 
 def _throughput(run: Run) -> Section | None:
@@ -282,7 +258,7 @@ def _throughput(run: Run) -> Section | None:
 
 
 def _skipped(run: Run) -> Section:
-    return "Skipped files", tables.skipped(*record.read_skipped(run.path))
+    return "Skipped files", tables.skipped(*records.read_skipped(run.path))
 
 
 def _settings(run: Run) -> Section:
@@ -291,5 +267,5 @@ def _settings(run: Run) -> Section:
 
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
-    _curves, _pictures, _reconstructions, _figures, _throughput, _skipped, _settings,
+    _curves, _pictures, _reconstructions, _metrics, _throughput, _skipped, _settings,
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Samplers measured: orders, conformance, on a trained run."""
+"""Measurements of samplers: orders and distances on exact targets, distances on a trained run."""

@@ -1,13 +1,14 @@
-"""Data of which everything is known: a Gaussian mixture, its marginals q(x_t), scores and E[x_0 | x_t] (docs/equations.md F6).
+"""Gaussian mixtures, with closed forms of q(x_t), its score and E[x_0 | x_t] (docs/equations.md F6).
 
-Noise keeps a mixture a mixture: x_t = α x_0 + σ ε has the means α μ_k and the covariances α² Σ_k + σ² I. A finite set
-of points is a mixture with zero variance, one Gaussian a mixture of one. All in float64.
+A noised mixture is a mixture: x_t = α x_0 + σ ε has the means α μ_k and the covariances α² Σ_k + σ² I.
+A finite set of points is a mixture of zero variance, one Gaussian a mixture of one. All in float64.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -17,19 +18,20 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import TABLE, absent
 
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Σ_k w_k N(μ_k, Σ_k), Σ_k given by its axes and the variances along them. ``of`` and ``points`` make one.
+    """Σ_k w_k N(μ_k, Σ_k), with Σ_k given by its axes and the variances along them; see ``of`` and ``points``.
 
-    Noise levels are given as ``alpha`` and ``sigma``, each one number or one per sample; 1 and 0 are the data.
+    Noise levels are ``alpha`` and ``sigma``, one number or one per sample; 1 and 0 are clean data.
 
     Attributes:
-        weights: [k], positive, their sum 1.
+        weights: [k], positive, summing to 1.
         means: [k, d].
         variances: [k, d], along the axes.
-        axes: [k, d, d], orthogonal, an axis in each column; None: the coordinates' own.
+        axes: [k, d, d], orthogonal, one axis per column; None for those of the coordinates.
     """
 
     weights: Float[Tensor, " k"]
@@ -47,7 +49,7 @@ class GaussianMixture:
     def of(
         cls, weights: Float[Tensor, " k"], means: Float[Tensor, "k d"], covariances: Float[Tensor, "k *dd"]
     ) -> GaussianMixture:
-        """From covariances [k] (isotropic: one variance each) or [k, d, d] (full). Raises ValueError for no such thing."""
+        """From covariances [k] (isotropic: one variance each) or [k, d, d] (full). Raises ValueError for others."""
         weights, means, covariances = weights.double(), means.double(), covariances.double()
         if covariances.ndim == 1:
             return cls(weights, means, covariances[:, None].expand_as(means))
@@ -58,7 +60,7 @@ class GaussianMixture:
 
     @classmethod
     def points(cls, points: Float[Tensor, "k d"]) -> GaussianMixture:
-        """A finite set, each point as likely as the others."""
+        """A finite set of equally likely points."""
         return cls.of(torch.full((len(points),), 1 / len(points)), points, torch.zeros(len(points)))
 
     def component(self, k: int) -> GaussianMixture:
@@ -72,11 +74,9 @@ class GaussianMixture:
         """Mean and covariance of x_0."""
         mean = self.weights @ self.means
         away = self.means - mean
-        within = (
-            torch.diag_embed(self.variances)
-            if self.axes is None
-            else self.axes @ torch.diag_embed(self.variances) @ self.axes.mT
-        )
+        within = torch.diag_embed(self.variances)
+        if self.axes is not None:
+            within = self.axes @ within @ self.axes.mT
         return mean, torch.einsum("k,kde->de", self.weights, within + away[:, :, None] * away[:, None])
 
     def log_density(
@@ -86,7 +86,7 @@ class GaussianMixture:
         sigma: Float[Tensor, "*n"],
         prior: Float[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, " b"]:
-        """log q(x_t), in nats. ``prior``: other weights of the components for each sample, a class as one-hot."""
+        """log q(x_t) in nats. ``prior``: weights of the components for each sample; one-hot for a class."""
         return torch.logsumexp(self._log_joint(x, alpha, sigma, prior), 1)
 
     def log_posterior(
@@ -121,53 +121,51 @@ class GaussianMixture:
     def draw(
         self, n: int, generator: torch.Generator | None = None, alpha: float = 1.0, sigma: float = 0.0
     ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-        """n draws of x_t, and the component of each."""
+        """Draw n samples of x_t; returns them and their components."""
         of = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         z = (alpha**2 * self.variances[of] + sigma**2).sqrt() * z
         return alpha * self.means[of] + (z if self.axes is None else torch.einsum("nde,ne->nd", self.axes[of], z)), of
 
     def denoiser(self, schedule: Schedule, target: str) -> Denoiser:
-        """The prediction of a perfectly trained network, of the given ``target``."""
+        """The perfectly trained denoiser of this data, for the given ``target``."""
         model = self.model(schedule, target)
         return Denoiser(schedule, target, lambda x_t, t: model(x_t, t, Condition()))
 
     def model(self, schedule: Schedule, target: str) -> Model:
-        """The same with conditions, for guidance: ``vector`` [b, k] is a class as one-hot.
+        """The same with conditions, for guidance: ``vector`` [b, k] is a one-hot class.
 
-        Its entries multiply the mixture's own weights, so all ones, or no vector, is q(x_t) without a class.
+        Its entries multiply the weights of the mixture, so all ones, or no vector, is q(x_t) without a class.
         """
 
         def predict(x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
             x, a, s = x_t.double().flatten(1), schedule.alpha(t), schedule.sigma(t)
             prior = None if cond.vector is None else cond.vector.double() * self.weights
-            score = self.score(x, a, s, prior)
-            if target == "score":
-                said = score
-            elif target == "eps":
-                said = -_row(s) * score
-            else:
-                x0 = self.denoised(x, a, s, prior)
-                said = x0 if target == "x0" else -_row(a * s) * score - _row(s) * x0
-            return said.to(x_t.dtype).reshape(x_t.shape)
+            row, terms = TABLE[target](_row(a), _row(s)), []
+            if not absent(row.p):  # ε is −s times the score
+                terms.append(-_row(s) * row.p / row.r * self.score(x, a, s, prior))
+            if not absent(row.q):
+                terms.append(row.q / row.r * self.denoised(x, a, s, prior))
+            return reduce(torch.add, terms).to(x_t.dtype).reshape(x_t.shape)
 
         return predict
 
     def _away(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """x − α μ_k [b, k, d] and the variances α² Σ_k + σ² I, both along the axes."""
+        """x − α μ_k [b, k, d] and the variances α² Σ_k + σ² I, both in the frames of the axes."""
         away = x.double()[:, None] - _column(alpha) * self.means
         if self.axes is not None:
             away = torch.einsum("bkd,kde->bke", away, self.axes)
         return away, _column(alpha) ** 2 * self.variances + _column(sigma) ** 2
 
     def _turned_back(self, along: Tensor) -> Tensor:
+        """From the frames of the axes to coordinates, [b, k, d]."""
         return along if self.axes is None else torch.einsum("bke,kde->bkd", along, self.axes)
 
     def _log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, prior: Tensor | None) -> Tensor:
         """log w_k + log q(x_t | class k), [b, k]."""
         away, variances = self._away(x, alpha, sigma)
         if bool((variances == 0).any()):
-            raise ValueError("a point without noise has no density: take sigma > 0, or a variance > 0")
+            raise ValueError("a point without noise has no density: sigma or the variance must be above 0")
         weights = self.weights if prior is None else prior / prior.sum(1, keepdim=True)
         return torch.log(weights) - (away.square() / variances + torch.log(2 * math.pi * variances)).sum(2) / 2
 
@@ -181,5 +179,5 @@ def _row(level: Tensor) -> Tensor:
 
 
 def _column(level: Tensor) -> Tensor:
-    """One number or one per sample, against [b, k, d]."""
+    """Reshape one number or one per sample to broadcast against [b, k, d]."""
     return level.double().reshape(-1, 1, 1)

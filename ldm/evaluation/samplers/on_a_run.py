@@ -1,4 +1,4 @@
-"""Samplers on a trained model: how far each is from a long reference of the same noise, and which is the cheapest good enough."""
+"""Samplers on a trained model: distances to a long reference from the same noise, and the cheapest close enough."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ldm import config as configuration
 from ldm.config import ConfigError, DiffusionTrainingConfig, SampleConfig
 from ldm.data.sources import open_source
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.evaluation.samplers.conformance import Progress, sliced_wasserstein
+from ldm.evaluation.metrics import root_mean_square, sliced_wasserstein
+from ldm.evaluation.samplers.conformance import Progress
 from ldm.pipeline import Pipeline
 
 REFERENCE_STEPS = 1000
-TOLD_EVERY = 50  # steps, of progress
-LEVELS = 127.5  # of 8 bits, for one unit of an image in [−1, 1]
+REPORT_EVERY = 50  # steps between reports of progress
+LEVELS = 127.5  # of 8 bits per unit of an image in [−1, 1]
 
 
 def captions(run: Path, count: int) -> list[str]:
-    """``count`` captions of the run: its prompts, or the first of its validation set, over again where they are fewer.
+    """``count`` captions of the run: its prompts, or the first of its validation set, repeated if there are fewer.
 
-    Raises ConfigError for what is not a run of train-ldm.
+    Raises ConfigError for a run of another command than train-ldm.
     """
     config = configuration.load_run(run)
     if not isinstance(config, DiffusionTrainingConfig):
@@ -39,61 +40,33 @@ def captions(run: Path, count: int) -> list[str]:
 
 
 def compare_samplers(
-    pipe: Pipeline, prompts: Sequence[str], samplers: Sequence[str], steps: Sequence[int], within: float, batch_size: int,
-    progress: Progress, grid: str | None = None,
+    pipe: Pipeline, prompts: Sequence[str], samplers: Sequence[str], steps: Sequence[int], within: float,
+    batch_size: int, progress: Progress, grid: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Distances of each sampler and number of steps to DDIM with η = 0 and 1,000 steps (or all T, where they are fewer).
+    """Distances of each sampler and number of steps to a reference: DDIM, η = 0, 1,000 steps (or all T, if fewer).
 
-    A deterministic sampler is compared image by image from the same x_T: the root mean square difference of pixels, in
-    levels of 8 bits (0 to 255), over all images. A stochastic one ends elsewhere by design, so the two sets are compared:
-    the sliced Wasserstein distance of their pixels, in the same levels; ``floor`` is that between the reference and DDIM
-    from other noise, with a tenth of its steps. ``grid`` is that of all but the reference and its like; it and everything
-    else, left out, are the model's own defaults.
+    A deterministic sampler is compared image by image from the same x_T: root mean square difference of
+    pixels over all images, in levels of 8 bits (0 to 255). A stochastic one ends in other images by
+    design, so the two sets are compared: sliced Wasserstein distance of their pixels, in the same levels;
+    ``floor`` is that between the reference and DDIM from other noise with a tenth of its steps.
+
+    ``grid``: of all but the reference and DDIM from other noise; by default the model's own.
     """
-    base = dataclasses.replace(
-        pipe.defaults, sampler="ddim", eta=0.0, steps=min(REFERENCE_STEPS, pipe.schedule.num_steps)
-    )
+    base_steps = min(REFERENCE_STEPS, pipe.schedule.num_steps)
+    base = dataclasses.replace(pipe.defaults, sampler="ddim", eta=0.0, steps=base_steps)
     own = dataclasses.replace(base, grid=grid or base.grid)
-    wanted = [
-        dataclasses.replace(own, sampler=name, steps=n)
-        for name in samplers
-        for n in steps
-        if n >= SAMPLERS[name].fewest
-    ]
+    pairs = [(name, n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
+    wanted = [dataclasses.replace(own, sampler=name, steps=n) for name, n in pairs]
     for settings in (base, *wanted):
         pipe.check(settings, pipe.sample_size)
-    others = any(SAMPLERS[name].stochastic for name in samplers)
-    second = dataclasses.replace(base, seed=(base.seed + 1) % 2**63, steps=max(1, base.steps // 10))
-    work = [base, *([second] if others else []), *wanted]
-    total, done = sum(SAMPLERS[s.sampler].calls(s.steps) for s in work), 0
+    stochastic = any(SAMPLERS[name].stochastic for name in samplers)
+    other = dataclasses.replace(base, seed=(base.seed + 1) % 2**63, steps=max(1, base.steps // 10))
 
-    def images(settings: SampleConfig) -> Float[Tensor, "n d"]:
-        nonlocal done
-        calls, batches = SAMPLERS[settings.sampler].calls(settings.steps), -(-len(prompts) // batch_size)
-        ended = 0
-
-        def tell(step: int, _: Tensor, __: Tensor) -> None:
-            nonlocal ended
-            ended += 1
-            if ended % TOLD_EVERY == 0 or ended == batches * settings.steps:
-                progress(done + round(calls * ended / (batches * settings.steps)), total, {})
-
-        drawn = torch.cat(list(pipe.sample(prompts, settings, batch_size=batch_size, callback=tell)))
-        done += calls
-        return drawn.clamp(-1, 1).flatten(1).double().cpu() * LEVELS
-
-    reference, rows = images(base), []
-    floor = sliced_wasserstein(images(second), reference) if others else None
-    for settings in wanted:
-        sampler = SAMPLERS[settings.sampler]
-        found, row = (
-            images(settings),
-            {"sampler": settings.sampler, "steps": settings.steps, "calls": sampler.calls(settings.steps)},
-        )
-        if sampler.stochastic:
-            rows.append({**row, "sliced_wasserstein": sliced_wasserstein(found, reference)})
-        else:
-            rows.append({**row, "rms": float((found - reference).square().mean().sqrt())})
+    work = [base, *([other] if stochastic else []), *wanted]
+    draw = _Drawing(pipe, prompts, batch_size, sum(map(_calls, work)), progress)
+    reference = draw(base)
+    floor = sliced_wasserstein(draw(other), reference) if stochastic else None
+    rows = [_compared(settings, draw(settings), reference) for settings in wanted]
     return {
         "images": len(prompts),
         "reference": dataclasses.asdict(base),
@@ -106,7 +79,46 @@ def compare_samplers(
     }
 
 
+class _Drawing:
+    """Draws images of the prompts with given settings, and reports progress over all calls.
+
+    ``total``: network calls of all settings to come.
+    """
+
+    def __init__(self, pipe: Pipeline, prompts: Sequence[str], batch_size: int, total: int, progress: Progress) -> None:
+        self.pipe, self.prompts, self.batch_size = pipe, prompts, batch_size
+        self.total, self.progress, self.done = total, progress, 0
+
+    def __call__(self, settings: SampleConfig) -> Float[Tensor, "n d"]:
+        """Images as rows of pixels, in levels of 8 bits."""
+        calls, batches = _calls(settings), -(-len(self.prompts) // self.batch_size)
+        ended = 0
+
+        def after_step(step: int, _: Tensor, __: Tensor) -> None:
+            nonlocal ended
+            ended += 1
+            if ended % REPORT_EVERY == 0 or ended == batches * settings.steps:
+                self.progress(self.done + round(calls * ended / (batches * settings.steps)), self.total, {})
+
+        batched = self.pipe.sample(self.prompts, settings, batch_size=self.batch_size, callback=after_step)
+        images = torch.cat(list(batched))
+        self.done += calls
+        return images.clamp(-1, 1).flatten(1).double().cpu() * LEVELS
+
+
+def _calls(settings: SampleConfig) -> int:
+    return SAMPLERS[settings.sampler].calls(settings.steps)
+
+
+def _compared(settings: SampleConfig, images: Float[Tensor, "n d"], reference: Float[Tensor, "n d"]) -> dict[str, Any]:
+    """One row of the report: the distance of these images to the reference."""
+    row: dict[str, Any] = {"sampler": settings.sampler, "steps": settings.steps, "calls": _calls(settings)}
+    if SAMPLERS[settings.sampler].stochastic:
+        return row | {"sliced_wasserstein": sliced_wasserstein(images, reference)}
+    return row | {"rms": root_mean_square(images, reference)}
+
+
 def cheapest(rows: Sequence[dict[str, Any]], within: float) -> dict[str, Any] | None:
-    """The row with the fewest network calls whose rms is at most ``within``; of equals the nearest. None: no row is."""
+    """The row with the fewest network calls and rms ≤ ``within``, of equals the closest; None if there is none."""
     good = [row for row in rows if row.get("rms", float("inf")) <= within]
     return min(good, key=lambda row: (row["calls"], row["rms"]), default=None)

@@ -1,9 +1,10 @@
-"""Orders of convergence of the samplers, on targets of which everything is known (docs/equations.md S5).
+"""Orders of convergence of the samplers on exact targets (docs/equations.md S5).
 
-Orders are measured between two finite ends, uniform in λ, with no lowered last step and, where a solver takes them,
-exact starting values. A sampler that draws no noise is compared with the exact flow of the probability-flow equation
-on a mixture, sample by sample. One that does is compared in distribution, on Gaussian data: there it is affine in x_T
-and in each draw, so that its mean and variance follow from one run without Monte Carlo.
+Orders are measured between two finite ends, uniform in λ, without lowering the order of the last step
+and, where a solver accepts them, with exact starting values. A deterministic sampler is compared with
+the exact probability flow on a mixture, sample by sample. A stochastic one is compared in distribution
+on Gaussian data: there it is affine in x_T and in each draw of noise, so that its mean and variance
+follow from one run without Monte Carlo.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.evaluation.metrics import root_mean_square
 from ldm.evaluation.samplers.mixture import GaussianMixture
 
-ENDS = (-1.5, 1.0)  # λ between which orders are measured
+ENDS = (-1.5, 1.0)  # λ at the two ends
 SUBSTEPS = 4  # of the exact flow, per step of the finest grid
-# what must shrink as steps double for a sampler to converge at all: the Langevin step (samplers/langevin.py)
+# options that must shrink as steps double, or a sampler would not converge: the Langevin step (samplers/langevin.py)
 REFINED: dict[str, Callable[[int], dict[str, Any]]] = {
     "predictor_corrector": lambda steps: {"snr": 0.16 * (10 / steps) ** 0.5},
     "annealed_langevin": lambda steps: {"snr": 0.3 * (10 / steps) ** 0.25},
@@ -57,13 +59,13 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(
-        self, schedule: Schedule, target: str, mixture: GaussianMixture, x: Tensor, grid: Tensor, noise: Callable[[int], Tensor],
-        path: Sequence[Tensor] = (), **options: Any,
+        self, schedule: Schedule, target: str, mixture: GaussianMixture, x: Tensor, grid: Tensor,
+        noise: Callable[[int], Tensor], path: Sequence[Tensor] = (), **options: Any,
     ) -> tuple[Tensor, int]:  # fmt: skip
         """Sample with the exact denoiser; returns the samples and the number of network calls.
 
-        Where the grid is finite and the sampler takes them: no lowered last step, and for an order of 3 or more starting
-        values from the exact ``path``.
+        On a finite grid the last step keeps its order, and an order of 3 or more starts with values of
+        the exact ``path``, if the sampler has these options.
         """
         calls, exact = 0, mixture.model(schedule, target)
 
@@ -81,7 +83,7 @@ class Case:
         return function(Denoiser(schedule, target, predict), x, grid, noise, **options), calls
 
 
-# every sampler as it comes, and those whose options change the order
+# every sampler with its defaults, and variants whose options change the order
 CASES = {name: Case(name, sampler.order) for name, sampler in SAMPLERS.items()}
 VARIANTS = {
     "ddim, eta 1": Case("ddim", 1, {"eta": 1.0}),
@@ -94,10 +96,10 @@ CASES |= {name: case for name, case in VARIANTS.items() if case.sampler in SAMPL
 
 @dataclass(frozen=True)
 class Order:
-    """An order of convergence: error ∝ steps^(−order).
+    """An order of convergence: error ∝ steps^(−order); higher is better.
 
     Attributes:
-        measured: log₂ of the error's fall over the last doubling.
+        measured: log₂ of the ratio of errors over the last doubling of steps.
         sense: "path": root mean square error of the end points; "weak": error of mean and variance, over the variance.
         errors: (steps, network calls, error).
     """
@@ -109,27 +111,28 @@ class Order:
 
 
 def order(case: Case, schedule: Schedule, target: str, steps: Sequence[int]) -> Order:
-    """Measure the order of one sampler; each number of steps divides the last, which is twice the one before."""
+    """Measure the order of one sampler; each number of steps divides the last, which doubles the one before it."""
     weak = draws_noise(case)
-    errors = (
-        [weak_error(case, schedule, target, n) for n in steps] if weak else path_errors(case, schedule, target, steps)
-    )
+    if weak:
+        errors = [weak_error(case, schedule, target, n) for n in steps]
+    else:
+        errors = path_errors(case, schedule, target, steps)
     measured = math.log2(errors[-2][2] / errors[-1][2])
     return Order(case.stated, measured, "weak" if weak else "path", errors)
 
 
 def uniform(schedule: Schedule, steps: int, ends: tuple[float, float] = ENDS) -> Float[Tensor, " nodes"]:
-    """A grid uniform in λ between two finite ends; t is fractional. Raises ValueError where the schedule has no such λ."""
+    """Grid of fractional t, uniform in λ between two ends. Raises ValueError if the schedule lacks such λ."""
     low, high = schedule.half_log_snr_table[-1], schedule.half_log_snr_table[0]
     if not low <= ends[0] < ends[1] <= high:
-        raise ValueError(f"λ from {ends[0]} to {ends[1]} is not within the schedule's own, {low:.2f} to {high:.2f}")
+        raise ValueError(f"λ from {ends[0]} to {ends[1]} is outside that of the schedule, {low:.2f} to {high:.2f}")
     return schedule.time(torch.linspace(*ends, steps + 1, dtype=torch.float64))
 
 
 def flow(
     mixture: GaussianMixture, x: Float[Tensor, "b d"], lam: Float[Tensor, " nodes"], substeps: int = SUBSTEPS
 ) -> list[Tensor]:
-    """The exact path from x at λ of the first node, at every node: d(x/α)/dλ = −(σ/α) ε, by Runge–Kutta of order 4."""
+    """Exact path of x at every node, d(x/α)/dλ = −(σ/α) ε, by the Runge–Kutta method of order 4."""
 
     def slope(lam: Tensor, y: Tensor) -> Tensor:
         alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
@@ -149,35 +152,36 @@ def flow(
 
 
 def path_errors(case: Case, schedule: Schedule, target: str, steps: Sequence[int]) -> list[tuple[int, int, float]]:
-    """Steps, calls, and root mean square distance of a deterministic sampler's end points from the exact ones."""
+    """Steps, network calls and root mean square error of the end points of a deterministic sampler."""
     exact, errors = _exact_path(steps[-1]), []
     for n in steps:
         nodes = exact[:: steps[-1] // n]
-        out, calls = case.run(schedule, target, MIXTURE, nodes[0], uniform(schedule, n), _none, nodes)
-        errors.append((n, calls, float((out - nodes[-1]).square().mean().sqrt())))
+        out, calls = case.run(schedule, target, MIXTURE, nodes[0], uniform(schedule, n), _no_noise, nodes)
+        errors.append((n, calls, root_mean_square(out, nodes[-1])))
     return errors
 
 
-def _none(i: int) -> Tensor:
-    raise ValueError(f"a sampler that drew no noise before asks for draw {i}: it must be measured in distribution")
+def _no_noise(i: int) -> Tensor:
+    raise ValueError(f"a sampler taken for deterministic asks for draw {i}: it must be measured in distribution")
 
 
 @functools.cache
 def _exact_path(steps: int) -> list[Tensor]:
-    """32 draws at the first end, at every node of the flow to the second."""
+    """The flow of 32 draws from the first end to the second, at every node."""
     alpha, sigma = (math.sqrt(1 / (1 + math.exp(sign * 2 * ENDS[0]))) for sign in (-1, 1))
     x, _ = MIXTURE.draw(32, torch.Generator().manual_seed(0), alpha, sigma)
     return flow(MIXTURE, x, torch.linspace(*ENDS, steps + 1, dtype=torch.float64))
 
 
 def weak_error(case: Case, schedule: Schedule, target: str, steps: int) -> tuple[int, int, float]:
-    """Steps, calls, and the larger of the errors of mean and variance on Gaussian data, over the variance."""
+    """Steps, network calls, and the larger error of mean and variance on Gaussian data, over the variance."""
     grid = uniform(schedule, steps)
     alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
     mean, variance = alpha * GAUSSIAN.means[0, 0], alpha**2 * GAUSSIAN.variances[0, 0] + sigma**2  # along the grid
     options = REFINED[case.sampler](steps) if case.sampler in REFINED else {}
-    found, calls = gaussian_moments(case, schedule, target, grid, (float(mean[0]), float(variance[0])), **options)
-    return steps, calls, max(abs(found[0] - float(mean[-1])), abs(found[1] - float(variance[-1]))) / float(variance[-1])
+    begin, exact_mean, exact_variance = (float(mean[0]), float(variance[0])), float(mean[-1]), float(variance[-1])
+    found, calls = gaussian_moments(case, schedule, target, grid, begin, **options)
+    return steps, calls, max(abs(found[0] - exact_mean), abs(found[1] - exact_variance)) / exact_variance
 
 
 def gaussian_moments(
@@ -188,9 +192,10 @@ def gaussian_moments(
     begin: tuple[float, float] = (0.0, 1.0),
     **options: Any,
 ) -> tuple[tuple[float, float], int]:
-    """Mean and variance of what a sampler makes of N(begin) at grid[0], on ``GAUSSIAN``, exactly, and its network calls.
+    """Exact mean and variance of the samples that start from N(begin) at grid[0], and the network calls.
 
-    The sampler is affine: row 0 starts at 0 and row 1 at 1, both without noise, and row 2 + i starts at 0 with 1 as its i-th draw.
+    On ``GAUSSIAN`` the sampler is affine: row 0 starts at 0 and row 1 at 1, both without noise; row 2 + i
+    starts at 0 with 1 as its i-th draw of noise.
     """
     asked: dict[int, int] = {}
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)

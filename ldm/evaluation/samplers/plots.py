@@ -1,4 +1,4 @@
-"""Tables and pictures of sampler reports."""
+"""Tables and figures of sampler reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKERS = "osD^v<>P*Xdph"
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: lines of (network calls, error), and a level below which nothing means anything."""
+    """One pair of axes: lines of (network calls, error), and a level to compare with."""
 
     title: str
     error: str
@@ -25,7 +25,7 @@ class Panel:
 
 
 def error_curves(panels: Sequence[Panel], file: Path) -> None:
-    """Error against network calls, both axes logarithmic; a line per sampler, named beside the axes from the worst to the best."""
+    """Plot error against network calls, both logarithmic; samplers are named from the worst to the best."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -36,15 +36,13 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
         worst_first = sorted(panel.lines.items(), key=lambda line: -line[1][-1][1])
         for j, (name, points) in enumerate(worst_first):
             dashes = "-" if j % 2 == 0 else (0, (5, 2))
-            axes.loglog(
-                *zip(*points, strict=True), marker=MARKERS[j % len(MARKERS)], markersize=5, linewidth=1.3, linestyle=dashes,
-                color=f"C{j % 10}", label=name,
-            )  # fmt: skip
+            style = {"marker": MARKERS[j % len(MARKERS)], "linestyle": dashes, "color": f"C{j % 10}"}
+            axes.loglog(*zip(*points, strict=True), markersize=5, linewidth=1.3, label=name, **style)
         if panel.level is not None:
             axes.axhline(panel.level[1], color="grey", linestyle=":", label=panel.level[0])
-        axes.set_xticks(
-            shown := [n for n in TICKS if axes.get_xlim()[0] <= n <= axes.get_xlim()[1]], [str(n) for n in shown]
-        )
+        low, high = axes.get_xlim()
+        ticks = [n for n in TICKS if low <= n <= high]
+        axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("network calls")
@@ -56,66 +54,43 @@ def error_curves(panels: Sequence[Panel], file: Path) -> None:
 
 
 def exact_panels(report: Mapping[str, Any]) -> list[Panel]:
-    """The orders of `conformance` as lines: deterministic samplers, and those that draw noise."""
+    """Panels of the errors in `conformance`: of deterministic samplers, and of those that draw noise."""
     titles = {
         "path": ("Deterministic samplers: end points against the exact flow", "root mean square error"),
         "weak": ("Stochastic samplers: mean and variance on Gaussian data", "error over the variance"),
     }
-    return [
-        Panel(
-            title, error,
-            {
-                f"{name}  ({row['measured']:.2f})": [(calls, value) for _, calls, value in row["errors"]]
-                for name, row in report["samplers"].items()
-                if row["sense"] == sense
-            },
-        )
-        for sense, (title, error) in titles.items()
-    ]  # fmt: skip
+    found = []
+    for sense, (title, error) in titles.items():
+        rows = {name: row for name, row in report["samplers"].items() if row["sense"] == sense}
+        lines = {
+            f"{name}  ({row['measured']:.2f})": [(calls, value) for _, calls, value in row["errors"]]
+            for name, row in rows.items()
+        }
+        found.append(Panel(title, error, lines))
+    return found
 
 
 def run_panels(report: Mapping[str, Any]) -> list[Panel]:
-    """The distances of `compare_samplers` as lines."""
+    """Panels of the distances in `compare_samplers`."""
 
     def lines(key: str) -> dict[str, list[tuple[float, float]]]:
         rows = [row for row in report["rows"] if key in row]
-        return {
-            name: [(r["calls"], r[key]) for r in rows if r["sampler"] == name]
-            for name in dict.fromkeys(r["sampler"] for r in rows)
-        }
+        names = dict.fromkeys(row["sampler"] for row in rows)
+        return {name: [(row["calls"], row[key]) for row in rows if row["sampler"] == name] for name in names}
 
-    level = f"{report['within']:g} levels"
-    found = [
-        Panel(
-            "Deterministic samplers: distance to the reference",
-            "pixel levels, root mean square",
-            lines("rms"),
-            (level, report["within"]),
-        )
-    ]
+    title, error = "Deterministic samplers: distance to the reference", "pixel levels, root mean square"
+    found = [Panel(title, error, lines("rms"), (f"{report['within']:g} levels", report["within"]))]
     if report["floor"] is not None:
-        floor = ("reference, other noise", report["floor"])
-        found.append(
-            Panel(
-                "Stochastic samplers: distance between the sets",
-                "pixel levels, sliced Wasserstein",
-                lines("sliced_wasserstein"),
-                floor,
-            )
-        )
+        title, error = "Stochastic samplers: distance between the sets", "pixel levels, sliced Wasserstein"
+        found.append(Panel(title, error, lines("sliced_wasserstein"), ("reference, other noise", report["floor"])))
     return found
 
 
 def exact_table(report: Mapping[str, Any]) -> list[str]:
-    """A Markdown table of `conformance`: order, then for each number of steps the distance to the data."""
+    """Markdown table of `conformance`: orders, and the distance to the data for each number of steps."""
     counts = list(dict.fromkeys(n for row in report["samplers"].values() for n in row["reach"]))
-    head = [
-        "sampler",
-        "order",
-        "measured",
-        *(f"W, {n} steps" for n in counts),
-        *(f"mean, cov., {n}" for n in counts[-1:]),
-    ]
+    head = ["sampler", "order", "measured", *(f"W, {n} steps" for n in counts)]
+    head += [f"mean, cov., {n}" for n in counts[-1:]]
     rows = []
     for name, row in report["samplers"].items():
         reached = [row["reach"].get(n) for n in counts]
@@ -127,7 +102,7 @@ def exact_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def run_table(report: Mapping[str, Any]) -> list[str]:
-    """A Markdown table of `compare_samplers`: a row per sampler, a column per number of steps, distance (calls)."""
+    """Markdown table of `compare_samplers`: sampler by number of steps, distance (network calls)."""
     counts = sorted({row["steps"] for row in report["rows"]})
     found = {(row["sampler"], row["steps"]): row for row in report["rows"]}
     rows = []

@@ -1,1 +1,1 @@
-"""Files of tensors: safetensors, torch files by a safe unpickler, finite numbers."""
+"""Files of tensors: safetensors, torch files by a safe unpickler, checks for finite numbers."""

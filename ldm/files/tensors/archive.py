@@ -1,4 +1,4 @@
-"""Files of weights: opened without being read, written so that no earlier file is torn."""
+"""Weight files: memory-mapped when opened, atomically replaced when written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.files.tensors.mapped import MappedFile
 
 TORCH = (".ckpt", ".pt", ".pth", ".bin")
 _INDEX = re.compile(r".+\.(safetensors|bin)(\.\w+)?\.index(\.\w+)?\.json")
-_BIN = {"model": "pytorch_model"}  # what transformers calls its model.safetensors in old folders
+_BIN = {"model": "pytorch_model"}  # name of transformers' model.safetensors in old folders
 _LFS = b"version https://git-lfs"
 
 
@@ -31,11 +31,11 @@ class Archive:
     """Contents of one file, or of the shards of one index.
 
     Attributes:
-        tensors: views of the files, mapped copy-on-write: an untouched one costs no memory, a change stays in memory. No two
-            share memory.
-        metadata: of the safetensors header.
-        files: that were opened, the index first.
-        counters: the numbers beside the tensors of a torch file, such as `global_step`.
+        tensors: views of the files, mapped copy-on-write: an unused one takes no memory, a change never
+            reaches the file. No two share memory.
+        metadata: from the safetensors header.
+        files: the files that were opened, the index first.
+        counters: numbers beside the tensors of a torch file, such as `global_step`.
     """
 
     tensors: dict[str, Tensor]
@@ -47,16 +47,15 @@ class Archive:
 def open_archive(path: str | Path) -> Archive:
     """Open `.safetensors`, a torch file (`.ckpt`, `.pt`, `.pth`, `.bin`) or an index of shards (`….index.json`).
 
-    Raises FolderError for what is damaged, is something else than its name says, or asks for more than tensors.
+    Raises FolderError for a file that is damaged, not of the kind that its name says, or needs more than tensors.
     """
     path = Path(path)
     if _INDEX.fullmatch(path.name):
         return _open_shards(path)
     suffix = path.suffix.lower()
     if suffix not in (".safetensors", *TORCH):
-        raise FolderError(
-            f"{path}: not known by its name: only .safetensors, {', '.join(TORCH)} and .safetensors.index.json are opened"
-        )
+        known = f".safetensors, {', '.join(TORCH)} and .safetensors.index.json"
+        raise FolderError(f"{path}: unknown file type: only {known} are opened")
     file = MappedFile(path)
     kind = _kind(file)
     if suffix == ".safetensors":
@@ -75,7 +74,7 @@ def _renamed(kind: str) -> str:
 
 
 def _kind(file: MappedFile) -> str:
-    """The kind of a file, by its first bytes."""
+    """The type of a file, by its first bytes."""
     start = file.data[:512]
     if torchfile.is_torch(start):
         return "a torch file"
@@ -85,11 +84,11 @@ def _kind(file: MappedFile) -> str:
         return "the pointer of a file that was not fetched (`git lfs pull` does)"
     if start[0] == 0x80 and len(start) > 1 and start[1] <= 5:
         return "a pickle that torch.save did not write"
-    return "a tar archive (torch before 0.1.10)" if start[257:262] == b"ustar" else "nothing that is known"
+    return "a tar archive (torch before 0.1.10)" if start[257:262] == b"ustar" else "something unknown"
 
 
 def _open_shards(index: Path) -> Archive:
-    """Every tensor where the index says, every shard with these and no others."""
+    """Open shards, which must hold exactly the tensors that the index assigns to each."""
     try:
         content = safetensors.parse_header(read_bytes(index), f"{index}: it")
     except OSError as error:
@@ -100,19 +99,18 @@ def _open_shards(index: Path) -> Archive:
     tensors, metadata, files = {}, {}, [index]
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or _INDEX.fullmatch(shard):
-            raise FolderError(f"{index}: {shard!r} is not a name of a file beside it")
+            raise FolderError(f"{index}: {shard!r} is not the name of a file beside it")
         archive = open_archive(index.parent / shard)
         expected = {name for name, place in places.items() if place == shard}
         if wrong := sorted(expected ^ archive.tensors.keys()):
+            elsewhere = f"the index places it in {places[wrong[0]]}" if wrong[0] in places else "it is not in the index"
             fault = (
-                "is missing, the index says it is there"
-                if wrong[0] in expected
-                else f"is not there by the index: {places.get(wrong[0])}"
+                "is missing, although the index places it here" if wrong[0] in expected else f"is extra: {elsewhere}"
             )
             raise FolderError(f"{index.parent / shard}: tensor {wrong[0]} {fault}")
         for key, value in archive.metadata.items():
             if metadata.setdefault(key, value) != value:
-                raise FolderError(f"{index.parent / shard}: its metadata {key} is not that of the other shards")
+                raise FolderError(f"{index.parent / shard}: its metadata {key} differs from that of other shards")
         tensors |= archive.tensors
         files.append(index.parent / shard)
     return Archive(tensors, metadata, tuple(files))
@@ -121,17 +119,18 @@ def _open_shards(index: Path) -> Archive:
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     """The file or index of a model's weights in its folder of a diffusers pipeline, for `open_archive`.
 
-    ``stem`` is `diffusion_pytorch_model`, or `model` for a text encoder. Without ``variant`` the plain weights are taken, safetensors
-    before `.bin`; where there are none, fp16 is, the same weights rounded; any other variant (non_ema, ema) is other weights
-    and taken only if asked for by name. Raises FolderError naming the variants that are there.
+    ``stem`` is `diffusion_pytorch_model`, or `model` for a text encoder; safetensors is preferred to
+    `.bin`. Without ``variant`` the plain weights are taken, or else fp16, which is the same weights
+    rounded. Any other variant (non_ema, ema) is other weights, and only taken by name.
+    Raises FolderError naming the variants that exist.
     """
-    there = _variants(folder, stem)
-    chosen = (variant or "") if variant or "" in there else "fp16"
-    if chosen not in there:
+    found = _variants(folder, stem)
+    chosen = (variant or "") if variant or "" in found else "fp16"
+    if chosen not in found:
         wanted = f"variant {variant} of {stem}" if variant else stem
-        instead = ", ".join("the plain one" if not name else f"variant {name}" for name in sorted(there))
+        instead = ", ".join("the plain one" if not name else f"variant {name}" for name in sorted(found))
         raise FolderError(f"{folder} holds no weights {wanted}.safetensors: there is {instead or 'none at all'}")
-    files = there[chosen]
+    files = found[chosen]
     best = [file for file in files if ".safetensors" in file.name] or files
     if len(best) > 1:
         raise FolderError(f"{folder} holds both {best[0].name} and {best[1].name}: remove the one that is not meant")
@@ -139,16 +138,20 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
 
 
 def _variants(folder: Path, stem: str) -> dict[str, list[Path]]:
-    """The weights in a folder by variant; "" is the plain one. Their names: `_add_variant` in diffusers/utils/hub_utils.py."""
+    """Files of weights in a folder, by variant; "" is the plain one.
+
+    Source of the names: `_add_variant` in diffusers/utils/hub_utils.py.
+    """
     old = re.escape(_BIN.get(stem, stem))
     names = rf"(?:{re.escape(stem)}(?:\.(?P<a>\w+))?\.safetensors|{old}(?:\.(?P<b>\w+))?\.bin)"
-    indices = rf"(?:{re.escape(stem)}\.safetensors|{old}\.bin)(?:\.(?P<c>\w+))?\.index(?:\.(?P<d>\w+))?\.json"  # c: deprecated there
-    there: dict[str, list[Path]] = {}
+    # c is deprecated in diffusers
+    indices = rf"(?:{re.escape(stem)}\.safetensors|{old}\.bin)(?:\.(?P<c>\w+))?\.index(?:\.(?P<d>\w+))?\.json"
+    found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := re.fullmatch(names, file.name) or re.fullmatch(indices, file.name):
             variant = next((name for name in match.groups() if name), "")
-            there.setdefault(variant, []).append(file)
-    return there
+            found.setdefault(variant, []).append(file)
+    return found
 
 
 def write_tensors(
@@ -157,20 +160,20 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
 ) -> Path:
-    """Write ``file`` (`….safetensors`), or shards of at most ``max_shard_bytes`` of tensors each with their index; returns which to open.
+    """Write a safetensors ``file``, or shards of at most ``max_shard_bytes`` and their index.
 
-    All is written beside, flushed and renamed: an earlier file stays whole until then, also for those who have it mapped, and
-    is left alone if this fails. The bytes depend on the content alone. Tensors that share memory are written each in full.
-    The shards and the index, or the single file, that this replaces are removed. Raises FolderError.
+    Returns the path to open. Everything is written under temporary names, flushed and renamed, so an
+    earlier file stays valid until then, also for processes that have it mapped, and survives a failure.
+    The bytes depend on the content alone. Tensors that share memory are each written in full. The shards
+    and index, or the single file, that this replaces are removed. Raises FolderError.
     """
     about = {"format": "pt", **(metadata or {})}
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
         content = {file: shards[0]}
     else:
-        content = {
-            file.with_name(f"{file.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"): s for i, s in enumerate(shards)
-        }
+        of = f"of-{len(shards):05d}.safetensors"
+        content = {file.with_name(f"{file.stem}-{i:05d}-{of}"): shard for i, shard in enumerate(shards, start=1)}
     index = index_name(file)
     temporary = {target: target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for target in [*content, index]}
     try:
@@ -184,7 +187,7 @@ def write_tensors(
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True)
             with _flushed(temporary[index]) as stream:
                 stream.write(text.encode() + b"\n")
-            index.unlink(missing_ok=True)  # shards of two models under one index would be worse than none
+            index.unlink(missing_ok=True)  # first: an index over shards of two models would be worse than none
             content[index] = {}
         for target in content:
             os.replace(temporary[target], target)
@@ -194,19 +197,19 @@ def write_tensors(
         raise FolderError(f"{file}: cannot be written: {error.strerror}") from None
     finally:
         for left in temporary.values():
-            with suppress(OSError):  # of a folder that could not be made
+            with suppress(OSError):  # missing where the folder could not be made
                 left.unlink()
     return index if index in content else file
 
 
 def index_name(file: Path) -> Path:
-    """The index of `a.safetensors` is `a.safetensors.index.json`, that of `a.fp16.safetensors` `a.safetensors.index.fp16.json`."""
+    """The index file of `a.safetensors` (`a.safetensors.index.json`), with the variant before `.json`."""
     stem, *variant = file.name.removesuffix(".safetensors").split(".")
     return file.with_name(".".join([stem, "safetensors.index", *variant, "json"]))
 
 
 def _split(tensors: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
-    """In the order of names, each part as full as fits; a tensor that is larger than that has one of its own."""
+    """Split tensors, by name, into parts of at most ``most`` bytes; a larger tensor is alone in its part."""
     parts: list[dict[str, Tensor]] = [{}]
     room = most
     for name, tensor in sorted(tensors.items()):
@@ -222,7 +225,7 @@ def _split(tensors: Mapping[str, Tensor], most: int | None) -> list[dict[str, Te
 
 @contextmanager
 def _flushed(file: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when the block ends."""
+    """Open a new file, which is flushed to disk when the block ends."""
     with file.open("xb") as stream:
         yield stream
         stream.flush()
@@ -230,7 +233,7 @@ def _flushed(file: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_replaced(file: Path, index: Path, new: set[Path]) -> None:
-    """Remove the other form of the same weights, which readers would take instead: index, shards, or the single file."""
+    """Remove older files of the same weights that readers might take: index, shards, or single file."""
     shard = re.compile(re.escape(file.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     for old in [index, file, *(f for f in sorted(file.parent.iterdir()) if shard.fullmatch(f.name))]:
         if old not in new:
@@ -238,7 +241,7 @@ def _remove_replaced(file: Path, index: Path, new: set[Path]) -> None:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes; read piece by piece, so that a mapped tensor takes no memory of its own."""
+    """sha256 of dtype, shape and bytes; read in pieces, so that a mapped tensor takes no memory."""
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
     for piece in safetensors.pieces(tensor):
         digest.update(piece)

@@ -1,4 +1,4 @@
-"""Tensors that must hold numbers: which of them hold NaN or an infinity, found in one reading."""
+"""Checks of tensors for NaN and infinity, in one pass over their memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ldm.errors import NonFiniteError
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """One element, true if every element is a finite number, on the tensor's device without waiting for it.
+    """Boolean scalar on the tensor's device, true if all elements are finite; does not synchronise.
 
-    By the least and the greatest element, of which NaN would be both: many times faster on a CPU than asking each element.
+    Tests the minimum and maximum, which are NaN if any element is: much faster on a CPU than ``isfinite``.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -22,14 +22,14 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
-    """The tensor itself. Raises NonFiniteError where it holds NaN or an infinity; a GPU is waited for."""
+    """The tensor itself. Raises NonFiniteError if it holds NaN or infinity. Synchronises a GPU."""
     if not is_finite(tensor):
         raise NonFiniteError(f"{what}: not finite (NaN or infinite)")
     return tensor
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold NaN or an infinity. A GPU is waited for once for each type of element."""
+    """Names of the tensors that hold NaN or infinity. Synchronises a GPU once per dtype."""
     ends: dict[tuple[torch.device, torch.dtype], dict[str, tuple[Tensor, Tensor]]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() > 0:
@@ -37,14 +37,14 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
             least, greatest = torch.aminmax(wide)
             ends.setdefault((wide.device, wide.dtype), {})[name] = (least, greatest)
     found: set[str] = set()
-    for named in ends.values():  # asked of all together, for each question costs more than a small tensor's answer
+    for named in ends.values():  # one transfer for all: each costs more than the test of a small tensor
         finite = torch.stack([end for pair in named.values() for end in pair]).isfinite().view(-1, 2).all(1).tolist()
         found |= {name for name, whole in zip(named, finite, strict=True) if not whole}
     return [name for name in tensors if name in found]
 
 
 def counted(tensor: Tensor) -> str:
-    """How many elements are NaN and how many infinite, in words."""
+    """Numbers of NaN and infinite elements, as text."""
     nan, infinite = int(torch.isnan(tensor.float()).sum()), int(torch.isinf(tensor.float()).sum())
     parts = [f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count]
     return f"{' and '.join(parts)} of {tensor.numel():,} values"

@@ -1,4 +1,4 @@
-"""A file in memory without being read: what is not looked at costs nothing, what is written to stays here."""
+"""Memory-mapped files, copy-on-write: unread parts take no memory, changes never reach the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.errors import FolderError
 
 
 class MappedFile:
-    """A private, copy-on-write map of a whole file, by its content at the moment of opening: a new file renamed over it is another.
+    """Private, copy-on-write map of a whole file; a file renamed over it later does not change it.
 
     Attributes:
         data: the bytes; a slice of it is a copy.
@@ -23,8 +23,8 @@ class MappedFile:
         """Map ``path``. Raises FolderError."""
         self.path = path
         try:
-            if not path.is_file():  # a pipe would wait for ever
-                raise FolderError(f"{path} is {'a folder, no file' if path.is_dir() else 'missing'}")
+            if not path.is_file():  # opening a pipe would block
+                raise FolderError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}")
             with path.open("rb") as stream:
                 self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except ValueError:
@@ -38,9 +38,9 @@ class MappedFile:
     def tensor(
         self, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
     ) -> Tensor:
-        """A view of the bytes ``start:end``, which the caller has checked: inside the file, and enough for shape and strides.
+        """A view of the bytes ``start:end``; the caller has checked that they fit file, shape and strides.
 
-        Where the file does not align its tensors, the view is not aligned either, as with safetensors' own reader.
+        Tensors that are not aligned in the file are not aligned here, as with safetensors' own reader.
         """
         if prod(n or 1 for n in shape) >= 2**63:
             raise FolderError(f"{self.path}: a tensor of {list(shape)} is not possible")
@@ -51,6 +51,6 @@ class MappedFile:
         return tensor.set_(storage, 0, shape, stride) if stride is not None else tensor.set_(storage).view(shape)
 
     def check_name(self, name: str) -> None:
-        """Raise FolderError for the name of a tensor that no terminal should be shown."""
+        """Raise FolderError for a tensor name that should not be printed to a terminal."""
         if not name.isprintable() or len(name) > 1000:
             raise FolderError(f"{self.path}: the name of a tensor is {name[:80]!r}: not printable or too long")

@@ -1,7 +1,7 @@
-"""The safetensors format: a header of JSON, read strictly, and the bytes of the tensors after it.
+"""The safetensors format: a JSON header, read strictly, and the bytes of the tensors after it.
 
-Read and written here because the library lets a name twice in the header through, writes metadata in random order and holds a
-copy of what it writes. Source: the format's description in the library's README.
+Implemented here because the library accepts duplicate names in the header, writes metadata in random
+order and holds a copy of what it writes. Source: the description of the format in the library's README.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, as views, and the metadata. Raises FolderError: the tensors fill the file, without overlap or hole."""
+    """All tensors, as views, and the metadata. Raises FolderError, also for overlaps and gaps."""
     length = int.from_bytes(file.data[:8], "little")
     if len(file) < 8 or length > len(file) - 8 or length > MOST_HEADER:
-        raise FolderError(
-            f"{file.path}: no safetensors file, or cut off: a header of {length} bytes in a file of {len(file)}"
-        )
+        sizes = f"a header of {length} bytes in a file of {len(file)}"
+        raise FolderError(f"{file.path}: not a safetensors file, or cut off: {sizes}")
     header = parse_header(file.data[8 : 8 + length], f"{file.path}: its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items()):
@@ -51,22 +50,18 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     position, before = 0, None
     for begin, end, name in sorted(spans):
         if begin != position:
-            fault = (
-                f"overlaps {before}"
-                if begin < position
-                else f"begins {begin - position} bytes after what lies before it"
-            )
+            gap = begin - position
+            fault = f"begins {gap} bytes after the end of the one before it" if gap > 0 else f"overlaps {before}"
             raise FolderError(f"{file.path}: tensor {name} {fault}: damaged, or not made by safetensors")
         position, before = end, name
     if position != (given := len(file) - 8 - length):
-        raise FolderError(
-            f"{file.path}: its tensors have {position} bytes, there are {given}: {'cut off' if position > given else 'too long'}"
-        )
+        fault = "cut off" if position > given else "too long"
+        raise FolderError(f"{file.path}: its tensors have {position} bytes, there are {given}: {fault}")
     return tensors, metadata
 
 
 def parse_header(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8 in which no key is twice. Raises FolderError beginning with ``what``."""
+    """Parse a JSON object in UTF-8, without duplicate keys. Raises FolderError beginning with ``what``."""
     try:
         return parse_json(data.decode(), what)
     except UnicodeDecodeError as error:
@@ -74,34 +69,34 @@ def parse_header(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _is_text(value: str) -> bool:
-    """True if it can be written in UTF-8: JSON can hold half of a surrogate pair."""
+    """True if a string can be encoded as UTF-8: JSON can hold half of a surrogate pair."""
     return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _entry(entry: Any, what: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of one tensor of the header; the offsets are bytes after it."""
+    """(dtype, shape, begin, end) of a tensor's entry; the offsets count bytes from the end of the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FolderError(f"{what} should have dtype, shape and data_offsets")
     word, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(word, str) or word not in DTYPES:
         raise FolderError(f"{what} is of type {str(word)[:40]!r}: only {', '.join(DTYPES)} are read")
-    if (
-        not all(isinstance(v, list) and all(type(n) is int and 0 <= n < 2**63 for n in v) for v in (shape, offsets))
-        or len(offsets) != 2
-    ):
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
         raise FolderError(f"{what}: shape and data_offsets should be lists of whole numbers")
     size = prod(shape) * DTYPES[word].itemsize
     if offsets[1] - offsets[0] != size:
-        raise FolderError(
-            f"{what} of {word} {shape} should have {size} bytes, the header gives it {offsets[1] - offsets[0]}"
-        )
+        given = offsets[1] - offsets[0]
+        raise FolderError(f"{what} of {word} {shape} should have {size} bytes, the header gives it {given}")
     return DTYPES[word], tuple(shape), offsets[0], offsets[1]
 
 
-def write(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file whose bytes depend on the arguments' content alone; wide types first, so that all are aligned.
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
-    Raises FolderError for a type that the format lacks.
+
+def write(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file whose bytes depend on the content alone; wide types come first, which aligns all.
+
+    Raises FolderError for a dtype that the format lacks.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position, names = 0, sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -121,7 +116,7 @@ def write(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in the order of its elements, in pieces; a contiguous one is never copied as a whole."""
+    """The bytes of a tensor, in pieces; a contiguous tensor is never copied as a whole."""
     flat = tensor.detach().reshape(-1)
     count = PIECE // flat.dtype.itemsize
     for start in range(0, flat.numel(), count):

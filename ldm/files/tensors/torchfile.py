@@ -1,6 +1,7 @@
-"""Files of torch.save, a zip archive or (before 1.6) a row of pickles: the tensors of their `state_dict`, as views of the file.
+"""Files of torch.save, zip archives or (before 1.6) a series of pickles; tensors are views of the file.
 
-The pickle is read by our own unpickler; torch.load is not called. Sources: torch/serialization.py, PKWARE's APPNOTE 4.3.
+Their pickle is read by our own unpickler; torch.load is not called.
+Sources: torch/serialization.py, PKWARE's APPNOTE 4.3.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ from ldm.files.tensors.pickled import TensorRef
 from ldm.files.tensors.unpickle import LIMIT, Unpickler
 
 ZIP = b"PK\x03\x04"
-LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, which the first pickle of an old file holds
-SPARE = (
-    2**24
-)  # bytes that copies of shared memory may take beyond the file's own length: small files often expand a tensor
-_OTHER_KINDS = {  # by a key that only they have
+LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, in the first pickle of an old file
+SPARE = 2**24  # bytes that copies of shared memory may exceed the file's length by: small files often expand a tensor
+_OTHER_KINDS = {  # by a key that identifies them
     "param_groups": "the state of an optimizer",
     "optimizer": "the state of an optimizer, or of a training with one",
     "string_to_param": "a textual inversion",
     "ip_adapter": "an IP-Adapter",
 }
-Regions = Mapping[str, tuple[int, int]]  # storage → where its bytes begin and end in the file
+Regions = Mapping[str, tuple[int, int]]  # storage → first and last byte in the file
 
 
 def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, int | float]]:
-    """The tensors of `state_dict`, or of the file itself where there is none, and the numbers beside them. Raises FolderError.
+    """Tensors of `state_dict`, or of the file itself if it has none, and the numbers beside them.
 
-    No two of the tensors share memory: one that shares bytes with another, or its elements with each other, is a copy.
+    A tensor that shares bytes with another, or whose own elements overlap, is a copy; the others are
+    views of the file. Raises FolderError.
     """
     content, regions = _zipped(file) if file.data[:4] == ZIP else _legacy(file)
     references, counters = _state_dict(content, file)
@@ -50,7 +50,7 @@ def is_torch(start: bytes) -> bool:
 
 
 def _zipped(file: MappedFile) -> tuple[Any, Regions]:
-    """The pickle and the storages of a zip archive."""
+    """Contents of the pickle of a zip archive, and its storages."""
     try:
         entries = zipfile.ZipFile(file.data).infolist()  # type: ignore[arg-type]  # it can seek, read and tell
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
@@ -63,15 +63,14 @@ def _zipped(file: MappedFile) -> tuple[Any, Regions]:
         regions[entry.filename], checks[entry.filename] = _region(entry, file), entry.CRC
     roots = [name.removesuffix("data.pkl") for name in regions if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in regions:
-        raise FolderError(f"{file.path}: a zip archive, but none of torch.save's with a data.pkl (is it TorchScript?)")
+        raise FolderError(f"{file.path}: a zip archive, but not of torch.save with a data.pkl (is it TorchScript?)")
     root = roots[0]
 
     def content(name: str) -> bytes:
         start, end = regions[name]
         data = file.data[start : min(end, start + LIMIT + 1)]
-        if (
-            checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT
-        ):  # torch writes 0 where it was not computed
+        # torch writes 0 for a checksum that it did not compute
+        if checks[name] and zlib.crc32(data) != checks[name] and len(data) <= LIMIT:
             raise FolderError(f"{file.path}: {name} is damaged: its checksum is wrong")
         return data
 
@@ -84,10 +83,10 @@ def _zipped(file: MappedFile) -> tuple[Any, Regions]:
 
 
 def _region(entry: zipfile.ZipInfo, file: MappedFile) -> tuple[int, int]:
-    """First and last byte of an entry; its local header gives the offset."""
+    """First and last byte of an entry, from its local header."""
     where = f"{file.path}: {entry.filename!r} of its archive"
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-        raise FolderError(f"{where} is compressed or encrypted: torch.save writes neither, pack it again without")
+        raise FolderError(f"{where} is compressed or encrypted: torch.save writes neither, repack it without")
     local = file.data[entry.header_offset : entry.header_offset + 30] if entry.header_offset >= 0 else b""
     if len(local) < 30 or local[:4] != ZIP:
         raise FolderError(f"{where} has no header where it should be")
@@ -98,15 +97,11 @@ def _region(entry: zipfile.ZipInfo, file: MappedFile) -> tuple[int, int]:
 
 
 def _legacy(file: MappedFile) -> tuple[Any, Regions]:
-    """The pickle and the storages of a file of torch before 1.6: each is its number of elements and their bytes."""
+    """Contents and storages of a file of torch before 1.6; each storage is a count and its elements."""
     reader = Unpickler(file.data[:LIMIT], str(file.path))
     number, protocol, system = reader.load(), reader.load(), reader.load()
-    if (
-        number != int.from_bytes(LEGACY, "little")
-        or protocol != 1001
-        or not isinstance(system, dict)
-        or system.get("little_endian") is not True
-    ):
+    little_endian = isinstance(system, dict) and system.get("little_endian") is True
+    if number != int.from_bytes(LEGACY, "little") or protocol != 1001 or not little_endian:
         raise FolderError(f"{file.path}: a torch file of another protocol than 1001, or not in little-endian order")
     content, keys = reader.load(), reader.load()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
@@ -126,17 +121,14 @@ def _legacy(file: MappedFile) -> tuple[Any, Regions]:
 
 
 def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], dict[str, int | float]]:
-    """The named contents of a file: of a `state_dict` only tensors; in a file without one, tensors and numbers."""
+    """Tensors of a `state_dict`, or of a file without one, and the numbers beside them, by name."""
     if not isinstance(content, dict):
-        raise FolderError(f"{file.path} holds a {type(content).__name__}, no tensors by name")
+        raise FolderError(f"{file.path} holds a {type(content).__name__}, not tensors by name")
     inside = content.get("state_dict", content)
     if not isinstance(inside, dict):
-        raise FolderError(f"{file.path}: its state_dict is a {type(inside).__name__}, no tensors by name")
-    counters = {
-        name: v
-        for name, v in content.items()
-        if isinstance(name, str) and isinstance(v, (int, float)) and not isinstance(v, bool)
-    }
+        raise FolderError(f"{file.path}: its state_dict is a {type(inside).__name__}, not tensors by name")
+    numbers = {k: v for k, v in content.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    counters = {name: value for name, value in numbers.items() if isinstance(name, str)}
     if (kind := next((kind for key, kind in _OTHER_KINDS.items() if key in inside), None)) is not None:
         raise FolderError(f"{file.path} is {kind}: not a model")
     if (kept := [str(name) for name, value in inside.items() if isinstance(value, dict)]) and inside is content:
@@ -147,7 +139,7 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
             continue
         if not isinstance(name, str) or not isinstance(value, TensorRef):
             kind = getattr(value, "name", type(value).__name__)
-            raise FolderError(f"{file.path}: {str(name)[:200]!r} is a {kind}, no tensor")
+            raise FolderError(f"{file.path}: {str(name)[:200]!r} is a {kind}, not a tensor")
         file.check_name(name)
         references[name] = value
     if not references:
@@ -156,7 +148,7 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
 
 
 def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile) -> dict[str, Tensor]:
-    """The tensors, in the file's order; copies are little more than the file is long, however often it names the same bytes."""
+    """Tensors in the file's order; copies of shared bytes exceed the file's length by at most SPARE."""
     spans = {
         name: _span(reference, regions, f"{file.path}: tensor {name}", len(file) + SPARE)
         for name, reference in references.items()
@@ -168,9 +160,7 @@ def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile)
             copied += prod(references[name].shape) * references[name].dtype.itemsize
         reach = max(reach, end)
     if copied > len(file) + SPARE:
-        raise FolderError(
-            f"{file.path}: its tensors share their bytes and are {copied} bytes longer without: more than the file"
-        )
+        raise FolderError(f"{file.path}: copies of tensors that share bytes would take {copied}: more than the file")
     tensors = {name: file.tensor(*spans[name], ref.dtype, ref.shape, ref.stride) for name, ref in references.items()}
     return {
         name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor
@@ -179,7 +169,7 @@ def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile)
 
 
 def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> tuple[int, int]:
-    """First and last byte of a tensor in the file. Raises FolderError unless it lies in its storage."""
+    """First and last byte of a tensor in the file. Raises FolderError if it exceeds its storage."""
     storage, size = reference.storage, reference.dtype.itemsize
     if storage.key not in regions:
         raise FolderError(f"{where} is in storage {storage.key[:40]!r}, which the file lacks")
@@ -199,7 +189,7 @@ def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> t
 
 
 def _overlaps_itself(reference: TensorRef) -> bool:
-    """True if two elements may share bytes: a step of one axis does not leave behind all elements of the narrower ones."""
+    """True if elements may overlap: the stride of an axis is within the reach of the narrower ones."""
     reach = 0
     for step, n in sorted((step, n) for n, step in zip(reference.shape, reference.stride, strict=True) if n > 1):
         if step <= reach:

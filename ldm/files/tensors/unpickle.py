@@ -1,9 +1,9 @@
-"""A reader of pickles that builds numbers, text, lists, tuples, dicts and descriptions of tensors, and nothing else.
+"""A safe unpickler: builds numbers, text, lists, tuples, dicts and descriptions of tensors, nothing else.
 
-It is a stack machine of its own. Python's, even with its lookup of names restricted, calls whatever lies on its stack, sets
-attributes of classes and functions, and takes as much memory as the stream says. Here nothing
-is imported, looked up or called but the functions of one table; a class that real files carry beside their weights becomes a
-placeholder, which is a name that swallows its content; any other global is refused by name.
+It is a stack machine of its own. Python's, even with a restricted `find_class`, calls whatever is on its
+stack, sets attributes of classes and functions, and allocates as much memory as the stream asks for. Here
+only the functions of one table are called, and nothing is imported. A class that real files carry beside
+their weights becomes a placeholder, a name without content; any other global is refused by name.
 """
 
 from __future__ import annotations
@@ -17,33 +17,20 @@ import numpy as np
 from ldm.errors import FolderError
 from ldm.files.tensors.pickled import Function, Placeholder, StorageRef, StorageType, find, put
 
-LIMIT = 16 * 2**20  # bytes of a pickle; that of a full Stable Diffusion checkpoint with its optimizer has about 1 MiB
-MOST_WORK = 2**25  # elements that calls are given, all together: a list of the memo may be given again and again
+LIMIT = 16 * 2**20  # bytes of a pickle; a full Stable Diffusion checkpoint with its optimizer has about 1 MiB
+MOST_WORK = 2**25  # elements passed to calls in total: a list in the memo may be passed repeatedly
 
 
 _OPERATIONS: dict[int, Callable[[Unpickler, int], None]] = {}
-_REFUSED = {
-    0x82: "EXT1",
-    0x83: "EXT2",
-    0x84: "EXT4",
-    0x69: "INST",
-    0x6F: "OBJ",
-    0x92: "NEWOBJ_EX",
-    0x50: "PERSID",
-    0x97: "NEXT_BUFFER",
-}
-_FRESH: dict[int, Callable[[], Any]] = {
-    0x4E: lambda: None, 0x88: lambda: True, 0x89: lambda: False, 0x29: tuple, 0x5D: list, 0x7D: dict,
-    0x8F: lambda: Placeholder("builtins.set"),
-}  # fmt: skip
+_REFUSED = {0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x69: "INST", 0x6F: "OBJ", 0x92: "NEWOBJ_EX", 0x50: "PERSID"}
+_REFUSED |= {0x97: "NEXT_BUFFER"}
+_CONSTANTS = {0x4E: None, 0x88: True, 0x89: False}
+_CONTAINERS: dict[int, Callable[[], Any]] = {0x29: tuple, 0x5D: list, 0x7D: dict}
+_CONTAINERS[0x8F] = lambda: Placeholder("builtins.set")
 _NUMBER = {0x4B: "<B", 0x4D: "<H", 0x4A: "<i", 0x47: ">d"}
 _LENGTH = {0x58: "<I", 0x8C: "<B", 0x55: "<B", 0x54: "<I", 0x43: "<B", 0x42: "<I", 0x96: "<Q"}
-_ENCODING = {
-    0x58: "utf-8",
-    0x8C: "utf-8",
-    0x55: "latin1",
-    0x54: "latin1",
-}  # the last two are Python 2's; the others of _LENGTH: bytes
+# The last two are Python 2's strings; the other codes of _LENGTH are bytes.
+_ENCODING = {0x58: "utf-8", 0x8C: "utf-8", 0x55: "latin1", 0x54: "latin1"}
 
 
 def _on(*codes: int) -> Callable[[Callable[[Unpickler, int], None]], Callable[[Unpickler, int], None]]:
@@ -55,17 +42,17 @@ def _on(*codes: int) -> Callable[[Callable[[Unpickler, int], None]], Callable[[U
 
 
 class Unpickler:
-    """The pickles in ``data``, one after the other. ``position`` is where the next one begins; ``where`` names the file."""
+    """Reads the pickles in ``data``, one after another, from ``position``; ``where`` names the file."""
 
     def __init__(self, data: bytes, where: str) -> None:
         self.data, self.where, self.position = data, where, 0
-        self.storages: dict[str, StorageRef] = {}  # by key: of what type each was named first
+        self.storages: dict[str, StorageRef] = {}  # by key: each as first declared
         self._work = 0
 
     def load(self) -> Any:
-        """The next value. Raises FolderError naming what is refused, or saying that the pickle is damaged."""
+        """Read the next value. Raises FolderError for a refused operation or a damaged pickle."""
         self._stack: list[Any] = []
-        self._outer: list[list[Any]] = []  # stacks below the marks
+        self._outer: list[list[Any]] = []  # the stacks below the marks
         self._memo: dict[int, Any] = {}
         try:
             while self.position < len(self.data):
@@ -76,9 +63,9 @@ class Unpickler:
                 if code not in _OPERATIONS:
                     self._refuse(f"operation {_REFUSED.get(code, hex(code))}")
                 _OPERATIONS[code](self, code)
-        except (IndexError, KeyError):  # of an empty stack, of the memo
+        except (IndexError, KeyError):  # an empty stack, or missing in the memo
             raise FolderError(f"{self.where}: its pickle is damaged at byte {self.position}") from None
-        except (ValueError, TypeError, struct.error) as error:  # a call with too few arguments is a TypeError
+        except (ValueError, TypeError, struct.error) as error:  # TypeError: too few arguments of a call
             raise FolderError(f"{self.where}: its pickle is damaged at byte {self.position}: {error}") from None
 
         self._cut_off()
@@ -93,15 +80,19 @@ class Unpickler:
         return self.data[self.position - count : self.position]
 
     def _refuse(self, what: str) -> NoReturn:
-        raise FolderError(f"{self.where} asks for {what}, which no weights need: not opened")
+        raise FolderError(f"{self.where} asks for {what}, which weights never need: not opened")
 
     def _since_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._outer.pop()
         return items
 
-    @_on(*_FRESH)
-    def _fresh(self, code: int) -> None:
-        self._stack.append(_FRESH[code]())
+    @_on(*_CONSTANTS)
+    def _constant(self, code: int) -> None:
+        self._stack.append(_CONSTANTS[code])
+
+    @_on(*_CONTAINERS)
+    def _empty(self, code: int) -> None:
+        self._stack.append(_CONTAINERS[code]())
 
     @_on(*_NUMBER)
     def _number(self, code: int) -> None:
@@ -195,11 +186,10 @@ class Unpickler:
         elif not isinstance(what, Function) or code == 0x81 or type(arguments) is not tuple:
             self._refuse(f"a call of a {type(what).__name__}")
         else:
-            self._work += len(arguments) + sum(
-                len(a) for a in arguments if isinstance(a, (str, bytes, list, tuple, dict))
-            )
+            inside = (len(a) for a in arguments if isinstance(a, (str, bytes, list, tuple, dict)))
+            self._work += len(arguments) + sum(inside)
             if self._work > MOST_WORK:
-                self._refuse("more work than any weights are")
+                self._refuse("more work than any weights take")
             self._stack.append(what.call(*arguments))
 
     @_on(0x62)
@@ -208,22 +198,17 @@ class Unpickler:
         if isinstance(target, np.dtype):
             if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
                 self._refuse("numpy numbers of another byte order")
-        elif not isinstance(
-            target, (Placeholder, dict)
-        ):  # an OrderedDict of weights has an attribute, its versions: not read
+        elif not isinstance(target, (Placeholder, dict)):  # the attributes of an OrderedDict of weights are ignored
             self._refuse(f"a state set in a {type(target).__name__}")
 
     @_on(0x51)
     def _storage(self, code: int) -> None:
         known = self._stack.pop()
-        if not (
-            type(known) is tuple
-            and len(known) in (5, 6)
-            and known[0] == "storage"
-            and isinstance(known[1], StorageType)
-        ):
+        if type(known) is not tuple or len(known) not in (5, 6) or known[0] != "storage":
             self._refuse("a persistent object that is not a storage")
         _, kind, key, _, count = known[:5]
+        if not isinstance(kind, StorageType):
+            self._refuse("a persistent object that is not a storage")
         if type(key) is not str or type(count) is not int or count < 0 or (len(known) == 6 and known[5] is not None):
             self._refuse("a storage without key and size, or a view of another")
         storage = StorageRef(key, kind.dtype, count)

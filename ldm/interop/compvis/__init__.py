@@ -1,1 +1,1 @@
-"""The single files of latent-diffusion's and Stable Diffusion's original code."""
+"""CompVis' layout: the single files of latent-diffusion's and Stable Diffusion's original code."""

@@ -1,4 +1,4 @@
-"""The header of a single file written here: everything of a model that no tensor holds."""
+"""The header of a single file written here: configurations, scheduler, tokenizer and `ldm.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.compvis.shapes import one_line
 from ldm.interop.intact import check_extra
 
-KEY = "ldm"  # of the safetensors metadata, whose values are text
+KEY = "ldm"  # our entry of the safetensors metadata, whose values are strings
 FORMAT = 1
 
 
@@ -23,7 +23,7 @@ class Header:
     """A model without its tensors.
 
     Attributes:
-        configs: of each part, as in Bundle.
+        configs: config.json of each part.
         scheduler, tokenizer, extra: as in Bundle.
     """
 
@@ -34,24 +34,26 @@ class Header:
 
 
 def read_header(metadata: Mapping[str, str]) -> Header | None:
-    """Our part of a file's metadata, or None where it has none. Raises FolderError for one that cannot be read."""
+    """Our entry of a file's metadata, or None if it has none.
+
+    Raises FolderError if it cannot be read.
+    """
     if KEY not in metadata:
         return None
     try:
-        said = parse_json(metadata[KEY], f"the file's header ({KEY}) cannot be read: it")
-        if said["format"] != FORMAT:
-            raise FolderError(f"the file's header is of format {said['format']!r}, this version reads {FORMAT}")
-        configs = {str(part): dict(config) for part, config in said["parts"].items()}
-        scheduler = None if said["scheduler"] is None else dict(said["scheduler"])
-        header = Header(
-            configs, scheduler, {name: text.encode() for name, text in said["tokenizer"].items()}, dict(said["extra"])
-        )
+        content = parse_json(metadata[KEY], f"the file's header ({KEY}) cannot be read: it")
+        if content["format"] != FORMAT:
+            raise FolderError(f"the file's header is of format {content['format']!r}, this version reads {FORMAT}")
+        configs = {str(part): dict(config) for part, config in content["parts"].items()}
+        scheduler = None if content["scheduler"] is None else dict(content["scheduler"])
+        tokenizer = {name: text.encode() for name, text in content["tokenizer"].items()}
+        header = Header(configs, scheduler, tokenizer, dict(content["extra"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(f"the file's header ({KEY}) cannot be read: {one_line(error)}") from None
     check_extra(header.extra, f"the file's header ({KEY})")
     if not configs or not configs.keys() <= {UNET, VAE, TEXT}:
         raise FolderError(
-            f"the file's header names the parts {', '.join(configs) or '(none)'}: known are {UNET}, {VAE} and {TEXT}"
+            f"the file's header names the parts {', '.join(configs) or '(none)'}: expected {UNET}, {VAE} and {TEXT}"
         )
     if UNET in configs and scheduler is None:
         raise FolderError("the file's header describes a U-Net without its scheduler")
@@ -59,18 +61,21 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
 
 
 def write_header(bundle: Bundle) -> dict[str, str]:
-    """The metadata that ``read_header`` reads. Raises ConfigError for a tokenizer file that is not text."""
+    """The metadata that ``read_header`` reads.
+
+    Raises ConfigError for a tokenizer file that is not text.
+    """
     tokenizer = {}
     for name, content in bundle.tokenizer.items():
         try:
             tokenizer[name] = content.decode()
         except UnicodeDecodeError:
             raise ConfigError(f"tokenizer/{name} is not UTF-8 text: a single file's header cannot hold it") from None
-    said = {
+    content = {
         "format": FORMAT,
         "parts": {name: dict(part.config) for name, part in bundle.parts.items()},
         "scheduler": None if bundle.scheduler is None else dict(bundle.scheduler),
         "tokenizer": tokenizer,
         "extra": dict(bundle.extra),
     }
-    return {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)}
+    return {"format": "pt", KEY: json.dumps(content, ensure_ascii=False)}

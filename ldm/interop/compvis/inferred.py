@@ -1,6 +1,7 @@
-"""The configurations of a CompVis single file without a header of ours, from the shapes of its tensors.
+"""Infer the configurations of a CompVis single file from the shapes of its tensors.
 
-What no tensor says (head counts, groups, target, scale of the latents) is known for the published families and asked for elsewhere.
+Head counts, groups, target and latent scale do not show in shapes: for the published families their
+values are known, for other files they must be given as ``Hints``.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ from ldm.interop.compvis.extras import PUBLISHED_SCALE
 from ldm.interop.compvis.shapes import Shapes, missing
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
+from ldm.models.unet import NetworkSpec
 
-PUBLISHED_FACTOR = 8  # image side over latent side of both
-PUBLISHED_GROUPS = 32  # of every GroupNorm in that code
-HEAD_WIDTH = 64  # of Stable Diffusion 2, and of every published CLIP
+PUBLISHED_FACTOR = 8  # image side over latent side of Stable Diffusion 1 and 2
+PUBLISHED_GROUPS = 32  # groups of every GroupNorm in CompVis' code
+HEAD_WIDTH = 64  # in the U-Net of Stable Diffusion 2, and in every published CLIP
 SD1_HEADS = 8
-OPENCLIP_WIDTH, OPENCLIP_LAYERS = 1024, 23  # of Stable Diffusion 2's text encoder; a 24th block is not used
-CLIP_WIDTH = 768  # of Stable Diffusion 1's
+OPENCLIP_WIDTH, OPENCLIP_LAYERS = 1024, 23  # Stable Diffusion 2's text encoder; a 24th block is not used
+CLIP_WIDTH = 768  # Stable Diffusion 1's text encoder
 WHICH_TARGET = (
     "give prediction: eps for Stable Diffusion 2.0-base, 2.1-base and 2-inpainting (512 px),"
-    " v for 2.0 and 2.1 (768 px), and for a fine-tune that of its origin"
+    " v for 2.0 and 2.1 (768 px), and for a fine-tune the one of its base"
 )
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Facts that the tensors of a file do not show. None: the published value, where the file is of a published family.
+    """Settings that the tensors of a file do not show.
+
+    None: the published value, for a file of a published family.
 
     Attributes:
         prediction: eps, v or x0.
@@ -43,7 +47,7 @@ class Hints:
         groups, vae_groups: GroupNorm groups of the U-Net and of the autoencoder.
         scale: factor on the autoencoder's latents.
         image_size: side of the training images in pixels.
-        text_heads, text_layers, text_act: of the text encoder; the layers are those in use.
+        text_heads, text_layers, text_act: heads, layers in use and activation of the text encoder.
     """
 
     prediction: str | None = None
@@ -57,7 +61,7 @@ class Hints:
     text_act: str | None = None
 
     def check(self, parts: Collection[str]) -> None:
-        """Raise ConfigError for a hint on a part that is not there."""
+        """Raise ConfigError for a hint about a part that the file lacks."""
         about = {"prediction": UNET, "heads": UNET, "groups": UNET, "image_size": UNET, "vae_groups": VAE, "scale": VAE}
         for name, value in vars(self).items():
             if value is not None and (part := about.get(name, TEXT)) not in parts:
@@ -76,7 +80,7 @@ class Hints:
 
 
 def _same(values: list[Any], what: str) -> Any:
-    """The one value for all. Raises FolderError."""
+    """The common value. Raises FolderError if the values differ."""
     if len(set(values)) != 1:
         raise FolderError(f"the U-Net has {what} {values}: they must be equal, or the file lacks tensors")
     return values[0]
@@ -87,7 +91,12 @@ def _same(values: list[Any], what: str) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """The settings of the published checkpoints with this projection and context width."""
+    """Settings of the published U-Nets with one projection and context width.
+
+    Attributes:
+        heads: attention heads, one number or one per level.
+        prediction: eps; None where the family has models of either kind.
+    """
 
     heads: tuple[int, ...]
     prediction: str | None
@@ -96,29 +105,39 @@ class Family:
 def infer_unet(
     shapes: Shapes, hints: Hints, latent_channels: int | None, factor: int | None
 ) -> tuple[dict[str, Any], str]:
-    """unet/config.json of the tensors, and the target. ``latent_channels``, ``factor``: the autoencoder's, where there is one."""
+    """unet/config.json of the tensors, and the target.
+
+    ``latent_channels``, ``factor``: the autoencoder's, or None.
+
+    Raises ConfigError naming the hint that is needed, FolderError for tensors that fit no U-Net.
+    """
     levels = _levels(shapes)
     channels = tuple(level[0][0] for level in levels)
-    depths = [depth for level in levels for _, depth in level if depth] + [
-        shapes.count("middle_block.1.transformer_blocks.")
-    ]
+    depths = [depth for level in levels for _, depth in level if depth]
+    depths.append(shapes.count("middle_block.1.transformer_blocks."))
     if shapes.has("middle_block.1.qkv."):
         raise ConfigError(
             "the U-Net is an unconditional one of latent-diffusion: its attention blocks cannot be expressed here"
         )
     cross = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     linear, context = shapes.dimensions("middle_block.1.proj_in.weight") == 2, shapes(cross, 1)
+
+    # What no tensor shows: from the hints, or from the published family.
     family = _family(channels, linear, context)
     heads = hints.heads if hints.heads is not None else family and family.heads
     target = hints.prediction or (family and family.prediction)
     if heads is None:
-        raise ConfigError(f"the U-Net is of no published family (its context is {context} wide, its projection"
-                          f" {'linear' if linear else 'a convolution'}): give heads, the number of attention heads")  # fmt: skip
+        raise ConfigError(
+            f"the U-Net is of no published family (its context is {context} wide, its projection"
+            f" {'linear' if linear else 'a convolution'}): give heads, the number of attention heads"
+        )
     if target is None:
         raise ConfigError(
-            "what the U-Net predicts does not show in a file: "
+            "a single file does not show what its U-Net predicts: "
             + (WHICH_TARGET if family else "give prediction: eps, v or x0")
         )
+
+    # Channels beyond those of x_t are a concatenated condition; twice as many come out with a learned variance.
     into, out = shapes("input_blocks.0.0.weight", 1), shapes("out.2.weight", 0)
     x_channels = latent_channels or (into if out == 2 * into else out)
     if out not in (x_channels, 2 * x_channels) or into < x_channels:
@@ -136,12 +155,11 @@ def infer_unet(
         scale_shift=shapes("middle_block.0.emb_layers.1.weight", 0) == 2 * channels[-1],
         vector_dim=shapes("label_emb.0.0.weight", 1) if shapes.has("label_emb.0.") else None,
         concat_channels=into - x_channels,
-        upcast_attention=family is not None
-        and family.prediction is None
-        and target == "v",  # published so: in half precision it overflows
+        upcast_attention=_is_768_v(family, target),  # published so: it overflows in half precision
     )
     factor = factor or (PUBLISHED_FACTOR if family else 1)
-    layout = unet_to_diffusers(config, x_channels, out, context, _image_size(hints, family, target) // factor)
+    spec = NetworkSpec(config, x_channels, out, context)
+    layout = unet_to_diffusers(spec, _image_size(hints, family, target) // factor)
     classes = {"num_class_embeds": shapes("label_emb.weight", 0)} if shapes.has("label_emb.weight") else {}
     return {**layout, **classes}, target
 
@@ -161,6 +179,7 @@ def _levels(shapes: Shapes) -> list[list[tuple[int, int]]]:
 
 
 def _family(channels: tuple[int, ...], linear: bool, context: int) -> Family | None:
+    """The published family of a U-Net, or None."""
     if not linear and context == CLIP_WIDTH:
         return Family((SD1_HEADS,), "eps")
     if linear and context == OPENCLIP_WIDTH:
@@ -168,27 +187,39 @@ def _family(channels: tuple[int, ...], linear: bool, context: int) -> Family | N
     return None
 
 
+def _is_768_v(family: Family | None, target: str) -> bool:
+    """True for Stable Diffusion 2's U-Net for 768 pixels, which predicts v."""
+    return family is not None and family.prediction is None and target == "v"
+
+
 def _groups(given: int | None, channels: tuple[int, ...], part: str, option: str) -> int:
-    """The hint, or the published number where it divides the channels. Raises ConfigError."""
+    """The hint, or the published number if it divides the channels. Raises ConfigError."""
     if given is None and any(c % PUBLISHED_GROUPS for c in channels):
         raise ConfigError(
-            f"the {part}'s channels {list(channels)} are no multiples of {PUBLISHED_GROUPS}: give {option}, the GroupNorm groups"
+            f"the {part}'s channels {list(channels)} are not multiples of {PUBLISHED_GROUPS}:"
+            f" give {option}, the GroupNorm groups"
         )
     return given or PUBLISHED_GROUPS
 
 
 def _image_size(hints: Hints, family: Family | None, target: str) -> int:
-    """Pixels: 512, and 768 for what predicts v with Stable Diffusion 2's U-Net. Raises ConfigError for no published family."""
+    """Side of the training images in pixels: the hint, or the published 512 or 768.
+
+    Raises ConfigError.
+    """
     if hints.image_size is None and family is None:
         raise ConfigError("the size of the training images is in no tensor: give image_size, in pixels")
-    return hints.image_size or (768 if family and family.prediction is None and target == "v" else 512)
+    return hints.image_size or (768 if _is_768_v(family, target) else 512)
 
 
-# ---------------------------------------------------------------- the rest
+# ---------------------------------------------------------------- autoencoder, text encoder, scheduler
 
 
 def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[str, Any]:
-    """vae/config.json of the tensors. ``given_scale``: what the file says of the latents' scale."""
+    """vae/config.json of the tensors. ``given_scale``: the latent scale in the file, or None.
+
+    Raises ConfigError.
+    """
     levels = range(shapes.count("encoder.down."))
     channels = tuple(shapes(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in levels)
     config = AutoencoderConfig(
@@ -209,7 +240,10 @@ def infer_vae(shapes: Shapes, hints: Hints, given_scale: float | None) -> dict[s
 
 
 def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
-    """text_encoder/config.json of the tensors, in transformers' names or in OpenCLIP's."""
+    """text_encoder/config.json of the tensors, in transformers' names or in OpenCLIP's.
+
+    Raises ConfigError.
+    """
     token, position = "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"
     if openclip:
         token, position = "token_embedding.weight", "positional_embedding"
@@ -219,7 +253,7 @@ def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
     published = width == (OPENCLIP_WIDTH if openclip else CLIP_WIDTH)
     if not published and (hints.text_heads is None or (hints.text_act is None and not openclip)):
         wanted = "text_heads" if openclip else "text_heads and text_act"
-        raise ConfigError(f"the text encoder is {width} wide, as no published one in this layout: give {wanted}")
+        raise ConfigError(f"the text encoder is {width} wide, unlike any published one in this layout: give {wanted}")
     heads = hints.text_heads or width // HEAD_WIDTH
     if heads < 1 or width % heads:
         raise ConfigError(f"text_heads: {heads} does not divide the text encoder's width {width}")
@@ -243,7 +277,10 @@ def infer_text(shapes: Shapes, hints: Hints, openclip: bool) -> dict[str, Any]:
 
 
 def _text_layers(shapes: Shapes, hints: Hints, openclip: bool, width: int) -> int:
-    """The layers in use: all in transformers' names, all but the last in OpenCLIP's where it is there. Raises ConfigError."""
+    """Number of layers in use: all in transformers' names, all but OpenCLIP's last block.
+
+    Raises ConfigError.
+    """
     held = shapes.count("transformer.resblocks." if openclip else "text_model.encoder.layers.")
     if hints.text_layers is not None or not openclip:
         return held if hints.text_layers is None else hints.text_layers

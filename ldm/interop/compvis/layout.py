@@ -1,6 +1,7 @@
-"""CompVis single files (latent-diffusion, Stable Diffusion): one dict of tensors, read into a Bundle and written from one.
+"""CompVis single files (latent-diffusion, Stable Diffusion), read and written as a Bundle.
 
-A file of ours says in its header what no tensor does; another's configuration is inferred from its tensors.
+Files written here carry the configuration in their header; for other files it is inferred from the
+tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ldm.interop.compvis.extras import (
     given_scale,
     process_of,
     unused_block,
-)  # fmt: skip
+)
 from ldm.interop.compvis.header import Header, read_header, write_header
 from ldm.interop.compvis.inferred import Hints, infer_scheduler, infer_text, infer_unet, infer_vae
 from ldm.interop.compvis.names import Slot, text_slots, unet_slots, vae_slots
@@ -45,19 +46,19 @@ def from_compvis(
     weights: str | None = None,
     hints: Hints | None = None,
 ) -> Bundle:
-    """The model in a single file: every tensor used, or named in ``besides`` with the reason.
+    """The model in a single file; each tensor is used, or listed in ``unused`` with the reason.
 
-    Tensors are views of those given, in their dtype.
+    The model's tensors are views of those given, in their dtype.
 
     Args:
-        tensors: by their names in the file.
-        metadata: of its header; with our configuration in it nothing is inferred.
-        weights: `ema` or `raw` weights of the U-Net; None: EMA where the file has them.
-        hints: what the tensors of another's file do not say.
+        tensors: the tensors of the file by name.
+        metadata: of its header; if it holds our configuration, nothing is inferred.
+        weights: `ema` or `raw` weights of the U-Net; None: EMA if the file has it.
+        hints: settings that the tensors of a file without our header do not show.
 
     Raises:
-        FolderError: a tensor is missing, has another shape than the configuration says, differs from the schedule, or is unknown.
-        ConfigError: a network that we cannot express, or a hint that is needed or does not belong.
+        FolderError: a tensor is missing, unknown, of a wrong shape, or differs from the schedule.
+        ConfigError: a network that we cannot express, or a hint that is needed or does not apply.
     """
     if weights not in (None, "ema", "raw"):
         raise ConfigError(f"weights must be ema or raw, got {weights!r}")
@@ -72,26 +73,30 @@ def from_compvis(
     places = _places(header.configs, {**PREFIXES, **prefixes})
     _check(tensors, places)
     source, copies = choose_weights(tensors, places.get(UNET, {}), weights)
-    besides = copies | check_process(tensors, header)
+    unused = copies | check_process(tensors, header)
     if prefixes.get(TEXT) == OPENCLIP_PREFIX:
-        besides |= unused_block(tensors, header.configs[TEXT])
-    check_known(tensors, {place for slots in places.values() for place in slots} | set(source.values()), besides)
+        unused |= unused_block(tensors, header.configs[TEXT])
+    check_known(tensors, {place for slots in places.values() for place in slots} | set(source.values()), unused)
     parts = {part: Part(header.configs[part], _inside(tensors, places[part], source)) for part in places}
-    return Bundle(parts, header.scheduler, header.tokenizer, header.extra, besides)
+    return Bundle(parts, header.scheduler, header.tokenizer, header.extra, unused)
 
 
 def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a single file and the metadata of its header. An autoencoder alone stands without prefix, as there.
+    """The tensors of a single file and the metadata of its header.
 
-    ``openclip``: the text encoder in OpenCLIP's names, as CompVis code for Stable Diffusion 2 reads it. The last block,
-    which is not used and which we do not have, is left out: that code loads without it.
+    An autoencoder alone has no prefix, as in CompVis' files.
 
-    Raises ConfigError naming what the layout cannot hold, FolderError where tensors and configurations do not fit.
+    ``openclip``: write the text encoder in OpenCLIP's names, which CompVis' code for Stable
+    Diffusion 2 reads. OpenCLIP's unused last block, which we do not have, is left out; that code
+    loads without it.
+
+    Raises ConfigError naming what the layout cannot hold, FolderError if tensors and configurations
+    disagree.
     """
     _check_expressible(bundle, openclip)
-    prefixes = (
-        {VAE: ""} if bundle.parts.keys() == {VAE} else {**PREFIXES, **({TEXT: OPENCLIP_PREFIX} if openclip else {})}
-    )
+    prefixes = PREFIXES | ({TEXT: OPENCLIP_PREFIX} if openclip else {})
+    if bundle.parts.keys() == {VAE}:
+        prefixes = {VAE: ""}
     places = _places({name: part.config for name, part in bundle.parts.items()}, prefixes)
     tensors: dict[str, Tensor] = {}
     for name, slots in places.items():
@@ -105,13 +110,18 @@ def to_compvis(bundle: Bundle, openclip: bool = False) -> tuple[dict[str, Tensor
         assert bundle.scheduler is not None  # _check_expressible
         schedule, _ = process_of(bundle.scheduler)
         tensors |= {name: table.float() for name, table in buffers(schedule).items()}
+
+    # Stable Diffusion's own code knows the published scale; any other stands in the file.
     if {UNET, VAE} <= bundle.parts.keys() and (scale := latent_scale(bundle.parts[VAE].config)[0]) != PUBLISHED_SCALE:
         tensors[SCALE] = torch.tensor(scale)
     return tensors, write_header(bundle)
 
 
 def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str]) -> Places:
-    """The place of every tensor of these networks. Raises ConfigError naming what we cannot express."""
+    """The slots of every tensor of these networks.
+
+    Raises ConfigError naming what we cannot express, or FolderError.
+    """
     slots = {}
     try:
         if UNET in configs:
@@ -129,10 +139,11 @@ def _places(configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The parts whose tensors are there, with their prefixes."""
-    names = [
-        name for name in tensors if not name.endswith("position_ids")
-    ]  # which may be left of a text encoder that was taken out
+    """The parts whose tensors are in the file, with their prefixes.
+
+    Raises FolderError if there are none.
+    """
+    names = [n for n in tensors if not n.endswith("position_ids")]  # may be left over from a removed text encoder
     found = {part: prefix for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in names)}
     if any(name.startswith(OPENCLIP_PREFIX + "transformer.") for name in names):
         found[TEXT] = OPENCLIP_PREFIX
@@ -141,13 +152,17 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     if not found:
         prefixes = ", ".join(PREFIXES.values())
         raise FolderError(
-            f"no CompVis file: no tensor's name begins with {prefixes}, or encoder. and decoder. of an autoencoder alone"
+            f"not a CompVis file: no tensor's name begins with {prefixes},"
+            " nor with encoder. or decoder. of an autoencoder alone"
         )
     return found
 
 
 def _infer(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], hints: Hints) -> Header:
-    """The configurations of a file without our header. Raises ConfigError naming the hint that is needed, or FolderError."""
+    """Infer the configurations of a file without our header.
+
+    Raises ConfigError naming the hint that is needed, or FolderError.
+    """
     hints.check(prefixes)
     configs: dict[str, dict[str, Any]] = {}
     scheduler, latent_channels, factor = None, None, None
@@ -164,7 +179,7 @@ def _infer(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], hints: Hi
 
 
 def _check(tensors: Mapping[str, Tensor], places: Places) -> None:
-    """Raise FolderError for the first tensor that is missing or of another shape."""
+    """Raise FolderError for the first tensor that is missing or has a wrong shape."""
     every = {place for slots in places.values() for place in slots}
     for slots in places.values():
         for place, slot in slots.items():
@@ -177,7 +192,10 @@ def _check(tensors: Mapping[str, Tensor], places: Places) -> None:
 
 
 def _inside(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], source: Mapping[str, str]) -> dict[str, Tensor]:
-    """The network's tensors, views of the file's. ``source``: the copy to take in the place of each, where it is another."""
+    """The network's tensors, as views of the file's.
+
+    ``source``: name → the copy (EMA) to use instead.
+    """
     inside = {}
     for place, slot in slots.items():
         pieces = tensors[source.get(place, place)].chunk(len(slot.holds))
@@ -189,7 +207,7 @@ def _inside(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], source: Ma
 
 
 def _check_expressible(bundle: Bundle, openclip: bool) -> None:
-    """Raise ConfigError naming the first thing that a single file has no place for."""
+    """Raise ConfigError naming the first property that a single file cannot hold."""
     unknown = [name for name in bundle.parts if name not in PREFIXES]
     unet, vae, text = (bundle.parts[name].config if name in bundle.parts else {} for name in (UNET, VAE, TEXT))
     context = unet.get("cross_attention_dim", 1280)
@@ -197,9 +215,9 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
         f"no part {', '.join(unknown)}": bool(unknown),
         "no model without a network": not bundle.parts,
         "no U-Net without its scheduler": bool(unet) and bundle.scheduler is None,
-        "no U-Net without a context (its unconditional one has other attention blocks)": bool(unet)
+        "no U-Net without a context (CompVis' unconditional one has other attention blocks)": bool(unet)
         and all(width is None for width in (context if isinstance(context, (list, tuple)) else [context])),
-        "no score target (eps, v and x0 it knows)": bundle.scheduler is not None
+        "no score target, only eps, v and x0": bundle.scheduler is not None
         and bundle.scheduler.get("prediction_type") == "score",
         "no shift of the latents, only a scale (shift_factor)": bool(vae.get("shift_factor")),
         "no mean and deviation per latent channel (latents_mean, latents_std)": vae.get("latents_mean") is not None
@@ -213,9 +231,10 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
 
 
 def _joined(held: list[Tensor], place: str) -> Tensor:
-    """One tensor as it is, or several in one. Raises ConfigError where their dtypes differ."""
+    """The one tensor, or several concatenated. Raises ConfigError if their dtypes differ."""
     if len({t.dtype for t in held}) > 1:
         raise ConfigError(
-            f"tensor {place} holds several of the model's, and these are {', '.join(str(t.dtype) for t in held)}: cast them"
+            f"tensor {place} joins several of the model's, which are {', '.join(str(t.dtype) for t in held)}:"
+            " cast the model to one of these types"
         )
     return held[0] if len(held) == 1 else torch.cat(held)

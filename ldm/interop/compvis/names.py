@@ -1,6 +1,7 @@
-"""The place of each tensor of our networks in a CompVis single file (the layout of latent-diffusion and Stable Diffusion).
+"""The name of each tensor of our networks in a CompVis single file.
 
-Names on our side are diffusers' and transformers'; names on the file's side are given without the part's prefix.
+Our names are those of diffusers and transformers; names in the file are given without the part's
+prefix.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from autoencoder.model import AutoencoderKL
 from ldm.interop.bundle import UNET, VAE
 from ldm.interop.diffusers.unet import unet_from_diffusers
-from ldm.models.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Slot:
     """A tensor of the file.
 
     Attributes:
-        name, shape: as it stands there.
-        holds: the network's tensors in it, by name; several lie one after the other along the first axis.
-        inner: the shape of each of these.
+        name, shape: as in the file.
+        holds: names of the network's tensors in it; several are concatenated along the first axis.
+        inner: shape of each of these.
     """
 
     name: str
@@ -58,20 +58,24 @@ _UNET_ENDS = {
 
 
 def unet_slots(config: Mapping[str, Any]) -> list[Slot]:
-    """Every tensor of the U-Net of a unet/config.json. Raises ConfigError naming what we cannot express."""
-    arguments = unet_from_diffusers(config)
+    """Every tensor of the U-Net of a unet/config.json.
+
+    Raises ConfigError naming what we cannot express.
+    """
+    spec = unet_from_diffusers(config)
     with torch.device("meta"):
-        network = UNet(*arguments)
+        network = spec.make()
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    layers, attends = (
-        network.config.layers_per_level,
-        [name.startswith("CrossAttn") for name in config["up_block_types"]],
-    )
+    layers = network.config.layers_per_level
+    attends = [name.startswith("CrossAttn") for name in config["up_block_types"]]
     return [Slot(unet_name(name, layers, attends), shape, (name,), shape) for name, shape in shapes.items()]
 
 
 def unet_name(name: str, layers: int, attends: list[bool]) -> str:
-    """The name in the file. ``layers``: residual blocks per level; ``attends``: whether each up block has attention."""
+    """A U-Net tensor's name in the file.
+
+    ``layers``: residual blocks per level; ``attends``: true for up blocks with attention.
+    """
     owner, kind = name.rsplit(".", 1)
     if owner in _UNET_ENDS:
         return f"{_UNET_ENDS[owner]}.{kind}"
@@ -84,13 +88,10 @@ def unet_name(name: str, layers: int, attends: list[bool]) -> str:
     level, index, rest = int(part[2]), int(part[4]), part[5]
     if part[3] == "downsamplers":
         return f"input_blocks.{(level + 1) * (layers + 1)}.0.op.{kind}"
-    if part[3] == "upsamplers":  # last in the sequence of its level's last block
+    if part[3] == "upsamplers":  # the last module of its level's last block
         return f"output_blocks.{level * (layers + 1) + layers}.{2 if attends[level] else 1}.conv.{kind}"
-    block = (
-        f"input_blocks.{level * (layers + 1) + 1 + index}"
-        if part[1] == "down"
-        else f"output_blocks.{level * (layers + 1) + index}"
-    )
+    number = level * (layers + 1) + index
+    block = f"input_blocks.{number + 1}" if part[1] == "down" else f"output_blocks.{number}"
     return f"{block}.0.{_resnet(rest)}" if part[3] == "resnets" else f"{block}.1.{rest}"
 
 
@@ -105,25 +106,25 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 
 def vae_slots(config: Mapping[str, Any]) -> list[Slot]:
-    """Every tensor of the autoencoder of a vae/config.json; its attention is a 1×1 convolution there. Raises ConfigError."""
+    """Every tensor of the autoencoder of a vae/config.json. Raises ConfigError."""
     with torch.device("meta"):
         network = AutoencoderKL(autoencoder_from_diffusers(config))
     slots = []
     for name, t in network.state_dict().items():
         shape = tuple(t.shape)
-        as_conv = ".attentions." in name and len(shape) == 2
-        slots.append(
-            Slot(vae_name(name, len(network.config.channels)), (*shape, 1, 1) if as_conv else shape, (name,), shape)
-        )
+        as_conv = ".attentions." in name and len(shape) == 2  # attention is a 1×1 convolution there
+        there = vae_name(name, len(network.config.channels))
+        slots.append(Slot(there, (*shape, 1, 1) if as_conv else shape, (name,), shape))
     return slots
 
 
 def vae_name(name: str, levels: int) -> str:
-    """The name in the file; the decoder's levels are counted from the highest resolution there."""
-    name = name.replace("conv_norm_out", "norm_out")
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name).replace(
-        "conv_shortcut", "nin_shortcut"
-    )
+    """An autoencoder tensor's name in the file.
+
+    The file counts the decoder's levels from the highest resolution.
+    """
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name.replace("down_blocks", "down"))
     name = name.replace(".resnets.", ".block.").replace(".attentions.", ".attn.")
@@ -142,9 +143,7 @@ _OPENCLIP = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-
-
-_TEXT_DEFAULTS = {  # CLIPTextConfig's, for what a config.json leaves out
+_TEXT_DEFAULTS = {  # CLIPTextConfig's defaults, for keys that a config.json omits
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -154,7 +153,7 @@ _TEXT_DEFAULTS = {  # CLIPTextConfig's, for what a config.json leaves out
 
 
 def text_slots(config: Mapping[str, Any], openclip: bool) -> list[Slot]:
-    """Every tensor of the text encoder of a CLIPTextModel's config.json, in transformers' names or in OpenCLIP's."""
+    """Every tensor of a CLIPTextModel's config.json, in transformers' names or in OpenCLIP's."""
     config = {**_TEXT_DEFAULTS, **config}
     width, inner = config["hidden_size"], config["intermediate_size"]
     ends = {
@@ -173,7 +172,7 @@ def text_slots(config: Mapping[str, Any], openclip: bool) -> list[Slot]:
 
 
 def unused_slots(config: Mapping[str, Any]) -> list[Slot]:
-    """OpenCLIP's block behind the last one in use."""
+    """The tensors of OpenCLIP's last block, which follows the last one in use."""
     config = {**_TEXT_DEFAULTS, **config}
     return _openclip_block(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"])
 
@@ -205,6 +204,9 @@ def _openclip_block(layer: int, width: int, inner: int) -> list[Slot]:
 
 
 def shapes_of(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a part's network by its name on our side. Raises ConfigError naming what we cannot express."""
+    """Name and shape of every tensor of a part's network.
+
+    Raises ConfigError naming what we cannot express.
+    """
     slots = unet_slots(config) if part == UNET else vae_slots(config) if part == VAE else text_slots(config, False)
     return {name: slot.inner for slot in slots for name in slot.holds}

@@ -1,4 +1,4 @@
-"""The tables of the forward process that a CompVis single file carries beside its weights."""
+"""The tables of the forward process that a CompVis single file holds besides its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ldm.diffusion.process import posterior_mean, posterior_variance
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import FolderError
 
-SMALLEST_VARIANCE = 1e-20  # below it the posterior's variance is clipped before its logarithm is taken
-TRAINING_ONLY = {"logvar": "the log-variance that its training gave each timestep: no part of the process"}
-_ROUNDINGS = 4  # a table is several roundings away from ours
+SMALLEST_VARIANCE = 1e-20  # CompVis' code clips the posterior variance here before taking its logarithm
+TRAINING_ONLY = {"logvar": "the log-variance of each timestep in its training loss: not part of the process"}
+_ROUNDINGS = 4  # tolerance in units of the file's epsilon: a table is several roundings away from ours
 
 
 def buffers(schedule: Schedule) -> dict[str, Float[Tensor, " T"]]:
-    """The tables by their names there, float64 (docs/equations.md F1 to F3, P2; `register_schedule` in latent-diffusion)."""
+    """The tables by their names in the file, float64.
+
+    docs/equations.md F1 to F3 and P2; `register_schedule` in latent-diffusion.
+    """
     t = torch.arange(schedule.num_steps)
     alpha, sigma, variance = schedule.alpha(t), schedule.sigma(t), posterior_variance(schedule, t - 1, t)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
@@ -41,7 +44,7 @@ def buffers(schedule: Schedule) -> dict[str, Float[Tensor, " T"]]:
 
 
 def bound_weights(schedule: Schedule, target: str) -> Float[Tensor, " T"]:
-    """`lvlb_weights`, the loss weights of the variational bound as that code computes them; old files carry them."""
+    """`lvlb_weights` of old files: the loss weights of the variational bound in CompVis' code."""
     t = torch.arange(schedule.num_steps)
     bar = schedule.alphas_cumprod
     if target == "eps":
@@ -55,19 +58,22 @@ def bound_weights(schedule: Schedule, target: str) -> Float[Tensor, " T"]:
 
 
 def schedule_of(tensors: Mapping[str, Tensor]) -> ScheduleConfig:
-    """The schedule whose betas the file holds; the published one where it holds none. Raises FolderError."""
+    """The schedule of the betas in the file, or the published one if there are none.
+
+    Raises FolderError.
+    """
     published = ScheduleConfig()
     if "betas" not in tensors:
         return published
     betas = tensors["betas"]
     if not betas.is_floating_point() or betas.ndim != 1:
-        raise FolderError(f"tensor betas should be one row of fractions, it is {list(betas.shape)} of {betas.dtype}")
+        raise FolderError(f"tensor betas should be a floating-point vector, it is {list(betas.shape)} of {betas.dtype}")
     known = Schedule.from_config(published).betas
     if betas.shape == known.shape and _close(betas, known, _ROUNDINGS * torch.finfo(betas.dtype).eps):
         return published
     if torch.finfo(betas.dtype).bits < 32:
         raise FolderError(
-            f"tensor betas is in {betas.dtype}, too coarse to take a schedule from, and not the published one"
+            f"tensor betas is in {betas.dtype}, too coarse to read a schedule from, and it is not the published one"
         )
     try:
         return ScheduleConfig(GIVEN, len(betas), betas=tuple(betas.double().tolist()))
@@ -76,7 +82,11 @@ def schedule_of(tensors: Mapping[str, Tensor]) -> ScheduleConfig:
 
 
 def check_buffers(tensors: Mapping[str, Tensor], schedule: Schedule, target: str) -> dict[str, str]:
-    """The tables that the file holds, each compared with the schedule: name to reason. Raises FolderError naming the one that differs."""
+    """Compare each table in the file with the schedule.
+
+    Returns their names with the reason why they are unused. Raises FolderError naming the table
+    that differs.
+    """
     found = {}
     expected = buffers(schedule) | {"lvlb_weights": bound_weights(schedule, target)}
     for name, table in expected.items():
@@ -86,12 +96,12 @@ def check_buffers(tensors: Mapping[str, Tensor], schedule: Schedule, target: str
             raise FolderError(
                 f"tensor {name} is {list(given.shape)} of {given.dtype}, the schedule has {schedule.num_steps} steps"
             )
-        # betas in float32 leave 1 − β with an error of eps/(1 − β)
+        # With betas in float32, 1 − β has a relative error of eps/(1 − β).
         if not _close(given, table, max(1e-4, _ROUNDINGS * torch.finfo(given.dtype).eps)):
             worst = int((given.double() - table).abs().nan_to_num(nan=math.inf).argmax())
-            is_, should = float(given[worst]), float(table[worst])
             raise FolderError(
-                f"tensor {name} does not fit the schedule: at step {worst} it is {is_:.6g}, it should be {should:.6g}"
+                f"tensor {name} does not fit the schedule: at step {worst} it is {float(given[worst]):.6g},"
+                f" it should be {float(table[worst]):.6g}"
             )
         found[name] = "a table of the schedule: checked"
     for name, reason in TRAINING_ONLY.items():
@@ -101,5 +111,6 @@ def check_buffers(tensors: Mapping[str, Tensor], schedule: Schedule, target: str
 
 
 def _close(given: Tensor, table: Tensor, relative: float) -> bool:
-    tiny = 1e-12 if torch.finfo(given.dtype).bits >= 32 else 1e-7  # half precision's smallest number is 6e-8
+    """True if a table equals ours up to rounding in its dtype."""
+    tiny = 1e-12 if torch.finfo(given.dtype).bits >= 32 else 1e-7  # the smallest float16 is 6e-8
     return torch.allclose(given.double(), table.double(), rtol=relative, atol=tiny)

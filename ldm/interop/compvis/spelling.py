@@ -1,8 +1,9 @@
-"""The names of a single file as CompVis' code spells them: what wraps a network, or was left out, by other writers.
+"""Normalise the names in a single file to the spelling of CompVis' code.
 
-Wrappers of parallel and compiled modules stand anywhere in a name, a trainer's own prefix stands before all names, and a U-Net or an
-autoencoder alone is written without its prefix. Text towers lost the prefix `text_model.` in transformers 5 and in what was saved
-with it, and in older merges; an autoencoder alone is often in diffusers' names.
+Other programs write wrappers of parallel and compiled modules anywhere in a name, their own prefix
+before all names, or a U-Net or autoencoder alone without its prefix. Text towers lack the prefix
+`text_model.` in files of transformers 5 and in older merges, and an autoencoder alone is often in
+diffusers' names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|out|l
 _VAE = re.compile(
     r"(?:encoder|decoder)\.(?:conv_in|conv_out|mid|mid_block|down|up|down_blocks|up_blocks)\.|(?:post_)?quant_conv\."
 )
-_TEXT = (  # what stands for what
+_TEXT = (  # pattern of a text tower's name, and its replacement
     (
         re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\."),
         r"cond_stage_model.transformer.text_model.\1.",
@@ -37,30 +38,35 @@ _TEXT = (  # what stands for what
 
 
 def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names in CompVis' code, views of those given. Raises FolderError where two have one name."""
+    """The tensors, or views of them, by their names in CompVis' code.
+
+    Raises FolderError if two get the same name.
+    """
+    # Without wrappers and without a prefix common to all names.
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     outer = _outer(names.values())
     names = {name: short.removeprefix(outer) for name, short in names.items()}
+
+    # A U-Net alone gets its prefix.
     if not any(_PARTS.match(short) for short in names.values()):
         if any(short.startswith("diffusion_model.") for short in names.values()):
-            names = {
-                name: f"model.{short}" if short.startswith("diffusion_model.") else short
-                for name, short in names.items()
-            }
+            names = {n: f"model.{s}" if s.startswith("diffusion_model.") else s for n, s in names.items()}
         elif any(short.startswith("input_blocks.") for short in names.values()):
-            names = {
-                name: f"model.diffusion_model.{short}" if _UNET.match(short) else short for name, short in names.items()
-            }
+            names = {n: f"model.diffusion_model.{s}" if _UNET.match(s) else s for n, s in names.items()}
+
+    # Text towers, and autoencoders in diffusers' names.
     levels = 1 + max((int(m[1]) for short in names.values() if (m := _DOWN.match(short))), default=-1)
     found: dict[str, Tensor] = {}
     for name, short in names.items():
-        for pattern, instead in _TEXT:
-            short = pattern.sub(instead, short, count=1) if pattern.match(short) else short
+        for pattern, replacement in _TEXT:
+            short = pattern.sub(replacement, short, count=1) if pattern.match(short) else short
         tensor = tensors[name]
         if levels and not short.startswith("loss."):
             short, tensor = _autoencoder(short, tensor, levels)
         if short in found:
-            raise FolderError(f"tensor {name} is in the file a second time under another name of {short}")
+            raise FolderError(
+                f"tensor {name} stands for {short}, which is in the file a second time under another name"
+            )
         found[short] = tensor
     return found
 
@@ -69,15 +75,21 @@ _DOWN = re.compile(r"(?:first_stage_model\.)?encoder\.down_blocks\.(\d+)\.")
 
 
 def _outer(names: Iterable[str]) -> str:
-    """The prefix of all names that belongs to none of them: a trainer's name of the whole model, or of the network alone."""
+    """A prefix that a trainer wrote before all names, of the whole model or of a network alone;
+
+    "" if there is none.
+    """
     names = list(names)
     first = names[0] if names else ""
-    part = next(
-        (m for name in names if (m := _PARTS.search(name)) and (m.start() == 0 or name[m.start() - 1] == ".")), None
-    )
+
+    # Everything before the name of a part of a whole model.
+    matches = (match for name in names if (match := _PARTS.search(name)))
+    part = next((m for m in matches if m.start() == 0 or m.string[m.start() - 1] == "."), None)
     if part is not None:
         outer = part.string[: part.start()]
         return outer if all(name.startswith(outer) for name in names) else ""
+
+    # Without parts: the first word, if a network alone follows it.
     head = first.partition(".")[0] + "."
     inner = [name.removeprefix(head) for name in names if name.startswith(head)]
     alone = len(inner) == len(names) and any(_UNET.match(name) or _VAE.match(name) for name in inner)
@@ -85,7 +97,10 @@ def _outer(names: Iterable[str]) -> str:
 
 
 def _autoencoder(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
-    """A tensor of an autoencoder in diffusers' names; its attention is a 1×1 convolution in CompVis' code."""
+    """An autoencoder's name and tensor in CompVis' code; others unchanged.
+
+    Attention is a 1×1 convolution there.
+    """
     prefix = "first_stage_model." if name.startswith("first_stage_model.") else ""
     inner = current_name("vae", name.removeprefix(prefix))
     if not inner.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):

@@ -1,1 +1,1 @@
-"""diffusers' pipeline folders: configurations, schedulers, index, a LoRA's folder."""
+"""diffusers' layout: pipeline folders with their index, configurations and schedulers."""

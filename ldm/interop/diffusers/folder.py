@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder, read and written: `model_index.json`, and a sub-folder for each part."""
+"""Read and write a diffusers pipeline folder: `model_index.json` and a sub-folder for each part."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
 )
-# Of the autoencoder's attention before diffusers 0.17, in which the published Stable Diffusion folders were written.
+# Names of the autoencoder's attention before diffusers 0.17, as in the published Stable Diffusion folders.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_BESIDES = {  # of a text encoder
+_UNUSED = {  # tensors of a text encoder → why they are unused
     "text_model.embeddings.position_ids": "0, 1, 2 …: nothing learned",
-    "text_projection.weight": "the U-Net is given states, not their projection",
+    "text_projection.weight": "the U-Net takes states, not their projection",
 }
 
 
 def find_model(path: str | Path) -> Path:
-    """The model folder of a run directory, or the folder itself (a LoRA's too). Raises FolderError saying what is there instead."""
+    """The model folder of a run directory, or the folder itself; also that of a LoRA.
+
+    Raises FolderError that says what is there instead.
+    """
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / INDEX).is_file() or (folder / REFERENCE).is_file():
@@ -48,11 +51,14 @@ def find_model(path: str | Path) -> Path:
         raise FolderError(
             f"{path} is a run without a diffusion model yet: train one with `ldm train-ldm`, or let it finish"
         )
-    raise FolderError(f"{path} holds no model_index.json, neither itself nor in model/")
+    raise FolderError(f"{path} holds no model_index.json, neither directly nor in model/")
 
 
 def find_autoencoder(path: str | Path) -> Path:
-    """The folder with an autoencoder's config.json: of a run, of a model folder, or itself. Raises FolderError."""
+    """The folder with an autoencoder's config.json in a run or model folder, or the folder itself.
+
+    Raises FolderError.
+    """
     path = Path(path)
     for folder in (path, path / "model"):
         if (reference := Reference.read(folder)) is not None:
@@ -68,48 +74,51 @@ def find_autoencoder(path: str | Path) -> Path:
 
 
 def read_folder(folder: Path, variant: str | None = None, without: Collection[str] = ()) -> Bundle:
-    """A pipeline folder; no weight is looked at. Raises FolderError or ConfigError.
+    """The model in a pipeline folder; weights are not read.
 
-    A part that the index names and whose folder is gone is left out (``complete.lacking`` says so).
-    ``variant``: fp16, non_ema …, which the U-Net must have; other parts without it are taken as they are.
-    ``without``: parts that are not to be read.
+    A part in the index whose folder is missing is left out; ``complete.lacking`` reports it.
+
+    Args:
+        variant: fp16, non_ema …; the U-Net must have it, other parts are read without it if they
+            lack it.
+        without: parts to skip.
+
+    Raises:
+        FolderError, ConfigError.
     """
     index = read_json(folder / INDEX)
     if (kind := index.get("_class_name")) not in layout.PIPELINES:
-        raise ConfigError(
-            f"{folder}: a {kind if isinstance(kind, str) else shown(kind)} cannot be opened, only {', '.join(layout.PIPELINES)}"
-        )
+        name = kind if isinstance(kind, str) else shown(kind)
+        raise ConfigError(f"{folder}: a {name} cannot be opened, only {', '.join(layout.PIPELINES)}")
     named = [name for name, entry in index.items() if _names_class(folder / INDEX, name, entry)]
-    besides = {
-        f"{name}/": "no part of this pipeline"
+    unused = {
+        f"{name}/": "not used by this pipeline"
         for name in named
         if name not in (UNET, VAE, TEXT, "scheduler", "tokenizer")
     }
     parts = {}
     for name in (UNET, VAE, TEXT):
-        if name == UNET or (name in named and name not in without and (folder / name).exists()):
-            own = (
-                variant
-                if name == UNET or any(f".{variant}" in file.name for file in (folder / name).glob("*"))
-                else None
-            )
-            parts[name], aside = read_part(folder / name, name, own)
-            besides |= {f"{name}/{tensor}": why for tensor, why in aside.items()}
-    extra = read_extra(folder)
-    tokenizer = read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {}
+        place = folder / name
+        if name == UNET or (name in named and name not in without and place.exists()):
+            has_variant = name == UNET or any(f".{variant}" in file.name for file in place.glob("*"))
+            parts[name], tensors = read_part(place, name, variant if has_variant else None)
+            unused |= {f"{name}/{tensor}": why for tensor, why in tensors.items()}
     return Bundle(
         parts,
-        read_json(folder / SCHEDULER),
-        tokenizer,
-        extra,
-        besides,
-        f"a folder of a {index['_class_name']}",
-        index["_class_name"],
+        scheduler=read_json(folder / SCHEDULER),
+        tokenizer=read_tokenizer_files(folder / "tokenizer") if TEXT in parts else {},
+        extra=read_extra(folder),
+        unused=unused,
+        layout=f"a folder of a {kind}",
+        kind=kind,
     )
 
 
 def _names_class(file: Path, name: str, entry: Any) -> bool:
-    """True if an entry of the index names a sub-folder. Raises FolderError for a part whose entry is neither."""
+    """True if an entry of the index names a sub-folder.
+
+    Raises FolderError for a malformed entry of a part.
+    """
     pair = isinstance(entry, list) and len(entry) == 2
     if pair and all(isinstance(one, str) for one in entry):
         return True
@@ -119,33 +128,38 @@ def _names_class(file: Path, name: str, entry: Any) -> bool:
 
 
 def read_part(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:
-    """One sub-folder, config.json and weights, and the tensors there that no network uses. Raises FolderError."""
+    """One sub-folder (config.json and weights), and its unused tensors with the reason.
+
+    Raises FolderError.
+    """
     config = read_json(folder / "config.json")
     archive = open_archive(find_weights(folder, FILES[name].removesuffix(".safetensors"), variant))
     tensors = {current_name(name, key): tensor for key, tensor in archive.tensors.items()}
-    besides = {key: why for key, why in _BESIDES.items() if name == TEXT and tensors.pop(key, None) is not None}
+    unused = {key: why for key, why in _UNUSED.items() if name == TEXT and tensors.pop(key, None) is not None}
     check_sizes(name, config, tensors, str(folder / "config.json"))
     hashes = written_hashes(folder)
     if variant is not None and not any(file.name in hashes for file in archive.files):
-        hashes = {}  # other weights beside those that were written, asked for by name
-    return Part(config, tensors, archive.files, hashes), besides
+        hashes = {}  # a variant that was added after the folder was written
+    return Part(config, tensors, archive.files, hashes), unused
 
 
 def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = None) -> tuple[Path, ...]:
-    """Write all parts, `model_index.json` last: a folder with it is complete. Returns the files of the weights.
+    """Write all parts, `model_index.json` last, so that a folder that has it is complete.
 
-    Raises FolderError, or ConfigError for what is not a whole model.
+    Returns the weight files.
+
+    Raises FolderError, or ConfigError for a bundle that is not a whole model.
     """
     if UNET not in bundle.parts or bundle.scheduler is None:
         raise ConfigError(
-            "a pipeline folder needs a U-Net and a scheduler: an autoencoder alone is written to a folder of its own"
+            "a pipeline folder needs a U-Net and a scheduler: write an autoencoder alone to a folder of its own"
         )
     check_writable(bundle)
     index = layout.model_index(bundle)
     (folder / INDEX).unlink(missing_ok=True)
-    files = [
-        file for name, part in bundle.parts.items() for file in write_part(part, folder / name, name, max_shard_bytes)
-    ]
+    files: list[Path] = []
+    for name, part in bundle.parts.items():
+        files += write_part(part, folder / name, name, max_shard_bytes)
     for file, content in bundle.tokenizer.items():
         (folder / "tokenizer").mkdir(exist_ok=True)
         (folder / "tokenizer" / file).write_bytes(content)
@@ -157,26 +171,25 @@ def write_folder(bundle: Bundle, folder: Path, max_shard_bytes: int | None = Non
 
 
 def write_part(part: Part, folder: Path, name: str, max_shard_bytes: int | None = None) -> tuple[Path, ...]:
-    """Write one sub-folder; returns the files of its weights. Raises FolderError."""
+    """Write one sub-folder; returns its weight files. Raises FolderError."""
     written = write_tensors(folder / FILES[name], part.tensors, max_shard_bytes=max_shard_bytes)
     write_json(folder / "config.json", dict(part.config))
     return open_archive(written).files
 
 
 def current_name(part: str, key: str) -> str:
-    """Today's name of a tensor: of the autoencoder's attention, and of a text tower that transformers 5 wrote without its prefix."""
+    """A tensor's current name: for old autoencoders' attention, text towers without prefix."""
     if part == VAE and ".attentions." in key:
-        head, old, tail = next(
-            ((h, o, t) for o in _OLD_ATTENTION for h, d, t in [key.partition(f".{o}.")] if d), (key, "", "")
-        )
-        return f"{head}.{_OLD_ATTENTION[old]}.{tail}" if old else key
-    if part == TEXT and key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        for old, new in _OLD_ATTENTION.items():
+            if f".{old}." in key:
+                return key.replace(f".{old}.", f".{new}.", 1)
+    if part == TEXT and key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):  # transformers 5
         return f"text_model.{key}"
     return key
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of a tokenizer. Raises FolderError where there is none."""
+    """The files of a tokenizer by name. Raises FolderError if they are not there."""
     try:
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     except OSError as error:

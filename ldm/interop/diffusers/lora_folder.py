@@ -1,4 +1,4 @@
-"""A model folder that holds only a LoRA, and names the model that it changes: `lora.json`."""
+"""`lora.json`: the base model that a folder with only a LoRA refers to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REFERENCE = "lora.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """The base model that a LoRA's folder names.
+    """The base model of a LoRA.
 
     Attributes:
-        folder: with the LoRA file.
-        base: the model folder that it changes.
-        sha256: of the base's weights (``Pipeline.hash``).
-        extra: what replaces entries of the base's `ldm.json`.
+        folder: folder of the LoRA file.
+        base: model folder of the base.
+        sha256: hash of the base's weights (``Pipeline.hash``).
+        extra: entries that replace those of the base's `ldm.json`.
     """
 
     folder: Path
@@ -33,13 +33,18 @@ class Reference:
     extra: Mapping[str, Any]
 
     def write(self) -> None:
-        """Write `lora.json`: the base's place as seen from the folder, so that both may move together, and in full."""
+        """Write `lora.json`, with the relative path of the base, so that both may move, and the
+        absolute one.
+        """
         places = [os.path.relpath(self.base, self.folder), str(resolved(self.base))]
         write_json(self.folder / REFERENCE, {"format": 1, "base": places, "base_sha256": self.sha256, **self.extra})
 
     @classmethod
     def read(cls, folder: Path) -> Reference | None:
-        """The reference in a folder; None where there is none. Raises FolderError where the base is not where it was."""
+        """The reference in a folder, or None.
+
+        Raises FolderError if the base is in neither of its places.
+        """
         if not (folder / REFERENCE).is_file():
             return None
         about = read_json(folder / REFERENCE)
@@ -50,21 +55,23 @@ class Reference:
         base = next((place for p in places if _is_there(place := folder / p)), None)
         if base is None:
             raise FolderError(
-                f"{folder} is the LoRA of {places[-1]}, which is not there: bring it back, or give another --lora {folder}"
+                f"{folder} is the LoRA of {places[-1]}, which is not there:"
+                f" bring it back, or use the LoRA with another model by --lora {folder}"
             )
         return cls(folder, base, sha256, {key: value for key, value in about.items() if key != "format"})
 
     def check(self, sha256: str) -> None:
-        """Raise FolderError unless the base has the weights that the LoRA was trained on."""
+        """Raise FolderError unless ``sha256`` is that of the base on which the LoRA was trained."""
         if sha256 != self.sha256:
             raise FolderError(
-                f"{self.folder} is the LoRA of {self.base}, whose weights have changed since it was trained: bring them back"
+                f"{self.folder} is the LoRA of {self.base},"
+                " whose weights have changed since it was trained: bring them back"
             )
 
 
 def _is_there(place: Path) -> bool:
-    """True if something exists at a path that a file names, whatever characters it holds."""
+    """True if a path that was read from a file exists; False for one that is not a valid path."""
     try:
         return place.exists()
-    except (OSError, ValueError):  # too long, or with a zero byte
+    except (OSError, ValueError):  # too long, or with a null byte
         return False

@@ -1,4 +1,4 @@
-"""scheduler_config.json: the process, the target and the sampler of a model in diffusers' words, and back."""
+"""scheduler_config.json: process, target and sampler in diffusers' keys, and back."""
 
 from __future__ import annotations
 
@@ -11,42 +11,35 @@ from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers.scheduler_keys import PROCESSES, READS, check_keys, class_name, settings
 from ldm.interop.diffusers.unet import DIFFUSERS_VERSION
 
-OUR_SCHEDULER = "LatentDiffusionScheduler"  # a score target, which their schedulers do not know
-THEIR_SCHEDULER = "DDIMScheduler"
+OUR_SCHEDULER = "LatentDiffusionScheduler"  # the class name with a score target, which diffusers lacks
+DIFFUSERS_SCHEDULER = "DDIMScheduler"
 
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # the last is ours alone
-_TARGETS = {theirs: ours for ours, theirs in _PREDICTIONS.items()} | {
-    "original_sample": "x0"
-}  # as EulerDiscreteScheduler has it
-_BETA_SCHEDULES = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "cosine": "squaredcos_cap_v2",
-}  # of their DDIMScheduler
-_SCHEDULES = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()} | {
-    "sigmoid": "sigmoid"
-}  # of their DDPMScheduler
-_BETAS = {
-    "scaled_linear": (0.00085, 0.012)
-}  # published values of schedule.py; the others' are (1e-4, 0.02), or they have none
-# As diffusers computes them: the third equals the first, and a missing one is neither and leaves the first.
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # score: only here
+_TARGETS = {name: target for target, name in _PREDICTIONS.items()}
+_TARGETS["original_sample"] = "x0"  # EulerDiscreteScheduler's name
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_SCHEDULES = {key: name for name, key in _BETA_SCHEDULES.items()}
+_SCHEDULES["sigmoid"] = "sigmoid"  # read by DDPMScheduler, not by the DDIMScheduler that is written
+_BETAS = {"scaled_linear": (0.00085, 0.012)}  # default ends in diffusion/schedule.py; (1e-4, 0.02) for the others
+# As diffusers computes them: fixed_small_log equals fixed_small, and None has no effect.
 _VARIANCES = {"fixed_small": "posterior", None: "posterior", "fixed_small_log": "posterior",
               "fixed_large": "beta", "learned_range": "learned"}  # fmt: skip
 
 _WHOLE = {"trailing": "trailing", "leading": "leading", "linspace": "linspace"}
-_ON_THE_GRID = {
-    "trailing": "trailing",
-    "leading": "leading",
-}  # with linspace, DDIM and PNDM step to t − T//S, which is not a node of it
+# With linspace, DDIM and PNDM step to t − T//S, which is not a node of that grid.
+_ON_THE_GRID = {"trailing": "trailing", "leading": "leading"}
 _FRACTIONAL = _WHOLE | {"linspace": "linspace_fractional"}
 _POSITIVE = {"trailing": "trailing", "leading": "leading_positive", "linspace": "linspace_positive"}
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """A scheduler class: our sampler of the same steps, how its spacings are called here, and where its steps are ours.
+    """A scheduler class as it is read here.
 
-    ``only``: the values of its keys with which they are.
+    Attributes:
+        sampler: our sampler with the same steps.
+        grids: its timestep_spacing to the name of our grid.
+        only: key to the values with which its steps equal ours.
     """
 
     sampler: str
@@ -61,26 +54,31 @@ _MULTISTEP = {**_SIGMAS, **_UNCLIPPED, "use_flow_sigmas": (False,), "final_sigma
 _CLASSES = {
     "DDIMScheduler": _Reading("ddim", _ON_THE_GRID, _UNCLIPPED),
     "DDPMScheduler": _Reading("ddpm", _WHOLE, {**_UNCLIPPED, "variance_type": tuple(_VARIANCES)}),
-    # of v it averages v itself, of steps with other α and σ: first order, where ours is of second
+    # With v it averages v over steps with different α and σ, which is of first order; ours is of second.
     "PNDMScheduler": _Reading("plms", _ON_THE_GRID, {"skip_prk_steps": (True,), "prediction_type": ("epsilon",)}),
     "EulerDiscreteScheduler": _Reading(
         "euler", _FRACTIONAL,
-        {**_SIGMAS, "prediction_type": (*_ANY, "original_sample"), "interpolation_type": ("linear",), "final_sigmas_type": ("zero",)},
+        {**_SIGMAS, "prediction_type": (*_ANY, "original_sample"), "interpolation_type": ("linear",),
+         "final_sigmas_type": ("zero",)},
     ),
-    "EulerAncestralDiscreteScheduler": _Reading("euler_ancestral", _FRACTIONAL, {"prediction_type": ("epsilon", "v_prediction")}),
+    "EulerAncestralDiscreteScheduler": _Reading(
+        "euler_ancestral", _FRACTIONAL, {"prediction_type": ("epsilon", "v_prediction")},
+    ),
     "HeunDiscreteScheduler": _Reading("heun", _FRACTIONAL, {**_SIGMAS, "prediction_type": _ANY}),
-    "KDPM2DiscreteScheduler": _Reading("dpm2", _FRACTIONAL, {**_SIGMAS, "prediction_type": ("epsilon", "v_prediction")}),
+    "KDPM2DiscreteScheduler": _Reading(
+        "dpm2", _FRACTIONAL, {**_SIGMAS, "prediction_type": ("epsilon", "v_prediction")},
+    ),
     "LMSDiscreteScheduler": _Reading("lms", _FRACTIONAL, {**_SIGMAS, "prediction_type": _ANY}),
     "DPMSolverMultistepScheduler": _Reading(
         "dpmpp_2m", _POSITIVE,
         {**_MULTISTEP, "use_lu_lambdas": (False,), "lambda_min_clipped": (-float("inf"),),
-         "solver_type": ("midpoint", "logrho", "bh1", "bh2")},  # but for heun, the others are taken for midpoint
+         "solver_type": ("midpoint", "logrho", "bh1", "bh2")},  # all but heun mean midpoint
     ),
     "UniPCMultistepScheduler": _Reading(
         "unipc", _POSITIVE,
         {**_MULTISTEP, "solver_order": (2,), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,),
          "lower_order_final": (True,), "use_dynamic_shifting": (False,),
-         "solver_type": ("bh2", "midpoint", "heun", "logrho")},  # but for bh1, the others are taken for bh2
+         "solver_type": ("bh2", "midpoint", "heun", "logrho")},  # all but bh1 mean bh2
     ),
 }  # fmt: skip
 _MULTISTEP_SAMPLERS = {
@@ -93,16 +91,17 @@ _MULTISTEP_SAMPLERS = {
 
 
 def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: SampleConfig | None = None) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process, target and grid (of ``sample``; trailing for others).
+    """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process and target.
 
-    A process that has no name there is written as the table of its β. A score target carries our own class name.
+    The grid is that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a
+    name in diffusers is written as its table of β, a score target under our own class name.
     """
     sample = sample or SampleConfig()
     start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
     named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
     betas = None if named else Schedule.from_config(schedule).betas.tolist()
     return {
-        "_class_name": OUR_SCHEDULER if target == "score" else THEIR_SCHEDULER,
+        "_class_name": OUR_SCHEDULER if target == "score" else DIFFUSERS_SCHEDULER,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),
@@ -119,7 +118,10 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: Sample
 
 
 def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
-    """The schedule and target of a scheduler_config.json. Raises ConfigError naming what is not offered, or what is wrong."""
+    """The schedule and target of a scheduler_config.json.
+
+    Raises ConfigError naming what is wrong or not offered.
+    """
     name = class_name(layout)
     if name in (*READS, OUR_SCHEDULER):
         check_keys(layout)
@@ -140,7 +142,10 @@ def scheduler_from_diffusers(layout: Mapping[str, Any]) -> tuple[ScheduleConfig,
 
 
 def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
-    """``counted``: whether the file says how many steps there are. Raises ConfigError."""
+    """The schedule of a file's settings. ``counted``: true if the file gives the number of steps.
+
+    Raises ConfigError.
+    """
     steps, betas = values["num_train_timesteps"], values["trained_betas"]
     zero_terminal = values.get("rescale_betas_zero_snr", False)
     if betas is not None:
@@ -156,28 +161,38 @@ def _schedule(values: Mapping[str, Any], counted: bool) -> ScheduleConfig:
 
 
 def blind_end(layout: Mapping[str, Any]) -> str | None:
-    """Remark on a model whose prediction does not determine the image at its last step, or None. Raises ConfigError."""
+    """A remark on a model that predicts ε or the score where no signal is left, or None.
+
+    Raises ConfigError.
+    """
     schedule, target = scheduler_from_diffusers(layout)
     if not schedule.blind_at_the_end(target):
         return None
-    return f"predicts {target} where its schedule leaves no signal: nothing can be drawn from the last step, only from grids below it"
+    return (
+        f"predicts {target} where its schedule leaves no signal:"
+        " nothing can be drawn from the last step, only from grids below it"
+    )
 
 
 def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The fields of SampleConfig that draw as this scheduler does; and what of it cannot be had here, or None.
+    """The SampleConfig fields that draw as this scheduler does, or {} and why it is not offered.
 
-    Where something cannot be had, the fields are empty: our own defaults hold. What their StableDiffusionPipeline sets is not
-    read: the offset of leading grids is 1, and x̂_0 is not clipped. Raises ConfigError for a value of a wrong type.
+    Keys that diffusers' StableDiffusionPipeline overrides are not read: the offset of leading grids
+    is 1, and x̂_0 is not clipped. Raises ConfigError for a value of a wrong type.
     """
     if (name := class_name(layout)) == OUR_SCHEDULER:
         return {}, None
     if name not in _CLASSES:
         return {}, f"{name} is not offered"
     reading, values = _CLASSES[name], settings(layout)
+
+    # Values with which its steps are not ours.
     grids = {"timestep_spacing": tuple(reading.grids)}
     for key, allowed in {**grids, **reading.only, **_with_others(name, values)}.items():
         if values[key] not in allowed:
             return {}, f"{name} with {key} = {values[key]} is not offered (the nearest is sampler {reading.sampler})"
+
+    # Our settings.
     fields: dict[str, Any] = {
         "sampler": reading.sampler,
         "grid": "karras" if values.get("use_karras_sigmas") else reading.grids[values["timestep_spacing"]],
@@ -194,26 +209,23 @@ def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], s
 
 
 def _with_others(name: str, values: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The values of keys with which the steps are ours, given the values of others."""
+    """Key to the values with which steps equal ours, where that depends on other keys."""
     only: dict[str, tuple[Any, ...]] = {}
     multistep = "solver_order" in values
     if values.get("use_karras_sigmas"):
         only |= {"sigma_min": (None,), "sigma_max": (None,)}
         if multistep:
-            only["final_sigmas_type"] = ("zero",)  # else their last step has no length
+            only["final_sigmas_type"] = ("zero",)  # otherwise their last step has length 0
         else:
-            only["timestep_spacing"] = ("linspace",)  # else their Karras levels lie between the ends of that grid
+            only["timestep_spacing"] = ("linspace",)  # otherwise their Karras levels span that grid's ends
     if values.get("timestep_type") == "continuous":
-        only["prediction_type"] = tuple(
-            kind for kind in _ANY if kind != "v_prediction"
-        )  # of v they give the network log σ, not t
+        only["prediction_type"] = ("epsilon", "sample")  # with v they give the network log σ instead of t
     if name == "DDPMScheduler" and values["variance_type"] in ("fixed_large", "learned_range"):
-        only["timestep_spacing"] = ("linspace",)  # else they add noise in the last step too
+        only["timestep_spacing"] = ("linspace",)  # otherwise they add noise in the last step too
     if name == "DPMSolverMultistepScheduler":
-        only["variance_type"] = tuple(
-            {values["variance_type"]} - {"learned", "learned_range"}
-        )  # they cut off all but three channels
-        if values["final_sigmas_type"] == "sigma_min":  # at clean data the last step is of first order in any case
+        # With a learned variance they cut off all but three channels.
+        only["variance_type"] = tuple({values["variance_type"]} - {"learned", "learned_range"})
+        if values["final_sigmas_type"] == "sigma_min":  # the last step to clean data is of first order in any case
             only |= {"lower_order_final": (True,), "euler_at_final": (False,)}
         elif values["solver_order"] > 2:
             only["lower_order_final"] = (True,)

@@ -1,4 +1,4 @@
-"""`unet/config.json`: the U-Net's settings in diffusers' words, and back. What cannot be expressed is refused by name."""
+"""`unet/config.json`: a U-Net's settings in diffusers' keys, and back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.config import ConfigError, UNetConfig, build
+from ldm.models.unet import NetworkSpec
 
 DIFFUSERS_VERSION = "0.30.0"  # the format, written into each file: readers compare it with their own
-OUR_UNET = "LatentDiffusionUNet"  # attention on a level without a context, or a learned variance: no UNet2DConditionModel has them
-THEIR_UNET = "UNet2DConditionModel"
+OUR_UNET = "LatentDiffusionUNet"  # with attention but no context, or a learned variance, which diffusers' class lacks
+DIFFUSERS_UNET = "UNet2DConditionModel"
 
-_FIXED: dict[
-    str, Any
-] = {  # values that our U-Net is built with; where a key is absent, its reader's default is the same
+# Values that our U-Net is built with; they equal diffusers' defaults, so a key may be absent.
+_FIXED: dict[str, Any] = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -48,15 +48,16 @@ _FIXED: dict[
     "num_attention_heads": None,
 }
 _READ = {
-    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
-    "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups", "use_linear_projection",
-    "resnet_time_scale_shift", "class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim", "upcast_attention",
+    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "layers_per_block", "cross_attention_dim", "attention_head_dim", "transformer_layers_per_block", "norm_num_groups",
+    "use_linear_projection", "resnet_time_scale_shift", "class_embed_type", "num_class_embeds",
+    "projection_class_embeddings_input_dim", "upcast_attention",
     "learned_variance",  # ours
 }  # fmt: skip
-# Of the fixed ones, those whose reader's default has differed between releases or that published files state.
+# The fixed keys that are written: their default differed between releases of diffusers, or published files state them.
 _WRITTEN = (
-    "mid_block_type", "flip_sin_to_cos", "freq_shift", "act_fn", "norm_eps", "downsample_padding", "mid_block_scale_factor",
-    "center_input_sample",
+    "mid_block_type", "flip_sin_to_cos", "freq_shift", "act_fn", "norm_eps", "downsample_padding",
+    "mid_block_scale_factor", "center_input_sample",
 )  # fmt: skip
 _HINTS = {
     "addition_embed_type": "a second condition beside the timestep, as Stable Diffusion XL has",
@@ -66,22 +67,23 @@ _VECTOR_MAPS = {"projection": "mlp", "simple_projection": "linear", "identity": 
 _CLASS_EMBEDDINGS = (None, "timestep", *_VECTOR_MAPS)
 
 
-def unet_to_diffusers(
-    config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None, sample_size: int
-) -> dict[str, Any]:
-    """`unet/config.json` of the UNet2DConditionModel with the same parameters. ``sample_size``: side of x_t.
+def unet_to_diffusers(spec: NetworkSpec, sample_size: int) -> dict[str, Any]:
+    """`unet/config.json` of the UNet2DConditionModel with the same parameters.
 
-    Attention on a level without a context, and a learned variance (twice the channels of x_t come out), carry our own class name.
+    ``sample_size``: side of x_t.
+
+    Attention without a context, and a learned variance (twice the channels of x_t come out), get
+    our own class name.
     """
-    learned = out_channels == 2 * in_channels
+    config, context_dim = spec.config, spec.context_dim
     levels, heads = len(config.channels), list(config.heads)
     attends = [level in config.attending for level in range(levels)]
     return {
-        "_class_name": OUR_UNET if learned or (context_dim is None and any(attends)) else THEIR_UNET,
+        "_class_name": OUR_UNET if spec.learned_variance or (context_dim is None and any(attends)) else DIFFUSERS_UNET,
         "_diffusers_version": DIFFUSERS_VERSION,
         "sample_size": sample_size,
-        "in_channels": in_channels + config.concat_channels,
-        "out_channels": out_channels,
+        "in_channels": spec.in_channels + config.concat_channels,
+        "out_channels": spec.out_channels,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": list(config.channels),
@@ -95,15 +97,15 @@ def unet_to_diffusers(
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         **_class_embedding_to_diffusers(config),
         **{key: _FIXED[key] for key in _WRITTEN},
-        **({"learned_variance": True} if learned else {}),  # a key of ours: which half of the output is what
+        **({"learned_variance": True} if spec.learned_variance else {}),  # our own key
     }
 
 
 def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
+    """The keys of the class embedding, which takes vector and label conditions."""
     projected = config.vector_dim if config.vector_map != "identity" else None
-    kind = next(
-        (theirs for theirs, ours in _VECTOR_MAPS.items() if config.vector_dim and ours == config.vector_map), None
-    )
+    names = {vector_map: name for name, vector_map in _VECTOR_MAPS.items()}
+    kind = names.get(config.vector_map) if config.vector_dim else None
     return {
         "class_embed_type": "timestep" if config.sinusoidal_labels else kind,
         "num_class_embeds": config.num_labels,
@@ -111,11 +113,13 @@ def _class_embedding_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int, int | None]:
-    """(config, in_channels, out_channels, context_dim) of a unet/config.json. Raises ConfigError naming what we cannot express.
+def unet_from_diffusers(layout: Mapping[str, Any]) -> NetworkSpec:
+    """The network of a unet/config.json.
 
-    Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked latent). x_t has the
-    channels that come out, or half of them where the variance is learned.
+    Raises ConfigError naming what we cannot express.
+
+    Channels beyond those of x_t are taken as concatenated conditions (inpainting's mask and masked
+    latent). x_t has the channels that come out, or half of them where the variance is learned.
     """
     _check_names(layout)
     _check_blocks(layout)
@@ -141,11 +145,14 @@ def unet_from_diffusers(layout: Mapping[str, Any]) -> tuple[UNetConfig, int, int
         "concat_channels": concat,
         **_class_embedding_from_diffusers(layout),
     }
-    return build(UNetConfig, settings, "unet."), x_channels, out_channels, context_dim
+    return NetworkSpec(build(UNetConfig, settings, "unet."), x_channels, out_channels, context_dim)
 
 
 def sample_side(layout: Mapping[str, Any]) -> int:
-    """Side of x_t in training, where the file says it, else 64. Raises ConfigError where x_t is not a square."""
+    """Side of x_t in training, or 64 if the file lacks it.
+
+    Raises ConfigError if x_t is not a square.
+    """
     side = layout.get("sample_size") or 64
     if isinstance(side, (list, tuple)):
         side = side[0] if all(one == side[0] for one in side) else side
@@ -157,6 +164,7 @@ def sample_side(layout: Mapping[str, Any]) -> int:
 
 
 def _class_embedding_from_diffusers(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the class embedding."""
     kind = layout.get("class_embed_type")
     if kind is None:
         return {"num_labels": layout.get("num_class_embeds")}
@@ -170,30 +178,28 @@ def _class_embedding_from_diffusers(layout: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_names(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError for another class, a name that diffusers does not know, or a value that we cannot express."""
-    if layout.get("_class_name", THEIR_UNET) not in (OUR_UNET, THEIR_UNET):
-        raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {THEIR_UNET} and {OUR_UNET}")
+    """Raise ConfigError for another class, an unknown key, or a value that we cannot express."""
+    if layout.get("_class_name", DIFFUSERS_UNET) not in (OUR_UNET, DIFFUSERS_UNET):
+        raise ConfigError(f"unet: a {layout['_class_name']} cannot be opened, only {DIFFUSERS_UNET} and {OUR_UNET}")
     for key, value in layout.items():
         if key.startswith("_") or key in _READ:
             continue
         if key not in _FIXED:
             near = difflib.get_close_matches(key, [*_READ, *_FIXED], n=1)
             raise ConfigError(
-                f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {THEIR_UNET}")
+                f"unet: unknown key {key}" + (f": did you mean {near[0]}?" if near else f" of a {DIFFUSERS_UNET}")
             )
-        if any(
-            v != _FIXED[key] and (v or _FIXED[key])
-            for v in (value if isinstance(value, (list, tuple)) and value else [value])
-        ):
+        items = value if isinstance(value, (list, tuple)) and value else [value]
+        if any(item != _FIXED[key] and (item or _FIXED[key]) for item in items):
             hint = f" ({_HINTS[key]})" if key in _HINTS else ""
             raise ConfigError(f"unet: {key} = {value!r} cannot be expressed here, only {_FIXED[key]!r}{hint}")
 
 
 def _check_blocks(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless there is one block of a known kind for each level down, and its mirror up."""
+    """Raise ConfigError unless each level has one known block down, and its mirror up."""
     for key in ("down_block_types", "up_block_types", "block_out_channels"):
         if not isinstance(layout.get(key), (list, tuple)) or not layout[key]:
-            raise ConfigError(f"unet: {key} is missing, or no list of one entry for each level")
+            raise ConfigError(f"unet: {key} is missing, or not a list with one entry for each level")
     down, up = list(layout["down_block_types"]), list(layout["up_block_types"])
     for name in [*down, *up]:
         if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
@@ -207,7 +213,7 @@ def _check_blocks(layout: Mapping[str, Any]) -> None:
 
 
 def _check_class_embedding(layout: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a kind that is not known, one without its width, and for settings of another kind."""
+    """Raise ConfigError for an unknown kind, one without its width, or settings of another kind."""
     kind, labels, width = (
         layout.get(key) for key in ("class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim")
     )
@@ -226,6 +232,7 @@ def _check_class_embedding(layout: Mapping[str, Any]) -> None:
 
 
 def _count(layout: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number from 1. Raises ConfigError."""
     value = layout.get(key, default)
     if type(value) is not int or value < 1:
         raise ConfigError(f"unet: {key} must be a whole number from 1, got {value!r}")
@@ -233,7 +240,7 @@ def _count(layout: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _single(layout: Mapping[str, Any], key: str, default: Any) -> Any:
-    """One value for all levels. Raises ConfigError where they differ."""
+    """The one value for all levels. Raises ConfigError if they differ."""
     value = layout.get(key, default)
     if not isinstance(value, (list, tuple)):
         return value

@@ -1,1 +1,1 @@
-"""Checkpoints: their folder, files, resume and background writer."""
+"""Checkpoints: their folder, files, the choice of one to resume, and the background writer."""

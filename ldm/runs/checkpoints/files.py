@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON, a manifest of hashes, one rename.
 
-A checkpoint is a folder `step-XXXXXXXX` with one `<group>.safetensors` for each named group of tensors, `state.json`,
-`config.yaml`, and `manifest.json` (size and sha256 of every other file). It is written under a temporary name,
-flushed to the disk and renamed once, so a folder of the final name is complete; hashes find what broke later.
+A checkpoint is a folder `step-XXXXXXXX` with a `<group>.safetensors` for each group of tensors,
+`state.json`, `config.yaml`, and `manifest.json` (size and sha256 of every other file). It is written under
+a temporary name, flushed to disk and renamed once, so a folder with the final name is complete; the hashes
+find later damage.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from ldm.runs.checkpoints.folder import CONFIG, FORMAT, MANIFEST, STATE, check, 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group → name → tensor
 
-ROOM = 2**17  # bytes beside the tensors: headers, state, configuration, manifest
+ROOM = 2**17  # bytes needed beside the tensors: headers, state, configuration, manifest
 _GROUP = re.compile(r"[a-z0-9_]+")
 _log = logging.getLogger(__name__)
 
 
 def snapshot(tensors: Tensors, into: Tensors | None = None) -> dict[str, dict[str, Tensor]]:
-    """Copy every tensor into its own contiguous CPU memory, so that the next update cannot change it.
+    """Copy every tensor into contiguous CPU memory of its own, so that the next update cannot change it.
 
-    ``into``: a copy no longer needed, whose memory is used again: fresh memory costs more time than the copy.
+    ``into``: an old copy whose memory is reused: allocating takes longer than copying.
     """
     return {
         group: {name: _memory(t, (into or {}).get(group, {}).get(name)).copy_(t.detach()) for name, t in named.items()}
@@ -66,10 +67,10 @@ def save(
     keep: int = 2,
     keep_every: int | None = None,
 ) -> Path:
-    """Write checkpoint ``step`` into ``folder``, then delete what ``shelf.retained`` does not name.
+    """Write checkpoint ``step`` into ``folder``, then delete those that ``retained`` does not name.
 
-    ``config`` is the run's configuration dataclass; ``state`` must be JSON. A checkpoint of this step that is
-    already there is kept when intact and replaced when damaged. Raises CheckpointError; the earlier ones are then untouched.
+    ``config`` is the run's configuration dataclass; ``state`` must be JSON. An existing checkpoint of this
+    step is kept if intact and replaced if damaged. Raises CheckpointError; older ones are then untouched.
     """
     path = write(folder, step, snapshot(tensors), state, config)
     thin_out(path, keep, keep_every)
@@ -77,7 +78,7 @@ def save(
 
 
 def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any) -> Path:
-    """``save`` for tensors that are contiguous, unshared and on the CPU already; deletes none."""
+    """``save`` for tensors that are already contiguous, unshared and on the CPU; deletes none."""
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}-{os.getpid()}"
     needed = tensor_bytes(tensors) + ROOM
     try:
@@ -99,22 +100,20 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
         SafetensorError,
         ValueError,
         TypeError,
-    ) as error:  # a full disk is any of the first three
+    ) as error:  # a full disk raises the first three
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: the checkpoint could not be written: {_reason(error)}{_room(error, folder, needed)}"
-        ) from error
+        reason = f"{_reason(error)}{_room(error, folder, needed)}"
+        raise CheckpointError(f"{final}: the checkpoint could not be written: {reason}") from error
     return final
 
 
 def thin_out(fresh: Path, keep: int, keep_every: int | None) -> None:
-    """Delete those beside ``fresh`` that ``shelf.retained`` does not name. Raises CheckpointError."""
+    """Delete checkpoints beside ``fresh`` that ``retained`` does not name. Raises CheckpointError."""
     try:
         prune(fresh.parent, keep, keep_every, fresh)
     except OSError as error:
-        raise CheckpointError(
-            f"{fresh}: is written, but an older one could not be deleted: {_reason(error)}"
-        ) from error
+        text = f"{fresh}: is written, but an older one could not be deleted: {_reason(error)}"
+        raise CheckpointError(text) from error
 
 
 def _reason(error: Exception) -> str:
@@ -126,7 +125,7 @@ def _reason(error: Exception) -> str:
 
 
 def _room(error: Exception, folder: Path, needed: int) -> str:
-    """Bytes needed and free, where the disk may have failed."""
+    """Bytes needed and free, if the error may come from the disk."""
     if isinstance(error, (CheckpointError, ValueError, TypeError)):
         return ""
     try:
@@ -143,19 +142,16 @@ def _fill(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
         save_file(dict(named), folder / f"{group}.safetensors")
     (folder / STATE).write_text(json.dumps(dict(state), indent=1, allow_nan=False), encoding="utf-8")
     configuration.save(config, folder / CONFIG)
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in _flushed(sorted(folder.iterdir())).items()
-    }
-    (folder / MANIFEST).write_text(
-        json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8"
-    )
+    hashes = _flushed(sorted(folder.iterdir()))
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest} for file, digest in hashes.items()}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush(folder / MANIFEST)
     flush(folder)
 
 
 def _flushed(files: list[Path]) -> dict[Path, str]:
-    """Have files on the disk, and their sha256 meanwhile: the disk and the processor work side by side."""
+    """Flush files to disk and compute their sha256 at the same time."""
     errors: list[Exception] = []
 
     def work() -> None:
@@ -177,9 +173,10 @@ def _flushed(files: list[Path]) -> dict[Path, str]:
 def load(
     path: Path, groups: Iterable[str] | None = None, verify: bool = True
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint: its groups of tensors (all, or those named), on the CPU, and its state.
+    """Read a checkpoint's groups of tensors (None: all) to the CPU, and its state.
 
-    ``verify=False`` is for a path that ``newest_valid`` has just verified. Raises CheckpointError naming the file.
+    ``verify=False``: for a checkpoint just verified, by ``newest_valid``. Raises CheckpointError naming
+    the file.
     """
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}")
@@ -201,69 +198,67 @@ def load(
 
 
 def require_fit(path: Path, groups: Tensors) -> None:
-    """Compare the names and shapes of ``groups`` with those in a checkpoint, whose headers alone are read.
+    """Compare names and shapes of ``groups`` with those in a checkpoint, reading only its headers.
 
-    Raises CheckpointError naming the first tensor that is wanting, left over or of another shape.
+    Raises CheckpointError naming the first tensor that is missing, extra or of another shape.
     """
     for group, named in groups.items():
         file = path / f"{group}.safetensors"
         try:
-            with safe_open(file, "pt") as held:
-                shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+            with safe_open(file, "pt") as opened:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
         for name in sorted(named.keys() | shapes.keys()):
             wanted = tuple(named[name].shape) if name in named else None
             if (found := shapes.get(name)) != wanted:
-                raise CheckpointError(
-                    f"{file}: {name} is {_shape(found)} there and {_shape(wanted)} in this model: they must be equal"
-                )
+                difference = f"{_shape(found)} there and {_shape(wanted)} in this model"
+                raise CheckpointError(f"{file}: {name} is {difference}: they must be equal")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "not" if shape is None else f"of shape {'×'.join(map(str, shape)) or '()'}"
+    return "missing" if shape is None else f"of shape {'×'.join(map(str, shape)) or '()'}"
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors `<parameter name>.<moment>`; a parameter without state yet has none.
+    """AdamW's state as tensors `<parameter name>.<moment>`; a parameter without state is left out.
 
-    ``names`` follow the order of the parameter groups. The tensors are live: ``snapshot`` copies them.
+    ``names`` are in the order of the parameter groups. The tensors are live: ``snapshot`` copies them.
     """
     flat = {}
     for name, parameter, _ in _named(optimizer, names):
         state = optimizer.state.get(parameter) or {}
         if state and set(state) != set(MOMENTS):
-            raise CheckpointError(
-                f"optimizer: {name} has the state {', '.join(state)}, should have {', '.join(MOMENTS)} (AdamW)"
-            )
+            states = f"{', '.join(state)}, should have {', '.join(MOMENTS)} (AdamW)"
+            raise CheckpointError(f"optimizer: {name} has the state {states}")
         flat |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     return flat
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Give AdamW the state that ``optimizer_tensors`` read, bit for bit, on each parameter's device and in its layout.
+    """Restore AdamW's state from ``optimizer_tensors``, bit for bit, in each parameter's memory layout.
 
-    Learning rate and other settings stay those of ``optimizer``. Raises CheckpointError, then nothing was changed.
+    Learning rate and other settings stay those of ``optimizer``. Raises CheckpointError, before any change.
     """
     states, left = [], dict(tensors)
     for name, parameter, group in _named(optimizer, names):
-        held = {key: left.pop(f"{name}.{key}") for key in MOMENTS if f"{name}.{key}" in left}
-        if held and (len(held) < len(MOMENTS) or any(held[key].shape != parameter.shape for key in MOMENTS[:2])):
+        saved = {key: left.pop(f"{name}.{key}") for key in MOMENTS if f"{name}.{key}" in left}
+        if saved and (len(saved) < len(MOMENTS) or any(saved[key].shape != parameter.shape for key in MOMENTS[:2])):
+            shape = tuple(parameter.shape)
             raise CheckpointError(
-                f"optimizer: the state of {name} is incomplete or not of the parameter's shape {tuple(parameter.shape)}"
+                f"optimizer: the state of {name} is incomplete or not of the parameter's shape {shape}"
             )
-        on_device = bool(group.get("fused") or group.get("capturable"))  # where AdamW itself keeps its step
         state: dict[str, Tensor] = {}
-        for key, tensor in held.items():
-            like = (
-                torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-                if key != "step"
-                else tensor.new_empty(())
-            )
-            state[key] = like.to(parameter.device if key != "step" or on_device else "cpu").copy_(tensor)
+        for key, tensor in saved.items():
+            if key == "step":  # as in AdamW itself: on the CPU, unless fused or capturable
+                on_device = bool(group.get("fused") or group.get("capturable"))
+                empty = tensor.new_empty(()).to(parameter.device if on_device else "cpu")
+            else:
+                empty = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+            state[key] = empty.copy_(tensor)
         states.append((parameter, state))
     if left:
         raise CheckpointError(f"optimizer: {next(iter(left))} belongs to no parameter ({len(left)} in all)")

@@ -1,7 +1,7 @@
-"""The checkpoints of a run as they lie on the disk: which there are, what is wrong with them, which stay.
+"""The folder of a run's checkpoints: listing, verification and retention.
 
-A checkpoint is a folder `step-XXXXXXXX` whose `manifest.json` holds size and sha256 of every other file. What has another
-name is none, whatever it holds; "newest" means the highest number, never a date or a size. Imports no torch.
+A checkpoint is a folder `step-XXXXXXXX` whose `manifest.json` holds size and sha256 of every other file.
+Folders with other names are ignored; "newest" means the highest number, never a date. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoint folders in ``folder``, intact or not, oldest first."""
+    """Checkpoint folders in ``folder``, intact or not, oldest first."""
     return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The number of updates after which the checkpoint ``path`` was taken."""
+    """Update after which the checkpoint ``path`` was taken."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not a checkpoint: the folder should be named step-XXXXXXXX")
     return int(match[1])
 
 
-# what is wrong with one
+# verification
 
 
 def check(path: Path, only: Iterable[str] | None = None, fast: bool = False) -> list[str]:
-    """Faults of a checkpoint (empty: intact), by the sizes and hashes of its manifest; ``fast``: by the sizes alone.
+    """Faults of a checkpoint (empty: intact), by the sizes and hashes in its manifest.
 
-    ``only`` limits the check to those files.
+    ``only``: check these files alone. ``fast``: check the sizes alone.
     """
     try:
         manifest = json.loads(read_bytes(path / MANIFEST).decode())
@@ -64,17 +64,15 @@ def _check_file(file: Path, size: int, digest: str | None) -> list[str]:
             return [f"{file}: its content does not match its sha256"]
     except FileNotFoundError:
         return [f"{file}: is missing"]
-    except (OSError, ValueError) as error:  # also of a name that no file can have
-        return [
-            f"{file}: cannot be read ({error.strerror or error})"
-            if isinstance(error, OSError)
-            else f"{str(file)!r}: {error}"
-        ]
+    except OSError as error:
+        return [f"{file}: cannot be read ({error.strerror or error})"]
+    except ValueError as error:  # an impossible file name
+        return [f"{str(file)!r}: {error}"]
     return []
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, or None, and what is wrong with each newer one. Changes nothing on the disk."""
+    """The newest intact checkpoint, or None, and the faults of newer ones. Changes nothing on disk."""
     problems: list[str] = []
     for path in reversed(steps(folder)):
         found = check(path)
@@ -84,13 +82,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-# which stay
+# retention
 
 
 def retained(folder: Path, keep: int, keep_every: int | None, intact: Callable[[Path], bool]) -> dict[Path, str]:
-    """The checkpoints that stay, newest first, and why: the ``keep`` newest intact ones, and multiples of ``keep_every``.
+    """Checkpoints to keep, newest first, and the reason for each.
 
-    The latter stay for good and are not counted, and neither are damaged ones. Raises CheckpointError for ``keep`` < 2.
+    Those are the ``keep`` newest intact ones, and multiples of ``keep_every``, which are not counted;
+    damaged ones are not counted either. Raises CheckpointError for ``keep`` < 2.
     """
     if keep < 2:
         raise CheckpointError(f"keep must be at least 2, got {keep}")
@@ -107,7 +106,7 @@ def retained(folder: Path, keep: int, keep_every: int | None, intact: Callable[[
 
 
 def prune(folder: Path, keep: int, keep_every: int | None, fresh: Path) -> None:
-    """Delete what ``retained`` does not name; ``fresh`` has just been written. Raises CheckpointError, OSError."""
+    """Delete what ``retained`` does not name; ``fresh`` was just written. Raises CheckpointError, OSError."""
     stay = retained(folder, keep, keep_every, lambda path: path == fresh or not check(path))
     for path in steps(folder):
         if path not in stay:
@@ -115,26 +114,26 @@ def prune(folder: Path, keep: int, keep_every: int | None, fresh: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; its final name disappears in one rename, so that a kill leaves no half of it."""
+    """Delete a checkpoint, renaming it first, so that a kill leaves no partial one."""
     doomed = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 
 
-# what killed writers leave
+# left by killed writers
 
 
 def unfinished(folder: Path) -> list[tuple[Path, bool]]:
-    """Temporary folders, and whether another process that lives is writing each."""
+    """Temporary folders, each with true if another, living process is writing it."""
     found = []
     for path in sorted(folder.glob(".tmp-*")):
-        pid = path.name.rpartition("-")[2]  # our own number: an earlier life in a container
+        pid = path.name.rpartition("-")[2]  # our own id was reused, as in a restarted container
         found.append((path, pid.isdecimal() and int(pid) != os.getpid() and _alive(int(pid))))
     return found
 
 
 def remove_stale(folder: Path) -> list[str]:
-    """Delete what killed writers left half-written and say so; to be called by the owner of the run's lock."""
+    """Delete folders of killed writers; returns messages. Only for the owner of the run's lock."""
     messages = []
     for path, alive in unfinished(folder):
         if not alive:
@@ -157,7 +156,7 @@ def _alive(pid: int) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Size of the files in a folder, in bytes."""
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
 
 

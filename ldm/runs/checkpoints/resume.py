@@ -1,4 +1,4 @@
-"""The checkpoint that a start continues from: the newest intact one, or the one that was asked for; the same on all processes."""
+"""Choice of the checkpoint to resume: the newest intact one, or one asked for; equal on all ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ldm.errors import CheckpointError
 from ldm.files.disk import file_hash, resolved
 from ldm.runs.checkpoints.folder import MANIFEST, check, newest_valid, step_of, steps
 
-ASIDE = "set-aside-"  # folders of checkpoints that the run does not continue from any more
+ASIDE = "set-aside-"  # prefix of folders with checkpoints that the run no longer continues from
 
 
 def choose(folder: Path, asked: str | None = None) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a start continues from, verified, and what is wrong with newer ones; None where there is none at all.
+    """The checkpoint to resume from, verified (None: there is none), and the faults of newer ones.
 
-    ``asked``: the update or the folder that must be taken, and no other. Raises CheckpointError where that is missing or
-    damaged, or where there are checkpoints and none is intact: a run never starts over automatically.
+    ``asked``: the update or folder of the checkpoint to take. Raises CheckpointError if that is missing or
+    damaged, or if no checkpoint is intact: a run never starts over automatically.
     """
     if asked is not None:
         path = _named(folder, asked)
@@ -27,14 +27,14 @@ def choose(folder: Path, asked: str | None = None) -> tuple[Path | None, list[st
     path, problems = newest_valid(folder)
     if path is None and problems:
         raise CheckpointError(
-            f"{folder}: none of its {len(steps(folder))} checkpoints is intact: {'; '.join(problems)}: put back a copy of one,"
-            " or move them away to begin anew"
+            f"{folder}: none of its {len(steps(folder))} checkpoints is intact: {'; '.join(problems)}:"
+            " restore a copy of one, or move them away to start over"
         )
     return path, problems
 
 
 def _named(folder: Path, asked: str) -> Path:
-    """The folder of a checkpoint of this run, named by its update or its path."""
+    """The folder of a checkpoint of this run, given its update or path."""
     if asked.isdecimal():
         path = folder / f"step-{int(asked):08d}"
         if not path.is_dir():
@@ -46,9 +46,8 @@ def _named(folder: Path, asked: str) -> Path:
     if resolved(path).parent != resolved(folder):
         if resolved(path).parent.parent == resolved(folder):
             raise CheckpointError(f"{path} has been set aside: move it back to {folder} first")
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this run ({folder}): to start from the weights of another run name it as init: in a new one"
-        )
+        advice = "to start from the weights of another run, name that as init: in a new run"
+        raise CheckpointError(f"{path} is not a checkpoint of this run ({folder}): {advice}")
     step_of(path)
     return folder / resolved(path).name
 
@@ -58,7 +57,7 @@ def _listed(folder: Path) -> str:
 
 
 def agreed(processes: Processes, folder: Path, asked: str | None, say: Callable[[str], None]) -> Path | None:
-    """``choose`` on the main process, for all of them. Raises CheckpointError, on all, where one does not see the same."""
+    """``choose`` on the main process. Raises CheckpointError, on all, if one does not see the same files."""
 
     def pick() -> tuple[Path, str] | None:
         if not processes.main:
@@ -75,32 +74,30 @@ def agreed(processes: Processes, folder: Path, asked: str | None, say: Callable[
 
     def see() -> None:
         if problems := check(path, fast=True):
-            raise CheckpointError(f"{'; '.join(problems)}: every process must see the run's folder")
+            raise CheckpointError(f"{'; '.join(problems)}: every process must see the run directory")
         if file_hash(path / MANIFEST) != digest:
-            raise CheckpointError(
-                f"{path}: is another checkpoint than on the main process: every process must see one run's folder"
-            )
+            advice = "every process must see the same run directory"
+            raise CheckpointError(f"{path}: is another checkpoint than on the main process: {advice}")
 
     processes.each(see)
     return path
 
 
 def set_aside(path: Path) -> str | None:
-    """Move the checkpoints after ``path`` into a folder beside it, so that no later start takes them; says so."""
+    """Move checkpoints after ``path`` into a folder beside it, so no start takes them; returns a message."""
     later = [p for p in steps(path.parent) if step_of(p) > step_of(path)]
     if not later:
         return None
     place = path.parent / f"{ASIDE}{max(map(_number, set_asides(path.parent)), default=0) + 1}"
     place.mkdir()
-    for p in reversed(
-        later
-    ):  # the newest first: a kill in between leaves none that a start would prefer to those moved
+    # The newest first: after a kill in between, the remaining ones are still in order.
+    for p in reversed(later):
         p.rename(place / p.name)
     return f"set aside in {place}: the checkpoints of {_updates(later)}"
 
 
 def set_asides(folder: Path) -> list[Path]:
-    """The folders that ``set_aside`` has made, oldest first."""
+    """Folders made by ``set_aside``, oldest first."""
     return sorted((p for p in folder.glob(f"{ASIDE}*") if p.name.removeprefix(ASIDE).isdecimal()), key=_number)
 
 

@@ -1,4 +1,4 @@
-"""Writing checkpoints while training continues."""
+"""Writing checkpoints in the background while training continues."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm.runs.checkpoints.files import Tensors, snapshot, tensor_bytes, thin_out
 from ldm.runs.checkpoints.folder import size_text
 
 GRACE = 30  # seconds that torchrun leaves a process between asking it to end and killing it
-SLOW = 20  # seconds of one thing from which it may not fit into that: others come before and after it
-CONTINUE = "continue"  # of train.save_errors
+SLOW = 20  # seconds of one step from which the whole may not fit into GRACE: other steps precede and follow it
+CONTINUE = "continue"  # value of train.save_errors
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Written:
     Attributes:
         step: the update after which it was taken.
         path: its folder.
-        bytes: of its tensors; as much memory of the host is held for the copy, from the first save on.
-        copied: seconds of the copy, for which training waited.
-        written: seconds until it was valid on the disk.
-        thinned: seconds in which older ones were verified and deleted.
+        bytes: size of its tensors; the copy holds as much host memory from the first save on.
+        copied: seconds of the copy, during which training waited.
+        written: seconds until it was valid on disk.
+        thinned: seconds of verifying and deleting older checkpoints.
     """
 
     step: int
@@ -43,16 +43,17 @@ class Written:
 
     @property
     def seconds(self) -> float:
-        """From the request until all is done."""
+        """Seconds from the request until all is done."""
         return self.copied + self.written + self.thinned
 
 
 class BackgroundWriter:
-    """Writes checkpoints while training continues: the state is copied at once, one write is in flight.
+    """Writes checkpoints in the background: copies the state at once, with one write in flight.
 
-    The error of a write comes out at the next call. ``errors``: with "stop" every call raises it (CheckpointError); with
-    "continue" ``submit`` and ``poll`` warn instead, and only ``wait`` raises, so that a last save never fails unnoticed.
-    ``saved``: the update that the run continues from. Left by an interrupt, it does not wait for the write in flight.
+    The error of a write is raised by the next call. ``errors``: with "stop" any call raises it
+    (CheckpointError); with "continue" ``submit`` and ``poll`` warn instead, and only ``wait`` raises, so
+    that a failure of the last save is noticed. ``saved``: the update that the run continues from. At an
+    interrupt, leaving the context does not wait for the write in flight.
     """
 
     def __init__(
@@ -64,41 +65,35 @@ class BackgroundWriter:
         saved: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.folder, self.keep, self.keep_every, self.errors, self.saved, self._say = (
-            folder,
-            keep,
-            keep_every,
-            errors,
-            saved,
-            say,
-        )
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.errors, self.saved, self._say = errors, saved, say
         self._thread: threading.Thread | None = None
-        self._outcome: Written | Exception | None = None  # of the thread, once it has ended
-        self._step = saved  # the last that was submitted
-        self._copy: Tensors | None = None  # its memory serves every save
+        self._outcome: Written | Exception | None = None  # result of the thread, once it has ended
+        self._step = saved  # update of the last submission
+        self._copy: Tensors | None = None  # its memory is reused by every save
         self._first = True
 
     def submit(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, thin: bool = True) -> None:
-        """Wait for the write before, copy the state, and write it in the background (arguments as ``checkpoint.save``).
+        """Wait for the previous write, copy the state, and write it in the background.
 
-        ``thin``: then delete older checkpoints that need not stay.
+        Arguments as in ``files.save``. ``thin``: then delete older checkpoints that are not to be kept.
         """
         self._settle()  # before the copy: never two copies in memory
         start = time.monotonic()
         self._copy = snapshot(tensors, self._copy)
         arguments = (step, self._copy, copy.deepcopy(state), config, time.monotonic() - start, thin)
         self._step = step
-        # a daemon: at an interrupt the process ends at once, and a half-written checkpoint has a temporary name
+        # A daemon: at an interrupt the process ends at once, and a partial checkpoint has a temporary name.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def poll(self) -> None:
-        """Take note of a write that has ended; does not wait for one that has not."""
+        """Handle the outcome of a finished write, without waiting for an unfinished one."""
         if self._thread is not None and not self._thread.is_alive():
             self._settle()
 
     def wait(self) -> Written | None:
-        """Wait until the last write is on the disk. Raises CheckpointError, whatever ``errors`` says."""
+        """Wait until the last write is on disk. Raises CheckpointError, whatever ``errors`` is."""
         if self._thread is None:
             return None
         self._thread.join()
@@ -119,11 +114,11 @@ class BackgroundWriter:
             if thin:
                 thin_out(path, self.keep, self.keep_every)
             self._outcome = Written(step, path, tensor_bytes(tensors), copied, valid - start, time.monotonic() - valid)
-        except Exception as error:  # raised where the caller sees it
+        except Exception as error:  # raised by the next call
             self._outcome = error
 
     def _settle(self) -> None:
-        """``wait``, but warn of an error where training is to continue."""
+        """``wait``, with a warning for an error if training is to continue."""
         try:
             self.wait()
         except Exception as error:
@@ -132,12 +127,11 @@ class BackgroundWriter:
             self._warn(error, "training continues and tries again at the next interval (train.save_errors: continue)")
 
     def _warn(self, error: Exception, then: str) -> None:
-        warnings.warn(
-            f"{error}; {self._step - self.saved} updates since {self.saved} are not saved; {then}", stacklevel=1
-        )
+        unsaved = f"{self._step - self.saved} updates since {self.saved} are not saved"
+        warnings.warn(f"{error}; {unsaved}; {then}", stacklevel=1)
 
     def _note(self, written: Written) -> None:
-        """Remember a success, and tell of the first."""
+        """Record a success; report the cost of the first."""
         self.saved = written.step
         if not self._first:
             return
@@ -160,15 +154,15 @@ class BackgroundWriter:
         elif issubclass(kind, Exception):
             try:
                 self.wait()
-            except Exception as second:  # must not hide the first
-                self._warn(second, "this comes on top of what ended the training")
+            except Exception as second:  # must not hide the first error
+                self._warn(second, "this comes in addition to the error that ended the training")
 
 
 def warn_if_slow(what: str, seconds: float) -> bool:
-    """Warn, and return True, where ``what`` took so long that a launcher would not let the save after it come to its end."""
+    """Warn, and return True, if ``what`` took so long that a launcher may kill the save that follows it."""
     if seconds <= SLOW:
         return False
-    enough = 30 * math.ceil(seconds * 2 / 30)  # a save in flight comes before the last one
+    enough = 30 * math.ceil(seconds * 2 / 30)  # a save in flight precedes the last one
     warnings.warn(
         f"{what} took {seconds:.0f} s, and launchers kill a process {GRACE} s after asking it to end: give it longer by"
         f" torchrun --shutdown-timeout={enough}, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} for accelerate launch",

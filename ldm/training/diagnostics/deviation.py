@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-FACTOR = (
-    10  # a resume on a GPU without `deterministic` may be so many times as far from a run as the same run once more
-)
-TIMED = ("updates_per_second",)  # figures that are never equal
+FACTOR = 10  # on a GPU without `deterministic`: allowed ratio to the distance between two identical runs
+TIMED = ("updates_per_second",)  # metrics that depend on time
 
 Reads = Mapping[int, Mapping[int, Sequence[str]]]  # update → position → digests of what was read there
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A deviation, relative to the largest value, or a count; infinite where something is missing. ``where``: the first of them."""
+    """A deviation, relative to the largest value, or a count; infinite if something is missing.
+
+    ``where`` names the first difference.
+    """
 
     size: float
     where: str = ""
@@ -32,9 +33,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing compared: after the resume with before the cut, and at the end with the straight run, as also its repetition.
+    """One row of the comparison.
 
-    ``exact``: equal at any rounding of the device.
+    Attributes:
+        restored: after the resume, against before the cut.
+        apart, twin: at the end, the interrupted run and the repeated one against the unbroken run.
+        exact: must be equal whatever the device's rounding.
     """
 
     name: str
@@ -59,7 +63,7 @@ def _number(difference: Difference, count: bool) -> str:
 
 
 def verdict(rows: Sequence[Row], rounding: bool) -> tuple[bool, str]:
-    """Verdict on a resume, and a sentence; ``rounding``: the device does not repeat itself to the last bit."""
+    """Return the verdict on a resume and a sentence; ``rounding``: the device's results vary in the last bits."""
     for row in rows:
         if row.restored is not None and not row.restored.none:
             return False, f"{row.name}, as restored: {row.restored.where}"
@@ -86,7 +90,7 @@ def between_groups(group: str, held: Mapping[str, Tensor], live: Mapping[str, Te
             {name: t for name, t in tensors.items() if row_of(group, name) == row} for tensors in (held, live)
         )
         if lacking := sorted(mine.keys() ^ other.keys()):
-            found[row] = Difference(math.inf, f"{lacking[0]} is there in one of them only ({len(lacking)} in all)")
+            found[row] = Difference(math.inf, f"{lacking[0]} is in one of them only ({len(lacking)} in all)")
             continue
         largest = max((float(t.double().abs().max()) for t in mine.values() if t.numel()), default=0.0)
         apart = {name: size for name, t in mine.items() if (size := _largest(t, other[name]))}
@@ -107,22 +111,21 @@ def _largest(a: Tensor, b: Tensor) -> float:
 def between_digests(
     before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Difference]:
-    """By row: how many tensors are not what they were."""
+    """Number of tensors that changed, by row."""
     found: dict[str, Difference] = {}
     for row in {**before, **after}:
         a, b = before.get(row, {}), after.get(row, {})
         differing = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-        where = (
-            f"{differing[0]} and {len(differing) - 1} more of {len({**a, **b})} are not what they were"
-            if differing
-            else ""
-        )
+        where = f"{differing[0]} and {len(differing) - 1} more of {len({**a, **b})} have changed" if differing else ""
         found[row] = Difference(float(len(differing)), where)
     return found
 
 
 def between_reads(straight: Sequence[Reads], other: Sequence[Reads], total: int) -> tuple[Difference, Difference]:
-    """Compare what the processes of two runs read: positions (each of 0 … ``total`` − 1 once, in the same update) and samples."""
+    """Compare what the processes of two runs read.
+
+    Positions (each of 0 … ``total`` − 1 once, in the same update) and samples.
+    """
     a, b = _together(straight), _together(other)
     wrong = []
     for update in sorted({**a, **b}):

@@ -1,6 +1,6 @@
-"""Updates that were not finite: what is needed to compute them again is written to `<run>/incidents/update-XXXXXXXX/`.
+"""Records of non-finite updates in `<run>/incidents/update-XXXXXXXX/`, from which they can be computed again.
 
-Such an update changes nothing, so the weights that it had are still there when the host learns of it.
+Such an update changes nothing, so its weights are still in place when the host learns of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from ldm.runs.directory import RunDirectory
 from ldm.runs.records import is_count
 from ldm.training.task import Task
 
-KEPT = 3  # sets of weights that are kept, the newest
+KEPT = 3  # newest incidents whose weights are kept
 FILE = "incident.json"
 
 
 @dataclass(frozen=True)
 class Incident:
-    """An update (from 0), how its batch was split, the task's state, and the folder, beside this one, that holds its weights."""
+    """A non-finite update (numbered from 0), the split of its batch, and the task's state.
+
+    ``weights`` names the folder, beside this one, that holds its weights.
+    """
 
     update: int
     batch_size: int
@@ -41,7 +44,7 @@ class Incident:
 
 
 class NonFiniteRecorder:
-    """Writes incidents; ``run`` is None but on the main process. Training continues where they cannot be written."""
+    """Writes incidents; ``run`` is None on all but the main process. A failure to write does not end the training."""
 
     def __init__(self, run: RunDirectory | None, task: Task, split: BatchPlan, say: Callable[[str], None]) -> None:
         self.folder = None if run is None else run.path / "incidents"
@@ -49,7 +52,10 @@ class NonFiniteRecorder:
         self.newest: Path | None = None
 
     def record(self, update: int, first: bool) -> None:
-        """Record a non-finite ``update`` before any weight changes; ``first``: it is the first in a row (all have the same weights)."""
+        """Record a non-finite ``update`` before any weight changes.
+
+        ``first``: it is the first in a row; those after it have the same weights.
+        """
         if self.folder is None:
             return
         place = self.folder / f"update-{update:08d}"
@@ -69,7 +75,8 @@ class NonFiniteRecorder:
             self._thin_out()
         except (OSError, FolderError) as error:
             self.say(
-                f"update {update} was not finite and changed nothing; {place} cannot be written: {' '.join(str(error).split())}"
+                f"update {update} was not finite and changed nothing; {place} cannot be written:"
+                f" {' '.join(str(error).split())}"
             )
             return
         self.newest = place
@@ -80,7 +87,7 @@ class NonFiniteRecorder:
         return str(read_json(self.newest / FILE)["weights"])
 
     def _thin_out(self) -> None:
-        """Keep the weights of the newest alone; what the others say stays."""
+        """Delete all weights but the newest; the records stay."""
         assert self.folder is not None
         held = sorted(folder for folder in self.folder.glob("update-*") if any(folder.glob("*.safetensors")))
         for folder in held[:-KEPT]:
@@ -89,7 +96,7 @@ class NonFiniteRecorder:
 
 
 def read(folder: Path) -> tuple[Incident, dict[str, dict[str, Any]]]:
-    """An incident and the weights that it had, by network. Raises RunError."""
+    """Read an incident and its weights, by network. Raises RunError."""
     try:
         values = read_json(folder / FILE)
         values.pop("positions")
@@ -100,12 +107,12 @@ def read(folder: Path) -> tuple[Incident, dict[str, dict[str, Any]]]:
     except (FolderError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(f"{folder} is not an incident of a run (runs/…/incidents/update-…): {error}") from None
     if not weights:
-        raise RunError(f"{folder}: its weights are no longer there (a run keeps those of its newest {KEPT})")
+        raise RunError(f"{folder}: its weights were deleted (a run keeps those of its newest {KEPT})")
     return incident, weights
 
 
 def _check(incident: Incident) -> None:
-    """Raise ValueError for values that no update has."""
+    """Raise ValueError for impossible values."""
     counts = {name: getattr(incident, name) for name in ("batch_size", "micro_batch", "processes")}
     for name, value in {"update": incident.update, **counts}.items():
         if not is_count(value) or (name in counts and value == 0):

@@ -1,4 +1,4 @@
-"""Computes a recorded update again, in one process, and finds where its numbers stop being finite."""
+"""Compute a recorded update again, in one process, and find the first non-finite number."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ldm.training.task import Task
 
 
 class NotReproducedError(UserError):
-    """All is finite here."""
+    """The update is finite here."""
 
     exit_code = 1
 
 
 @dataclass
 class Findings:
-    """Lines naming what was not finite, in the order of computation."""
+    """Names of what was not finite, in the order of computation."""
 
     samples: list[str] = field(default_factory=list)
     forward: str | None = None  # the first module
@@ -51,7 +51,9 @@ class Findings:
 def replay(
     task: Task, incident: Incident, weights: dict[str, dict[str, Tensor]], precision: str, whole: bool
 ) -> Findings:
-    """Forward and backward passes of the incident's update. ``whole``: a loss that is not a mean over samples, so in one batch.
+    """Run the forward and backward passes of the incident's update.
+
+    ``whole``: in one batch, because the loss is not a mean over samples.
 
     Raises RunError where the weights or the state do not fit.
     """
@@ -66,7 +68,7 @@ def replay(
         if hasattr(error, "exit_code"):
             raise
         raise RunError(f"update {incident.update} is not of this run: {' '.join(str(error).split())[:300]}") from None
-    task.wrapped = {name: accelerator.prepare_model(network) for name, network in task.networks.items()}
+    networks = {name: accelerator.prepare_model(network) for name, network in task.networks.items()}
     size = incident.batch_size if whole else incident.micro_batch
     findings = Findings()
     for positions in BatchPlan(incident.batch_size, size, 1, 0).positions(incident.update):
@@ -75,7 +77,7 @@ def replay(
         on_device = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with _watched(_modules(task), findings):
             metrics = task.micro_step(
-                on_device, incident.update, lambda loss: _backward(loss, size / incident.batch_size, findings)
+                networks, on_device, incident.update, lambda loss: _backward(loss, size / incident.batch_size, findings)
             )
         findings.losses += [name for name, value in metrics.items() if not bool(torch.isfinite(value).all())]
         findings.gradients += [
@@ -99,7 +101,8 @@ def _broken_samples(batch: Batch, positions: list[int]) -> list[str]:
     for name, values in batch.items():
         if isinstance(values, Tensor) and values.is_floating_point():
             found += [
-                f"sample at position {position} ({batch['text'][i]!r}): its {name} has {_count(values[i])} values that are not finite"
+                f"sample at position {position} ({batch['text'][i]!r}): its {name} has {_count(values[i])} values"
+                " that are not finite"
                 for i, position in enumerate(positions)
                 if not _finite(values[i])
             ]
@@ -107,20 +110,20 @@ def _broken_samples(batch: Batch, positions: list[int]) -> list[str]:
 
 
 def _modules(task: Task) -> dict[str, nn.Module]:
-    """The trained networks and those that the task holds besides, each once."""
+    """The trained networks and the task's frozen ones, each once."""
     codec = getattr(task, "codec", None)
-    besides = {name: value for name, value in vars(task).items() if isinstance(value, nn.Module)}
+    frozen = {name: value for name, value in vars(task).items() if isinstance(value, nn.Module)}
     if codec is not None:
-        besides["codec"] = codec.autoencoder
+        frozen["codec"] = codec.autoencoder
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in {**task.networks, **besides}.items():
+    for name, module in {**task.networks, **frozen}.items():
         found.setdefault(id(module), (name, module))
     return dict(found.values())
 
 
 @contextmanager
 def _watched(roots: dict[str, nn.Module], findings: Findings) -> Iterator[None]:
-    """Look at the output of every module as it is made, and at the gradient that comes back to it."""
+    """Check the output of every module as it is computed, and the gradient that reaches it."""
     handles, names = [], {}
     for root, network in roots.items():
         for name, module in network.named_modules():
@@ -154,7 +157,10 @@ def _watched(roots: dict[str, nn.Module], findings: Findings) -> Iterator[None]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors in a module's arguments or output, to any depth; also the fields of small objects such as a posterior."""
+    """The tensors in a module's arguments or output, to any depth.
+
+    Includes the fields of small objects such as a posterior.
+    """
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, dict):

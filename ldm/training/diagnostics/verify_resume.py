@@ -1,4 +1,4 @@
-"""Proof of a resume: a run that is cut off within an update and continues, beside two that nothing interrupts."""
+"""Proof of an exact resume: a run that is killed within an update and resumed, beside two unbroken runs."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from ldm.training.diagnostics.deviation import (
     row_of,
 )
 from ldm.training.loop import Interrupted, Loop
-from ldm.training.task import Task
+from ldm.training.task import Networks, Task
 
 LATENTS = "latents"
 T = TypeVar("T")
 
 
 class PowerCut(BaseException):
-    """An end that nothing in the loop catches, so that nothing is saved before it: as a kill."""
+    """An exception that the loop does not catch, so that nothing is saved: like a kill."""
 
 
 class NotExactError(UserError):
-    """A run that was cut off does not end where an unbroken one does; the message names the first difference."""
+    """The resumed run ends differently from the unbroken one; the message names the first difference."""
 
     exit_code = 4
     everywhere = True
@@ -54,18 +54,21 @@ class NotExactError(UserError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The updates of a check, counted from 0: ``updates`` in all (≥ 4), saved before ``saved``, cut off within ``cut``."""
+    """The updates of a check, counted from 0.
+
+    ``updates`` in all (≥ 4), a checkpoint before ``saved``, the kill within ``cut``.
+    """
 
     updates: int
 
     @property
     def saved(self) -> int:
-        """The update that the resumed run must begin with."""
+        """The first update of the resumed run."""
         return self.updates // 2
 
     @property
     def cut(self) -> int:
-        """At least one update later, and before the next checkpoint."""
+        """The killed update: at least one later, and before the next checkpoint."""
         return self.saved + (self.updates - self.saved) // 2
 
 
@@ -84,7 +87,7 @@ class Life:
 
 
 class Quiet:
-    """Reporter of the runs of a check: prints nothing."""
+    """Reporter that prints nothing."""
 
     def say(self, text: str) -> None: ...
 
@@ -92,7 +95,7 @@ class Quiet:
 
 
 def settings_of_check(settings: Any, plan: Plan) -> tuple[Any, list[str]]:
-    """The settings of the runs of a check, but for ``run``, and what was changed as ``key old → new``."""
+    """Settings of the check's runs (except ``run``), and the changes as ``key old → new``."""
     train = settings.train
     changes: dict[str, dict[str, Any]] = {
         "train": {
@@ -127,17 +130,17 @@ def _text(value: Any) -> str:
 def verify(
     settings: Any, make_task: Callable[[Any], Task], folder: Path, plan: Plan, say: Callable[[str], None]
 ) -> list[Row]:
-    """Train three times in ``folder``, and compare: unbroken, unbroken again, and cut off within an update and resumed.
+    """Train three times in ``folder`` and compare: unbroken, unbroken again, and killed within an update and resumed.
 
-    ``settings`` are those of ``settings_of_check``. Every process returns the same rows. Raises what training raises, and
-    KeyboardInterrupt after a signal.
+    ``settings`` are those of ``settings_of_check``. Every process returns the same rows. Raises the errors of
+    training, and KeyboardInterrupt after a signal.
     """
     check = _Check(settings, make_task, folder, plan)
-    say(f"1 of 3: {plan.updates} updates without interruption")
+    say(f"1 of 3: {plan.updates} updates, unbroken")
     straight, _ = check.train("straight")
-    say("2 of 3: once more")
+    say("2 of 3: the same again")
     twin, twin_apart = check.train("twin", compared=True)
-    say(f"3 of 3: cut off within update {plan.cut + 1}, then on from the checkpoint of update {plan.saved}")
+    say(f"3 of 3: killed within update {plan.cut + 1}, then resumed from the checkpoint of update {plan.saved}")
     cut, _ = check.train("interrupted", cut=True)
     resumed, apart = check.train("interrupted", compared=True)
     counted = Life(
@@ -164,7 +167,7 @@ class _Check:
         self.processes, _ = launched()
 
     def rows_of_all(self, lives: tuple[Life, Life, Life]) -> list[Row]:
-        """Facts that must be equal whatever the rounding, over all processes: interrupted run and twin beside the straight run."""
+        """Rows that must be equal whatever the rounding, over all processes."""
         straight, counted, twin = lives
         everyone = self.processes.gather([life.reads for life in lives])
         reads = [[mine[i] for mine in everyone] for i in range(3)]
@@ -172,10 +175,10 @@ class _Check:
         apart, twin_apart = between_reads(reads[0], reads[1], total), between_reads(reads[0], reads[2], total)
         begun = Difference(
             float(abs(counted.first - self.plan.saved)),
-            f"it went on from update {counted.first} instead of {self.plan.saved}",
+            f"it continued from update {counted.first} instead of {self.plan.saved}",
         )
         return [
-            Row("update gone on from", None, begun, Difference(0.0), exact=True),
+            Row("update resumed from", None, begun, Difference(0.0), exact=True),
             Row("positions read", None, apart[0], twin_apart[0], exact=True),
             Row("samples, draws included", None, apart[1], twin_apart[1], exact=True),
             Row(
@@ -188,7 +191,7 @@ class _Check:
         ]
 
     def train(self, name: str, cut: bool = False, compared: bool = False) -> tuple[Life, dict[str, Difference]]:
-        """Train run ``name`` from where it stands; returns what was noted, and how far its end is from the straight run's."""
+        """Train run ``name`` from its current state; returns its record and its distance from the unbroken run."""
         run = self.folder / name
         self.processes.each(lambda: self._lend_latents(run) if self.processes.main else None)
         _fresh()
@@ -196,9 +199,11 @@ class _Check:
         task = self.make_task(settings)
         task.previews, task.export = dict, lambda run: None
         loop = Loop(task, settings.train, settings, settings.run, settings.data.workers, Quiet())
-        life = watch(loop, self.plan, cut)
+        life = Life(0)
         try:
-            loop.train()
+            with loop:
+                life = watch(loop, self.plan, cut)
+                loop.train()
         except PowerCut:
             pass
         except Interrupted:
@@ -207,7 +212,7 @@ class _Check:
         return life, self.processes.each(lambda: self._apart(loop, run) if compare else {})[0]
 
     def _lend_latents(self, run: Path) -> None:
-        """A cache is read where it lies, that of the user's run or of the check's first run."""
+        """Link the latent cache of the user's run, or of the check's first run, into ``run``."""
         run.mkdir(exist_ok=True)
         for place in (Path(self.settings.run), self.folder / "straight"):
             latents = place / LATENTS
@@ -215,7 +220,7 @@ class _Check:
                 (run / LATENTS).symlink_to(resolved(latents))
 
     def _apart(self, loop: Loop, run: Path) -> dict[str, Difference]:
-        """The live state at the end beside the straight run's last checkpoint, a group of tensors at a time."""
+        """Compare the live state at the end with the unbroken run's last checkpoint, one group of tensors at a time."""
         straight = self.folder / "straight"
         end = straight / f"checkpoints/step-{self.plan.updates:08d}"
         found = {"logged figures": between_figures(read_metrics(straight), read_metrics(run))}
@@ -228,19 +233,19 @@ class _Check:
 
 
 def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
-    """Note what the loop reads and steps with as it trains; ``cut``: end it between two micro-batches of update ``plan.cut``."""
+    """Record what the loop reads and its learning rates; ``cut``: kill it within update ``plan.cut``."""
     life, task, main = Life(loop.step), loop.task, loop.accelerator.is_main_process
     micro_step, after_update = task.micro_step, task.after_update
     done: dict[int, int] = {}  # micro-batches of each update
 
-    def step(batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def step(networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         if update == plan.saved and not done.get(update) and main:
             life.digests = _digests(loop)
         done[update] = done.get(update, 0) + 1
         reads = life.reads.setdefault(update, {})
         for i, position in enumerate(batch["position"].tolist()):
             reads.setdefault(position, []).append(_digest({k: v[i] for k, v in batch.items()}))
-        metrics = micro_step(batch, update, backward)
+        metrics = micro_step(networks, batch, update, backward)
         if cut and update == plan.cut and done[update] == max(1, loop.split.accumulation // 2):
             if loop.writer:  # the run is cut after its checkpoint, however slow the disk
                 loop.writer.wait()
@@ -258,7 +263,7 @@ def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
 
 
 def _digests(loop: Loop) -> dict[str, dict[str, str]]:
-    """A digest of every tensor and value that a checkpoint should keep, by row of the table."""
+    """Digests of all tensors and values that a checkpoint should keep, by row of the table."""
     found: dict[str, dict[str, str]] = {"state of the task": {"state": json.dumps(loop.task.state(), sort_keys=True)}}
     for group, tensors in loop.state.tensors().items():
         for name, tensor in tensors.items():
@@ -278,7 +283,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _fresh() -> None:
-    """The global generators as a new process has them, so that what draws from them is not repeated by a resume; and its memory."""
+    """Reset the global generators and free memory, as in a new process."""
     gc.collect()  # a task and its loop hold each other
     random.seed(0)
     np.random.seed(0)

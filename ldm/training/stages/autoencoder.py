@@ -35,7 +35,7 @@ from ldm.interop.diffusers.folder import write_part
 from ldm.interop.intact import write_hashes
 from ldm.runs.directory import RunDirectory
 from ldm.training.finite import not_finite
-from ldm.training.task import seeded
+from ldm.training.task import Networks, seeded
 
 if TYPE_CHECKING:
     from autoencoder.perceptual import PerceptualLoss
@@ -48,14 +48,14 @@ PICTURES = 8
 
 
 class AutoencoderTask:
-    """Trains ``autoencoder`` and, where the loss has an adversarial term, ``discriminator``."""
+    """Trains ``autoencoder``, and ``discriminator`` if the loss has an adversarial term."""
 
     averaged = "autoencoder"
 
     def __init__(self, config: AutoencoderTrainingConfig) -> None:
         self.config, model, loss, seed = config, config.model, config.loss, config.train.seed
         self.perceptual: PerceptualLoss | None = None
-        if loss.lpips > 0:  # before all else, for its weights may be missing
+        if loss.lpips > 0:  # first, because its weights may be missing
             from autoencoder.perceptual import PerceptualLoss  # torchvision's models take seconds to import
 
             self.perceptual = PerceptualLoss(loss.lpips_net, loss.lpips_weights)
@@ -68,19 +68,18 @@ class AutoencoderTask:
             self.networks["discriminator"] = seeded(
                 seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers)
             )
-        self.wrapped = self.networks
         self.source = open_source(config.data, "train")
         draws = RandomFields({"posterior": self.latent_shape})
         self.stream = Stream(self.source, config.data, seed, draws)
         draws = RandomFields({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
         self._check_sizes()
-        self._adaptive = torch.zeros(())  # of the update before; 0 until measured
+        self._adaptive = torch.zeros(())  # of the previous update; 0 until measured
         self._last_layer: dict[str, Tensor] = {}  # gradients of this update, added up over its micro-batches
         self._micro_batches = 0
 
     def _check_sizes(self) -> None:
-        """Run the losses once on an empty picture, so that one too small for them is refused before training."""
+        """Run the losses once on a blank image, to refuse an image size too small for them before training."""
         data = self.config.data
         blank = torch.zeros(1, data.image_channels, data.image_size, data.image_size)
         try:
@@ -95,11 +94,11 @@ class AutoencoderTask:
     def summary(self) -> list[str]:
         """Lines to print once, before training."""
         if self.perceptual is None:
-            return ["loss.lpips is 0: no perceptual term, LPIPS figures are null"]
+            return ["loss.lpips is 0: no perceptual term, LPIPS is null"]
         return (
             []
             if self.perceptual.meaningful
-            else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS figures are null"]
+            else ["loss.lpips_weights is random: an untrained perceptual trunk, LPIPS is null"]
         )
 
     def lr_scale(self, network: str) -> float:
@@ -114,7 +113,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Give the first latents decorrelated channels of unit variance."""
+        """Whiten the latents: decorrelated channels of unit variance on the first training images."""
         self.autoencoder.whiten(
             torch.cat([posterior.mean for posterior in self._posteriors(self.autoencoder, FIRST_IMAGES)])
         )
@@ -131,9 +130,11 @@ class AutoencoderTask:
         while several := list(itertools.islice(images, AT_ONCE)):
             yield network.encode(torch.stack(several).to(self._adaptive.device))
 
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def micro_step(
+        self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
         loss, image = self.config.loss, batch["image"]
-        reconstruction, posterior = self.wrapped["autoencoder"](image, batch["posterior"])
+        reconstruction, posterior = networks["autoencoder"](image, batch["posterior"])
         terms = reconstruction_terms(reconstruction, image, posterior, loss, self.perceptual)
         # The terms on pixels meet at the reconstruction: their gradients there are taken once and go back together.
         pixels = weighted_sum({name: term for name, term in terms.items() if name != "kl"}, loss)
@@ -147,12 +148,12 @@ class AutoencoderTask:
             metrics["generator"] = generator
         backward((reconstruction * gradient.detach()).sum() + loss.kl * terms["kl"])
         if adversarial:
-            metrics |= self._discriminator_step(image, reconstruction.detach(), backward)
+            metrics |= _discriminator_step(networks["discriminator"], image, reconstruction.detach(), backward)
             metrics["adaptive_weight"] = self._adaptive.clone()
         return metrics
 
     def _generator_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The generator's hinge and its gradient at the reconstruction; the discriminator gets none."""
+        """The generator's hinge loss and its gradient at the reconstruction; the discriminator gets none."""
         discriminator = self.networks["discriminator"].requires_grad_(False)
         hinge = generator_hinge(discriminator(reconstruction))
         (gradient,) = torch.autograd.grad(hinge, reconstruction)
@@ -160,23 +161,11 @@ class AutoencoderTask:
         return hinge.detach(), gradient
 
     def _keep_last_layer(self, reconstruction: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Add up the gradients that each term alone sends to the decoder's last layer, over the micro-batches."""
+        """Accumulate each term's own gradient at the decoder's last layer over the micro-batches."""
         for name, gradient in gradients.items():
             (at_layer,) = torch.autograd.grad(reconstruction, self.autoencoder.last_layer, gradient, retain_graph=True)
             self._last_layer[name] = at_layer + self._last_layer.get(name, 0.0)
         self._micro_batches += 1
-
-    def _discriminator_step(self, image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        # Two calls: while every hinge is open, the last bias has a gradient of exactly 0, the sum of two that are opposite to the bit.
-        # Of one call of both it is what rounding leaves, and AdamW makes whole steps of that, other ones for every split of the batch.
-        real_logits, fake_logits = self.wrapped["discriminator"](image), self.wrapped["discriminator"](fake)
-        hinge = discriminator_hinge(real_logits, fake_logits)
-        backward(hinge)
-        return {
-            "discriminator": hinge.detach(),
-            "logits_real": real_logits.detach().mean(),
-            "logits_fake": fake_logits.detach().mean(),
-        }
 
     def after_update(self, update: int, reduce: Callable[[Tensor], Tensor], finite: Tensor) -> None:
         """The adversarial weight of the next update, from this one's gradients over the global batch."""
@@ -199,8 +188,8 @@ class AutoencoderTask:
         def total(value: Tensor) -> Tensor:
             return gather(value.double()[None]).sum(0)
 
-        # every name from the start: a process without a share of the images takes part in each exchange all the same
-        figures = dict.fromkeys(self._figures(), torch.zeros((), dtype=torch.float64, device=device))
+        # all names from the start: a process without images still takes part in each exchange
+        figures = dict.fromkeys(self._sum_names(), torch.zeros((), dtype=torch.float64, device=device))
         moments = torch.zeros(3, *self.latent_shape, dtype=torch.float64, device=device)  # Σ mean, Σ mean², Σ variance
         kept: list[tuple[Tensor, DiagonalGaussian, Tensor]] = []
         train = self.config.train
@@ -231,8 +220,8 @@ class AutoencoderTask:
         means.setdefault("lpips", None)  # type: ignore[arg-type]
         return {**means, "active_channels": int((variance > ACTIVE_VARIANCE).sum())}
 
-    def _figures(self) -> list[str]:
-        """Names of what validation adds up over images."""
+    def _sum_names(self) -> list[str]:
+        """Names of the sums over validation images."""
         names = ["count", "psnr", "kl", "l1", "high_frequency", *(f"psnr_noise_{level:g}" for level in NOISE_LEVELS)]
         if self.config.data.image_size >= 11:  # SSIM's window
             names.append("ssim")
@@ -271,13 +260,29 @@ class AutoencoderTask:
         return _centre(moments, count), _statistics(moments, count)[1]
 
 
+def _discriminator_step(
+    discriminator: Callable[[Tensor], Tensor], image: Tensor, fake: Tensor, backward: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
+    # Two calls: while every hinge is open, the last bias has a gradient of exactly 0, the sum of two that are opposite
+    # to the bit. One call of both would leave a rounding error, of which AdamW makes whole steps, different ones for
+    # every split of the batch.
+    real_logits, fake_logits = discriminator(image), discriminator(fake)
+    hinge = discriminator_hinge(real_logits, fake_logits)
+    backward(hinge)
+    return {
+        "discriminator": hinge.detach(),
+        "logits_real": real_logits.detach().mean(),
+        "logits_fake": fake_logits.detach().mean(),
+    }
+
+
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         sums[name] = sums[name] + value.double().sum()
 
 
 def _statistics(moments: Tensor, n: float) -> tuple[Tensor, Tensor]:
-    """Per channel: the variance of the posterior mean over the set (averaged over positions), and the latent's deviation."""
+    """Per channel: variance of the posterior mean over the set, averaged over positions, and the latent's deviation."""
     mean, square, var = moments / n
     over_set = (square - mean.square()).mean((1, 2))
     return over_set, (square.mean((1, 2)) - _centre(moments, n).square() + var.mean((1, 2))).sqrt()

@@ -1,4 +1,7 @@
-"""The classifier of noisy samples: cross-entropy on x_t, t uniform and an input (docs/equations.md L11)."""
+"""The classifier of noisy samples.
+
+Cross-entropy on x_t, with t uniform and an input of the network (docs/equations.md L11).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from ldm.config import NONE, ClassifierTrainingConfig, ConfigError, DataConfig, DiffusionTrainingConfig
 from ldm.data.dataset import Batch, RandomFields, Stream, scattered, validation_batches
 from ldm.data.folder import FolderSource
+from ldm.data.latent_cache import LatentCache
 from ldm.data.sample import Source
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid, to_uint8
@@ -21,12 +25,12 @@ from ldm.diffusion.timesteps import uniform_timesteps
 from ldm.distributed.launch import launched
 from ldm.interop.bundle import VAE
 from ldm.interop.classifier import ClassifierInfo
-from ldm.pipeline.codec import codec_of
+from ldm.pipeline.codec import LatentCodec, codec_of
 from ldm.pipeline.info import ModelInfo, schedule_hash
 from ldm.runs.directory import RunDirectory
 from ldm.training.stages.diffusion import BINS, PICTURES
 from ldm.training.stages.latents import diffused, ensure_cache
-from ldm.training.task import seeded
+from ldm.training.task import Networks, seeded
 
 MOST_CLASSES = 10_000
 
@@ -36,47 +40,48 @@ class ClassifierTask:
 
     averaged = "classifier"
 
-    def __init__(self, config: ClassifierTrainingConfig, say: Callable[[str], None]) -> None:
-        self.config, data, seed = config, config.data, config.train.seed
-        diffusion = ModelInfo.read(config.diffusion)
-        self.codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
-        in_channels = diffusion.unet[1]
-        self._check_data(diffusion, in_channels)
+    def __init__(
+        self,
+        config: ClassifierTrainingConfig,
+        info: ClassifierInfo,
+        codec: LatentCodec | None,
+        source: Source,
+        validation: Source,
+        cache: LatentCache | None,
+    ) -> None:
+        self.config, self.info, self.codec, data, seed = config, info, codec, config.data, config.train.seed
+        self.classifier = seeded(seed, info.make)
+        self.networks: dict[str, nn.Module] = {"classifier": self.classifier}
+        self.schedule = Schedule.from_config(info.schedule)
+        side = data.image_size // (codec.autoencoder.config.factor if codec else 1)
+        shape = info.in_channels, side, side
+        normals = {"eps": shape} | ({"posterior": shape} if codec else {})
+        self.stream = Stream(source, data, seed, RandomFields(normals, ("t",)), cache)
+        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def from_config(cls, config: ClassifierTrainingConfig, say: Callable[[str], None]) -> ClassifierTask:
+        """Open the diffusion model and the data, and encode the data set where a latent cache is missing."""
+        data, diffusion = config.data, ModelInfo.read(config.diffusion)
+        codec = codec_of(diffusion.bundle.parts[VAE]) if diffusion.autoencoder else None
+        in_channels = diffusion.unet.in_channels
+        _check_data(data, diffusion, codec.autoencoder.config.image_channels if codec else in_channels)
         source, validation = open_source(data, "train"), open_source(data, "validation")
         classes, captions = find_classes(source, data)
         for text in validation.captions(MOST_CLASSES) or ():
             if text not in captions:
                 raise ConfigError(
-                    f"data: {text!r} is in the validation split alone: a classifier needs images of each class to train on"
+                    f"data: {text!r} is in the validation split alone: a classifier needs images of each class to"
+                    " train on"
                 )
-        self.info = ClassifierInfo(
-            config.model, classes, captions, in_channels, diffusion.schedule, self.codec.hash if self.codec else None
-        )  # fmt: skip
-        self.classifier = seeded(seed, self.info.make)
-        self.networks: dict[str, nn.Module] = {"classifier": self.classifier}
-        self.wrapped = self.networks
-        self.schedule = Schedule.from_config(diffusion.schedule)
-        side = data.image_size // diffusion.factor
-        normals = {"eps": (in_channels, side, side)} | ({"posterior": (in_channels, side, side)} if self.codec else {})
+        latents = codec.hash if codec else None
+        info = ClassifierInfo(config.model, classes, captions, in_channels, diffusion.schedule, latents)
         cache = None
-        if self.codec is not None and data.crop == "center":
+        if codec is not None and data.crop == "center":
             stage2 = DiffusionTrainingConfig(config.run, data, str(diffusion.path), NONE)  # whose latents these are
-            cache = ensure_cache(stage2, self.codec.autoencoder, source, say, *launched())
-        self.stream = Stream(source, data, seed, RandomFields(normals, ("t",)), cache)
-        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
-        self.device = torch.device("cpu")
-
-    def _check_data(self, diffusion: ModelInfo, in_channels: int) -> None:
-        data = self.config.data
-        image_channels = self.codec.autoencoder.config.image_channels if self.codec else in_channels
-        for name, value, wanted in (
-            ("image_channels", data.image_channels, image_channels),
-            ("image_size", data.image_size, diffusion.sample_size),
-        ):
-            if value != wanted:
-                raise ConfigError(
-                    f"data.{name} is {value} but the diffusion model's is {wanted}: the classifier sees what it draws"
-                )
+            cache = ensure_cache(stage2, codec.autoencoder, source, say, *launched())
+        return cls(config, info, codec, source, validation, cache)
 
     @property
     def summary(self) -> list[str]:
@@ -97,15 +102,17 @@ class ClassifierTask:
         if self.codec is not None:
             self.codec.autoencoder.to(device)
 
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def micro_step(
+        self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
         loss, right = self._judged(
-            self.wrapped["classifier"], batch, uniform_timesteps(batch["t"], self.schedule.num_steps)
+            networks["classifier"], batch, uniform_timesteps(batch["t"], self.schedule.num_steps)
         )
         backward(loss.mean())
         return {"loss": loss.detach().mean(), "accuracy": right.float().mean()}
 
     def _judged(self, classifier: Callable[[Tensor, Tensor], Tensor], batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy on x_t and whether the likeliest class is right, for each sample."""
+        """Cross-entropy on x_t of each sample, and True where its likeliest class is right."""
         label = torch.tensor([self.info.label(text) for text in batch["text"]], device=self.device)
         loss, logits = classifier_loss(self.schedule, classifier, diffused(self.codec, batch), batch["eps"], t, label)
         return loss, logits.argmax(1) == label
@@ -124,7 +131,7 @@ class ClassifierTask:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError where classes or latents are not those of the run: its logits would mean something else."""
+        """Raises ConfigError if classes or latents have changed: the logits would mean something else."""
         for name, value in self.state().items():
             if state.get(name, value) != value:  # older checkpoints lack the schedule
                 raise ConfigError(f"the {name} of this run have changed since it began: use another run: directory")
@@ -155,6 +162,15 @@ class ClassifierTask:
         self.info.save(self.classifier, run.model / "classifier")
 
 
+def _check_data(data: DataConfig, diffusion: ModelInfo, image_channels: int) -> None:
+    wanted = {"image_channels": image_channels, "image_size": diffusion.sample_size}
+    for name, value in wanted.items():
+        if (given := getattr(data, name)) != value:
+            raise ConfigError(
+                f"data.{name} is {given} but the diffusion model's is {value}: the classifier sees what it draws"
+            )
+
+
 def find_classes(source: Source, data: DataConfig) -> tuple[tuple[str, ...], dict[str, int]]:
     """The names of the classes of a training split, sorted, and the class of each caption. Raises ConfigError.
 
@@ -175,5 +191,5 @@ def find_classes(source: Source, data: DataConfig) -> tuple[tuple[str, ...], dic
             f"data: a classifier needs 2 to {MOST_CLASSES} classes, the training split has {len(names) or 'more'}"
         )
     if len(dict(captions)) < len(captions):
-        raise ConfigError("data.caption_templates give two classes the same caption: choose others")
+        raise ConfigError("data.caption_templates give two classes the same caption: choose other templates")
     return tuple(names), dict(captions)

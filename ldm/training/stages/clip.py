@@ -19,7 +19,7 @@ from ldm.interop.intact import write_hashes
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
 from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer, vocabulary_hash
 from ldm.runs.directory import RunDirectory
-from ldm.training.task import seeded
+from ldm.training.task import Networks, seeded
 
 TOKENIZER_CAPTIONS = 20_000  # captions at most from which the merges are learned
 PICTURES = 8
@@ -38,7 +38,6 @@ class ClipTask:
         self._cut = tokenize(self.tokenizer, captions, config.model.max_length)[1], len(captions)
         self.clip = seeded(seed, lambda: build_clip(config.model, self.tokenizer, data.image_size, data.image_channels))
         self.networks: dict[str, nn.Module] = {"clip": self.clip}
-        self.wrapped = self.networks
         self.stream = Stream(source, data, seed, RandomFields({}))
         # held-out combinations where the source has them: captions never seen
         split = "held_out" if data.source.startswith("shapes") else "validation"
@@ -66,8 +65,10 @@ class ClipTask:
     def _ids(self, captions: list[str]) -> Tensor:
         return tokenize(self.tokenizer, captions, self.config.model.max_length)[0].to(self.device)
 
-    def micro_step(self, batch: Batch, update: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        output = self.wrapped["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
+    def micro_step(
+        self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        output = networks["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
         scale = self.clip.logit_scale
         image, text, captions = _global_batch(output.image_embeds, output.text_embeds, batch["text"])
         loss = contrastive_loss(image, text, scale, same_captions(captions).to(self.device))
@@ -84,20 +85,21 @@ class ClipTask:
         return {"vocabulary": vocabulary_hash(self.tokenizer)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError where the vocabulary is not that of the run: its tokens would mean something else."""
+        """Raises ConfigError if the vocabulary has changed: the tokens would mean something else."""
         if state != self.state():
             raise ConfigError(
-                "the captions have changed, and with them the vocabulary that this run learned: use another run: directory"
+                "the captions have changed, and with them the vocabulary that this run learned: use another run:"
+                " directory"
             )
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Retrieval top-1 among the held-out captions, and whether an image prefers its caption to the swapped relation."""
+        """Retrieval top-1 among held-out captions; share of images closer to their caption than to its swapped one."""
         network, train = self.clip, self.config.train
         images, texts = [], []
-        for _, batch in validation_batches(
-            self.validation, train.validation_size, train.batch_size, 0, 1
-        ):  # small: each process does all
-            images.append(network.get_image_features(batch["image"].to(self.device)).pooler_output)  # type: ignore[union-attr]
+        # the set is small, so every process computes all of it
+        for _, batch in validation_batches(self.validation, train.validation_size, train.batch_size, 0, 1):
+            features = network.get_image_features(batch["image"].to(self.device))
+            images.append(features.pooler_output)  # type: ignore[union-attr]
             texts += batch["text"]
         image = torch.cat(images)
         distinct = sorted(set(texts))
@@ -118,7 +120,8 @@ class ClipTask:
 
     def _embed(self, captions: list[str]) -> Tensor:
         chunks = [self._ids(captions[i : i + 256]) for i in range(0, len(captions), 256)]
-        return torch.cat([cast(Tensor, self.clip.get_text_features(ids).pooler_output) for ids in chunks])  # type: ignore[union-attr]
+        features = [self.clip.get_text_features(ids).pooler_output for ids in chunks]  # type: ignore[union-attr]
+        return torch.cat([cast(Tensor, one) for one in features])
 
     def previews(self) -> dict[str, np.ndarray]:
         """The first validation images."""
@@ -133,7 +136,10 @@ class ClipTask:
 
 
 def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Embeddings and captions of all processes: the loss compares the whole global batch, and every process computes it."""
+    """Embeddings and captions of all processes.
+
+    The loss compares the whole global batch, and every process computes it.
+    """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return image, text, captions
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
@@ -142,9 +148,10 @@ def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Ten
 
 
 def _gathered(own: Tensor) -> Tensor:
-    """The rows of all processes, of which this one's alone carry a gradient.
+    """The rows of all processes; only this one's carry a gradient.
 
-    DistributedDataParallel averages over processes what must be summed over their shares, so it is taken times their number.
+    DistributedDataParallel averages gradients that must be summed here, so they are multiplied by the number of
+    processes.
     """
     processes = torch.distributed.get_world_size()
     parts = [torch.empty_like(own) for _ in range(processes)]

@@ -10,19 +10,24 @@ import torch
 from ldm.config import NONE, ConfigError, DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.bundle import VAE
-from ldm.models.unet import UNet
+from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline.codec import autoencoder_hash, files_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 
 
-def check_initial(
-    config: DiffusionTrainingConfig, unet: tuple[UNetConfig, int, int, int | None], text: Any
-) -> ModelInfo:
-    """The folder of ``config.init``. Raises ConfigError naming the first setting that differs, FolderError for what is not a model.
+def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> ModelInfo:
+    """Open the folder of ``config.init`` and compare it with the configuration.
 
-    ``unet``: the arguments of the network that the configuration describes; ``text``: its text encoder or None. A low-rank
-    change is drawn from with all else of the folder, so that all else must be equal; a U-Net trained whole is written with a
-    schedule and a text encoder of its own, and may change them.
+    A LoRA is used with all other parts of that folder, so all of them must be equal. A U-Net that is trained whole is
+    exported with its own schedule and text encoder, so these may differ.
+
+    Args:
+        spec: the U-Net that the configuration describes.
+        text: the configuration's text encoder or None.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+        FolderError: the folder is not a model.
     """
     assert config.init is not None
     info = ModelInfo.read(config.init)
@@ -30,7 +35,7 @@ def check_initial(
         raise ConfigError(
             f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}"
         )
-    _check_unet(config.init, info.unet, unet)
+    _check_unet(config.init, info.unet, spec)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
     _check_latents(config, info)
@@ -55,7 +60,7 @@ def check_initial(
 
 
 def initial_unet(info: ModelInfo, mixed_precision: str) -> UNet:
-    """The folder's U-Net as a frozen base: in the precision of the file where autocast computes, else in float32."""
+    """Load the folder's U-Net as a frozen base: in the file's precision under autocast, else in float32."""
     unet = load_unet(info)
     return unet if mixed_precision != "no" else unet.float()
 
@@ -67,31 +72,29 @@ def same_schedule(one: ScheduleConfig, other: ScheduleConfig) -> bool:
 
 
 def _unscaled(schedule: ScheduleConfig) -> ScheduleConfig:
-    """Without what fine-tuning may add to a schedule (Lin et al. 2023, Hoogeboom et al. 2023)."""
+    """Remove what fine-tuning may add to a schedule (Lin et al. 2023, Hoogeboom et al. 2023)."""
     return dataclasses.replace(schedule, zero_terminal_snr=False, shift=1.0)
 
 
-def _check_unet(
-    init: str, theirs: tuple[UNetConfig, int, int, int | None], mine: tuple[UNetConfig, int, int, int | None]
-) -> None:
+def _check_unet(init: str, base: NetworkSpec, wanted: NetworkSpec) -> None:
+    """Raise ConfigError naming the first difference between the U-Net of ``init`` and the configuration's."""
     for field in dataclasses.fields(UNetConfig):
-        if field.name == "upcast_attention":  # a remark for half precision, which changes nothing here
+        if field.name == "upcast_attention":  # only matters in half precision
             continue
-        values = [_spread(config, field.name) for config in (theirs[0], mine[0])]
+        values = [_spread(config, field.name) for config in (base.config, wanted.config)]
         if values[0] != values[1]:
             _differ(init, f"unet.{field.name}", *values)
-    names = (
-        "autoencoder: channels of the latent",
-        "objective.learned_variance: output channels",
-        "text: width of the context",
-    )
-    for name, a, b in zip(names, theirs[1:], mine[1:], strict=True):
-        if a != b:
-            _differ(init, name, a, b)
+    for name, found, expected in (
+        ("autoencoder: channels of the latent", base.in_channels, wanted.in_channels),
+        ("objective.learned_variance: output channels", base.out_channels, wanted.out_channels),
+        ("text: width of the context", base.context_dim, wanted.context_dim),
+    ):
+        if found != expected:
+            _differ(init, name, found, expected)
 
 
 def _spread(config: UNetConfig, name: str) -> Any:
-    """A setting in the one way of several in which it can be written."""
+    """Normal form of a setting that can be written in several ways."""
     value = getattr(config, name)
     if name == "heads" and len(value) == 1:
         value = value * len(config.channels)

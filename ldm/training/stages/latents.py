@@ -17,7 +17,7 @@ from ldm.data.sample import Source
 from ldm.distributed.processes import Processes
 from ldm.pipeline.codec import LatentCodec, autoencoder_hash
 
-MANY = 1000  # images from which encoding tells how far it is
+MANY = 1000  # from this number of images on, encoding reports its progress
 
 
 def diffused(codec: LatentCodec | None, batch: Batch) -> Tensor:
@@ -40,14 +40,14 @@ def ensure_cache(
     processes: Processes,
     device: torch.device,
 ) -> cache.LatentCache:
-    """Open the run's latent cache, which is compared with its hashes, and write it before where it is missing or damaged.
+    """Open the run's latent cache, after encoding the data set if the cache is missing or damaged.
 
-    Raises DataError for one that was made for something else.
+    Raises DataError if it was made from other data or another autoencoder.
     """
     folder = Path(config.run) / "latents"
-    bound = cache.binding(autoencoder_hash(config.autoencoder), source, config.data)
+    key = cache.cache_key(autoencoder_hash(config.autoencoder), source, config.data)
     try:
-        return cache.LatentCache(folder, bound, processes)
+        return cache.LatentCache(folder, key, processes)
     except cache.DamagedCacheError as error:  # on all processes alike
         say(
             f"encoding {source.length} images into {folder}"
@@ -62,7 +62,7 @@ def ensure_cache(
             say(f"encoded {done} of {total}")
 
     cache.write(
-        folder, bound, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes
+        folder, key, autoencoder.to(device), source, config.data, device, progress=progress, processes=processes
     )
     autoencoder.to("cpu")
-    return cache.LatentCache(folder, bound, processes)
+    return cache.LatentCache(folder, key, processes)

@@ -1,9 +1,10 @@
-"""Common parts of samplers: their signature, and the noise levels along a grid.
+"""The signature of a sampler, and the noise levels at the nodes of its grid.
 
-A sampler is a function ``sampler(denoiser, x, grid, noise=no_noise, *, callback=None, …)``. The grid is the t of each step,
-falling, and then where the sample ends (−1: clean data); ``grids`` makes them, and any falling t in float64 will do.
-``noise(i)`` is the i-th fresh standard normal array: a function, so that an image's draws do not depend on the batch
-around it. A sampler works in the type of ``x``, its coefficients in float64.
+A sampler is a function ``sampler(denoiser, x, grid, noise=no_noise, *, callback=None, …)``. The
+grid is the t of each step, falling, followed by the t at which the sample ends (−1: clean data);
+``grids`` makes them, and any falling t in float64 will do. ``noise(i)`` is the i-th fresh standard
+normal array: a function, so that an image's draws do not depend on the batch around it. A sampler
+works in the dtype of ``x``, with coefficients computed in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 def no_noise(step: int) -> Tensor:
-    """The ``noise`` of a deterministic sampler. Raises ValueError where a sampler draws some after all."""
+    """The ``noise`` of a deterministic sampler: raises ValueError when it is called."""
     raise ValueError(
         "this sampler draws noise at its steps: pass noise=…, a function of the step, or call ldm.sample, which does"
     )
@@ -34,7 +35,8 @@ def no_noise(step: int) -> Tensor:
 class Nodes:
     """t, α, σ and λ = log(α/σ) at the nodes of a grid, each float64 [nodes], S + 1 of them.
 
-    λ is infinite at clean data only: where no signal is left, ``Schedule.least_signal`` stands for ᾱ.
+    λ is infinite at clean data only: where no signal is left, ᾱ is taken to be
+    ``Schedule.least_signal``.
     """
 
     t: Float[Tensor, " nodes"]
@@ -44,7 +46,10 @@ class Nodes:
 
     @classmethod
     def of(cls, schedule: Schedule, grid: Float[Tensor, " nodes"], x: Tensor) -> Nodes:
-        """The nodes of ``grid``, beside ``x``. Raises ValueError unless t falls from at most T−1 to at least −1."""
+        """The nodes of ``grid``, on the device of ``x``.
+
+        Raises ValueError unless t falls from at most T−1 to at least −1.
+        """
         grid = grid.to(x.device, torch.float64)
         if len(grid) < 2 or not bool((grid.diff() < 0).all()) or grid[0] > schedule.num_steps - 1 or grid[-1] < -1:
             raise ValueError(
@@ -67,9 +72,10 @@ class Nodes:
         return self.sigma / self.alpha
 
     def order(self, step: int, highest: int, lowered: bool) -> int:
-        """The order of a multistep solver in λ at ``step``: no more than the network calls before it allow, plus one.
+        """The order of a multistep solver in λ at ``step``: at most ``step + 1``.
 
-        ``lowered``: no more than the steps that are left. A step into clean data, where λ is infinite, is of first order.
+        ``lowered``: at most the number of steps that are left. A step into clean data, where λ is
+        infinite, is of first order.
         """
         if self.sigma[step + 1] == 0:
             return 1
@@ -77,7 +83,7 @@ class Nodes:
 
 
 def check_start(nodes: Nodes, start: Sequence[Tensor]) -> None:
-    """Raise ValueError where there are more exact samples than nodes after the first."""
+    """Raise ValueError if there are more exact samples than nodes after the first."""
     if len(start) > nodes.steps:
         raise ValueError(
             f"start must hold at most {nodes.steps} samples, one for each node after the first, got {len(start)}"

@@ -1,1 +1,0 @@
-"""Files of tensors: opened without being read, refused where they ask for more than tensors, written whole."""
