@@ -266,6 +266,14 @@ MODELS: dict[str, list[Row]] = {
 }  # fmt: skip
 
 AROUND: dict[str, list[Row]] = {
+    "ldm/evaluation/judges/strict.py": [
+        ("decoys refuse nothing", "fit.margin[i] > MARGIN", "fit.margin[i] > 9", "strict::test_wrong_outlines_are_refused"),
+        ("what no template explains is accepted", "fit.residual[i] > RESIDUAL", "fit.residual[i] > 9", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
+        ("a part may be missing", "fit.stray[i] > STRAY", "fit.stray[i] > 999", "strict::test_wrong_outlines_are_refused"),
+        ("any size is accepted", "min(ratios) > self._tolerance", "min(ratios) > 9", "strict::test_a_disc_of_the_area_of_a_star_is_not_a_star"),
+        ("faint shapes are accepted", "contrast < FAINTEST", "contrast < 0", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
+        ("what is refused counts as right", 'row["all"] and not verdict.refused', 'row["all"]', "strict::test_wrong_outlines_are_refused"),
+    ],
     "ldm/pipeline/guides.py": [
         ("the weak model is conditioned at scale 0", "captions if settings.guidance_scale else [null] * len(captions)", "captions", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
         ("the weak model has no negative prompt", "settings.negative_prompt or weak.null_caption", "weak.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),

@@ -123,6 +123,8 @@ def test_what_else_is_wrong_is_refused_for_its_reason(judge):
         "faint": (painted((star * 0.4, "red")), {"colour"}),
         "two": (painted((star, "red"), (mask(partial(inside, "cross"), 27, 27, 4), "green")), {"shape"}),
         "two colours": (painted((star, "red"), (star * (np.arange(32) > 14)[:, None, None], "blue")), {"shape"}),
+        "faint in the palette": (painted((star * 0.66, "purple"), ground="navy"), {"colour"}),
+        "grain": (spoil(painted((star, "red"))[None], 0.3, 0.18)[0], {"shape"}),
         "no palette": (np.where(star > 0.5, np.uint8(90), np.uint8(255)).repeat(3, 2), {"colour"}),
     }
     for name, (image, expected) in cases.items():

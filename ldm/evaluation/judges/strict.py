@@ -251,10 +251,11 @@ class StrictJudge:
     def _fit(self, cell: Tensor, mask: Tensor, ground: Tensor) -> Fit:
         """The best template for what a cell [n, 3, s, s] shows over the background."""
         energy = cell.square().sum(1)
-        total = energy.sum((1, 2)).clamp(min=1e-9)
+        noise = self._noise(energy, mask)
+        above = (energy - 3 * noise[:, None, None]).clamp(min=0) + 1e-12  # 3: 97 % of the noise is below
         place = torch.arange(cell.shape[-1]).float()
-        x = ((energy.sum(1) * place).sum(1) / total).round().long()
-        y = ((energy.sum(2) * place).sum(1) / total).round().long()
+        x = ((above.sum(1) * place).sum(1) / above.sum((1, 2))).round().long()
+        y = ((above.sum(2) * place).sum(1) / above.sum((1, 2))).round().long()
         half = self._bank.window // 2
         padded, near = F.pad(cell, (half,) * 4), torch.arange(self._bank.window)
         at = torch.arange(len(cell))[:, None, None], (y[:, None] + near)[:, :, None], (x[:, None] + near)[:, None, :]
@@ -262,7 +263,7 @@ class StrictJudge:
         explained = (window @ self._bank.basis @ self._bank.weights.T).square_().sum(1)  # [n, k]
         shape = explained[:, : self._bank.drawn].argmax(1)
         decoy = explained[:, self._bank.drawn :].argmax(1) + self._bank.drawn
-        outside = total - window.square().sum((1, 2)) - self._noise(cell, mask)
+        outside = energy.sum((1, 2)) - window.square().sum((1, 2)) - noise * mask.sum((1, 2))
         colour, left = self._refined(window, shape)
         left_by_decoy = self._refined(window, decoy)[1]
         fitted = (colour.norm(dim=1) * self._bank.norms[shape]).square().clamp(min=1e-9)
@@ -306,11 +307,11 @@ class StrictJudge:
         moved = (amount[:, None] @ changes)[:, 0]  # [n, window²]
         return colour, left - colour[..., None] * moved[:, None]
 
-    def _noise(self, cell: Tensor, mask: Tensor) -> Tensor:
-        """Energy of normal noise in a cell, [n], estimated from the first quartile of its pixels' energies."""
-        energy = cell.square().sum(1).masked_fill(~mask, math.nan).flatten(1)
+    def _noise(self, energy: Tensor, mask: Tensor) -> Tensor:
+        """Energy of normal noise per pixel of a cell, [n], estimated from the first quartile of the pixels' energies."""
+        energy = energy.masked_fill(~mask, math.nan).flatten(1)
         most = 3 * NOISIEST**2 / (4 * math.pi * BLUR**2)  # of a pixel, after the blur
-        return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=most) * mask.sum((1, 2))
+        return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=most)
 
     def _object(self, fit: Fit, i: int, background: int, refused: dict[str, str]) -> Object:
         """The object that a fit found; adds to ``refused``."""
