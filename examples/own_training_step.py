@@ -21,10 +21,8 @@ def main(updates: int, out: str) -> float:
     torch.manual_seed(0)
     schedule = ldm.Schedule.named("cosine")
     objective = ldm.Objective("v", schedule)
-    unet = ldm.UNet(
-        ldm.UNetConfig(channels=(32, 64), layers_per_level=1, attention_levels=(1,), heads=(2,), groups=8),
-        in_channels=3,
-    )
+    config = ldm.UNetConfig(channels=(32, 64), layers_per_level=1, attention_levels=(1,), heads=(2,), groups=8)
+    unet = ldm.UNet(config, in_channels=3)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 
     loss = torch.tensor(torch.nan)

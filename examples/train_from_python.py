@@ -11,15 +11,12 @@ TINY = ("data.size=256", "train.batch_size=8", "train.validation_size=16", "trai
 
 
 def main(out: str, updates: int) -> None:
-    length = [
-        f"train.{name}={updates}"
-        for name in ("steps", "validate_every", "sample_every", "checkpoint_every", "log_every")
-    ]
-    ldm.train("configs/demo/autoencoder.yaml", f"run={out}/autoencoder", *TINY, *length)
-    ldm.train("configs/demo/clip.yaml", f"run={out}/text", *TINY, *length)
-    ldm.train(
-        "configs/demo/ldm.yaml", f"run={out}", f"autoencoder={out}/autoencoder", f"text={out}/text", *TINY, *length
-    )
+    every = ("steps", "validate_every", "sample_every", "checkpoint_every", "log_every")
+    short = [*TINY, *(f"train.{name}={updates}" for name in every)]
+    parts = [f"autoencoder={out}/autoencoder", f"text={out}/text"]
+    ldm.train("configs/demo/autoencoder.yaml", f"run={out}/autoencoder", *short)
+    ldm.train("configs/demo/clip.yaml", f"run={out}/text", *short)
+    ldm.train("configs/demo/ldm.yaml", f"run={out}", *parts, *short)
 
     pipe = ldm.Pipeline.from_pretrained(out)
     for i, image in enumerate(pipe(["a small red circle on a white background"] * 2, steps=5, seed=0)):

@@ -8,7 +8,7 @@ class UserError(RuntimeError):
 
     Attributes:
         exit_code: exit code of the command that fails with it; None for a bug in this program.
-        everywhere: True if every process of the launch raises it; only the main one then reports it.
+        everywhere: True if every process of the launch raises it; the main one reports it.
     """
 
     exit_code: int | None = 1

@@ -203,7 +203,7 @@ TRAINING: dict[str, list[Row]] = {
         ("one rate for both networks", "return loss.disc_lr / train.lr if", "return 1.0 if", "training::test_each_update_uses_its_rate"),
     ],
     "ldm/training/stages/classifier.py": [
-        ("accuracy_by_t: tenths in reverse", "sums.index_add_(1, t * BINS //", "sums.index_add_(1, BINS - 1 - t * BINS //", "classifier::test_validation_is_the_mean_whole_and_by_tenths"),
+        ("accuracy_by_t: tenths in reverse", "1, t * BINS // self", "1, BINS - 1 - t * BINS // self", "classifier::test_validation_is_the_mean_whole_and_by_tenths"),
         ("the training loss is a sum", "backward(loss.mean())", "backward(loss.sum())", "classifier::test_what_is_learned_is_the_cross_entropy_of_x_t"),
     ],
 }  # fmt: skip
@@ -274,10 +274,24 @@ AROUND: dict[str, list[Row]] = {
         ("faint shapes are accepted", "contrast < FAINTEST", "contrast < 0", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
         ("what is refused counts as right", 'row["all"] and not verdict.refused', 'row["all"]', "strict::test_wrong_outlines_are_refused"),
     ],
+    "ldm/pipeline/habits.py": [
+        ("height and width may differ", "if height != width:", "if False:", "habits::test_what_is_wrong_is_named"),
+        ("what a callback returns is lost", "return latents.to(x)", "return None", "habits::test_the_callback_after_each_step_is_theirs"),
+        ("arrays in [−1, 1]", "(images * 0.5 + 0.5).clamp(0, 1)", "images.clamp(-1, 1)", "habits::test_types_of_output"),
+    ],
+    "ldm/pipeline/pipeline.py": [
+        ("the prompts are repeated as a whole", "[text for text in check_prompts(prompts) for _ in range(copies)]", "check_prompts(prompts) * copies", "habits::test_a_call_of_theirs_draws_what_it_draws_there"),
+    ],
+    "ldm/pipeline/draw.py": [
+        ("a warning points into the library", "settings, stacklevel=4)", "settings, stacklevel=3)", "habits::test_warnings_point_at_the_line_that_calls"),
+    ],
+    "ldm/pipeline/model.py": [
+        ("the text encoder is not cast", "self.text.model.to(dtype)", "self.text.model.to(self.device)", "habits::test_every_network_is_cast_and_pictures_stay_pictures"),
+    ],
     "ldm/pipeline/guides.py": [
         ("the weak model is conditioned at scale 0", "captions if settings.guidance_scale else [null] * len(captions)", "captions", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
-        ("the weak model has no negative prompt", "settings.negative_prompt or weak.null_caption", "weak.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
-        ("a guide of other latents", "if autoencoder != mine:", "if False:", "classifier::test_a_classifier_of_other_latents_or_schedule_is_refused"),
+        ("the weak model has no negative prompt", "settings.negative_prompt or guide.null_caption", "guide.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
+        ("a guide of other latents", "if autoencoder != own:", "if False:", "classifier::test_a_classifier_of_other_latents_or_schedule_is_refused"),
     ],
     "ldm/pipeline/codec.py": [
         ("latents are shifted after the scale", "(posterior.sample(noise) - self.shift) * self.scale", "posterior.sample(noise) * self.scale - self.shift", "pipeline::test_a_foreign_autoencoder_keeps_its_scale_and_shift"),

@@ -40,9 +40,8 @@ def test_an_own_training_step_learns(tmp_path: Path) -> None:
 
 
 def test_previews_end_at_the_picture(stages: Stages, tmp_path: Path) -> None:
-    example("sample_with_previews").main(
-        str(stages.folder / "ldm"), "a small red circle on a white background", 3, str(tmp_path / "p.png")
-    )
+    run, prompt = str(stages.folder / "ldm"), "a small red circle on a white background"
+    example("sample_with_previews").main(run, prompt, 3, str(tmp_path / "p.png"))
     strip = np.asarray(Image.open(tmp_path / "p.png"))
     assert strip.shape == (32, 4 * 34 - 2, 3)
     assert np.array_equal(strip[:, -66:-34], strip[:, -32:])  # the last step's clean image is the sample
@@ -50,17 +49,15 @@ def test_previews_end_at_the_picture(stages: Stages, tmp_path: Path) -> None:
 
 def test_an_image_is_encoded_and_decoded(stages: Stages, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.jpg")
-    quality = example("encode_and_decode").main(
-        str(stages.folder / "ldm"), str(tmp_path / "red.jpg"), 32, str(tmp_path / "r.png")
-    )
+    run, file = str(stages.folder / "ldm"), str(tmp_path / "red.jpg")
+    quality = example("encode_and_decode").main(run, file, 32, str(tmp_path / "r.png"))
     assert np.isfinite(quality) and Image.open(tmp_path / "r.png").size == (2 * 32 + 2, 32)
 
 
 def test_every_example_is_in_the_docs_and_has_help() -> None:
     names = sorted(file.name for file in (ROOT / "examples").glob("*.py"))
-    assert names == sorted(
-        set(re.findall(r"examples/(\w+\.py)", (ROOT / "docs/library.md").read_text(encoding="utf-8")))
-    )
+    page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    assert names == sorted(set(re.findall(r"examples/(\w+\.py)", page)))
     for name in names:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", [name, "--help"])
@@ -82,11 +79,10 @@ def test_the_code_of_the_docs_runs(page: str, stages: Stages) -> None:
 
 
 def test_the_face_of_the_library() -> None:
-    named = set(re.findall(r"^\| (.*?) \|", (ROOT / "docs/library.md").read_text(encoding="utf-8"), re.M))
-    assert {name for cell in named for name in re.findall(r"`(\w+)`", cell)} | {
-        "ObjectiveConfig",
-        "__version__",
-    } == set(ldm.__all__)
+    table, *_ = (ROOT / "docs/library.md").read_text(encoding="utf-8").partition("\n## ")
+    cells = re.findall(r"^\| (.*?) \|", table, re.M)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named | {"ObjectiveConfig", "__version__"} == set(ldm.__all__)
     assert all(getattr(ldm, name) is not None for name in ldm.__all__) and set(ldm.__all__) <= set(dir(ldm))
     with pytest.raises(AttributeError, match="no attribute 'sampel'"):
         ldm.sampel  # noqa: B018
@@ -108,9 +104,8 @@ def test_samples_do_not_depend_on_the_batch_and_guidance_is_that_of_the_formula(
 
     assert torch.equal(drawn(3)[:2], drawn(2))
     one, two = ldm.Condition(vector=torch.ones(2, 1)), ldm.Condition(vector=torch.full((2, 1), 3.0))
-    guided = ldm.Condition(
-        vector=torch.full((2, 1), 1 + 2.5 * 2.0)
-    )  # ∅ + γ (c − ∅) of a model that is linear in its condition
+    # ∅ + γ (c − ∅) of a model that is linear in its condition
+    guided = ldm.Condition(vector=torch.full((2, 1), 1 + 2.5 * 2.0))
     assert torch.allclose(drawn(2, cond=two, null_cond=one, guidance_scale=2.5), drawn(2, cond=guided), atol=1e-6)
     with pytest.raises(ldm.ConfigError, match="needs null_cond"):
         drawn(2, cond=two, guidance_scale=2.0)

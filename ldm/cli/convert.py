@@ -103,7 +103,7 @@ def _run_lora(arguments: argparse.Namespace, target: Path) -> None:
     """Convert a LoRA to another layout."""
     if target.suffix != ".safetensors" or arguments.shard_size is not None or arguments.openclip:
         raise ConfigError("--lora-layout writes one file: end DST in .safetensors, without --shard-size and --openclip")
-    from ldm.pipeline.lora import base_of, convert_lora, networks_of, verify_lora
+    from ldm.pipeline.convert_lora import base_of, convert_lora, networks_of, verify_lora
 
     console, source = Console(), Path(arguments.source)
     networks = networks_of(base_of(source, arguments.lora_base), **reading(arguments))

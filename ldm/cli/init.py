@@ -156,7 +156,8 @@ def _size(asked: int | None, looked: Survey, gpu: bool) -> int:
 
 def _tokens(looked: Survey) -> tuple[int, int]:
     """Room for captions in tokens, and the longest caption's length, counted with a vocabulary learned from them."""
-    from ldm.models.text import tokenize, train_tokenizer
+    from ldm.models.clip import train_tokenizer
+    from ldm.models.text import tokenize
 
     texts = list(dict.fromkeys(row.text for row in looked.rows))[:TOKENIZED]
     tokenizer = train_tokenizer(texts, 512, 77)

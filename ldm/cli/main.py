@@ -65,9 +65,9 @@ COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.it
 
 CODES = """exit codes:
   0    done
-  2    wrong usage or configuration, or the system refuses a file or memory
-  3    a fault in the data
-  4    a fault in a checkpoint or model folder
+  2    usage or configuration error, or an operating-system error (file, memory)
+  3    data error
+  4    error in a checkpoint or model folder
   5    training became non-finite
   75   interrupted and saved: the same command resumes
   130  interrupted with nothing to save"""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, sampling settings, and where to draw and write."""
-    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, or a model folder")
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run of train-ldm, a model folder or a single file")
     parser.add_argument(
         "--variant", metavar="NAME", help="of a folder's weight files: fp16, non_ema (default: the plain ones)"
     )
@@ -75,7 +75,7 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--variance", metavar="NAME", help=f"variance of ddpm's noise: one of {', '.join(VARIANCES)}")
     quantile = "pixel models: clip x̂_0 at this quantile of its absolute values"
     group.add_argument("--dynamic-threshold", type=float, metavar="P", help=quantile)
-    lora = "put a LoRA file, folder or run on the model; may be given several times"
+    lora = "apply a LoRA file, folder or run; may be given several times"
     group.add_argument("--lora", action="append", metavar="PATH[:SCALE]", help=lora)
 
 

@@ -13,7 +13,7 @@ CAPTIONS = ("metadata", "sidecar", "class", "none")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Source of images and captions, and the transform of an image to [c, size, size] in [−1, 1]."""
+    """Source of images and captions, and the transform to [c, size, size] in [−1, 1]."""
 
     source: str = "folder"
     folder: str | None = None  # for source: folder

@@ -24,11 +24,11 @@ class UNetConfig:
     groups: int = 32
     linear_projection: bool = False  # the transformer's projections as Linear (SD 2) or 1×1 convolution (SD 1)
     scale_shift: bool = False  # true: the timestep embedding scales and shifts; false: it is added
-    vector_dim: int | None = None  # width of a vector condition added to the timestep embedding
-    concat_channels: int = 0  # additional input channels (mask, low-resolution image, …)
-    vector_map: str = "mlp"  # from the vector to the embedding's width: mlp (two layers), linear (one), identity
-    num_labels: int | None = None  # a label condition: a learned vector per label, added to the timestep embedding
-    sinusoidal_labels: bool = False  # a label condition: a number, embedded as the timestep is
+    vector_dim: int | None = None  # width of a vector added to the timestep embedding (not in training configurations)
+    concat_channels: int = 0  # additional input channels, e.g. a mask (not in training configurations)
+    vector_map: str = "mlp"  # with vector_dim: two layers, one, or none
+    num_labels: int | None = None  # class labels, each with a learned vector (not in training configurations)
+    sinusoidal_labels: bool = False  # a number embedded like the timestep (not in training configurations)
     upcast_attention: bool = False  # attention scores in float32: kept for other readers, here they always are
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class UNetConfig:
         return self.vector_dim is not None or self.num_labels is not None or self.sinusoidal_labels
 
     def _check_class_embedding(self) -> None:
-        """Raise ConfigError for several conditions on the timestep embedding, or a map without a vector."""
+        """Raise ConfigError for several embedded conditions, or a map without a vector."""
         one_of(self, VECTOR_MAPS, "vector_map")
         given = {
             "vector_dim": self.vector_dim,

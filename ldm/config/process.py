@@ -18,7 +18,10 @@ TIMESTEPS = ("uniform", "stratified", "importance")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule (docs/equations.md F4, F5). Null ``beta_start``, ``beta_end``: as published."""
+    """The noise schedule (docs/equations.md F4, F5).
+
+    Null ``beta_start``, ``beta_end``: as published.
+    """
 
     name: str = "scaled_linear"
     num_steps: int = 1000
@@ -53,7 +56,7 @@ class ScheduleConfig:
                 raise ConfigError("betas must lie strictly between 0 and 1 (the last may be 1)")
 
     def _check_learned(self) -> None:
-        """Raise ConfigError for settings of a learned schedule that are out of range or without effect."""
+        """Raise ConfigError for settings of a learned schedule out of range or without effect."""
         one_of(self, ("cosine", "linear"), "start")
         at_least(self, 1e-12, "lr")
         if not -19.0 <= self.ends[0] <= -2.0 or not 2.0 <= self.ends[1] <= 19.0:
@@ -77,7 +80,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Prediction target, weighting and distribution of timesteps (docs/equations.md L1, L2, L4, L7, L10)."""
+    """Target, weighting and distribution of timesteps (docs/equations.md L1, L2, L4, L7, L10)."""
 
     target: str = "eps"
     weighting: str = "simple"

@@ -98,7 +98,10 @@ def load_run(
 def load_any(
     file: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig:
-    """Read a configuration of the command of ``RUNS`` that fits its keys best. Raises ConfigError."""
+    """Read a configuration of the command of ``RUNS`` that fits its keys best.
+
+    Raises ConfigError.
+    """
     values = _read(Path(file), overrides)
     fits = {command: _fit(cls, values) for command, cls in RUNS.items()}
     best = [command for command, fit in fits.items() if fit == max(fits.values())]
@@ -154,7 +157,7 @@ def _read(file: Path, overrides: list[str] | tuple[str, ...]) -> dict[Any, Any]:
 
 
 def _require_small(text: str) -> None:
-    """Raise ConfigError for YAML with too many levels or values, before it is built; or yaml.YAMLError."""
+    """Raise ConfigError for YAML of too many levels or values; or yaml.YAMLError."""
     import yaml
 
     sizes: dict[str, int] = {}  # values of each anchor, aliases in it expanded

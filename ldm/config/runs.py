@@ -63,9 +63,9 @@ class DiffusionTrainingConfig:
 
     run: str
     data: DataConfig
-    autoencoder: str  # a run of train-autoencoder, a model folder, or `none`: pixel space
+    autoencoder: str  # a run of train-autoencoder, a model folder, a single file, or `none`: pixel space
     text: str  # a run of train-clip, a CLIP text model by folder or name, or `none`: unconditional
-    init: str | None = None  # a run or model folder whose U-Net the training starts from; null: random weights
+    init: str | None = None  # a run, model folder or single file whose U-Net it starts from; null: random
     cache_latents: bool = True  # encode posterior moments once, into the run
     cache_captions: int = 20_000  # encode captions once if there are at most so many; 0: in every step
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance

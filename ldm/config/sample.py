@@ -36,7 +36,7 @@ class SampleConfig:
     grid_offset: int = 1  # of the leading grids, in timesteps
     end_clean: bool = True  # false: the last step ends at the noise of t = 0, as in Stable Diffusion's own schedulers
     variance: str | None = None  # ddpm: posterior, beta or learned; null: learned if the model has it, else posterior
-    guidance_rescale: float = 0.0  # share of the conditional output's standard deviation that guidance keeps
+    guidance_rescale: float = 0.0  # 0: not at all; 1: back to the conditional output's standard deviation
     guidance_interval: tuple[float, float] | None = None  # lowest and highest σ = s/a with guidance
     dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
     autoguidance: str | None = None  # a run or folder: a weaker model of the same latents, target and schedule
@@ -67,7 +67,7 @@ class SampleConfig:
         between(self, 0, 2**63 - 1, "seed")
 
     def loras(self) -> list[tuple[str, float]]:
-        """Path and scale of each LoRA: the scale is the text after the last colon, if that is a number."""
+        """Path and scale of each LoRA; a number after the last colon is the scale."""
         pairs: list[tuple[str, float]] = []
         for entry in self.lora:
             path, _, scale = entry.rpartition(":")

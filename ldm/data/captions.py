@@ -38,7 +38,10 @@ class Row:
 
 
 def read_rows(data: DataConfig) -> tuple[list[Row], list[Skipped]]:
-    """The usable images of ``data.folder`` in a fixed order, and those left out. Raises DataError."""
+    """The usable images of ``data.folder`` in a fixed order, and those left out.
+
+    Raises DataError.
+    """
     folder = Path(data.folder or "")
     if not folder.is_dir():
         raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
@@ -133,7 +136,7 @@ def _find(listing: Listing, file_name: str) -> tuple[str, int] | str:
 
 
 def _size(path: Path) -> int | str:
-    """Size of a regular file in bytes, or an error message: a pipe would block, a link may be broken."""
+    """Size of a regular file in bytes, or an error message (for pipes, broken links …)."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the name

@@ -31,19 +31,21 @@ Batch = dict[str, Any]  # tensors by name, and `text`: the captions
 
 @dataclass(frozen=True)
 class RandomFields:
-    """Random numbers drawn for each sample: standard normal arrays, by shape, and numbers in [0, 1)."""
+    """Random draws of each sample: standard normal arrays, by shape, and numbers in [0, 1)."""
 
     normals: Mapping[str, tuple[int, ...]]
     uniforms: tuple[str, ...] = ()
 
 
 class Stream(Dataset[Batch]):
-    """Samples by position. Everything random about one is a function of (seed, stream name, position).
+    """Samples by position.
 
-    A sample holds ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``,
-    ``position`` and the draws. ``validation`` reads the source in order, centre-cropped and unmirrored,
-    with random streams of its own. The substitute for an unreadable sample is a function of the position
-    too; ``skipped`` lists the unreadable ones so far, in order of appearance.
+    Everything random about one is a function of (seed, stream name, position). A sample holds
+    ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``,
+    ``position`` and the draws. ``validation`` reads the source in order, centre-cropped and
+    unmirrored, with random streams of its own. The substitute for an unreadable sample is a
+    function of the position too; ``skipped`` lists the unreadable ones so far, in order of
+    appearance.
     """
 
     def __init__(
@@ -187,8 +189,8 @@ def batches(stream: Stream, plan: BatchPlan, first: int, last: int, workers: int
 class _Carried(Dataset[Any]):
     """Samples of a stream, each with those that were skipped for it.
 
-    A DataError is returned as a value, so that it arrives from a worker unchanged and not as the text of
-    a traceback.
+    A DataError is returned as a value, so that it arrives from a worker unchanged and not as the
+    text of a traceback.
     """
 
     def __init__(self, stream: Stream, crew: Workers) -> None:
@@ -225,7 +227,7 @@ class _Positions:
 def validation_batches(
     stream: Stream, size: int, batch_size: int, rank: int, processes: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Yield this process's share of positions 0 … size−1 (or of the whole source), and their batches."""
+    """Yield this process's share of positions 0 … size−1 (at most the source), with batches."""
     total = size if stream.source.length is None else min(size, stream.source.length)
     share = list(range(rank, total, processes))
     for i in range(0, len(share), batch_size):
@@ -234,7 +236,7 @@ def validation_batches(
 
 
 def scattered(positions: list[int], total: int) -> Tensor:
-    """Midpoints of ``total`` equal parts of [0, 1), float64, so ordered that neighbours lie far apart."""
+    """Midpoints of ``total`` equal parts of [0, 1), float64; neighbours in order are far apart."""
     stride = max(1, round(total * 0.618))  # made coprime to ``total`` below; near its golden section
     while math.gcd(stride, total) != 1:
         stride += 1

@@ -1,4 +1,4 @@
-"""Decoding of image files to upright 8-bit pixels, with a one-line error for what cannot be read."""
+"""Decoding of image files to upright 8-bit pixels, with one-line errors."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def read_image(
 ) -> UInt8[np.ndarray, "h w {channels}"]:
     """Read an image file upright, with 1 or 3 channels; of an animation, its first frame.
 
-    16 bits are scaled to 8, transparency is composited over ``background``, EXIF orientation is applied,
-    colour profiles are not. The size is read from the header before anything is decoded.
+    16 bits are scaled to 8, transparency is composited over ``background``, EXIF orientation is
+    applied, colour profiles are not. The size is read from the header before anything is decoded.
     Raises BadSample, whatever is wrong with the file.
     """
     with _open(path) as opened, _named(path, "cannot be decoded"):
@@ -67,7 +67,7 @@ def too_long(width: int, height: int, size: int) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """An image's header: size as stored (before EXIF orientation), Pillow's mode, format, bits per sample.
+    """An image's header: size as stored (before EXIF orientation), Pillow's mode, format, bits.
 
     ``turned``: EXIF rotates or mirrors it; ``animated``: it has several frames or pages;
     ``profile``: its colour space is not sRGB; ``odd_exif``: its EXIF cannot be read.
@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def _named(path: Path, what: str) -> Iterator[None]:
-    """Turn any exception of Pillow, which raises many kinds, into a BadSample; silence its warnings."""
+    """Turn any exception of Pillow, which raises many kinds, into a BadSample; hide warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images, which are refused below, and odd EXIF
@@ -172,7 +172,7 @@ def _orientation(opened: ImageFile) -> tuple[int, bool]:
 
 
 def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Undo EXIF orientation ``turn`` on [h, w, …]: 5 to 8 swap rows and columns, others mirror axes."""
+    """Undo EXIF orientation ``turn`` on [h, w, …]: 5 to 8 swap rows and columns."""
     if turn >= 5:
         pixels = pixels.swapaxes(0, 1)
     if turn in (3, 4, 7, 8):

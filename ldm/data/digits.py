@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn (1,797 of 8×8 pixels, in its package), enlarged and captioned."""
+"""scikit-learn's 1,797 handwritten digits of 8×8 pixels, enlarged and captioned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ VALIDATION_EVERY = 5
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """All digits, float32 [1797, 8, 8] from 0 (paper) to 16 (ink), and their labels. Raises DataError."""
+    """All digits, float32 [1797, 8, 8] from 0 (paper) to 16 (ink), and their labels.
+
+    Raises DataError.
+    """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:

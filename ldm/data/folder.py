@@ -15,10 +15,11 @@ from ldm.errors import DataError
 
 
 class FolderSource:
-    """Images of a folder at their own size, captioned; ``truth`` holds the other columns of their rows.
+    """Captioned images of a folder at their own size; ``truth`` holds the other columns.
 
-    A hash of its name assigns a file to a split, so adding files moves no other. Unusable rows and files
-    are in ``skipped``; one that only fails to decode is a BadSample when it is read. Raises DataError.
+    A hash of its name assigns a file to a split, so adding files moves no other. Unusable rows and
+    files are in ``skipped``; one that only fails to decode is a BadSample when it is read. Raises
+    DataError.
     """
 
     def __init__(self, data: DataConfig, split: str) -> None:
@@ -69,7 +70,7 @@ def in_validation(file_name: str, fraction: float) -> bool:
 
 
 def working_fraction(file_names: Iterable[str]) -> float | None:
-    """Smallest validation share, with the fewest decimals from two, that fills both splits; None: none."""
+    """Smallest validation share, of two decimals if possible, that fills both splits, or None."""
     places = sorted(map(_place, file_names))
     for digits in range(2, 17):
         fraction = (places[0] * 10**digits // 2**64 + 1) / 10**digits

@@ -1,8 +1,8 @@
-"""Posterior moments of a whole data set, encoded once; latents are still sampled anew in every epoch.
+"""Posterior moments of a whole data set, encoded once; each epoch samples new latents.
 
-A cache is a folder of ``moments-XXXXX.safetensors``, ``texts.json`` and ``cache.json``. The last holds
-the cache's key (autoencoder, data and transform), size and sha256 of the other files, and its own sha256.
-A cache with another key is refused; a damaged one is never read, and can be made again.
+A cache is a folder of ``moments-XXXXX.safetensors``, ``texts.json`` and ``cache.json``. The last
+holds the cache's key (autoencoder, data and transform), size and sha256 of the other files, and its
+own sha256. A cache with another key is refused; a damaged one is never read, and can be made again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ CAUSES = {"data": " (images, captions or other columns have changed)", "transfor
 
 
 class DamagedCacheError(DataError):
-    """A cache is damaged or missing, and can be made again. ``missing``: its folder does not exist."""
+    """A cache is damaged or missing, and can be made again.
+
+    ``missing``: its folder does not exist.
+    """
 
     def __init__(self, message: str, missing: bool = False) -> None:
         super().__init__(message)
@@ -64,9 +67,9 @@ def cache_key(autoencoder_hash: str, source: Source, data: DataConfig) -> dict[s
 class LatentCache:
     """A cache folder, opened: ``moments(index, mirror)`` and ``text(index)``.
 
-    Opening verifies the hashes of all files; ``processes`` share the reading and raise alike: DataError
-    if the cache has another ``key``, DamagedCacheError if a file is not as it was written.
-    ``skipped``: samples that could not be encoded, by index.
+    Opening verifies the hashes of all files; ``processes`` share the reading and raise alike:
+    DataError if the cache has another ``key``, DamagedCacheError if a file is not as it was
+    written. ``skipped``: samples that could not be encoded, by index.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], processes: Processes = ALONE) -> None:
@@ -97,7 +100,10 @@ class LatentCache:
         return self._shards[number]
 
     def moments(self, index: int, mirror: bool = False) -> Tensor:
-        """Mean and log-variance [2c, h, w] of a sample, or of its mirror image. Raises BadSample."""
+        """Mean and log-variance [2c, h, w] of a sample, or of its mirror image.
+
+        Raises BadSample.
+        """
         if index in self.skipped:
             raise BadSample(self.skipped[index].file, self.skipped[index].reason)
         return self._shard(index // SHARD)["mirrored" if mirror else "plain"][index % SHARD]
@@ -112,7 +118,10 @@ def _shard_name(number: int) -> str:
 
 
 def _read_manifest(folder: Path, key: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Contents of cache.json, and its fault, if any. Raises DataError if the cache has another ``key``."""
+    """Contents of cache.json, and its fault, if any.
+
+    Raises DataError if the cache has another ``key``.
+    """
     if problem := _unreadable(folder / MANIFEST):
         return {}, problem
     try:
@@ -150,7 +159,10 @@ def _problem(folder: Path, name: str, expected: dict[str, Any]) -> str:
 
 
 def _unreadable(path: Path) -> str:
-    """Reason that a file cannot be read; empty if it can. Raises DataError for missing permissions."""
+    """Reason that a file cannot be read; empty if it can.
+
+    Raises DataError for missing permissions.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             return f"{path.name} is not a regular file"
@@ -178,9 +190,10 @@ def write(
 ) -> None:
     """Encode every sample of a finite source into ``folder``, which appears whole or not at all.
 
-    An existing ``folder`` is replaced. Each process encodes one shard per round, on a file system that all
-    of them share, and the main one commits. A shard is encoded as by a single process, so the cache does
-    not depend on the number of processes. Raises DataError, OSError; NonFiniteLatentsError naming the image.
+    An existing ``folder`` is replaced. Each process encodes one shard per round, on a file system
+    that all of them share, and the main one commits. A shard is encoded as by a single process, so
+    the cache does not depend on the number of processes. Raises DataError, OSError;
+    NonFiniteLatentsError naming the image.
     """
     if source.length is None:
         raise DataError("an endless source cannot be cached: set data.size")
@@ -262,7 +275,7 @@ def _write_shard(
     batch: int,
     progress: Callable[[int], None],
 ) -> tuple[list[str], dict[int, Skipped]]:
-    """Encode one shard; returns its captions and its unreadable samples, which are stored as zeros."""
+    """Encode one shard; returns its captions and unreadable samples, stored as zeros."""
     texts: list[str] = []
     skipped: dict[int, Skipped] = {}
 

@@ -14,7 +14,7 @@ from ldm.errors import DataError
 
 
 def image_files(folder: Path) -> Iterator[str]:
-    """Names of all image files below ``folder``, relative to it, sorted; hidden ones are skipped."""
+    """Names of the image files below ``folder``, relative to it, sorted, without hidden ones."""
     return Listing(folder).images
 
 
@@ -39,7 +39,7 @@ def all_files(folder: Path) -> Iterator[str]:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode form NFC: in the names of files copied from a Mac, é may be two characters."""
+    """A name in Unicode form NFC: in names from a Mac, é may be two characters."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -91,7 +91,7 @@ class Listing:
         return self._folded.get(folded(name), [])
 
     def captions(self, image: str) -> list[str]:
-        """Candidates for the caption file of an image, in any case and Unicode form; an exact match alone."""
+        """Candidates for a caption file, in any case and Unicode form, or the exact one."""
         exact = str(PurePosixPath(image).with_suffix(".txt"))
         found = self._captions.get(caption_file(image), [])
         return [exact] if exact in found else found

@@ -1,8 +1,8 @@
 """Randomness as a function: every draw depends on (seed, stream name, position) and nothing else.
 
-A position counts samples along the endless training stream: update × global batch + index in the batch.
-So a resumed run needs only its step, no process repeats another's draws, and the split into processes
-and micro-batches does not matter.
+A position counts samples along the endless training stream: update × global batch + index in the
+batch. So a resumed run needs only its step, no process repeats another's draws, and the split into
+processes and micro-batches does not matter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def generator(seed: int, stream: str, position: int) -> np.random.Generator:
-    """Counter-based generator (Philox) of one draw: key from seed and stream, counter from position."""
+    """Philox generator of one draw: key from seed and stream, counter from position."""
     name = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
     key = np.array([seed, name], dtype=np.uint64)
     counter = np.array([0, 0, position, 0], dtype=np.uint64)  # 2^128 numbers for each position

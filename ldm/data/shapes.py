@@ -1,4 +1,4 @@
-"""Captioned scenes of one or two coloured shapes, drawn on demand: a data set with known ground truth."""
+"""Captioned scenes of one or two coloured shapes, drawn on demand, with known ground truth."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ _DOUBLE = re.compile(rf"{_THING} {_one(RELATIONS)} {_THING} on a {_one(BACKGROUN
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption, with positions 0. Raises ValueError for text that ``caption`` does not write."""
+    """The scene of a caption, with positions 0.
+
+    Raises ValueError for text that ``caption`` does not write.
+    """
     scene = None
     if match := _SINGLE.fullmatch(text):
         size, colour, shape, background = match.groups()
@@ -146,8 +149,8 @@ STRIPE = 1 / 8  # of the side: height of a stripe, and of the gap between two st
 def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarray:
     """Coverage of each pixel by a shape: float32 [2h+1, 2h+1] in [0, 1], with h = ceil(radius − ½).
 
-    The shape is centred on pixel (h, h). ``stripe``: height of horizontal stripes in pixels, one of them
-    across the centre; None: no stripes.
+    The shape is centred on pixel (h, h). ``stripe``: height of horizontal stripes in pixels, one of
+    them across the centre; None: no stripes.
     """
     half, fine = math.ceil(radius - 0.5), 8
     points = ((np.arange((2 * half + 1) * fine) + 0.5) / fine - half - 0.5) / radius
@@ -160,7 +163,10 @@ def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarr
 
 
 def draw(scene: Scene, side: int) -> np.ndarray:
-    """Antialiased image, uint8 [side, side, 3]. Raises ValueError if an object leaves the canvas."""
+    """Antialiased image, uint8 [side, side, 3].
+
+    Raises ValueError if an object leaves the canvas.
+    """
     image = np.empty((side, side, 3), dtype=np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
@@ -215,7 +221,7 @@ def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
 
 
 def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
-    """Draw positions: near the centre for one object; two are apart, mostly along the relation's axis."""
+    """Draw positions: one object near the centre, two apart along the relation's axis."""
     low = margin(scene.objects[0].size, side)
     high = side - 1 - low
     if len(scene.objects) == 1:

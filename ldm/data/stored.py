@@ -1,4 +1,4 @@
-"""Storage of an image's samples that Pillow's pixels do not show: bits, negatives, transparent grey."""
+"""Storage of pixels that Pillow does not show: bits, negatives, transparent grey."""
 
 from __future__ import annotations
 
@@ -80,5 +80,5 @@ def _tiff(opened: ImageFile) -> Stored:
 
 
 def _subsampled(opened: ImageFile, tags: Any) -> bool:
-    """True for subsampled colours that Pillow unpacks incorrectly; those that libtiff decodes are right."""
+    """True for subsampled colours that Pillow, unlike libtiff, unpacks incorrectly."""
     return opened.tile[0].codec_name == "raw" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)

@@ -135,7 +135,10 @@ def leave_out_small(looked: Survey, image_size: int) -> Survey:
 
 
 def detect(folder: Path) -> tuple[str, list[str]]:
-    """Layout of the captions (one of CAPTIONS), and remarks. Raises DataError where that is unclear."""
+    """Layout of the captions (one of CAPTIONS), and remarks.
+
+    Raises DataError where that is unclear.
+    """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}" if not folder.exists() else f"{folder} is a file, no folder of images")
     present = [name for name in METADATA if (folder / name).is_file()]
@@ -184,7 +187,7 @@ def _refuse_other_sidecars(folder: Path, images: list[str], others: set[str]) ->
 
 
 def _text_column(folder: Path) -> tuple[str, list[str]]:
-    """Column of the captions, by the first row that has a text in one: `text`, or a similar name."""
+    """Column of the captions, by the first row with a text: `text`, or a similar name."""
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         raise DataError(missing_metadata(folder))
@@ -196,7 +199,7 @@ def _text_column(folder: Path) -> tuple[str, list[str]]:
 
 
 def _fraction(rows: Sequence[Row], left_out: Sequence[Skipped], data: DataConfig) -> float:
-    """Validation share: a twentieth, or more if that gives fewer than WANTED_VALIDATION images or none."""
+    """Validation share: a twentieth, or more if that gives too few images."""
     hundredths = round(100 * max(0.05, min(MOST_VALIDATION, WANTED_VALIDATION / len(rows))))
     for h in range(hundredths, 51):
         if 0 < sum(in_validation(row.file_name, h / 100) for row in rows) < len(rows):

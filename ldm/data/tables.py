@@ -51,7 +51,7 @@ def _text(path: Path) -> str:
 
 
 def ended(text: str) -> str:
-    """A text with \\n for every line end, so that a caption of several lines is the same on all systems."""
+    """A text with \\n for every line end, so that captions are the same on all systems."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -87,7 +87,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """True if lists and objects are nested in more than ``levels`` levels: later readers recurse."""
+    """True if a value is nested more than ``levels`` deep: later readers recurse."""
     level = [value]
     for _ in range(levels):
         contents = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]

@@ -22,7 +22,7 @@ SHORTEST_PERIOD = 4.0  # pixels; finer patterns would alias
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern of two colours: ``period`` in pixels (noise: grain), ``angle`` in radians, ``phase`` in periods."""
+    """A two-coloured pattern; ``period`` in pixels, ``angle`` in radians, ``phase`` in periods."""
 
     kind: str
     first: str
@@ -60,7 +60,10 @@ def _mixture(texture: Texture, side: int, rng: np.random.Generator) -> np.ndarra
 
 
 class TexturesSource:
-    """Patterns by index, of side ``data.image_size``; ``truth`` is the Texture. Raises DataError."""
+    """Patterns by index, of side ``data.image_size``; ``truth`` is the Texture.
+
+    Raises DataError.
+    """
 
     def __init__(self, data: DataConfig, split: str) -> None:
         if data.image_channels != 3:

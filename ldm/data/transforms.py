@@ -14,10 +14,10 @@ from ldm.files.tensors.finite import finite
 def prepare(
     image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False
 ) -> Float[Tensor, "c s s"]:
-    """Resize the short side to ``size``, crop a square, mirror it if asked, and scale 0…255 to [−1, 1].
+    """Resize the short side to ``size``, crop a square, mirror, and scale 0…255 to [−1, 1].
 
-    ``place``: offset of the crop as a share of the (vertical, horizontal) surplus; (½, ½) is the centre.
-    ``mirror``: left–right.
+    ``place``: offset of the crop as a share of the (vertical, horizontal) surplus; (½, ½) is the
+    centre. ``mirror``: left–right.
     """
     height, width = image.shape[:2]
     if min(height, width) != size:
@@ -41,7 +41,10 @@ def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
 
 
 def to_pil(images: UInt8[np.ndarray, "b h w c"]) -> list[Image.Image]:
-    """One- and three-channel arrays as Pillow images. Raises ValueError for other channel counts."""
+    """One- and three-channel arrays as Pillow images.
+
+    Raises ValueError for other channel counts.
+    """
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"a picture has 1 or 3 channels, this array has {images.shape[-1]}: take the array itself")
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
@@ -51,7 +54,7 @@ GAP = 2  # pixels between the images of a grid
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c2"]:
-    """Images in rows on white; of other channel counts than 1 and 3, the first three (or one) are shown."""
+    """Images in rows on white; of other channel counts than 1 and 3, the first 3 (or 1)."""
     n, h, w, c = images.shape
     if c not in (1, 3):
         images = images[..., :3] if c > 3 else images[..., :1]

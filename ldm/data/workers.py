@@ -33,9 +33,9 @@ _ADVICE = {
 class Workers:
     """``count`` data workers, whose process ids and positions stand in shared memory.
 
-    ``limit``: timeout in seconds for a batch. torch raises the death of a worker asynchronously, even in
-    the middle of an update; here it is held back until the trainer next asks for data. torch's own timeout
-    does not cover a worker that freezes while it hands over a batch.
+    ``limit``: timeout in seconds for a batch. torch raises the death of a worker asynchronously,
+    even in the middle of an update; here it is held back until the trainer next asks for data.
+    torch's own timeout does not cover a worker that freezes while it hands over a batch.
     """
 
     def __init__(self, count: int, limit: int) -> None:
@@ -47,7 +47,7 @@ class Workers:
         self._before: dict[int, Any] = {}  # previous signal handlers; that of SIGCHLD is torch's
 
     def enter(self, worker: int) -> None:
-        """Ignore signals, in a worker: the trainer decides when to stop, whatever its process group gets."""
+        """Ignore signals, in a worker: the trainer alone decides when to stop."""
         self._posts[2 * worker] = os.getpid()
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -100,13 +100,16 @@ class Workers:
             raise RuntimeError(_HUNG)
 
     def _end(self) -> None:
-        """Kill the remaining workers, hung or not; SIGKILL, because they delay SIGTERM (``enter``)."""
+        """Kill the remaining workers, by SIGKILL because they delay SIGTERM (``enter``)."""
         for child in self._processes:
             child.kill()
             child.join()
 
     def take(self, feed: Iterator[Any], awaited: list[int], named: Callable[[int], str]) -> Any:
-        """The next batch of ``feed``, of the positions ``awaited``; ``named`` describes one. Raises DataError."""
+        """The next batch of ``feed``, of the positions ``awaited``; ``named`` describes one.
+
+        Raises DataError.
+        """
         error: Exception | None = self._fault
         if error is None:
             try:

@@ -18,8 +18,8 @@ PATIENCE = 1800  # seconds; a training has its own limit in train.rank_timeout
 def launched(cpu: bool = False, patience: float = PATIENCE) -> tuple[Processes, torch.device]:
     """Join the process group of this launch; returns it and this process's device.
 
-    ``cpu``: use the CPU even where there are GPUs. ``patience``: timeout in seconds of the first call,
-    which waits for the other processes, and of every exchange after it.
+    ``cpu``: use the CPU even where there are GPUs. ``patience``: timeout in seconds of the first
+    call, which waits for the other processes, and of every exchange after it.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

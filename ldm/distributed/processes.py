@@ -20,7 +20,7 @@ def own_rank() -> int:
 
 
 class ElsewhereError(UserError):
-    """Another process failed; message and ``exit_code`` (None: not a known fault) are from its error."""
+    """Another process failed; message and ``exit_code`` are those of its error."""
 
     everywhere = True
 
@@ -48,8 +48,8 @@ class Processes:
     def each(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` on every process; returns all results, by rank.
 
-        A failure is exchanged like a result and raised on every process, marked ``everywhere``, so that
-        no process waits for one that has failed. ``work`` itself must not exchange anything.
+        A failure is exchanged like a result and raised on every process, marked ``everywhere``, so
+        that no process waits for one that has failed. ``work`` itself must not exchange anything.
         """
         if self.count == 1:
             return [work()]
@@ -68,7 +68,7 @@ class Processes:
         return [result for result, _ in outcomes]
 
     def over(self, n: int, work: Callable[[range], list[T]]) -> list[T]:
-        """Compute items 0 … n − 1, every ``count``-th on each process; returns all of them, in order."""
+        """Compute items 0 … n − 1, every ``count``-th on each process; returns all, in order."""
         indices = range(self.rank, n, self.count)
         shares = self.each(lambda: work(indices) if indices else [])
         return [shares[i % self.count][i // self.count] for i in range(n)]
@@ -78,7 +78,7 @@ ALONE = Processes(0, 1, lambda value: [value])
 
 
 def _described(rank: int, error: Exception) -> tuple[str, int | None]:
-    """Message and exit code: one line for an error that a user can fix, else the whole traceback."""
+    """Message and exit code: one line for a user's error, else the whole traceback."""
     code = getattr(error, "exit_code", None)
     if code is None and isinstance(error, OSError):
         return f"process {rank}: {described(error)}", OS_FAULT

@@ -110,6 +110,12 @@ JUDGES: dict[str, Callable[[int], Judge]] = {
 }
 
 
+def check_judged(data: DataConfig, run: Path) -> None:
+    """Raise ConfigError unless there is a judge for the data of this run."""
+    if data.source not in JUDGES:
+        raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
+
+
 def evaluate(
     run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say,
     processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, Any] | None = None,
@@ -130,8 +136,7 @@ def evaluate(
     started = time.monotonic()
     config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
     data = config.data
-    if data.source not in JUDGES:
-        raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
+    check_judged(data, run)
     judge = JUDGES[data.source](data.image_size)
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training

@@ -123,9 +123,7 @@ def likelihood(
             f"{run}: the bound of a model that predicts {pipe.target} is infinite where its schedule leaves no signal"
         )
     last = pipe.schedule.num_steps - 1
-    timesteps = min(DRAWN, last) if timesteps is None else timesteps
-    if not 0 <= timesteps <= last:
-        raise ConfigError(f"timesteps must lie between 1 and {last}, or be 0 for all of them, got {timesteps}")
+    timesteps = _timesteps(timesteps, last)
     chosen, variances = _variances(pipe, variance)
     std = decoder_noise.of_run(run, pipe, config.data, processes, say) if pipe.codec else None
     source = open_source(config.data, SPLIT)
@@ -151,6 +149,14 @@ def likelihood(
         write_json(file, (read_json(file) if file.is_file() else {}) | {"likelihood": found})
         plots.likelihood(found, run / "likelihood.png")
     return found
+
+
+def _timesteps(wanted: int | None, last: int) -> int:
+    """Number of steps to evaluate, 0 for all; DRAWN by default. Raises ConfigError."""
+    timesteps = min(DRAWN, last) if wanted is None else wanted
+    if not 0 <= timesteps <= last:
+        raise ConfigError(f"timesteps must lie between 1 and {last}, or be 0 for all of them, got {timesteps}")
+    return timesteps
 
 
 def _variances(pipe: Pipeline, wanted: str | None) -> tuple[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ def resolved(path: str | Path) -> Path:
 
 
 def check_regular(file: Path) -> None:
-    """Raise OSError for a missing file, and for a named pipe or device, where reading might block forever.
+    """Raise OSError for a missing file, a named pipe or a device: reading might block.
 
     An anonymous pipe is allowed: a shell makes one for `<(...)`, and its other end is written to.
     """
@@ -87,7 +87,7 @@ def replace(file: Path, content: bytes) -> None:
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """Temporary path for a new file or folder, renamed to ``target`` when the block ends without error.
+    """Temporary path of a file or folder, renamed to ``target`` after the block.
 
     ``target`` may be an empty folder. Raises OSError naming it.
     """

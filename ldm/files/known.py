@@ -1,7 +1,7 @@
 """Hashes of large files, cached until the file changes.
 
-A small file in the user's cache folder holds each hash with the size, inode and times of its file. It may
-be deleted at any time; if it cannot be written, the hash is computed each time.
+A small file in the user's cache folder holds each hash with the size, inode and times of its file.
+It may be deleted at any time; if it cannot be written, the hash is computed each time.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from ldm.files.disk import read_bytes
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
-    Raises ValueError naming file, line and byte for another encoding; OSError for a file that cannot be
-    read, or is a named pipe or device.
+    Raises ValueError naming file, line and byte for another encoding; OSError for a file that
+    cannot be read, or is a named pipe or device.
     """
     content = read_bytes(file)
     try:
@@ -28,7 +28,8 @@ def read_text(file: Path) -> str:
 def lines(text: str) -> list[str]:
     """The lines of a text, split at \\n, \\r\\n and \\r only.
 
-    ``str.splitlines`` also splits at form feeds, U+0085, U+2028 and others, which a caption may contain.
+    ``str.splitlines`` also splits at form feeds, U+0085, U+2028 and others, which a caption may
+    contain.
     """
     found = re.split(r"\r\n|\n|\r", text)
     return found[:-1] if found[-1] == "" else found

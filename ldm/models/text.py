@@ -1,7 +1,4 @@
-"""CLIP: the frozen text encoder that conditions the U-Net, and the parts for training a small one.
-
-Radford et al. 2021. The only file that imports transformers and tokenizers.
-"""
+"""The frozen text encoder that conditions the U-Net: CLIP's text tower and tokenizer (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -20,25 +17,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save as serialized
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GenerationConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from ldm.config import NULL_CAPTION, ClipConfig
+from ldm.config import NULL_CAPTION
 from ldm.files.disk import replace
 from ldm.models.lora import shared_copy
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
-# Deviation of a word's initial embedding: large beside what the layers add, so that the states of words stay distinct.
-EMBEDDING_STD = 2.0
-
-LONGEST_WORD = 1000  # characters: the time to learn merges from a word grows with its square
 LONGEST_CAPTION = 10_000  # characters of a caption that are looked at; 77 tokens take some hundred
 _SPACE = re.compile(r"[^\S\x1c-\x1f]+")
-# One word for CLIP: letters, or neither letters, digits nor space (Python counts four control characters as space).
-_LONG_WORD = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}|(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}")
 
 # settings of how a model returns its output
 _OUTPUT = ("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation")
@@ -52,85 +40,10 @@ _OLD_SETTINGS = GenerationConfig().to_dict().keys() | {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- tokenizer
-
-
-def train_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-complete BPE in OpenAI's layout, so that no text is unknown.
-
-    The vocabulary is 256 byte symbols, the same 256 at the end of a word, at most ``merges``
-    learned merges (fewer if the captions have fewer pairs), start and end of text. The same
-    captions give the same tokenizer. Words are cut after LONGEST_WORD characters.
-    """
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point, which is OpenAI's order
-    base = symbols + [s + WORD_END for s in symbols]
-    clip = CLIPTokenizer().backend_tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    # As special tokens the symbols have fixed ids. Found in the text, their ids, and with them the order of equally
-    # frequent pairs, would follow a hash map.
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(base) + merges,
-        min_frequency=0,
-        special_tokens=base,
-        end_of_word_suffix=WORD_END,
-        show_progress=False,
-    )
-    shortened = (_LONG_WORD.sub(lambda word: word[0][:LONGEST_WORD], text) for text in captions)
-    learner.train_from_iterator(shortened, trainer)
-    learned: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
-    tokens = dict.fromkeys([*base, *("".join(pair) for pair in learned), START, END])
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=learned, model_max_length=max_length)
-
-
-def vocabulary_hash(tokenizer: CLIPTokenizer) -> str:
-    """sha256 over tokens and merges."""
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return hashlib.sha256(json.dumps([bpe["vocab"], bpe["merges"]], sort_keys=True).encode()).hexdigest()
-
-
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write ``tokenizer.json``, its configuration, and ``vocab.json``, ``merges.txt`` for older readers."""
     tokenizer.save_pretrained(str(folder))
     tokenizer.backend_tokenizer.model.save(str(folder))
-
-
-# ---------------------------------------------------------------- model
-
-
-def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, image_channels: int) -> CLIPModel:
-    """A new CLIP with text and vision towers of one width.
-
-    Images are [b, image_channels, image_size, image_size]. Weights come from torch's global
-    generator. ``logit_scale`` is the logarithm of the inverse temperature.
-    """
-    if image_size % config.patch_size:
-        raise ValueError(f"image size {image_size} is not a multiple of the patch size {config.patch_size}")
-    tower = {
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "projection_dim": config.projection,
-        "attention_dropout": 0.0,
-    }
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": config.max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,  # with the default, the pooled output would be that of position 0
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {"image_size": image_size, "patch_size": config.patch_size, "num_channels": image_channels}
-    model = CLIPModel(
-        CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=config.projection)
-    )
-    embeddings = model.text_model.embeddings
-    with torch.no_grad():  # transformers starts both at 0.02
-        embeddings.token_embedding.weight.normal_(std=EMBEDDING_STD)
-        embeddings.position_embedding.weight.normal_(std=EMBEDDING_STD / 4)
-    return model
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> tuple[Int[Tensor, "b l"], int]:
@@ -185,11 +98,11 @@ class TextEncoder:
         _check_config(config)
         tower = {key: value for key, value in (config.get("text_config") or config).items() if key not in _OUTPUT}
         try:
-            with torch.device("meta"), _quiet():
+            with torch.device("meta"), quiet():
                 model = CLIPTextModel(CLIPTextConfig.from_dict(tower))
         except Exception as error:  # transformers raises many kinds for a setting of another type or out of range
             raise ValueError(f"config.json: {_one_line(error)}") from None
-        _fill(_tower(model), {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()})
+        _fill(tower_of(model), {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()})
         with TemporaryDirectory() as folder:
             for name, content in tokenizer.items():
                 (Path(folder) / name).write_bytes(content)
@@ -208,7 +121,7 @@ class TextEncoder:
 
         Without it transformers 4 would leave the encoder random; transformers 5 reads both.
         """
-        return {f"text_model.{key}": value for key, value in _tower(self.model).state_dict().items()}
+        return {f"text_model.{key}": value for key, value in tower_of(self.model).state_dict().items()}
 
     def save(self, folder: str | Path) -> None:
         """Write ``text_encoder/`` and ``tokenizer/`` into a model folder, as diffusers reads them."""
@@ -221,7 +134,7 @@ class TextEncoder:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The contents of `tokenizer/`."""
-        return _written(lambda folder: save_tokenizer(self.tokenizer, folder))
+        return written_files(lambda folder: save_tokenizer(self.tokenizer, folder))
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns itself."""
@@ -242,7 +155,7 @@ class TextEncoder:
     @property
     def tower(self) -> torch.nn.Module:
         """The network itself, whose parameters have no prefix."""
-        return _tower(self.model)
+        return tower_of(self.model)
 
     @property
     def width(self) -> int:
@@ -267,7 +180,7 @@ class TextEncoder:
             config.layer_norm_eps,
         ]
         digest = hashlib.sha256(json.dumps([settings, bpe["vocab"], bpe["merges"]], sort_keys=True).encode())
-        for key, value in sorted(_tower(self.model).state_dict().items()):
+        for key, value in sorted(tower_of(self.model).state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -324,25 +237,7 @@ class TextEncoder:
         return self.encode_ids(self.tokenize(captions)[0])
 
 
-def from_clip(clip_model: CLIPModel, tokenizer: CLIPTokenizer) -> TextEncoder:
-    """An independent copy of a trained CLIP's text tower, without the projection."""
-    model = CLIPTextModel(copy.deepcopy(clip_model.config.text_config))  # type: ignore[arg-type]
-    _tower(model).load_state_dict(clip_model.text_model.state_dict())
-    return TextEncoder(model, tokenizer)
-
-
-def save_clip(clip_model: CLIPModel, folder: str | Path) -> None:
-    """Write both towers in transformers' own format, each file whole or not at all.
-
-    Raises OSError.
-    """
-    with _quiet():
-        files = _written(lambda temporary: clip_model.save_pretrained(temporary))
-    for name, content in files.items():
-        replace(Path(folder) / name, content)
-
-
-def _written(save: Callable[[str], Any]) -> dict[str, bytes]:
+def written_files(save: Callable[[str], Any]) -> dict[str, bytes]:
     """The files that ``save`` writes into a folder, by name. Raises OSError."""
     with TemporaryDirectory() as folder:
         try:
@@ -386,7 +281,7 @@ class CaptionTable:
         return self._states[rows.to(self._states.device, non_blocking=True)]
 
 
-def _tower(model: CLIPTextModel) -> torch.nn.Module:
+def tower_of(model: CLIPTextModel) -> torch.nn.Module:
     """The module whose parameters have no prefix.
 
     Earlier releases of transformers 5 nest it in the model.
@@ -474,7 +369,7 @@ def _check_config(layout: object) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bar and load report off the terminal.
 
     Their faults are checked and raised.

@@ -1,4 +1,4 @@
-"""Text to images: what a trained model is, and how it draws."""
+"""Trained models and how they draw: text to images."""
 
 from __future__ import annotations
 

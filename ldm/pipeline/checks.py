@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from os import PathLike
 from types import NoneType
 from typing import Any
@@ -12,17 +11,17 @@ from torch import Tensor
 
 from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.config.values import plain
 from ldm.diffusion.samplers.grids import check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.pipeline.prompts import check_text
 
-LARGEST = 2**14  # pixels a side: beyond, not even the noise of one image fits into a machine
+LARGEST = 2**14  # pixels a side: the noise of one larger image would not fit into memory
 LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that look ahead fail (docs/samplers.md)
 
 
 def grid_of(schedule: Schedule, settings: SampleConfig) -> Tensor:
-    """The grid that the settings say. Raises ConfigError where the schedule has no such."""
+    """The sampler's grid for these settings. Raises ConfigError where the schedule cannot have it."""
     try:
         return make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
     except ValueError as error:
@@ -30,7 +29,7 @@ def grid_of(schedule: Schedule, settings: SampleConfig) -> Tensor:
 
 
 def first_step(schedule: Schedule, grid: Tensor) -> float:
-    """By what factor the first step of a grid lowers σ/α; 1 where it is the only one, which ends at clean data."""
+    """Factor by which the first step of a grid lowers σ/α; 1 where it is the only one, which ends at clean data."""
     level = schedule.sigma(grid[:2]) / schedule.alpha(grid[:2])
     return float(level[0] / level[1]) if level[1] > 0 else 1.0
 
@@ -57,83 +56,73 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
 
 
 def check_start(schedule: ScheduleConfig, target: str, settings: SampleConfig) -> None:
-    """Raise ConfigError where the first step asks a network for an image of which its prediction says nothing."""
+    """Raise ConfigError where the prediction of the first step determines no image."""
     if not schedule.blind_at_the_end(target):
         return
     if grid_of(Schedule.from_config(schedule), settings)[0] == schedule.num_steps - 1:
         raise ConfigError(
-            f"this model predicts {target}, which says nothing of the image where its schedule leaves no signal, and grid"
-            f" {settings.grid} starts there: take grid leading and fewer than {schedule.num_steps} steps"
+            f"this model predicts {target}, which says nothing of the image where its schedule leaves no signal,"
+            f" and grid {settings.grid} starts there: take grid leading and fewer than {schedule.num_steps} steps"
         )
 
 
-def check_prompts(prompts: Any) -> list[str]:
-    """The prompts as a list. Raises ConfigError naming the first that is not text."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts must be a text or several, got {shown(prompts)}")
-    texts = [plain(prompt) for prompt in prompts]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ConfigError(f"prompts[{i}] must be text, got {shown(text)}")
-        check_text(text, f"prompts[{i}]")
-    return texts
-
-
 def check_opening(path: Any, device: Any, dtype: Any, **names: Any) -> torch.device:
-    """The device of the networks: ``device``, or a GPU where there is one. Raises ConfigError naming what is of another type.
+    """The device of the networks: ``device``, or a GPU where there is one.
 
-    ``names``: text, or a path, or None.
+    ``names``: text, a path or None. Raises ConfigError naming the argument that is of another type.
     """
     if not isinstance(path, (str, PathLike)):
         raise ConfigError(f"path must be that of a model, got {shown(path)}")
     for name, value in names.items():
         if not isinstance(value, (str, PathLike, NoneType)):
             raise ConfigError(f"{name} must be text, got {shown(value)}")
+    check_dtype(dtype)
+    return check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """The type itself. Raises ConfigError unless it is a floating-point type of torch."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype must be a floating-point type of torch, such as torch.bfloat16, got {shown(dtype)}")
+    return dtype
+
+
+def check_device(device: Any) -> torch.device:
+    """The device by its name. Raises ConfigError unless torch has it and computes on it."""
     try:
-        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        place = torch.device(device)
         torch.zeros(1, device=place).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {said}"
+            f"device must be one that torch has here, such as cpu or cuda, got {shown(device)}: {reason}"
         ) from None
     return place
-
-
-def check_text(text: str, name: str) -> None:
-    """Raise ConfigError for half of a surrogate pair, which is what bytes on a command line become that are not UTF-8."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{name} is not text in UTF-8: {shown(text)}")
 
 
 def check_drawable(unet: UNetConfig) -> None:
     """Raise ConfigError for a U-Net that needs more than a caption."""
     if unet.concat_channels:
         raise ConfigError(
-            f"this model takes {unet.concat_channels} further channels (a mask, an image) and is not drawn from by a caption"
+            f"this model takes {unet.concat_channels} further channels (a mask, an image):"
+            " it cannot draw from a caption alone"
         )
     if unet.class_embedded:
-        raise ConfigError("this model takes a class label or vector besides, and is not drawn from by a caption alone")
+        raise ConfigError("this model takes a class label or vector too: it cannot draw from a caption alone")
 
 
 def check_guidance(settings: SampleConfig, latents: bool) -> None:
-    """Raise ConfigError for guidance that is not possible, or that the settings would ignore."""
+    """Raise ConfigError for guidance that is not possible, or whose settings would be ignored."""
     if settings.dynamic_threshold is not None and latents:
         raise ConfigError(
             "dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out"
         )
     if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":
         raise ConfigError(
-            f"classifier_form mean moves the mean of ancestral sampling: take sampler ddpm, not {settings.sampler}, or form score"
+            "classifier_form mean moves the mean of ancestral sampling:"
+            f" take sampler ddpm, not {settings.sampler}, or form score"
         )
-    for owner, names in (
-        ("classifier", ("classifier_scale", "classifier_form")),
-        ("autoguidance", ("autoguidance_scale",)),
-    ):
-        for name in names:
-            if getattr(settings, owner) is None and getattr(settings, name) != getattr(SampleConfig, name):
-                raise ConfigError(f"{name} is for {owner}: name one, or leave it out")
+    owners = {"classifier_scale": "classifier", "classifier_form": "classifier", "autoguidance_scale": "autoguidance"}
+    for name, owner in owners.items():
+        if getattr(settings, owner) is None and getattr(settings, name) != getattr(SampleConfig, name):
+            raise ConfigError(f"{name} is for {owner}: name one, or leave it out")

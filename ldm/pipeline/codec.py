@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from ldm.interop.weights import fill
 
 @dataclass(frozen=True)
 class LatentCodec:
-    """Image to latent and back, with the scale and shift of a foreign autoencoder (1 and 0 for ours: folded into its weights)."""
+    """Image to latent and back, with an autoencoder's scale and shift (ours: 1 and 0, folded into its weights)."""
 
     autoencoder: AutoencoderKL
     scale: float = 1.0
@@ -31,16 +33,19 @@ class LatentCodec:
 
     @property
     def hash(self) -> str | None:
-        """sha256 of the weights' file (of the hashes of several); None for an autoencoder that was read from none."""
+        """sha256 of the weights' file (of the hashes of several); None if it was not read from a file."""
         return files_hash(self.files) if self.files else None
 
     def latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Float[Tensor, "b c h w"]:
-        """A draw of the normalised latent from a posterior."""
+        """The normalised latent of a draw from the posterior."""
         return (posterior.sample(noise) - self.shift) * self.scale
 
     def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
         """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders."""
-        return self.autoencoder.decode(latent.float() / self.scale + self.shift)
+        autoencoder = self.autoencoder
+        if next(autoencoder.parameters()).dtype != torch.float32:
+            autoencoder = copy.deepcopy(autoencoder).float()  # for this call: other threads may use the weights
+        return autoencoder.decode(latent.float() / self.scale + self.shift)
 
 
 def codec_of(part: Part) -> LatentCodec:
@@ -51,7 +56,7 @@ def codec_of(part: Part) -> LatentCodec:
 
 
 def load_codec(path: str | Path) -> LatentCodec:
-    """The autoencoder of a run, folder or single file, frozen, float32, with its latent scale. Raises FolderError or ConfigError."""
+    """The autoencoder of a run, folder or single file, as ``codec_of`` has it. Raises FolderError or ConfigError."""
     return codec_of(read_autoencoder(path))
 
 

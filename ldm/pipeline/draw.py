@@ -1,8 +1,10 @@
-"""From noise to samples: any network with the U-Net's signature, without a model folder around it."""
+"""From noise to samples, with any network of the U-Net's signature or with a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,21 +12,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.config import ConfigError
+from ldm.config import ConfigError, SampleConfig
+from ldm.config.values import typed
 from ldm.data import rng
 from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
 from ldm.diffusion.samplers.grids import make_grid
 from ldm.diffusion.samplers.nodes import Callback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.pipeline.checks import LONG_STEP, first_step, grid_of
+from ldm.pipeline.guides import Guides
+from ldm.pipeline.model import Model
+from ldm.pipeline.prompts import check_prompts
+from ldm.pipeline.watch import Watch, unseen
 
 
 def draw_noise(
     seed: int, name: str, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Float[Tensor, "b *d"]:
-    """Standard normal arrays, one for each image number: a function of (seed, name, number), whatever batch an image is in."""
+    """One standard normal array for each image: a function of (seed, name, number), not of the batch around it."""
     return torch.from_numpy(np.stack([rng.normal(seed, f"sample/{name}", n, shape) for n in numbers])).to(device)
 
 
@@ -76,7 +84,162 @@ def sample(
     )
     numbers, item = range(shape[0]), tuple(shape[1:])
     return SAMPLERS[sampler].function(
-        Denoiser(schedule, target, guided, learned_variance), draw_noise(seed, "x_T", numbers, item, device),
-        make_grid(grid, schedule, steps), lambda step: draw_noise(seed, f"step {step}", numbers, item, device),
-        callback=callback, **options,
-    )  # fmt: skip
+        Denoiser(schedule, target, guided, learned_variance),
+        draw_noise(seed, "x_T", numbers, item, device),
+        make_grid(grid, schedule, steps),
+        lambda step: draw_noise(seed, f"step {step}", numbers, item, device),
+        callback=callback,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- with a trained model: prepare, denoise, decode
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A call that was checked: its model, its settings and its images.
+
+    Attributes:
+        prompts, numbers: the caption of each image, and its number within the seed, which determines
+            its noise.
+        batch_size: images computed together.
+        shape: [c, h, w] of one image as it is diffused.
+        grid: t at each node of the sampler, float64.
+    """
+
+    model: Model
+    guides: Guides
+    settings: SampleConfig
+    prompts: list[str]
+    numbers: Sequence[int]
+    batch_size: int
+    shape: tuple[int, int, int]
+    grid: Float[Tensor, " nodes"]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the sampler for one batch."""
+        return len(self.grid) - 1
+
+    def batches(self) -> Iterator[tuple[list[str], Sequence[int]]]:
+        """Captions and numbers of each batch."""
+        for i in range(0, len(self.prompts), self.batch_size):
+            yield self.prompts[i : i + self.batch_size], self.numbers[i : i + self.batch_size]
+
+
+def prepare(
+    model: Model,
+    guides: Guides,
+    prompts: Any,
+    settings: SampleConfig,
+    size: Any = None,
+    batch_size: Any = 16,
+    numbers: Sequence[int] | None = None,
+) -> Drawing:
+    """Check a call before anything slow. Raises ConfigError; warnings point at the caller's caller."""
+    side: int = model.sample_size if size is None else typed(int, size, "size")
+    together: int = typed(int, batch_size, "batch_size")
+    prompts = check_prompts(prompts)
+    model.check(settings, side)
+    if together < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {together}")
+    if numbers is not None and len(numbers) != len(prompts):
+        raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(numbers)}")
+    if model.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
+        warnings.warn(
+            "this model was trained without caption dropout: guidance has no unconditional model to lean on",
+            stacklevel=3,
+        )
+    if settings.classifier is not None:  # every caption is one of its classes, before the first is drawn
+        classes, _ = guides.classifier(model, settings.classifier)
+        for caption in prompts:
+            classes.label(caption)
+    model.warn_cut(prompts, settings, stacklevel=4)
+    grid = grid_of(model.schedule, settings)
+    if SAMPLERS[settings.sampler].looks_ahead and (ratio := first_step(model.schedule, grid)) > LONG_STEP:
+        warnings.warn(
+            f"{settings.sampler} on the {settings.grid} grid: the first of {settings.steps} steps lowers the noise"
+            f" {ratio:.0f}-fold, too much for it; take grid karras, or another sampler such as dpmpp_2m"
+            " (docs/samplers.md)",
+            stacklevel=3,
+        )
+    shape = (model.unet.in_channels, side // model.factor, side // model.factor)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    return Drawing(model, guides, settings, prompts, numbers, together, shape, grid)
+
+
+def denoise(
+    drawing: Drawing, captions: list[str], numbers: Sequence[int], callback: Callback | None = None
+) -> Float[Tensor, "b c h w"]:
+    """One batch from noise to clean samples, as diffused. Raises NonFiniteError naming the part and the step."""
+    model, settings, device = drawing.model, drawing.settings, drawing.model.device
+    sampler, watch = SAMPLERS[settings.sampler], Watch(drawing.steps, model.dtype)
+    options = {name: getattr(settings, name) for name in sampler.options}
+    gradient = drawing.guides.gradient(model, captions, settings, "mean")
+    if gradient is not None:
+        gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
+        options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
+    x = sampler.function(
+        denoiser(model, drawing.guides, captions, settings, watch),
+        draw_noise(settings.seed, "x_T", numbers, drawing.shape, device),
+        drawing.grid,
+        lambda step: draw_noise(settings.seed, f"step {step}", numbers, drawing.shape, device),
+        callback=watch.after_step(callback),
+        **options,
+    )
+    watch.check()
+    return x
+
+
+def decode(model: Model, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
+    """Images in about [−1, 1]: decoded latents, or the sample itself of a pixel model. Raises NonFiniteError."""
+    if model.codec is None:
+        return latent
+    watch = Watch(0, model.dtype)
+    images = watch.see("what the autoencoder decodes", model.codec.decode(latent), at_step=False)
+    watch.check()
+    return images
+
+
+@torch.no_grad()
+def draw(
+    drawing: Drawing, callback: Callback | None = None, decoded: bool = True
+) -> Iterator[Float[Tensor, "b C H W"]]:
+    """The images of each batch, or, not decoded, what is diffused."""
+    for captions, numbers in drawing.batches():
+        latent = denoise(drawing, captions, numbers, callback)
+        yield decode(drawing.model, latent) if decoded else latent
+
+
+def denoiser(
+    model: Model, guides: Guides, captions: list[str], settings: SampleConfig, watch: Watch | None = None
+) -> Denoiser:
+    """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
+    changed = model.with_loras(settings)
+    cond = changed.condition(captions)
+    null_cond = changed.condition([settings.negative_prompt or model.null_caption] * len(captions))
+    for context in (cond.context, null_cond.context):
+        if watch and context is not None:
+            watch.see("what the text encoder says of the caption", context, at_step=False)
+    seen = watch.watched if watch else unseen
+    gradient = guides.gradient(model, captions, settings, "score")
+    guide = None
+    if settings.autoguidance is not None:
+        guide = guides.guide(model, settings.autoguidance, captions, settings)
+    guidance = Guidance(
+        seen("the U-Net's prediction", changed.predict),
+        cond,
+        null_cond,
+        model.schedule,
+        model.target,
+        model.learned_variance,
+        scale=settings.guidance_scale if model.text else 1.0,
+        rescale=settings.guidance_rescale,
+        interval=settings.guidance_interval or EVERYWHERE,
+        guide=guide and seen(f"the prediction of autoguidance {settings.autoguidance}", guide),
+        guide_scale=settings.autoguidance_scale,
+        gradient=gradient and seen(f"the gradient of classifier {settings.classifier}", gradient),
+        threshold=settings.dynamic_threshold,
+    )
+    return Denoiser(model.schedule, model.target, seen("the guided prediction", guidance), model.learned_variance)

@@ -1,4 +1,4 @@
-"""A model's description and its networks; weights stay memory-mapped until they are used."""
+"""A model's description, and its U-Net; weights stay memory-mapped until they are used."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ModelInfo:
         path: the folder or file.
         unet: the shape of its U-Net.
         schedule, target: the process, and what the U-Net predicts.
-        sampling: fields of SampleConfig that its scheduler says; overruled by our own file's.
-        lora: a folder that changes the model at ``path``.
+        sampling: fields of SampleConfig that its scheduler states; those of our own file take precedence.
+        lora: the LoRA folder that was opened, where ``path`` is the model that it changes.
     """
 
     path: Path
@@ -48,23 +48,29 @@ class ModelInfo:
 
     @classmethod
     def read(
-        cls, path: str | Path, variant: str | None = None, vae: str | None = None, text: str | None = None, whole: bool = True,
+        cls,
+        path: str | Path,
+        variant: str | None = None,
+        vae: str | None = None,
+        text: str | None = None,
+        whole: bool = True,
         **reading: Any,
-    ) -> ModelInfo:  # fmt: skip
+    ) -> ModelInfo:
         """Read a run, a model folder or a single file.
 
-        ``vae``, ``text``, ``reading``: as in ``ldm.interop.open.read_model``. ``whole``: nothing may be missing that the
-        model draws with. Raises FolderError, or ConfigError for what cannot be expressed here.
+        ``vae``, ``text``, ``reading``: as in ``ldm.interop.open.read_model``. ``whole``: every part
+        that drawing needs must be there. Raises FolderError, or ConfigError for what cannot be
+        expressed here.
         """
         path = Path(path) if Path(path).is_file() else find_model(path)
         if (reference := Reference.read(path)) is not None:
             if vae is not None or text is not None:
                 raise ConfigError(
-                    f"{path} is a LoRA's, trained with the parts of {reference.base}: name that as the model and this as --lora"
+                    f"{path} is a LoRA's, trained with the parts of {reference.base}:"
+                    " name that as the model and this as --lora"
                 )
-            if (
-                reference.base.is_dir() and (find_model(reference.base) / REFERENCE).is_file()
-            ):  # it may be this very folder
+            # a base that is a LoRA itself may even be this very folder
+            if reference.base.is_dir() and (find_model(reference.base) / REFERENCE).is_file():
                 raise FolderError(f"{path} is the LoRA of {reference.base}, itself a LoRA: merge that first")
             base = cls.read(reference.base)
             bundle = dataclasses.replace(base.bundle, extra={**base.extra, **reference.extra})
@@ -95,12 +101,12 @@ class ModelInfo:
 
     @property
     def has_text(self) -> bool:
-        """True if it has a text encoder."""
+        """True if the model has a text encoder."""
         return TEXT in self.bundle.parts
 
     @property
     def hash(self) -> str:
-        """sha256 over the weights' files, read for it; a LoRA's is not among them."""
+        """sha256 over the files of the weights, a LoRA's not included; reads them."""
         return joined_hash(self.bundle.files)
 
     @property

@@ -33,13 +33,8 @@ from ldm.pipeline.codec import joined_hash
 from ldm.pipeline.info import ModelInfo
 
 KEY = "ldm"
-_PASSING = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "torch_dtype",
-    "dtype",
-)  # of a text encoder's file: decide nothing
+# keys of a text encoder's config.json that decide no pixel
+_PASSING = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 _WORK = ("images", "batch_size", "processes")
 _NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn")
@@ -57,8 +52,8 @@ class Provenance:
         vae, text: the autoencoder and the text encoder that were named in the place of the model's own.
         parts: a hash of each thing of the model that decides pixels and is not a weight.
         others: a hash of each LoRA and guide, by the name that the settings give it.
-        drawn: with which versions, on what, and how the images were shared out; differs without changing what is drawn by more
-            than 1 of 255.
+        drawn: versions, device, and how the images were shared out; these change a pixel by at most
+            1 of 255.
     """
 
     prompts: tuple[str, ...]
@@ -85,7 +80,7 @@ class Provenance:
         return tuple(range(len(self.prompts))) if self.index is None else (self.index,)
 
     def batches(self) -> list[range]:
-        """Numbers of the images that were computed together, of each batch that holds one of these; empty where it is not recorded."""
+        """Numbers of the images of each batch that holds one of these; empty where it is not recorded."""
         if not all(name in self.drawn for name in _WORK):
             return []
         images, size, processes = (self.drawn[name] for name in _WORK)
@@ -97,19 +92,18 @@ class Provenance:
 
     def png(self) -> PngInfo:
         """The metadata of a PNG, for Pillow's ``pnginfo``."""
-        about = (
-            {"prompt": self.prompts[0], "index": self.index} if self.index is not None else {"prompts": self.prompts}
-        )
+        about: dict[str, Any] = {"prompts": self.prompts}
+        if self.index is not None:
+            about = {"prompt": self.prompts[0], "index": self.index}
         rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
+        values = {**about, **dataclasses.asdict(self.settings), **rest, **self.given}
         info = PngInfo()
-        info.add_itxt(
-            KEY, json.dumps({**about, **dataclasses.asdict(self.settings), **rest, **self.given}, ensure_ascii=False)
-        )
+        info.add_itxt(KEY, json.dumps(values, ensure_ascii=False))
         return info
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads: what may move a pixel by 1 of 255."""
+    """Versions, device and threads, which may move a pixel by 1 of 255."""
     cuda = device.type == "cuda"
     return {
         "ldm": __version__,
@@ -145,7 +139,7 @@ def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h 
 
 
 def _parsed(about: Any) -> Provenance:
-    """Settings that an older ldm did not know have their defaults, which draw as it drew."""
+    """Provenance from JSON. Settings that an older ldm lacks have their defaults, which draw as it did."""
     if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
         raise ValueError("they are no settings of `ldm sample`")
     values: dict[str, Any] = {name: about.pop(name) for name in _SETTINGS if name in about}
@@ -159,17 +153,16 @@ def _parsed(about: Any) -> Provenance:
         raise ValueError(f"{wrong[0]} must be text")
     tables = [rest.get(name, {}) for name in _TABLES]
     hashes = [value for table in tables[:2] if isinstance(table, dict) for value in table.values()]
-    if not all(isinstance(table, dict) for table in tables) or not all(
-        isinstance(value, str) for value in (model, *hashes, *prompts)
-    ):
+    texts = [model, *hashes, *prompts]
+    if not all(isinstance(table, dict) for table in tables) or not all(isinstance(text, str) for text in texts):
         raise ValueError("parts, others and drawn must be objects, hashes and prompts text")
     counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
     if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts):
         raise ValueError("size and the counts must be whole numbers, with a prompt at least")
-    if index is not None and not (
-        isinstance(index, int) and 0 <= index < rest.get("drawn", {}).get("images", index + 1)
-    ):
-        raise ValueError(f"there is no image {index} among them")
+    if index is not None:
+        images = rest.get("drawn", {}).get("images", float("inf"))
+        if not isinstance(index, int) or not 0 <= index < images:
+            raise ValueError(f"there is no image {index} among them")
     return Provenance(prompts, index, settings, size, model, **rest)
 
 

@@ -1,4 +1,4 @@
-"""Drawing a picture again from what its PNG says, and what may keep it from being the same."""
+"""Draws a picture again from the settings in its PNG, and names what may keep it from being the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.pipeline import Pipeline
 from ldm.pipeline.info import ModelInfo
 from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes
 
-PROMISED = 1  # of 255: what another batch size, device or version may change: their sums have another order
+PROMISED = 1  # of 255: another batch size, device or version may change a pixel so far, by the order of sums
 _NAMES = {
     "unet": "U-Net's settings",
     "vae": "autoencoder's settings",
@@ -27,19 +27,15 @@ _NAMES = {
 
 
 def relocated(origin: Provenance, moved: Mapping[str, str]) -> Provenance:
-    """``origin`` with the LoRAs and guides at the places where they are now. Raises ConfigError for a name that it does not have."""
+    """``origin`` with the LoRAs and guides where they are now. Raises ConfigError for a name that it does not have."""
     settings = origin.settings
     named = {path for path, _ in settings.loras()} | {settings.classifier, settings.autoguidance}
     if unknown := sorted(moved.keys() - named):
-        raise ConfigError(
-            f"--moved {unknown[0]}: the picture names {', '.join(sorted(n for n in named if n)) or 'no LoRA and no guide'}"
-        )
+        names = ", ".join(sorted(name for name in named if name)) or "no LoRA and no guide"
+        raise ConfigError(f"--moved {unknown[0]}: the picture names {names}")
     lora = tuple(f"{moved.get(path, path)}:{scale!r}" for path, scale in settings.loras())
-    guides = {
-        name: moved.get(at, at)
-        for name in ("classifier", "autoguidance")
-        if (at := getattr(settings, name)) is not None
-    }
+    given = {name: getattr(settings, name) for name in ("classifier", "autoguidance")}
+    guides = {name: moved.get(path, path) for name, path in given.items() if path is not None}
     others = {moved.get(name, name): value for name, value in origin.others.items()}
     return dataclasses.replace(origin, settings=dataclasses.replace(settings, lora=lora, **guides), others=others)
 
@@ -48,8 +44,8 @@ def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path)
     """Raise FolderError unless the model, the LoRAs and the guides are those that drew ``file``."""
     if pipe.hash != origin.model:
         raise FolderError(
-            f"{info.path} has other weights than those that drew {file} (sha256 {pipe.hash[:12]}, then {origin.model[:12]}):"
-            " name the model with --model"
+            f"{info.path} has other weights than those that drew {file}"
+            f" (sha256 {pipe.hash[:12]}, then {origin.model[:12]}): name the model with --model"
         )
     now = part_hashes(info)
     if changed := _changed(origin.parts, now):
@@ -64,15 +60,15 @@ def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path)
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names whose hashes differ; none where nothing was recorded."""
+    """Names whose hashes differ; none where nothing was recorded."""
     return [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)] if then else []
 
 
 def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UInt8[np.ndarray, "h w *c"]:
     """The pixels of the picture, or of the grid ``width`` pixels wide.
 
-    ``together``: in batches of the shape that it was drawn in, where that is recorded, with its own caption in the places of
-    others, whose captions a PNG does not hold; otherwise each image alone.
+    ``together``: in batches of the recorded shape, where there is one, with its own caption in the
+    places of others, whose captions a PNG does not hold; otherwise each image alone.
     """
     captions = dict(zip(origin.numbers, origin.prompts, strict=True))
     alone = [range(i, i + 1) for i in origin.numbers]
@@ -89,7 +85,7 @@ def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UI
 
 
 def deviation(a: UInt8[np.ndarray, "h w *c"], b: UInt8[np.ndarray, "h2 w2 *c2"]) -> tuple[int, int]:
-    """Number of pixels that differ, and the largest difference, of 255. Raises ValueError for pictures of two shapes."""
+    """Number of pixels that differ, and the largest difference, of 255. Raises ValueError for two shapes."""
     if a.shape != b.shape:
         raise ValueError(f"it is {_shape(a)} and is drawn as {_shape(b)}")
     difference = np.abs(a.astype(int) - b.astype(int)).reshape(*a.shape[:2], -1).max(axis=2)

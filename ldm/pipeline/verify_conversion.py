@@ -25,33 +25,29 @@ SIDE = 16  # of the latents of the forward pass
 
 
 def verify(source: Bundle, target: Path, file: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Compare what was written at ``target`` with ``source``; returns what was found equal.
+    """Compare the model written at ``target`` with ``source``; returns a line for each comparison.
 
-    ``file``: the tensors of the single file that ``source`` was read from, to which what was written is turned back.
+    ``file``: the tensors of the single file that ``source`` was read from; the written model is
+    converted back to it.
     Raises FolderError naming the first tensor, configuration or output that differs.
     """
     written = read_any(target)
     lines = [f"verified: {_same_tensors(source, written)} tensors have the same hash"]
     if file is not None:
-        file = spelled(file)
-        lines.append(
-            f"verified: turned back, {_same_names(written, file, source.unused)} tensors of the file have the same hash"
-        )
+        count = _same_names(written, spelled(file), source.unused)
+        lines.append(f"verified: turned back, {count} tensors of the file have the same hash")
     if target.is_file():
-        lines.append(
-            f"verified: {_same_tensors(written, from_compvis(*to_compvis(written)))} tensors, back and forth once more"
-        )
-    compared = [
-        name
-        for name, forward in FORWARD.items()
-        if name in source.parts and _same_output(name, forward, source, written)
-    ]
+        count = _same_tensors(written, from_compvis(*to_compvis(written)))
+        lines.append(f"verified: {count} tensors, back and forth once more")
+    compared = [name for name in FORWARD if name in source.parts]
+    for name in compared:
+        _check_output(name, FORWARD[name], source, written)
     lines.append(f"verified: the same output of {', '.join(compared)} for random input, bit for bit")
     return lines
 
 
 def _same_tensors(source: Bundle, target: Bundle) -> int:
-    """The number of tensors, all equal in name, type, shape and value."""
+    """Number of tensors, all equal in name, type, shape and value. Raises FolderError naming the first that is not."""
     if source.parts.keys() != target.parts.keys():
         raise FolderError(f"verify: {', '.join(source.parts)} became {', '.join(target.parts)}")
     count = 0
@@ -67,7 +63,7 @@ def _same_tensors(source: Bundle, target: Bundle) -> int:
 
 
 def _same_names(written: Bundle, file: Mapping[str, Tensor], unused: Mapping[str, str]) -> int:
-    """The number of tensors of a single file, all equal under their own names once ``written`` is turned back into its layout."""
+    """Number of tensors of a single file, all equal by name once ``written`` is converted back to its layout."""
     back, _ = to_compvis(written, openclip=any(name.startswith(OPENCLIP_PREFIX) for name in file))
     alone = "" if any(name.startswith("encoder.") for name in file) else PREFIXES[VAE]
     back = {alone + name if written.parts.keys() == {VAE} else name: tensor for name, tensor in back.items()}
@@ -82,21 +78,19 @@ def _same_names(written: Bundle, file: Mapping[str, Tensor], unused: Mapping[str
 
 
 @torch.no_grad()
-def _same_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle, target: Bundle) -> bool:
-    """True. Raises FolderError where the outputs differ."""
-    outputs = [
-        forward(replace(bundle, parts={**bundle.parts, name: _copied(bundle.parts[name])}))
-        for bundle in (source, target)
-    ]
-    if tensor_hash(outputs[0]) != tensor_hash(outputs[1]):  # NaN is equal to itself
-        raise FolderError(
-            f"verify: {name} computes something else from what was written: its configuration has changed"
-        )
-    return True
+def _check_output(name: str, forward: Callable[[Bundle], Tensor], source: Bundle, target: Bundle) -> None:
+    """Raise FolderError where the network ``name`` computes something else from ``target``."""
+
+    def output(bundle: Bundle) -> str:
+        parts = {**bundle.parts, name: _copied(bundle.parts[name])}
+        return tensor_hash(forward(replace(bundle, parts=parts)))  # of bits: NaN is equal to itself
+
+    if output(source) != output(target):
+        raise FolderError(f"verify: {name} computes another output once written: its configuration has changed")
 
 
 def _copied(part: Part) -> Part:
-    """With its tensors in memory of their own: where they begin in a file decides in what order a sum is taken."""
+    """The part with its tensors copied: their alignment in a file decides in what order a sum is taken."""
     return replace(part, tensors={name: tensor.clone() for name, tensor in part.tensors.items()}, files=(), sha256={})
 
 
@@ -121,13 +115,8 @@ def _unet(bundle: Bundle) -> Tensor:
 def _autoencoder(bundle: Bundle) -> Tensor:
     codec = codec_of(bundle.parts[VAE])
     config = codec.autoencoder.config
-    image = (
-        torch.rand(
-            1, config.image_channels, 8 * config.factor, 8 * config.factor, generator=torch.Generator().manual_seed(0)
-        )
-        * 2
-        - 1
-    )
+    side, random = 8 * config.factor, torch.Generator().manual_seed(0)
+    image = torch.rand(1, config.image_channels, side, side, generator=random) * 2 - 1
     mean = codec.autoencoder.encode(image).mean
     return torch.cat([mean.flatten(), codec.decode(mean * codec.scale).flatten()])
 

@@ -11,12 +11,12 @@ from ldm.diffusion.samplers.nodes import Callback
 from ldm.errors import NonFiniteError
 from ldm.files.tensors.finite import is_finite
 
-EVERY = 16  # steps on a GPU between two looks, each of which waits for it
+EVERY = 16  # steps on a GPU between two checks, each of which waits for it
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Watch:
-    """Looks at tensors in the order in which they are computed, without waiting for the device until it is asked."""
+    """Checks tensors in the order in which they are computed; waits for the device only in ``check``."""
 
     def __init__(self, steps: int, dtype: torch.dtype) -> None:
         self.steps, self.step = steps, 1
@@ -28,17 +28,17 @@ class Watch:
         self._flags: list[Tensor] = []
 
     def see(self, what: str, tensor: Tensor, at_step: bool = True) -> Tensor:
-        """The tensor itself, noted as ``what``."""
+        """Note the tensor as ``what``, to be checked later; returns it."""
         self._names.append(f"{what} at step {self.step} of {self.steps}" if at_step else what)
         self._flags.append(is_finite(tensor))
         return tensor
 
     def watched(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function whose results are seen."""
+        """The function, with each result noted as ``what``."""
         return lambda *arguments: self.see(what, function(*arguments))
 
     def check(self) -> None:
-        """Raise NonFiniteError naming the first that was not finite of all seen since the last call."""
+        """Raise NonFiniteError naming the first tensor that is not finite of those noted since the last call."""
         names, flags = self._names, self._flags
         self._names, self._flags = [], []
         if flags and not bool((finite := torch.stack(flags)).all()):
@@ -46,7 +46,7 @@ class Watch:
             raise NonFiniteError(f"{first} is not finite (NaN or infinite): no picture is drawn{self._hint}")
 
     def after_step(self, callback: Callback | None) -> Callback:
-        """A sampler's callback that sees the sample after each step, and calls ``callback``."""
+        """A sampler's callback that calls ``callback`` and notes the sample after each step."""
 
         def after(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
             given = callback(step, x, x0) if callback else None
@@ -60,5 +60,5 @@ class Watch:
 
 
 def unseen(what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function itself, where nobody watches."""
+    """The function itself: takes the place of ``Watch.watched`` where nothing is watched."""
     return function

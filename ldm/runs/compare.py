@@ -29,8 +29,8 @@ Row = tuple[str, str, str]  # name, value in the first run, value in the second
 def run_differences(a: Path, b: Path) -> dict[str, list[Row] | None]:
     """Differing rows by subject; None for a subject that neither run has.
 
-    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for a folder
-    that is not a run, or damaged.
+    ``run``, the folder's own name, and times are not compared. Raises ConfigError or RunError for a
+    folder that is not a run, or damaged.
     """
     subjects = {
         "configuration": _configuration,

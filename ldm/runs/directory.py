@@ -1,7 +1,7 @@
 """The run directory: its lock, configuration, metrics, status and image grids.
 
-It holds `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/` and `model/`; only the
-main process opens it.
+It holds `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/` and `model/`;
+only the main process opens it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _locks: set[int] = set()  # file descriptors
 
 
 def _close_locks() -> None:
-    """Close a forked child's copies of the locks: held by a data worker, they would outlive a killed trainer."""
+    """Close a forked child's copies of the locks, which would outlive a killed trainer."""
     for descriptor in _locks:
         os.close(descriptor)
     _locks.clear()
@@ -58,7 +58,8 @@ os.register_at_fork(after_in_child=_close_locks)
 class RunDirectory:
     """A run's folder, created if missing and locked while this object is open.
 
-    The kernel holds the lock and releases it when the process ends, however it ends. Raises RunError.
+    The kernel holds the lock and releases it when the process ends, however it ends. Raises
+    RunError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -128,7 +129,7 @@ class RunDirectory:
         self._journal.put(f"samples/{name}-{step:08d}.png", content.getvalue(), newest_of=name)
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after ``step``, which are logged again, and a truncated one."""
+        """Drop the lines of ``metrics.jsonl`` after ``step``, and a truncated one."""
         file = self.path / "metrics.jsonl"
         try:
             if file.exists():
@@ -140,7 +141,8 @@ class RunDirectory:
     def status(self, state: str, step: int, steps: int, error: BaseException | None = None) -> None:
         """Write ``status.json``; its seconds are wall time summed over all starts of the run.
 
-        ``error``: the error that ended the run, stored as the exit ``code`` and a one-line ``reason``.
+        ``error``: the error that ended the run, stored as the exit ``code`` and a one-line
+        ``reason``.
         """
         if state not in STATES:
             raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
@@ -152,7 +154,7 @@ class RunDirectory:
         self._journal.put("status.json", (json.dumps(about) + "\n").encode())
 
     def fail(self, error: BaseException) -> None:
-        """Record in ``status.json`` that a start failed before its first update, unless ``start`` refused it."""
+        """Record that a start failed before its first update, unless ``start`` refused it."""
         if self._started:
             before = read_status(self.path) or {}
             self.status("failed", before.get("step", 0), before.get("steps", 0), error)
@@ -231,7 +233,7 @@ def require_same(path: Path, config: Any) -> None:
         old = configuration.load(type(config), file)
     except configuration.ConfigError as error:
         raise RunError(f"{file} is not a configuration of this command ({error}): use another run: directory") from None
-    changes = _changes(old, config)
+    changes = refused_changes(old, config)
     if changes and changes.keys() <= PLACES.keys():
         problems = {key: moved_problem(key, path, old, config) for key in changes}
         changes = {key: f"{text} ({problems[key]})" for key, text in changes.items() if problems[key] is not None}
@@ -239,12 +241,8 @@ def require_same(path: Path, config: Any) -> None:
         raise RunError(f"{file}: {'; '.join(changes.values())}: use another run: directory or restore the setting")
 
 
-def refused_changes(old: Any, new: Any) -> list[str]:
-    """Differing settings that a resumed run may not change, as ``key old → new``."""
-    return list(_changes(old, new).values())
-
-
-def _changes(old: Any, new: Any) -> dict[str, str]:
+def refused_changes(old: Any, new: Any) -> dict[str, str]:
+    """Differing settings that a resumed run may not change, each with ``key old → new``."""
     before, after = flat(configuration.to_dict(old)), flat(configuration.to_dict(new))
     allowed = set(CHANGEABLE)
     if before.get("train.lr_schedule") == after.get("train.lr_schedule") == "constant":

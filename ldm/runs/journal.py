@@ -13,9 +13,9 @@ from ldm.runs.records import METRICS
 class Journal:
     """Writes lines of ``metrics.jsonl`` and small whole files of the run directory ``path``.
 
-    Records that cannot be written (disk full, read-only, over quota) are kept in memory and written, once
-    and in order, when the disk is available again: all lines, and the newest version of each file. There
-    is one warning when writing fails, and one when it works again.
+    Records that cannot be written (disk full, read-only, over quota) are kept in memory and
+    written, once and in order, when the disk is available again: all lines, and the newest version
+    of each file. There is one warning when writing fails, and one when it works again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,10 @@ class Journal:
         self._write()
 
     def put(self, file: str, content: bytes, newest_of: str = "") -> None:
-        """Write ``file``. A waiting file of the same ``newest_of`` (default: the same file) is dropped."""
+        """Write ``file``.
+
+        A waiting file of the same ``newest_of`` (default: the same file) is dropped.
+        """
         self._files[newest_of or file] = (file, content)
         self._write()
 

@@ -14,9 +14,10 @@ Problem = str | None
 
 
 def moved_problem(key: str, run: Path, old: Any, new: Any) -> Problem:
-    """Difference between the data or model at ``key`` of ``new`` and what the run has used; None: none.
+    """Difference of the data or model at ``key`` of ``new`` from the run's; None: none.
 
-    ``key``: one of ``PLACES``. Raises DataError, FolderError or ConfigError if ``new`` names nothing usable.
+    ``key``: one of ``PLACES``. Raises DataError, FolderError or ConfigError if ``new`` names
+    nothing usable.
     """
     if None in (places := [_at(key, config) for config in (old, new)]) or NONE in places:
         return "one of them is empty"

@@ -19,7 +19,7 @@ LOGS = (".log", ".out", ".err", ".txt")  # a shell or a scheduler may have writt
 
 
 def check_place(settings: Any) -> None:
-    """Raise ConfigError if ``run`` is among the images, the current folder, or a folder of other files."""
+    """Raise ConfigError if ``run`` is the current folder, or among images or other files."""
     folder, run = settings.data.folder, Path(settings.run)
     if folder is not None and resolved(run).is_relative_to(resolved(folder)):
         raise ConfigError(f"run {settings.run} is inside data.folder {folder}, among the images: choose another place")

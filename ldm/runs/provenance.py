@@ -1,4 +1,4 @@
-"""`starts.jsonl`: a line with code, versions and machine (but no host name) for each start of a run."""
+"""`starts.jsonl`: code, versions and machine (without its name) of each start of a run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ PACKAGES = ("ldm", "autoencoder")
 def record(
     run: RunDirectory | None, step: int, steps: int, processes: int, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    """Add a line for this start, and set ``status.json`` to running; does nothing without a ``run``.
+    """Add a line for this start, and set ``status.json`` to running, if there is a ``run``.
 
-    ``step``: the update that training continues from. A full disk is reported, and training continues.
+    ``step``: the update that training continues from. A full disk is reported, and training
+    continues.
     """
     if run is None:
         return
@@ -62,7 +63,7 @@ def describe(step: int, processes: int, device: torch.device) -> dict[str, Any]:
 
 
 def changed(before: Any, now: Mapping[str, Any]) -> str | None:
-    """Differences from the environment in which a checkpoint was written; None: none, or not recorded."""
+    """Differences from a checkpoint's environment; None: none, or not recorded."""
     if not isinstance(before, Mapping):
         return None
     names = {"device_name": "processor" if now["device"] == "cpu" else "device"}
@@ -72,7 +73,7 @@ def changed(before: Any, now: Mapping[str, Any]) -> str | None:
 
 
 def checkout(folder: Path) -> dict[str, Any]:
-    """Git commit of ``folder``, and true if its code differs from that; both None without git or a checkout."""
+    """Git commit of ``folder``, and true if its code differs; None without a checkout."""
     unknown: dict[str, Any] = {"commit": None, "dirty": None}
     if not (folder / ".git").exists():  # installed: a repository further up belongs to another project
         return unknown

@@ -28,7 +28,10 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 
 def parse(text: str) -> Any:
-    """Parse JSON. Raises ValueError if it is invalid, or nested more deeply than a run writes it."""
+    """Parse JSON.
+
+    Raises ValueError if it is invalid, or nested more deeply than a run writes it.
+    """
     try:
         value = json.loads(text)
     except RecursionError:
@@ -55,7 +58,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_status(path: Path, checked: bool = True) -> dict[str, Any] | None:
-    """A run's ``status.json``, None if there is none; ``checked``: its types, too. Raises RunError."""
+    """A run's ``status.json``, None if there is none; ``checked``: its types, too.
+
+    Raises RunError.
+    """
     file = path / "status.json"
     if not file.exists():
         return None
@@ -92,7 +98,10 @@ STATUS = {  # entries of status.json: their check, and its name
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``starts.jsonl``, one per start, in order; empty if there is none. Raises RunError."""
+    """Lines of a run's ``starts.jsonl``, one per start, in order; empty if there is none.
+
+    Raises RunError.
+    """
     return _parsed_lines(path / STARTS)
 
 
@@ -109,14 +118,14 @@ def _lines(file: Path) -> list[str]:
 
 
 def newest_checkpoint(path: Path) -> tuple[int, Path] | None:
-    """Update and folder of a run's newest checkpoint, whose hashes are not checked; None without one."""
+    """Update and folder of a run's newest checkpoint, unverified; None without one."""
     whole = (folder for folder in path.glob("checkpoints/step-*") if (folder / "manifest.json").is_file())
     found = ((re.fullmatch(r"step-(\d{8,})", folder.name), folder) for folder in whole)
     return max(((int(name[1]), folder) for name, folder in found if name is not None), default=None)
 
 
 def read_skipped(path: Path) -> tuple[list[tuple[str, str]], int]:
-    """(file, reason) of each line of a run's ``skipped.jsonl``, and the number of unreadable lines."""
+    """(file, reason) of each line of ``skipped.jsonl``, and the number of unreadable lines."""
     rows, unreadable = [], 0
     for line in _lines(path / "skipped.jsonl"):
         try:
@@ -157,7 +166,7 @@ def list_series(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int
 
 
 def report_metrics(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Metrics of a ``report.json`` under their dotted names; an accuracy with its interval stays a dict."""
+    """Metrics of a ``report.json`` by dotted name; an accuracy with its interval stays a dict."""
     if not isinstance(tree, Mapping) or "accuracy" in tree:
         return [(path, tree)]
     found = (report_metrics(value, f"{path}.{key}" if path else str(key)) for key, value in tree.items())

@@ -22,8 +22,8 @@ _AGAIN = "the same command continues from"
 def run_status(path: str | Path) -> dict[str, Any]:
     """Status of a run, for JSON. Raises RunError for a folder that is not a run.
 
-    ``state``: running, done, interrupted, failed, or killed (running by status.json, but not locked).
-    ``locked``: true if a process is training it; None if the file system has no locks.
+    ``state``: running, done, interrupted, failed, or killed (running by status.json, but not
+    locked). ``locked``: true if a process is training it; None if the file system has no locks.
     ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else that of the command.
     """
     path = Path(path)

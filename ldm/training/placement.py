@@ -1,4 +1,4 @@
-"""Where and how a network computes: its device, memory format, recomputed activations, compilation."""
+"""Placement of a network: its device, memory format, recomputed activations, compilation."""
 
 from __future__ import annotations
 

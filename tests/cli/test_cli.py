@@ -23,7 +23,7 @@ from ldm import config as configuration
 from ldm.cli.main import COMMANDS
 from ldm.config import ClipConfig, DiffusionTrainingConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.evaluation.evaluate import GUIDANCE_SCALES
-from ldm.models.text import build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec

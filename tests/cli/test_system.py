@@ -311,9 +311,9 @@ def test_what_it_has_written_it_writes_anew(call: Call) -> None:
         (".", "is the current folder"),
         ("..", "is the current folder or one above it"),
         ("/", "is the current folder or one above it"),
-        ("photos", "other things in it (0.png)"),
-        ("project", "other things in it (setup.py)"),
-        ("run/model", "other things in it (ldm.json)"),
+        ("photos", "other files in it (0.png)"),
+        ("project", "other files in it (setup.py)"),
+        ("run/model", "other files in it (ldm.json)"),
     ],
 )
 def test_a_run_among_other_things_is_refused(here: Path, call: Call, place: str, reason: str) -> None:

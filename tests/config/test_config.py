@@ -439,7 +439,7 @@ def test_shipped_file_is_sound(file: Path) -> None:
                 torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long)
             ).shape == (1, 10)
         else:
-            from ldm.models.text import build_clip, train_tokenizer
+            from ldm.models.clip import build_clip, train_tokenizer
 
             tokenizer = train_tokenizer(["a red circle"], settings.model.merges, settings.model.max_length)
             build_clip(settings.model, tokenizer, settings.data.image_size, settings.data.image_channels)

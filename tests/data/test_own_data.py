@@ -18,7 +18,8 @@ from ldm.config import ClipConfig
 from ldm.data.folder import FolderSource
 from ldm.data.sample import Sample
 from ldm.errors import DataError
-from ldm.models.text import CaptionTable, TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
+from ldm.models.text import CaptionTable, TextEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = 40
@@ -88,7 +89,8 @@ FILES: list[tuple[str, str, Callable[[Path], Any], Check | str]] = [
      lambda p: halves((255, 0, 0, 0), (0, 0, 255, 255), "RGBA").save(p),
      lambda i: near(10, 20, 30, within=0)(i) and near(0, 0, 255, at=(4, 20), within=0)(i)),
     ("CMYK", "ink.jpg", lambda p: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(p, quality=95), near(255, 0, 0)),
-    ("rotated by EXIF", "turned.jpg", turned, lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
+    ("rotated by EXIF", "turned.jpg", turned,
+     lambda i: i.shape == (32, 16, 3) and i[:14].min() > 200 and i[18:].max() < 50),
     ("1×1", "dot.png", lambda p: Image.new("RGB", (1, 1)).save(p), "1×1 is smaller than 8 pixels"),
     ("an animated GIF", "moving.gif", moving, near(200, 30, 30, within=0)),
     ("an animated WEBP", "moving.webp", moving, near(200, 30, 30, within=0)),

@@ -26,7 +26,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.evaluate import JUDGES
 from ldm.evaluation.figures import chains, page, schedules, sweep
-from ldm.models.text import build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec

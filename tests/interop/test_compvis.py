@@ -41,7 +41,7 @@ from ldm.interop.compvis.layout import from_compvis, to_compvis
 from ldm.interop.compvis.schedule import buffers
 from ldm.interop.diffusers.schedulers import scheduler_to_diffusers
 from ldm.interop.diffusers.unet import unet_to_diffusers
-from ldm.models.text import train_tokenizer
+from ldm.models.clip import train_tokenizer
 from ldm.models.unet import NetworkSpec
 
 # ---------------------------------------------------------------- models

@@ -388,7 +388,7 @@ def test_verify_finds_what_has_changed(model: Path, tmp_path: Path, monkeypatch:
     source = read_any(model)
     for fault, message in (
         ("value", "conv_in.bias has changed"),
-        ("config", "unet computes something else"),
+        ("config", "unet computes another output"),
         ("name", "conv_in.bias is missing"),
         ("tokenizer", "verify: text_encoder: the tokenizer has"),
     ):

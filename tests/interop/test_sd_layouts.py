@@ -26,8 +26,9 @@ from ldm.errors import FolderError
 from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers, unet_to_diffusers
 from ldm.interop.text import read_text
 from ldm.interop.weights import read_module
+from ldm.models.clip import train_tokenizer
 from ldm.models.layers import Attention
-from ldm.models.text import save_tokenizer, train_tokenizer
+from ldm.models.text import save_tokenizer
 from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 

@@ -15,17 +15,9 @@ from ldm.config import ClipConfig
 from ldm.errors import FolderError
 from ldm.interop.text import read_text
 from ldm.models import text
+from ldm.models.clip import build_clip, from_clip, train_tokenizer, vocabulary_hash
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
-from ldm.models.text import (
-    CaptionTable,
-    TextEncoder,
-    build_clip,
-    from_clip,
-    save_tokenizer,
-    tokenize,
-    train_tokenizer,
-    vocabulary_hash,
-)
+from ldm.models.text import CaptionTable, TextEncoder, save_tokenizer, tokenize
 
 CONFIG = ClipConfig(width=32, layers=2, heads=2, max_length=24, merges=30, patch_size=4, projection=16)
 CAPTIONS = [

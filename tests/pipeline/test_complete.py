@@ -1,4 +1,4 @@
-"""A model without its autoencoder or text encoder is none of pixels and none without captions: said first, and one can be given."""
+"""A model folder without its autoencoder or text encoder is refused before anything is drawn, and one can be given."""
 
 import json
 import shutil
@@ -50,14 +50,7 @@ WAYS = [index, removed, foreign, ours_without_hashes]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("part", "option", "name"), [(VAE, "vae", "autoencoder"), (TEXT, "text", "text encoder")])
 def test_what_is_missing_is_said_before_anything_is_drawn(
-    folder: Path,
-    written: Path,
-    part: str,
-    option: str,
-    name: str,
-    way: Way,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: Any,
+    folder: Path, written: Path, part: str, option: str, name: str, way: Way, capsys: Any, monkeypatch: Any
 ) -> None:
     expected = array(Pipeline.from_pretrained(folder, "cpu")(PROMPTS[:2], seed=3))
     way(folder, part)
@@ -75,11 +68,9 @@ def test_what_is_missing_is_said_before_anything_is_drawn(
     assert main(["inspect", str(folder), "--no-hashes", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["lacks"]) == [name]
     again = Pipeline.from_pretrained(folder, "cpu", **{option: str(written)})  # type: ignore[arg-type]
-    settings = Pipeline.from_pretrained(written, "cpu").defaults
-    assert (
-        array(list(again(PROMPTS[:2], seed=3, steps=5, guidance_scale=settings.guidance_scale, sampler="ddim")))
-        == expected
-    ).all()
+    scale = Pipeline.from_pretrained(written, "cpu").defaults.guidance_scale
+    drawn = array(again(PROMPTS[:2], seed=3, steps=5, guidance_scale=scale, sampler="ddim"))
+    assert (drawn == expected).all()
 
 
 def test_the_commands_take_parts_from_elsewhere(folder: Path, written: Path, tmp_path: Path, capsys: Any) -> None:
@@ -96,26 +87,10 @@ def test_the_commands_take_parts_from_elsewhere(folder: Path, written: Path, tmp
     assert main(["reproduce", str(picture), "--vae", str(tmp_path / "nowhere")]) == 4
     for target in ("new", "new.safetensors"):
         assert main(["convert", str(folder), str(tmp_path / target), *given, "--verify"]) == 0
-        assert (
-            array(Pipeline.from_pretrained(tmp_path / target, "cpu")(PROMPTS[:1])) == np.asarray(Image.open(picture))
-        ).all()
-    assert (
-        main(
-            [
-                "plot",
-                "reverse",
-                str(folder),
-                "--prompt",
-                "a",
-                *given,
-                "--steps",
-                "2",
-                "--out",
-                str(tmp_path / "chain.png"),
-            ]
-        )
-        == 0
-    )
+        drawn = array(Pipeline.from_pretrained(tmp_path / target, "cpu")(PROMPTS[:1]))
+        assert (drawn == np.asarray(Image.open(picture))).all()
+    chain = ["--prompt", "a", "--steps", "2", "--out", str(tmp_path / "chain.png")]
+    assert main(["plot", "reverse", str(folder), *given, *chain]) == 0
     assert main(["inspect", str(folder), *given, "--no-hashes"]) == 0
     assert "lacks" not in capsys.readouterr().out
 
@@ -126,9 +101,8 @@ def test_another_autoencoder_takes_the_place_of_the_models_own(folder: Path, tmp
     other.codec.autoencoder.decoder.conv_out.bias.data += 0.5
     other.save_pretrained(tmp_path / "other")
     drawn = array(Pipeline.from_pretrained(folder, "cpu", vae=str(tmp_path / "other"))(PROMPTS[:1]))
-    assert (drawn == array(other(PROMPTS[:1]))).all() and (
-        drawn != array(Pipeline.from_pretrained(folder, "cpu")(PROMPTS[:1]))
-    ).any()
+    own = array(Pipeline.from_pretrained(folder, "cpu")(PROMPTS[:1]))
+    assert (drawn == array(other(PROMPTS[:1]))).all() and (drawn != own).any()
 
 
 def test_parts_of_two_models_are_told_apart(folder: Path, tmp_path: Path) -> None:
@@ -182,9 +156,8 @@ def test_what_cannot_be_given_is_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty"):
-        assert (
-            main(["sample", str(folder), "--prompt", "a", f"--{option}", str(path), "--out", str(tmp_path / "o")]) == 4
-        )
+        command = ["sample", str(folder), "--prompt", "a", f"--{option}", str(path), "--out", str(tmp_path / "o")]
+        assert main(command) == 4
         said = capsys.readouterr().err
         assert str(path) in said and said.count("\n") == 1
     with pytest.raises(ConfigError, match=f"{option} is for models with a U-Net"):

@@ -1,4 +1,4 @@
-"""LoRAs of a call hold for that call alone: beside other threads, between the batches of a generator, under compiled networks."""
+"""LoRAs of a call hold for that call alone: with other threads, between a generator's batches, in compiled networks."""
 
 from __future__ import annotations
 
@@ -78,10 +78,8 @@ def test_a_file_that_was_written_anew_is_read_anew(here: Path, pipe: Pipeline, t
     first = pictures(pipe, **settings)
     write_lora({UNET: changed(pipe.unet, ("to_q",), seed=9)}, tmp_path / FILE)
     second = pictures(pipe, **settings)
-    assert (
-        np.abs(second - first).max() > 5
-        and (second == pictures(Pipeline.from_pretrained(here / "model", "cpu"), **settings)).all()
-    )
+    assert np.abs(second - first).max() > 5
+    assert (second == pictures(Pipeline.from_pretrained(here / "model", "cpu"), **settings)).all()
 
 
 def test_a_generator_keeps_its_loras_and_gives_them_to_no_other_call(here: Path, pipe: Pipeline) -> None:
@@ -108,11 +106,13 @@ def test_what_a_callback_draws_is_a_call_of_its_own(here: Path, pipe: Pipeline) 
 
 
 def test_a_call_leaves_the_networks_as_they_were(here: Path, pipe: Pipeline) -> None:
-    before = [dict(module._forward_hooks) for network in (pipe.unet, text(pipe).model) for module in network.modules()]
+    def hooks() -> list[dict[int, Any]]:
+        return [dict(module._forward_hooks) for network in networks for module in network.modules()]
+
+    networks = (pipe.unet, text(pipe).model)
+    before = hooks()
     pictures(pipe, lora=(str(here / "one"),))
-    assert [
-        dict(module._forward_hooks) for network in (pipe.unet, text(pipe).model) for module in network.modules()
-    ] == before
+    assert hooks() == before
     copied = shared_copy(pipe.unet)
     assert not set(map(id, copied.modules())) & set(map(id, pipe.unet.modules()))
     pairs = zip(copied.state_dict(keep_vars=True).values(), pipe.unet.state_dict(keep_vars=True).values(), strict=True)
@@ -170,7 +170,7 @@ def test_gradients_under_loras_are_the_same_with_gradient_checkpointing(here: Pa
     gradients: list[Tensor] = []
     for checkpointing in (False, True):
         x, t, context = inputs()
-        model = pipe._under(SampleConfig(lora=(str(here / "one"),)))
+        model = pipe.with_loras(SampleConfig(lora=(str(here / "one"),)))
         model.unet.gradient_checkpointing = checkpointing
         loss = model.unet(x.requires_grad_(), t, Condition(context=context)).square().sum()
         loss.backward()
@@ -184,14 +184,14 @@ def test_a_scale_that_is_not_one_is_refused_and_changes_nothing(here: Path, pipe
     plain = out(pipe.unet)
     with pytest.raises(ConfigError, match="its scale must be a number from -100 to 100, got"):
         pipe.load_lora(here / "one", scale)
-    assert torch.equal(out(pipe.unet), plain) and not pipe._live
+    assert torch.equal(out(pipe.unet), plain) and not pipe._loras.live
     with pytest.raises(ConfigError, match="lora must be PATH or PATH:SCALE with a scale from -100 to 100"):
         SampleConfig(lora=(f"{here}/one:nan",))
 
 
 def test_both_networks_are_changed(here: Path, pipe: Pipeline) -> None:
     """By a LoRA of both: every layer that it names, and no other."""
-    model = pipe._under(SampleConfig(lora=(str(here / "one"),)))
+    model = pipe.with_loras(SampleConfig(lora=(str(here / "one"),)))
     for part, network in model.networks.items():
         hooked = {name for name, layer in changeable(network).items() if layer._forward_hooks}
-        assert hooked == set(pipe._lora(str(here / "one"))[part].changes) and part in (UNET, TEXT)
+        assert hooked == set(pipe._loras.read(str(here / "one"), pipe.networks)[part].changes) and part in (UNET, TEXT)

@@ -1,4 +1,4 @@
-"""The pipeline: its folder opened by diffusers, its pictures compared with theirs, and what a broken folder or setting says."""
+"""The pipeline: its folder opened by diffusers, its pictures beside theirs, and broken folders and settings named."""
 
 import dataclasses
 import json
@@ -50,10 +50,8 @@ def test_the_index_is_a_stable_diffusion_pipeline(written: Path) -> None:
     vae = json.loads((written / "vae/config.json").read_text())
     assert vae["scaling_factor"] == 1.0 and vae["sample_size"] == 16
     opened = theirs(written)
-    assert (
-        isinstance(opened.scheduler, diffusers.DDIMScheduler)
-        and opened.scheduler.config.prediction_type == "v_prediction"
-    )
+    assert isinstance(opened.scheduler, diffusers.DDIMScheduler)
+    assert opened.scheduler.config.prediction_type == "v_prediction"
     assert opened.scheduler.config.timestep_spacing == "trailing"
     assert len(opened.tokenizer) == opened.text_encoder.config.vocab_size
     # nothing is rewritten on opening
@@ -103,16 +101,11 @@ def test_prompt_guidance_and_negative_prompt_matter(pipe: Pipeline) -> None:
 def test_reading_gives_the_model_that_was_written(pipe: Pipeline, written: Path) -> None:
     again = Pipeline.from_pretrained(written)
     assert array(again(PROMPTS, seed=3)).tolist() == array(pipe(PROMPTS, seed=3)).tolist()
-    assert (
-        again.defaults == pipe.defaults
-        and again.caption_dropout == 0.1
-        and again.target == "v"
-        and again.sample_size == 16
-    )
+    assert again.defaults == pipe.defaults and again.caption_dropout == 0.1
+    assert again.target == "v" and again.sample_size == 16
     assert again.schedule_config.num_steps == 1000 and again.hash == pipe.hash != ""
-    assert (
-        array(Pipeline.from_pretrained(written.parent)(PROMPTS[:1])).tolist() == array(pipe(PROMPTS[:1])).tolist()
-    )  # a run
+    of_a_run = Pipeline.from_pretrained(written.parent)
+    assert array(of_a_run(PROMPTS[:1])).tolist() == array(pipe(PROMPTS[:1])).tolist()
 
 
 def test_a_folder_written_by_diffusers_opens_here(pipe: Pipeline, written: Path, tmp_path: Path) -> None:
@@ -159,12 +152,10 @@ def test_a_picture_depends_on_its_number_alone(pipe: Pipeline, monkeypatch: pyte
 
     def draw(numbers: list[int], batch_size: int) -> tuple[np.ndarray, list[Tensor]]:
         seen.clear()
-        images = torch.cat(
-            list(pipe.sample([PROMPTS[i] for i in numbers], settings, batch_size=batch_size, indices=numbers))
-        )
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().int().numpy(), [
-            torch.cat(parts) for parts in zip(*seen, strict=True)
-        ]
+        prompts = [PROMPTS[i] for i in numbers]
+        images = torch.cat(list(pipe.sample(prompts, settings, batch_size=batch_size, indices=numbers)))
+        noises = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().int().numpy(), noises
 
     whole, noises = draw([0, 1, 2, 3], 16)
     assert len(noises) == 4 and torch.equal(noises[0][1], torch.from_numpy(streams.normal(11, "sample/x_T", 1, LATENT)))
@@ -188,22 +179,19 @@ def test_progress_is_reported_and_one_prompt_may_be_a_string(pipe: Pipeline) -> 
 # ---------------------------------------------------------------- kinds of model
 
 
-def test_a_first_step_too_long_for_a_sampler_is_told() -> None:
-    """heun and plms on the cosine schedule's trailing grid; not on a grid or schedule that begins gently, nor for others."""
+def test_a_first_step_too_long_for_a_sampler_is_warned_of() -> None:
+    """heun and plms on the cosine schedule's trailing grid; no other sampler, nor on a grid that begins gently."""
     model = make(steps=1000)
-    told = dataclasses.replace(model, schedule_config=ScheduleConfig("cosine"))
+    cosine = dataclasses.replace(model, schedule_config=ScheduleConfig("cosine"))
+    gentle = dataclasses.replace(model, schedule_config=ScheduleConfig("scaled_linear"))
     for sampler in ("heun", "plms"):
         with pytest.warns(UserWarning, match=f"{sampler} on the trailing grid.*too much for it; take grid karras"):
-            list(told.sample(PROMPTS[:1], SampleConfig(sampler, 5)))
+            list(cosine.sample(PROMPTS[:1], SampleConfig(sampler, 5)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(told.sample(PROMPTS[:1], SampleConfig("heun", 5, grid="karras")))
-        list(told.sample(PROMPTS[:1], SampleConfig("dpmpp_2m", 5)))
-        list(
-            dataclasses.replace(model, schedule_config=ScheduleConfig("scaled_linear")).sample(
-                PROMPTS[:1], SampleConfig("heun", 5)
-            )
-        )
+        list(cosine.sample(PROMPTS[:1], SampleConfig("heun", 5, grid="karras")))
+        list(cosine.sample(PROMPTS[:1], SampleConfig("dpmpp_2m", 5)))
+        list(gentle.sample(PROMPTS[:1], SampleConfig("heun", 5)))
 
 
 KINDS = [(True, True), (True, False), (False, True), (False, False)]
@@ -228,12 +216,8 @@ def test_every_kind_of_model_draws_with_every_sampler(codec: bool, text: bool, t
 )
 def test_a_further_condition_carries_our_name(extra: dict[str, Any], tmp_path: Path) -> None:
     plain = make(codec=True, text=True, steps=12)
-    unet = UNet(
-        dataclasses.replace(plain.unet.config, **extra),
-        plain.unet.in_channels,
-        plain.unet.out_channels,
-        plain.unet.context_dim,
-    )
+    config, spec = dataclasses.replace(plain.unet.config, **extra), plain.unet.spec
+    unet = UNet(config, spec.in_channels, spec.out_channels, spec.context_dim)
     model = dataclasses.replace(plain, unet=unet)
     with pytest.raises(ConfigError, match=r"with a vector, label or concatenated condition cannot be expressed"):
         model.save_pretrained(tmp_path / "refused", for_diffusers=True)
@@ -266,18 +250,18 @@ def test_an_unconditional_model_ignores_guidance() -> None:
 
 @pytest.mark.parametrize("negative", ["", "blue stars"])
 def test_autoguidance_starts_where_classifier_free_guidance_does(written: Path, negative: str) -> None:
-    """The weaker model is given the captions, and what stands for none where the scale is 0: then the caption changes nothing."""
+    """The weaker model takes the captions, or the null caption where the scale is 0: then captions change nothing."""
     pipe, weak = Pipeline.from_pretrained(written, "cpu"), Guides()
     for scale, captions in ((0.0, [negative] * 2), (1.0, PROMPTS[:2]), (3.0, PROMPTS[:2])):
         settings = dataclasses.replace(pipe.defaults, guidance_scale=scale, negative_prompt=negative)
         x_t, t = torch.randn(2, *LATENT), torch.full((2,), 500)
         with torch.no_grad():
-            said = weak.weak(pipe, str(written), PROMPTS[:2], settings)(x_t, t)
+            pred = weak.weak(pipe, str(written), PROMPTS[:2], settings)(x_t, t)
             expected, other = (
                 pipe.unet(x_t, t, pipe.condition(given)) for given in (captions, ["a green square on white"] * 2)
             )
-        torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(said, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(pred, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(pred, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("argument", ["autoguidance", "classifier", "lora"])
@@ -303,8 +287,8 @@ def test_a_foreign_autoencoder_keeps_its_scale_and_shift(
 ) -> None:
     torch.manual_seed(5)
     vae: Any = diffusers.AutoencoderKL(
-        3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (16, 32), 1, latent_channels=4, norm_num_groups=8, sample_size=16,
-        scaling_factor=scale, shift_factor=shift,
+        3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (16, 32), 1, latent_channels=4,
+        norm_num_groups=8, sample_size=16, scaling_factor=scale, shift_factor=shift,
     )  # fmt: skip
     vae.save_pretrained(forget_hashes(folder) / "vae")
     codec, z, x = load_codec(folder), torch.randn(2, *LATENT), torch.rand(2, 3, 16, 16) * 2 - 1
@@ -318,14 +302,9 @@ def test_a_foreign_autoencoder_keeps_its_scale_and_shift(
     opened = Pipeline.from_pretrained(folder)
     if shift is None:  # a StableDiffusionPipeline leaves the shift out
         expected = theirs(folder)(PROMPTS, latents=noise(0, 4), num_inference_steps=5, guidance_scale=3.0).images
-        assert abs(array(opened(PROMPTS)) - array(expected)).max() <= 1
-        assert (
-            abs(
-                array(opened(PROMPTS))
-                - array(dataclasses.replace(opened, codec=LatentCodec(codec.autoencoder))(PROMPTS))
-            ).max()
-            > 1
-        )
+        drawn = array(opened(PROMPTS))
+        unscaled = dataclasses.replace(opened, codec=LatentCodec(codec.autoencoder))
+        assert abs(drawn - array(expected)).max() <= 1 < abs(drawn - array(unscaled(PROMPTS))).max()
     opened.save_pretrained(folder.parent / "again")
     written_out = json.loads((folder.parent / "again/vae/config.json").read_text())
     assert (written_out["scaling_factor"], written_out["shift_factor"]) == (scale, shift)
@@ -333,7 +312,7 @@ def test_a_foreign_autoencoder_keeps_its_scale_and_shift(
     assert (again.scale, again.shift) == (scale, shift or 0.0)
 
 
-# ---------------------------------------------------------------- what is wrong is said
+# ---------------------------------------------------------------- faults are named
 
 
 @pytest.mark.parametrize(
@@ -363,11 +342,8 @@ def test_numbers_must_fit_the_prompts(pipe: Pipeline) -> None:
         next(pipe.sample(PROMPTS[:2], pipe.defaults, indices=[0, 1, 2]))
 
 
-UNET, VAE, TEXT = (
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)
+UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+TEXT = "text_encoder/model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -385,10 +361,9 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, file: str, name: str, f
     if fault == "shape":
         tensors[name] = torch.cat([tensor, tensor])
     elif fault == "extra":
-        tensors |= {
-            name: tensor,
-            (name := name.replace(".weight", ".wait").replace(".bias", ".buyers")): tensor.clone(),
-        }
+        tensors[name] = tensor
+        name = name.replace(".weight", ".wait").replace(".bias", ".buyers")
+        tensors[name] = tensor.clone()
     save_file(tensors, folder / file, metadata={"format": "pt"})
     with pytest.raises(FolderError) as caught:
         Pipeline.from_pretrained(folder)
@@ -399,8 +374,8 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, file: str, name: str, f
 @pytest.mark.parametrize(
     "file",
     [
-        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", UNET, "vae/config.json", VAE, "text_encoder/config.json",
-        TEXT, "tokenizer",
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", UNET, "vae/config.json", VAE,
+        "text_encoder/config.json", TEXT, "tokenizer",
     ],
 )  # fmt: skip
 def test_a_missing_file_is_named(folder: Path, file: str) -> None:

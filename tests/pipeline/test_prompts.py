@@ -1,4 +1,4 @@
-"""What a call is given: of the type that the configuration asks for, with the argument's name; and prompts that are too long."""
+"""Arguments of a call are of the type that the configuration asks for, or named; prompts that are too long are too."""
 
 import subprocess
 import sys
@@ -96,20 +96,24 @@ def test_an_argument_of_opening_is_named(tmp_path: Path, arguments: dict[str, An
 def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
     """In a process of its own, where no other checker of types is at work."""
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/pipeline']\nimport jaxtyping; jaxtyping.install_import_hook = lambda *_: None\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/pipeline']\n"
+        "import jaxtyping; jaxtyping.install_import_hook = lambda *_: None\n"
         "import numpy, torch; from test_prompts import WRONG; from ldm.config import ConfigError, SampleConfig, build\n"
         "for arguments, message in WRONG:\n    if 'unknown' in message: continue\n"
         "    for made in (lambda: SampleConfig(**arguments), lambda: build(SampleConfig, arguments)):\n"
         "        try: made()\n        except ConfigError as error: assert str(error).startswith(message), error\n"
         "        else: raise AssertionError(message)\n"
         "from ldm.interop.compvis.inferred import Hints\n"
-        "for name, value in (('heads', 'x'), ('heads', [1, None]), ('prediction', [1]), ('scale', '2'), ('groups', True)):\n"
+        "wrong = ('heads', 'x'), ('heads', [1, None]), ('prediction', [1]), ('scale', '2'), ('groups', True)\n"
+        "for name, value in wrong:\n"
         "    try: Hints(**{name: value})\n    except ConfigError as error: assert str(error).startswith(name), error\n"
         "    else: raise AssertionError(name)\n"
         "assert Hints(heads=2).heads == (2,)\n"
-        "made = SampleConfig(seed=numpy.int64(3), guidance_scale=2, guidance_interval=[0, 5], lora=['a'], steps=torch.tensor(4))\n"
+        "scalars = dict(seed=numpy.int64(3), steps=torch.tensor(4), guidance_scale=2)\n"
+        "made = SampleConfig(**scalars, guidance_interval=[0, 5], lora=['a'])\n"
         "assert made == SampleConfig(seed=3, guidance_scale=2.0, guidance_interval=(0.0, 5.0), lora=('a',), steps=4)\n"
-        "print([type(v).__name__ for v in (made.seed, made.steps, made.guidance_scale, made.guidance_interval[0], made.lora)])"
+        "values = made.seed, made.steps, made.guidance_scale, made.guidance_interval[0], made.lora\n"
+        "print([type(value).__name__ for value in values])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "['int', 'int', 'float', 'float', 'tuple']\n", done.stderr
@@ -135,16 +139,17 @@ def test_prompts_are_texts(pipe: Pipeline, prompts: Any, message: str) -> None:
 
 
 def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
-    plain = array(
-        pipe(PROMPTS[:2], seed=3, steps=2, guidance_scale=2.0, size=16, batch_size=2, guidance_interval=(0.0, 5.0))
-    )
-    others = array(
-        pipe(
-            np.array(PROMPTS[:2]), seed=np.int64(3), steps=torch.tensor(2), guidance_scale=np.float32(2), size=np.uint8(16),
-            batch_size=torch.tensor(2), guidance_interval=np.array([0, 5]).tolist(),
-        )
-    )  # fmt: skip
-    assert (plain == others).all()
+    settings = {"seed": 3, "steps": 2, "guidance_scale": 2.0, "size": 16, "batch_size": 2}
+    scalars = {
+        "seed": np.int64(3),
+        "steps": torch.tensor(2),
+        "guidance_scale": np.float32(2),
+        "size": np.uint8(16),
+        "batch_size": torch.tensor(2),
+    }
+    plain = pipe(PROMPTS[:2], guidance_interval=(0.0, 5.0), **settings)
+    others = pipe(np.array(PROMPTS[:2]), guidance_interval=np.array([0, 5]).tolist(), **scalars)
+    assert (array(plain) == array(others)).all()
 
 
 def test_the_empty_caption_is_a_caption(pipe: Pipeline) -> None:
@@ -178,9 +183,8 @@ def test_a_cut_prompt_is_one_warning() -> None:
         pipe([LONG, "short", "x " * 16], steps=1, negative_prompt="y " * 15, batch_size=1)
     (message,) = [str(warning.message) for warning in caught]
     assert message.startswith("the text encoder takes 14 tokens: prompt 'a small red") and "ça va'" in message
-    assert (
-        "its last 2 tokens are dropped: 'x x'" in message and "negative prompt 'y y" in message and "\n" not in message
-    )
+    assert "its last 2 tokens are dropped: 'x x'" in message and "negative prompt 'y y" in message
+    assert "\n" not in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe([LONG], steps=1)  # said before
@@ -192,14 +196,11 @@ def test_a_cut_prompt_is_one_warning() -> None:
 
 
 def test_the_command_says_what_it_drops(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = "red square " * 100 + "a blue circle"
-    assert (
-        main(["sample", str(written), "--prompt", prompt, "--count", "2", "--steps", "1", "--out", str(tmp_path / "o")])
-        == 0
-    )
+    prompt, command = "red square " * 100 + "a blue circle", ["sample", str(written), "--steps", "1"]
+    assert main([*command, "--prompt", prompt, "--count", "2", "--out", str(tmp_path / "o")]) == 0
     said = capsys.readouterr().err
     assert said.count("warning:") == 1 and said.count("\n") == 1 and "a blue circle'" in said
-    assert main(["sample", str(written), "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "o")]) == 0
+    assert main([*command, "--prompt", "a", "--out", str(tmp_path / "o")]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -208,39 +209,20 @@ def test_the_command_says_what_it_drops(written: Path, tmp_path: Path, capsys: p
 
 def test_a_file_of_prompts_is_read_as_every_text(written: Path, tmp_path: Path) -> None:
     contents = {"plain": "a red square\nb\n", "bom": "\ufeffa red square\r\nb", "old": "a red square\rb\r\n\n  \n"}
+
+    def draw(name: str) -> int:
+        file, out = str(tmp_path / f"{name}.txt"), str(tmp_path / name)
+        return main(["sample", str(written), "--steps", "1", "--prompts-file", file, "--out", out])
+
     drawn = {}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content.encode())
-        command = [
-            "sample",
-            str(written),
-            "--prompts-file",
-            str(tmp_path / f"{name}.txt"),
-            "--steps",
-            "1",
-            "--out",
-            str(tmp_path / name),
-        ]
-        assert main(command) == 0
+        assert draw(name) == 0
         drawn[name] = [np.asarray(Image.open(file)).tolist() for file in sorted((tmp_path / name).glob("0*.png"))]
     assert len(drawn["plain"]) == 2 and drawn["plain"] == drawn["bom"] == drawn["old"]
     (tmp_path / "one.txt").write_text("a\u2028red\u0085 square\n", encoding="utf-8")
-    assert (
-        main(
-            [
-                "sample",
-                str(written),
-                "--prompts-file",
-                str(tmp_path / "one.txt"),
-                "--steps",
-                "1",
-                "--out",
-                str(tmp_path / "1"),
-            ]
-        )
-        == 0
-    )
-    assert len(list((tmp_path / "1").glob("*.png"))) == 1
+    assert draw("one") == 0
+    assert len(list((tmp_path / "one").glob("*.png"))) == 1
 
 
 @pytest.mark.parametrize(

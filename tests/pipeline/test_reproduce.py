@@ -45,12 +45,11 @@ def stir(file: Path, amount: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained run as `run`; a variant of its weights, a weaker model, a LoRA, a classifier of its latents; a model of pixels."""
+    """The trained `run` with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
-    save_file(
-        stir(here / "run/model" / UNET_FILE, 0.1), here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
-    )
+    other = here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
+    save_file(stir(here / "run/model" / UNET_FILE, 0.1), other)
     forget_hashes(shutil.copytree(here / "run/model", here / "weak"))
     save_file(stir(here / "weak" / UNET_FILE, 0.1), here / "weak" / UNET_FILE)
     shutil.copytree(here / "run/model/vae", here / "eyes")
@@ -110,12 +109,9 @@ Call = Callable[..., tuple[int, str]]
 
 def drawn(call: Call, out: Path, *options: str, model: str = "run") -> list[Path]:
     """What `ldm sample` wrote: the pictures, then the grid if there is one."""
-    given = (
-        options
-        if model == "pixels" or "--prompts-file" in options or "--prompt" in options
-        else ("--prompt", PROMPT, *options)
-    )
-    assert call("sample", model, *given, "--out", str(out))[0] == 0
+    has_prompt = model == "pixels" or "--prompts-file" in options or "--prompt" in options
+    prompt = () if has_prompt else ("--prompt", PROMPT)
+    assert call("sample", model, *prompt, *options, "--out", str(out))[0] == 0
     return sorted(out.glob("*.png"))
 
 
@@ -152,7 +148,8 @@ def plain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 CLASSIFIER = ("--classifier", "judge", "--classifier-scale", "40")
-CASES: dict[str, tuple[str, ...]] = {  # by what `ldm sample` calls it: options that change the picture, and those that they need
+# by the name of `ldm sample`: options that change the picture, and those that they need
+CASES: dict[str, tuple[str, ...]] = {
     "prompt": ("--prompt", "two blue stars", "--guidance-scale", "9"),
     "prompts_file": ("--prompts-file", "prompts.txt"),
     "variant": ("--variant", "other"),
@@ -321,11 +318,8 @@ def test_versions_and_device_are_told(call: Call, plain: dict[str, Path], tmp_pa
 def test_a_picture_of_an_older_ldm(call: Call, tmp_path: Path) -> None:
     *_, grid = files = drawn(call, tmp_path, "--count", "3")
     for number, file in enumerate(files):
-        about = {
-            name: value
-            for name, value in said(file).items()
-            if name not in ("path", "variant", "parts", "others", "drawn")
-        }
+        newer = ("path", "variant", "parts", "others", "drawn")
+        about = {name: value for name, value in said(file).items() if name not in newer}
         old = resaved(file, tmp_path / f"old-{number}.png", about)
         code, error = call("reproduce", old)
         assert code == 2 and "does not say where its model" in error and "name it with --model" in error
@@ -335,7 +329,7 @@ def test_a_picture_of_an_older_ldm(call: Call, tmp_path: Path) -> None:
 
 
 def test_sums_of_a_batch_are_made_in_a_batch(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the pixels depend on the batch's size and a place in it, the picture is drawn in its place of such a batch."""
+    """Where pixels depend on the batch's size and the place in it, the picture is drawn in its place of one."""
     plain = Pipeline.sample
 
     def dependent(self: Pipeline, prompts: list[str], settings: SampleConfig, **options: Any) -> Iterator[torch.Tensor]:

@@ -128,9 +128,10 @@ def test_any_other_change_is_refused_by_name(tmp_path: Path, key: str) -> None:
 
 
 def test_more_steps_are_refused_where_they_stretch_the_schedule() -> None:
-    assert refused_changes(config(), config(train__steps=20)) == []
+    assert refused_changes(config(), config(train__steps=20)) == {}
     cosine = config(train__lr_schedule="cosine")
-    assert refused_changes(cosine, config(train__lr_schedule="cosine", train__steps=20)) == ["train.steps 10 → 20"]
+    longer = config(train__lr_schedule="cosine", train__steps=20)
+    assert refused_changes(cosine, longer) == {"train.steps": "train.steps 10 → 20"}
     assert len(refused_changes(config(), config(train__lr_schedule="cosine", train__steps=20))) == 2
 
 

@@ -20,8 +20,9 @@ from ldm.data import rng as streams
 from ldm.diffusion.condition import Condition
 from ldm.interop.bundle import TEXT, UNET
 from ldm.interop.lora_settings import TOWER
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
 from ldm.models.lora import Lora
-from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
@@ -55,9 +56,8 @@ def write_model(folder: Path) -> Path:
     unet = UNet(UNetConfig((16, 32), 1, (1,), (2,), groups=8), 4, 4, 32)
     stir(unet, 0.05)
     stir(codec.autoencoder, 0.05)
-    pipe = Pipeline(
-        unet, ScheduleConfig(), "v", codec, from_clip(clip, tokenizer), 16, SampleConfig(steps=5, guidance_scale=3.0)
-    )
+    encoder, defaults = from_clip(clip, tokenizer), SampleConfig(steps=5, guidance_scale=3.0)
+    pipe = Pipeline(unet, ScheduleConfig(), "v", codec, encoder, 16, defaults)
     pipe.save_pretrained(folder, for_diffusers=True)
     return folder
 

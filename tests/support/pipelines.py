@@ -15,7 +15,8 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
 from ldm.config import ClipConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data import rng as streams
-from ldm.models.text import TextEncoder, build_clip, from_clip, train_tokenizer
+from ldm.models.clip import build_clip, from_clip, train_tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
@@ -47,26 +48,14 @@ def make(
     torch.manual_seed(0)
     encoder = text_encoder() if text else None
     latent = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 4, (16, 32), 1, 8))) if codec else None
-    unet = UNet(
-        UNetConfig(channels, 1, (1,), (2,), groups=8),
-        4 if codec else 3,
-        4 if codec else 3,
-        encoder.width if encoder else None,
-    )
+    c = 4 if codec else 3
+    unet = UNet(UNetConfig(channels, 1, (1,), (2,), groups=8), c, c, encoder.width if encoder else None)
     stir(unet, 0.05)
     if latent:
         stir(latent.autoencoder, 0.05)
-    defaults = SampleConfig(steps=5, guidance_scale=3.0)
-    return Pipeline(
-        unet,
-        ScheduleConfig(num_steps=steps),
-        target,
-        latent,
-        encoder,
-        16,
-        defaults,
-        caption_dropout=0.1 if text else None,
-    )
+    process, defaults = ScheduleConfig(num_steps=steps), SampleConfig(steps=5, guidance_scale=3.0)
+    dropout = 0.1 if text else None
+    return Pipeline(unet, process, target, latent, encoder, 16, defaults, caption_dropout=dropout)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Several processes do what one does: sampling, evaluation, the latent cache, two launchers, SLURM; and none waits for a dead one.
+"""Several processes do what one does: sampling, evaluation, the latent cache, two launchers, SLURM.
+
+None waits for a dead one.
 
 Where real processes would add nothing, they are threads that exchange results: the commands are the same.
 """
@@ -472,7 +474,8 @@ def test_a_preempted_slurm_job_saves_and_is_queued_again(stages: Stages, tmp_pat
         "train.steps=100000",
     ]
     job = subprocess.Popen(
-        ["bash", str(CONFIGS / "slurm.sh"), *training], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ["bash", str(CONFIGS / "slurm.sh"), *training],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**ENVIRONMENT, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, start_new_session=True,
     )  # fmt: skip
     try:

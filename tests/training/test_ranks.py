@@ -28,7 +28,8 @@ from ldm.runs.records import read_metrics
 BASE, UPDATES = 4, 50  # updates before the checkpoint that all variants continue from, and after it
 MIDDLE = BASE + UPDATES // 2  # where the number of processes changes
 TRAIN = {
-    "batch_size": 8, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": MIDDLE, "validation_size": 6, "sample_every": 1000,
+    "batch_size": 8, "lr": 1e-3, "ema_decay": 0.9, "log_every": 1, "validate_every": MIDDLE,
+    "validation_size": 6, "sample_every": 1000,
     "checkpoint_every": MIDDLE, "trackers": [], "warmup": 40,
 }  # fmt: skip
 GAN = {
@@ -98,7 +99,8 @@ def jobs(folder: Path, which: dict[str, int | None], names: Iterable[str], **cha
     """Of each stage, one job for each name with its micro-batch."""
     return [
         Job(
-            str(folder / variant / name), name, str(folder / f"{name}.yaml"), changes.get("base", f"{folder}/{{}}").format(name),
+            str(folder / variant / name), name, str(folder / f"{name}.yaml"),
+            changes.get("base", f"{folder}/{{}}").format(name),
             changes.get("at", BASE), None if name == "clip" else micro_batch, (changes.get("at", BASE), MIDDLE),
         )
         for name in names
@@ -107,7 +109,7 @@ def jobs(folder: Path, which: dict[str, int | None], names: Iterable[str], **cha
 
 
 def trained(folder: Path) -> list[str]:
-    """All stages on one process and on two, with accumulation and without, and with their number changed in the middle; what was said.
+    """All stages on one process, on two, with accumulation, and with the number changed in the middle.
 
     Each launch does the jobs of all stages, since starting torch takes longer than most of them.
     """

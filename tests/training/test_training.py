@@ -284,7 +284,7 @@ def test_fp16_without_a_gpu_is_one_line_before_anything_slow(
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_captions_are_dropped_where_their_draw_says(stages: Stages, share: float) -> None:
-    """What reaches the U-Net is the state of the sample's own caption, or of the null caption where its draw lies below the share."""
+    """The U-Net gets the state of the sample's own caption, or of the null caption for the dropped share."""
     task, seen = DiffusionTask.from_config(stages.settings("ldm", f"caption_dropout={share}"), lambda _: None), []
     task.to(torch.device("cpu"))
     task.trained.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].context))
@@ -704,7 +704,7 @@ def test_active_channels_are_those_whose_mean_varies_over_the_images(stages: Sta
 
 
 def test_the_averaged_weights_are_validated_and_drawn_from(stages: Stages) -> None:
-    """The figures and the samples of the last update, from the average and from the weights as trained, which differ."""
+    """Metrics and samples of the last update, from the average and from the weights as trained, which differ."""
     task, run = DiffusionTask.from_config(stages.settings("ldm"), lambda _: None), stages.folder / "ldm"
     found = []
     for name in ("ema", "model_unet"):

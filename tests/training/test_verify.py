@@ -50,7 +50,9 @@ def configs(stages: Stages) -> dict[str, Path]:
             Image.new("RGB", (32, 32), (colour, i, 0)).save(folder / f"photos/{name}/{i}.png")
     classes = {"folder": f"{folder}/photos", "captions": "class", "image_size": 32, "validation_fraction": 0.3}
     more: dict[str, Any] = {
-        "classifier": {"data": classes, "diffusion": f"{folder}/ldm", "model": {"channels": [8, 8], "groups": 4}, "train": TRAIN},
+        "classifier": {
+            "data": classes, "diffusion": f"{folder}/ldm", "model": {"channels": [8, 8], "groups": 4}, "train": TRAIN,
+        },
         "lora": {
             **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip", "init": f"{folder}/ldm",
             "train": {**TRAIN, "lora": {"rank": 2}},

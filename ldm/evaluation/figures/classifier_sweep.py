@@ -16,7 +16,7 @@ from ldm import config as configuration
 from ldm.config import ClassifierTrainingConfig, ConfigError, SampleConfig
 from ldm.data.sources import open_source
 from ldm.distributed.processes import ALONE, Processes
-from ldm.evaluation.evaluate import JUDGES, Progress
+from ldm.evaluation.evaluate import JUDGES, Progress, check_judged
 from ldm.evaluation.figures.page import EDGE, FONT, GAP, HEADER, Page, labels, spread
 from ldm.evaluation.figures.sweep import DIVERSITY, Setting, about, real_pictures, sweep
 from ldm.evaluation.figures.sweep_panels import BELOW, Line, panels
@@ -60,8 +60,7 @@ def classifier_sweep(
     """
     captions = len(read_classifier(classifier)[0].captions)
     data = configuration.load(ClassifierTrainingConfig, configuration.config_file(classifier)).data
-    if data.source not in JUDGES:
-        raise ConfigError(f"{classifier}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
+    check_judged(data, classifier)
     if images < 2 * captions:
         raise ConfigError(f"images must be at least {2 * captions}, two of each caption, got {images}")
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
@@ -92,13 +91,14 @@ def classifier_sweep(
         **about(run, pipe.hash, split, len(real), each),
         "sampling": sampling,
         "diversity": DIVERSITY,
-        "variants": {
-            name: {"settings": VARIANTS[name], "scales": [dataclasses.asdict(row) for row, _ in results]}
-            for name, results in points.items()
-        },
+        "variants": {name: _as_json(name, results) for name, results in points.items()},
     }
     sampled = f"{settings.sampler}, {steps} steps, {report['images']} images for each w"
     return report, classifier_page(points, list(real)[:SHOWN], sampled)
+
+
+def _as_json(name: str, results: Sequence[tuple[Setting, np.ndarray]]) -> dict[str, Any]:
+    return {"settings": VARIANTS[name], "scales": [dataclasses.asdict(row) for row, _ in results]}
 
 
 def _every_variant(swept: Sweep, weights: Sequence[float]) -> dict[str, list[tuple[Setting, np.ndarray]]]:

@@ -16,7 +16,7 @@ from ldm import config as configuration
 from ldm.config import ConfigError, DiffusionTrainingConfig
 from ldm.data.sources import open_source
 from ldm.distributed.processes import ALONE, Processes
-from ldm.evaluation.evaluate import JUDGES, Progress
+from ldm.evaluation.evaluate import JUDGES, Progress, check_judged
 from ldm.evaluation.figures.page import CELL, EDGE, FONT, GAP, HEADER, Page, labels, spread, wrapped
 from ldm.evaluation.figures.sweep import DIVERSITY, Setting, about, real_pictures, sweep
 from ldm.evaluation.figures.sweep_panels import BELOW, Line, panels
@@ -44,8 +44,7 @@ def guidance_sweep(
         FolderError: the run has no model.
     """
     data = configuration.load(DiffusionTrainingConfig, run / "config.yaml").data
-    if data.source not in JUDGES:
-        raise ConfigError(f"{run}: there is a judge for {', '.join(JUDGES)}, not for {data.source}")
+    check_judged(data, run)
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if pipe.text is None:
         raise ConfigError(f"{run}: this model is unconditional, there is nothing to guide")

@@ -308,7 +308,7 @@ class StrictJudge:
         return colour, left - colour[..., None] * moved[:, None]
 
     def _noise(self, energy: Tensor, mask: Tensor) -> Tensor:
-        """Energy of normal noise per pixel of a cell, [n], estimated from the first quartile of the pixels' energies."""
+        """Energy of normal noise per pixel of a cell, [n], estimated from the first quartile of the energies."""
         energy = energy.masked_fill(~mask, math.nan).flatten(1)
         most = 3 * NOISIEST**2 / (4 * math.pi * BLUR**2)  # of a pixel, after the blur
         return (energy.nanquantile(0.25, 1) * CHI_SQUARE).clamp(max=most)

@@ -31,8 +31,8 @@ class Archive:
     """Contents of one file, or of the shards of one index.
 
     Attributes:
-        tensors: views of the files, mapped copy-on-write: an unused one takes no memory, a change never
-            reaches the file. No two share memory.
+        tensors: views of the files, mapped copy-on-write: an unused one takes no memory, a change
+            never reaches the file. No two share memory.
         metadata: from the safetensors header.
         files: the files that were opened, the index first.
         counters: numbers beside the tensors of a torch file, such as `global_step`.
@@ -45,9 +45,10 @@ class Archive:
 
 
 def open_archive(path: str | Path) -> Archive:
-    """Open `.safetensors`, a torch file (`.ckpt`, `.pt`, `.pth`, `.bin`) or an index of shards (`….index.json`).
+    """Open `.safetensors`, a torch file (`.ckpt`, `.pt`, `.pth`, `.bin`) or a `….index.json`.
 
-    Raises FolderError for a file that is damaged, not of the kind that its name says, or needs more than tensors.
+    Raises FolderError for a file that is damaged, not of the kind that its name says, or needs more
+    than tensors.
     """
     path = Path(path)
     if _INDEX.fullmatch(path.name):
@@ -117,11 +118,11 @@ def _open_shards(index: Path) -> Archive:
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
-    """The file or index of a model's weights in its folder of a diffusers pipeline, for `open_archive`.
+    """File or index of the weights in a folder of a diffusers pipeline, for `open_archive`.
 
-    ``stem`` is `diffusion_pytorch_model`, or `model` for a text encoder; safetensors is preferred to
-    `.bin`. Without ``variant`` the plain weights are taken, or else fp16, which is the same weights
-    rounded. Any other variant (non_ema, ema) is other weights, and only taken by name.
+    ``stem`` is `diffusion_pytorch_model`, or `model` for a text encoder; safetensors is preferred
+    to `.bin`. Without ``variant`` the plain weights are taken, or else fp16, which is the same
+    weights rounded. Any other variant (non_ema, ema) is other weights, and only taken by name.
     Raises FolderError naming the variants that exist.
     """
     found = _variants(folder, stem)
@@ -162,10 +163,11 @@ def write_tensors(
 ) -> Path:
     """Write a safetensors ``file``, or shards of at most ``max_shard_bytes`` and their index.
 
-    Returns the path to open. Everything is written under temporary names, flushed and renamed, so an
-    earlier file stays valid until then, also for processes that have it mapped, and survives a failure.
-    The bytes depend on the content alone. Tensors that share memory are each written in full. The shards
-    and index, or the single file, that this replaces are removed. Raises FolderError.
+    Returns the path to open. Everything is written under temporary names, flushed and renamed, so
+    an earlier file stays valid until then, also for processes that have it mapped, and survives a
+    failure. The bytes depend on the content alone. Tensors that share memory are each written in
+    full. The shards and index, or the single file, that this replaces are removed. Raises
+    FolderError.
     """
     about = {"format": "pt", **(metadata or {})}
     shards = _split(tensors, max_shard_bytes)
@@ -203,13 +205,13 @@ def write_tensors(
 
 
 def index_name(file: Path) -> Path:
-    """The index file of `a.safetensors` (`a.safetensors.index.json`), with the variant before `.json`."""
+    """`a.safetensors.index.json` for `a.safetensors`, with a variant before `.json`."""
     stem, *variant = file.name.removesuffix(".safetensors").split(".")
     return file.with_name(".".join([stem, "safetensors.index", *variant, "json"]))
 
 
 def _split(tensors: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
-    """Split tensors, by name, into parts of at most ``most`` bytes; a larger tensor is alone in its part."""
+    """Split tensors into parts of at most ``most`` bytes; a larger tensor is alone in one."""
     parts: list[dict[str, Tensor]] = [{}]
     room = most
     for name, tensor in sorted(tensors.items()):
@@ -233,7 +235,7 @@ def _flushed(file: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_replaced(file: Path, index: Path, new: set[Path]) -> None:
-    """Remove older files of the same weights that readers might take: index, shards, or single file."""
+    """Remove replaced files that readers might take: index, shards, or single file."""
     shard = re.compile(re.escape(file.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     for old in [index, file, *(f for f in sorted(file.parent.iterdir()) if shard.fullmatch(f.name))]:
         if old not in new:

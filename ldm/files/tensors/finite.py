@@ -13,7 +13,8 @@ from ldm.errors import NonFiniteError
 def is_finite(tensor: Tensor) -> Tensor:
     """Boolean scalar on the tensor's device, true if all elements are finite; does not synchronise.
 
-    Tests the minimum and maximum, which are NaN if any element is: much faster on a CPU than ``isfinite``.
+    Tests the minimum and maximum, which are NaN if any element is: much faster on a CPU than
+    ``isfinite``.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=tensor.device)

@@ -38,9 +38,10 @@ class MappedFile:
     def tensor(
         self, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
     ) -> Tensor:
-        """A view of the bytes ``start:end``; the caller has checked that they fit file, shape and strides.
+        """A view of the bytes ``start:end``, which must fit file, shape and strides.
 
-        Tensors that are not aligned in the file are not aligned here, as with safetensors' own reader.
+        Tensors that are not aligned in the file are not aligned here, as with safetensors' own
+        reader.
         """
         if prod(n or 1 for n in shape) >= 2**63:
             raise FolderError(f"{self.path}: a tensor of {list(shape)} is not possible")

@@ -50,7 +50,7 @@ class StorageRef:
 
 @dataclass(frozen=True, eq=False)
 class TensorRef:
-    """A tensor to be built: a view of a storage; offset and strides count elements, none is negative."""
+    """A tensor to be built: view of a storage, with offset and strides in elements."""
 
     storage: StorageRef
     dtype: torch.dtype
@@ -213,9 +213,10 @@ _KNOWN: dict[str, Any] = {
 
 
 def put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """Set an entry of a dict. Raises ValueError for a duplicate key, or one of a type that may hash slowly.
+    """Set an entry of a dict.
 
-    A tuple of plain values becomes a placeholder, which is not hashed by its content.
+    Raises ValueError for a duplicate key, or one of a type that may hash slowly. A tuple of plain
+    values becomes a placeholder, which is not hashed by its content.
     """
     if isinstance(key, tuple) and all(v is None or isinstance(v, (str, int, float, bytes, Placeholder)) for v in key):
         key = Placeholder("builtins.tuple")
@@ -228,7 +229,10 @@ def put(target: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def find(module: str, name: str) -> Any:
-    """Inert counterpart of a global. Raises LookupError with its full name for one that weights never need."""
+    """Inert counterpart of a global.
+
+    Raises LookupError with its full name for one that weights never need.
+    """
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
     if full in _KNOWN:

@@ -1,7 +1,8 @@
 """The safetensors format: a JSON header, read strictly, and the bytes of the tensors after it.
 
-Implemented here because the library accepts duplicate names in the header, writes metadata in random
-order and holds a copy of what it writes. Source: the description of the format in the library's README.
+Implemented here because the library accepts duplicate names in the header, writes metadata in
+random order and holds a copy of what it writes. Source: the description of the format in the
+library's README.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_header(data: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object in UTF-8, without duplicate keys. Raises FolderError beginning with ``what``."""
+    """Parse a JSON object in UTF-8, without duplicate keys.
+
+    Raises FolderError beginning with ``what``.
+    """
     try:
         return parse_json(data.decode(), what)
     except UnicodeDecodeError as error:
@@ -74,7 +78,7 @@ def _is_text(value: str) -> bool:
 
 
 def _entry(entry: Any, what: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of a tensor's entry; the offsets count bytes from the end of the header."""
+    """(dtype, shape, begin, end) of an entry, in bytes from the end of the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FolderError(f"{what} should have dtype, shape and data_offsets")
     word, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -94,7 +98,7 @@ def _is_counts(value: Any) -> bool:
 
 
 def write(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file whose bytes depend on the content alone; wide types come first, which aligns all.
+    """Write a file whose bytes depend on the content alone; wide types first, aligned.
 
     Raises FolderError for a dtype that the format lacks.
     """

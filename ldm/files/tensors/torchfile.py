@@ -1,7 +1,7 @@
-"""Files of torch.save, zip archives or (before 1.6) a series of pickles; tensors are views of the file.
+"""Files of torch.save: zip archives or (before 1.6) series of pickles, as views.
 
-Their pickle is read by our own unpickler; torch.load is not called.
-Sources: torch/serialization.py, PKWARE's APPNOTE 4.3.
+Their pickle is read by our own unpickler; torch.load is not called. Sources:
+torch/serialization.py, PKWARE's APPNOTE 4.3.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Regions = Mapping[str, tuple[int, int]]  # storage → first and last byte in th
 def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, int | float]]:
     """Tensors of `state_dict`, or of the file itself if it has none, and the numbers beside them.
 
-    A tensor that shares bytes with another, or whose own elements overlap, is a copy; the others are
-    views of the file. Raises FolderError.
+    A tensor that shares bytes with another, or whose own elements overlap, is a copy; the others
+    are views of the file. Raises FolderError.
     """
     content, regions = _zipped(file) if file.data[:4] == ZIP else _legacy(file)
     references, counters = _state_dict(content, file)
@@ -97,7 +97,7 @@ def _region(entry: zipfile.ZipInfo, file: MappedFile) -> tuple[int, int]:
 
 
 def _legacy(file: MappedFile) -> tuple[Any, Regions]:
-    """Contents and storages of a file of torch before 1.6; each storage is a count and its elements."""
+    """Contents and storages of a file of torch before 1.6, of counts and elements."""
     reader = Unpickler(file.data[:LIMIT], str(file.path))
     number, protocol, system = reader.load(), reader.load(), reader.load()
     little_endian = isinstance(system, dict) and system.get("little_endian") is True
@@ -148,7 +148,7 @@ def _state_dict(content: Any, file: MappedFile) -> tuple[dict[str, TensorRef], d
 
 
 def _build(references: dict[str, TensorRef], regions: Regions, file: MappedFile) -> dict[str, Tensor]:
-    """Tensors in the file's order; copies of shared bytes exceed the file's length by at most SPARE."""
+    """Tensors in the file's order; copies take at most SPARE bytes more than the file."""
     spans = {
         name: _span(reference, regions, f"{file.path}: tensor {name}", len(file) + SPARE)
         for name, reference in references.items()
@@ -189,7 +189,7 @@ def _span(reference: TensorRef, regions: Regions, where: str, longest: int) -> t
 
 
 def _overlaps_itself(reference: TensorRef) -> bool:
-    """True if elements may overlap: the stride of an axis is within the reach of the narrower ones."""
+    """True if elements may overlap: the stride of an axis is within narrower axes."""
     reach = 0
     for step, n in sorted((step, n) for n, step in zip(reference.shape, reference.stride, strict=True) if n > 1):
         if step <= reach:

@@ -1,9 +1,10 @@
-"""A safe unpickler: builds numbers, text, lists, tuples, dicts and descriptions of tensors, nothing else.
+"""A safe unpickler: builds numbers, text, lists, tuples, dicts and tensor references only.
 
-It is a stack machine of its own. Python's, even with a restricted `find_class`, calls whatever is on its
-stack, sets attributes of classes and functions, and allocates as much memory as the stream asks for. Here
-only the functions of one table are called, and nothing is imported. A class that real files carry beside
-their weights becomes a placeholder, a name without content; any other global is refused by name.
+It is a stack machine of its own. Python's, even with a restricted `find_class`, calls whatever is
+on its stack, sets attributes of classes and functions, and allocates as much memory as the stream
+asks for. Here only the functions of one table are called, and nothing is imported. A class that
+real files carry beside their weights becomes a placeholder, a name without content; any other
+global is refused by name.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _on(*codes: int) -> Callable[[Callable[[Unpickler, int], None]], Callable[[U
 
 
 class Unpickler:
-    """Reads the pickles in ``data``, one after another, from ``position``; ``where`` names the file."""
+    """Reads the pickles in ``data``, from ``position`` on; ``where`` names the file."""
 
     def __init__(self, data: bytes, where: str) -> None:
         self.data, self.where, self.position = data, where, 0

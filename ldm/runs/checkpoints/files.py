@@ -1,9 +1,9 @@
-"""Checkpoints that survive a kill at any moment: safetensors and JSON, a manifest of hashes, one rename.
+"""Checkpoints that survive a kill at any moment: files, a manifest of hashes, one rename.
 
 A checkpoint is a folder `step-XXXXXXXX` with a `<group>.safetensors` for each group of tensors,
-`state.json`, `config.yaml`, and `manifest.json` (size and sha256 of every other file). It is written under
-a temporary name, flushed to disk and renamed once, so a folder with the final name is complete; the hashes
-find later damage.
+`state.json`, `config.yaml`, and `manifest.json` (size and sha256 of every other file). It is
+written under a temporary name, flushed to disk and renamed once, so a folder with the final name is
+complete; the hashes find later damage.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def snapshot(tensors: Tensors, into: Tensors | None = None) -> dict[str, dict[str, Tensor]]:
-    """Copy every tensor into contiguous CPU memory of its own, so that the next update cannot change it.
+    """Copy every tensor to the CPU, so that the next update cannot change it.
 
     ``into``: an old copy whose memory is reused: allocating takes longer than copying.
     """
@@ -69,8 +69,11 @@ def save(
 ) -> Path:
     """Write checkpoint ``step`` into ``folder``, then delete those that ``retained`` does not name.
 
-    ``config`` is the run's configuration dataclass; ``state`` must be JSON. An existing checkpoint of this
-    step is kept if intact and replaced if damaged. Raises CheckpointError; older ones are then untouched.
+    Reference form of the background writer, in one thread: for scripts and tests.
+
+    ``config`` is the run's configuration dataclass; ``state`` must be JSON. An existing checkpoint
+    of this step is kept if intact and replaced if damaged. Raises CheckpointError; older ones are
+    then untouched.
     """
     path = write(folder, step, snapshot(tensors), state, config)
     thin_out(path, keep, keep_every)
@@ -108,7 +111,10 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], c
 
 
 def thin_out(fresh: Path, keep: int, keep_every: int | None) -> None:
-    """Delete checkpoints beside ``fresh`` that ``retained`` does not name. Raises CheckpointError."""
+    """Delete checkpoints beside ``fresh`` that ``retained`` does not name.
+
+    Raises CheckpointError.
+    """
     try:
         prune(fresh.parent, keep, keep_every, fresh)
     except OSError as error:
@@ -175,8 +181,8 @@ def load(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint's groups of tensors (None: all) to the CPU, and its state.
 
-    ``verify=False``: for a checkpoint just verified, by ``newest_valid``. Raises CheckpointError naming
-    the file.
+    ``verify=False``: for a checkpoint just verified, by ``newest_valid``. Raises CheckpointError
+    naming the file.
     """
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}")
@@ -226,7 +232,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """AdamW's state as tensors `<parameter name>.<moment>`; a parameter without state is left out.
 
-    ``names`` are in the order of the parameter groups. The tensors are live: ``snapshot`` copies them.
+    ``names`` are in the order of the parameter groups. The tensors are live: ``snapshot`` copies
+    them.
     """
     flat = {}
     for name, parameter, _ in _named(optimizer, names):
@@ -239,9 +246,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Restore AdamW's state from ``optimizer_tensors``, bit for bit, in each parameter's memory layout.
+    """Restore AdamW's state from ``optimizer_tensors``, bit for bit.
 
-    Learning rate and other settings stay those of ``optimizer``. Raises CheckpointError, before any change.
+    Learning rate and other settings stay those of ``optimizer``. Raises CheckpointError, before any
+    change.
     """
     states, left = [], dict(tensors)
     for name, parameter, group in _named(optimizer, names):

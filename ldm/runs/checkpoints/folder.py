@@ -1,7 +1,8 @@
 """The folder of a run's checkpoints: listing, verification and retention.
 
-A checkpoint is a folder `step-XXXXXXXX` whose `manifest.json` holds size and sha256 of every other file.
-Folders with other names are ignored; "newest" means the highest number, never a date. Imports no torch.
+A checkpoint is a folder `step-XXXXXXXX` whose `manifest.json` holds size and sha256 of every other
+file. Folders with other names are ignored; "newest" means the highest number, never a date. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def _check_file(file: Path, size: int, digest: str | None) -> list[str]:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, or None, and the faults of newer ones. Changes nothing on disk."""
+    """The newest intact checkpoint, or None, and the faults of newer ones.
+
+    Changes nothing on disk.
+    """
     problems: list[str] = []
     for path in reversed(steps(folder)):
         found = check(path)
@@ -88,8 +92,8 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def retained(folder: Path, keep: int, keep_every: int | None, intact: Callable[[Path], bool]) -> dict[Path, str]:
     """Checkpoints to keep, newest first, and the reason for each.
 
-    Those are the ``keep`` newest intact ones, and multiples of ``keep_every``, which are not counted;
-    damaged ones are not counted either. Raises CheckpointError for ``keep`` < 2.
+    Those are the ``keep`` newest intact ones, and multiples of ``keep_every``, which are not
+    counted; damaged ones are not counted either. Raises CheckpointError for ``keep`` < 2.
     """
     if keep < 2:
         raise CheckpointError(f"keep must be at least 2, got {keep}")
@@ -106,7 +110,10 @@ def retained(folder: Path, keep: int, keep_every: int | None, intact: Callable[[
 
 
 def prune(folder: Path, keep: int, keep_every: int | None, fresh: Path) -> None:
-    """Delete what ``retained`` does not name; ``fresh`` was just written. Raises CheckpointError, OSError."""
+    """Delete what ``retained`` does not name; ``fresh`` was just written.
+
+    Raises CheckpointError, OSError.
+    """
     stay = retained(folder, keep, keep_every, lambda path: path == fresh or not check(path))
     for path in steps(folder):
         if path not in stay:

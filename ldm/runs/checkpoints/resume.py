@@ -1,4 +1,4 @@
-"""Choice of the checkpoint to resume: the newest intact one, or one asked for; equal on all ranks."""
+"""Choice of the checkpoint to resume: newest intact or given, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ASIDE = "set-aside-"  # prefix of folders with checkpoints that the run no longe
 def choose(folder: Path, asked: str | None = None) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, verified (None: there is none), and the faults of newer ones.
 
-    ``asked``: the update or folder of the checkpoint to take. Raises CheckpointError if that is missing or
-    damaged, or if no checkpoint is intact: a run never starts over automatically.
+    ``asked``: the update or folder of the checkpoint to take. Raises CheckpointError if that is
+    missing or damaged, or if no checkpoint is intact: a run never starts over automatically.
     """
     if asked is not None:
         path = _named(folder, asked)
@@ -57,7 +57,10 @@ def _listed(folder: Path) -> str:
 
 
 def agreed(processes: Processes, folder: Path, asked: str | None, say: Callable[[str], None]) -> Path | None:
-    """``choose`` on the main process. Raises CheckpointError, on all, if one does not see the same files."""
+    """``choose`` on the main process.
+
+    Raises CheckpointError, on all, if one does not see the same files.
+    """
 
     def pick() -> tuple[Path, str] | None:
         if not processes.main:
@@ -84,7 +87,7 @@ def agreed(processes: Processes, folder: Path, asked: str | None, say: Callable[
 
 
 def set_aside(path: Path) -> str | None:
-    """Move checkpoints after ``path`` into a folder beside it, so no start takes them; returns a message."""
+    """Move checkpoints after ``path`` aside, so that no start takes them; returns a message."""
     later = [p for p in steps(path.parent) if step_of(p) > step_of(path)]
     if not later:
         return None

@@ -51,9 +51,9 @@ class BackgroundWriter:
     """Writes checkpoints in the background: copies the state at once, with one write in flight.
 
     The error of a write is raised by the next call. ``errors``: with "stop" any call raises it
-    (CheckpointError); with "continue" ``submit`` and ``poll`` warn instead, and only ``wait`` raises, so
-    that a failure of the last save is noticed. ``saved``: the update that the run continues from. At an
-    interrupt, leaving the context does not wait for the write in flight.
+    (CheckpointError); with "continue" ``submit`` and ``poll`` warn instead, and only ``wait``
+    raises, so that a failure of the last save is noticed. ``saved``: the update that the run
+    continues from. At an interrupt, leaving the context does not wait for the write in flight.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class BackgroundWriter:
     def submit(self, step: int, tensors: Tensors, state: Mapping[str, Any], config: Any, thin: bool = True) -> None:
         """Wait for the previous write, copy the state, and write it in the background.
 
-        Arguments as in ``files.save``. ``thin``: then delete older checkpoints that are not to be kept.
+        Arguments as in ``files.save``. ``thin``: then delete older checkpoints that are not to be
+        kept.
         """
         self._settle()  # before the copy: never two copies in memory
         start = time.monotonic()
@@ -159,7 +160,7 @@ class BackgroundWriter:
 
 
 def warn_if_slow(what: str, seconds: float) -> bool:
-    """Warn, and return True, if ``what`` took so long that a launcher may kill the save that follows it."""
+    """Warn, and return True, if ``what`` is so slow that a launcher may kill the last save."""
     if seconds <= SLOW:
         return False
     enough = 30 * math.ceil(seconds * 2 / 30)  # a save in flight precedes the last one

@@ -16,8 +16,9 @@ from ldm.data.transforms import grid, to_uint8
 from ldm.interop.bundle import TEXT
 from ldm.interop.diffusers.folder import FILES
 from ldm.interop.intact import write_hashes
+from ldm.models.clip import build_clip, from_clip, save_clip, train_tokenizer, vocabulary_hash
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
-from ldm.models.text import build_clip, from_clip, save_clip, tokenize, train_tokenizer, vocabulary_hash
+from ldm.models.text import tokenize
 from ldm.runs.directory import RunDirectory
 from ldm.training.task import Networks, seeded
 

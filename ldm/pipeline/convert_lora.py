@@ -1,4 +1,4 @@
-"""A LoRA file in another layout. Its names are those of the layers of the model that it changes, so that is opened too."""
+"""Converts a LoRA file to another layout, whose names are those of the layers of the model that it changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ldm.interop.convert import DTYPES
 from ldm.interop.diffusers.lora_folder import Reference
 from ldm.interop.lora import find_lora, read_lora, write_lora
 from ldm.models.lora import Lora
-from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.model import Model
 
 
 def base_of(source: Path, named: str | None) -> str | Path:
-    """The model that a LoRA changes: the one that is named, or that its run knows. Raises ConfigError, FolderError."""
+    """The model that a LoRA changes: ``named``, or that its run records. Raises ConfigError, FolderError."""
     if named is not None:
         return named
     reference = Reference.read(find_lora(source).parent)
@@ -33,7 +33,7 @@ def base_of(source: Path, named: str | None) -> str | Path:
 def convert_lora(
     source: Path, target: Path, layout: str, dtype: str, networks: Mapping[str, nn.Module]
 ) -> dict[str, Lora]:
-    """Write the LoRA at ``source`` in a layout of ``LAYOUTS``; what was read.
+    """Write the LoRA at ``source`` in a layout of ``LAYOUTS``, and return what was read.
 
     ``dtype``: of the tensors, keep is float32. Raises FolderError, ConfigError.
     """
@@ -44,11 +44,11 @@ def convert_lora(
 
 def networks_of(base: str | Path, **reading: Any) -> dict[str, nn.Module]:
     """The networks of a model that a LoRA may change. Raises FolderError, ConfigError."""
-    return Pipeline.from_pretrained(base, "cpu", **reading).networks
+    return Model.from_pretrained(base, "cpu", **reading).networks
 
 
 def verify_lora(loras: Mapping[str, Lora], written: Path, networks: Mapping[str, nn.Module]) -> str:
-    """Read a written file back: by how much it differs from the changes that it was made of, in one line. Raises FolderError."""
+    """Read a written file back and state, in one line, the largest difference from ``loras``. Raises FolderError."""
     again = read_lora(written, networks)
     most = 0.0
     for part, lora in loras.items():

@@ -1,0 +1,59 @@
+"""Prompts of a call: checked, and what the text encoder drops of long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoencoder.config import shown
+from ldm.config import ConfigError
+from ldm.config.values import plain
+
+if TYPE_CHECKING:
+    from ldm.models.text import TextEncoder
+
+SHOWN = 3  # prompts that a warning quotes
+QUOTED = 200  # characters quoted of the dropped end of one
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """The prompts as a list. Raises ConfigError naming the first that is not text."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts must be a text or several, got {shown(prompts)}")
+    texts = [plain(prompt) for prompt in prompts]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"prompts[{i}] must be text, got {shown(text)}")
+        check_text(text, f"prompts[{i}]")
+    return texts
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ConfigError for half of a surrogate pair: bytes on a command line that are not UTF-8 become such."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{name} is not text in UTF-8: {shown(text)}")
+
+
+def cut_prompts(text: TextEncoder, prompts: Iterable[str], negative: str, warned: set[str]) -> str | None:
+    """One line naming all prompts that are longer than the encoder takes, or None where there is none.
+
+    Those in ``warned`` are left out; the others are added to it.
+    """
+    found = [("prompt", cut) for cut in text.cut(one for one in prompts if one not in warned)]
+    found += [("negative prompt", cut) for cut in text.cut({negative} - warned)]
+    warned |= {cut.caption for _, cut in found}
+    lines = [
+        f"{kind} {_short(cut.caption, 40)} ends early,"
+        f" its last {cut.tokens} tokens are dropped: {_short(cut.text, QUOTED)}"
+        for kind, cut in found[:SHOWN]
+    ]
+    if len(found) > SHOWN:
+        lines.append(f"{len(found) - SHOWN} more are cut")
+    return f"the text encoder takes {text.max_length - 2} tokens: {'; '.join(lines)}" if found else None
+
+
+def _short(text: str, most: int) -> str:
+    """A text as a message quotes it: a long one by its two ends."""
+    return repr(text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}")
