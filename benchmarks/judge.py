@@ -487,7 +487,7 @@ def threshold(objects: list[int], sides: list[int], n: int, runs: list[Path]) ->
     for run in runs:
         data = configuration.load(AutoencoderTrainingConfig, run / "config.yaml").data
         many = {source: number for number, source in SOURCES.items()}[data.source]
-        judge, autoencoder = strict.StrictJudge(data.image_size, many), load_codec(run / "model").autoencoder
+        judge, autoencoder = strict.StrictJudge(data.image_size, many), load_codec(run).autoencoder
         source = open_source(data, "validation")
         verdicts = []
         for part in reconstructed(autoencoder, source, data.image_size, range(n), 50):
