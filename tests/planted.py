@@ -266,6 +266,14 @@ MODELS: dict[str, list[Row]] = {
 }  # fmt: skip
 
 AROUND: dict[str, list[Row]] = {
+    "ldm/evaluation/judges/strict.py": [
+        ("decoys refuse nothing", "fit.margin[i] > MARGIN", "fit.margin[i] > 9", "strict::test_wrong_outlines_are_refused"),
+        ("what no template explains is accepted", "fit.residual[i] > RESIDUAL", "fit.residual[i] > 9", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
+        ("a part may be missing", "fit.stray[i] > STRAY", "fit.stray[i] > 999", "strict::test_wrong_outlines_are_refused"),
+        ("any size is accepted", "min(ratios) > self._tolerance", "min(ratios) > 9", "strict::test_a_disc_of_the_area_of_a_star_is_not_a_star"),
+        ("faint shapes are accepted", "contrast < FAINTEST", "contrast < 0", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
+        ("what is refused counts as right", 'row["all"] and not verdict.refused', 'row["all"]', "strict::test_wrong_outlines_are_refused"),
+    ],
     "ldm/pipeline/habits.py": [
         ("height and width may differ", "if height != width:", "if False:", "habits::test_what_is_wrong_is_named"),
         ("what a callback returns is lost", "return latents.to(x)", "return None", "habits::test_the_callback_after_each_step_is_theirs"),

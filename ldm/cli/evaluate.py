@@ -3,8 +3,9 @@
   ldm evaluate runs/demo
   ldm evaluate runs/demo --likelihood
 
-Drawn shapes are read back by an exact judge, digits by a classifier trained on real ones; the score is
-the share of samples that show what their caption says. The guidance scale is chosen on captions seen in
+Drawn shapes are judged strictly: an image that is nearer to a blob, a rounded outline or another size than to a shape
+that is drawn is refused and counts as wrong. Digits are read by a classifier trained on real ones. The score is the
+share of samples that show what their caption says. The guidance scale is chosen on captions seen in
 training and then used for all captions. Seeds are fixed. Under `accelerate launch scripts/evaluate.py`
 or torchrun each process does its share, and the report is the same apart from its seconds.
 

@@ -115,7 +115,7 @@ def parse(text: str) -> Scene:
     return scene
 
 
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mask of the points inside a shape with bounding box [−1, 1]; y points down."""
     radius = np.hypot(x, y)
     if shape == "circle":
@@ -154,10 +154,10 @@ def coverage(shape: str, radius: float, stripe: float | None = None) -> np.ndarr
     """
     half, fine = math.ceil(radius - 0.5), 8
     points = ((np.arange((2 * half + 1) * fine) + 0.5) / fine - half - 0.5) / radius
-    inside = _inside(shape, points[None, :], points[:, None])
+    covered = inside(shape, points[None, :], points[:, None])
     if stripe is not None:
-        inside = inside & (np.floor(points * radius / stripe + 0.5) % 2 == 0)[:, None]
-    mask = inside.reshape(2 * half + 1, fine, 2 * half + 1, fine).mean((1, 3), dtype=np.float32)
+        covered = covered & (np.floor(points * radius / stripe + 0.5) % 2 == 0)[:, None]
+    mask = covered.reshape(2 * half + 1, fine, 2 * half + 1, fine).mean((1, 3), dtype=np.float32)
     mask.flags.writeable = False  # shared by all callers
     return mask
 

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.figures import plots
-from ldm.evaluation.judges import shapes
+from ldm.evaluation.judges import strict
 from ldm.evaluation.metrics import proportion
 from ldm.evaluation.reconstructions import reconstructed
 from ldm.files.json import read_json, write_json
@@ -40,6 +40,14 @@ Scores = dict[str, dict[str, float]]
 Row = dict[str, bool]  # the attributes of an image: true if it shows what its caption says
 
 
+class Examined(NamedTuple):
+    """An image compared with its caption."""
+
+    row: Row
+    seen: list[strict.Seen]  # the shape asked for and the shape read, for each object
+    refused: dict[str, str]  # reasons, by attribute
+
+
 @runtime_checkable
 class Judge(Protocol):
     """Reads images and compares them with their captions."""
@@ -47,8 +55,12 @@ class Judge(Protocol):
     name: str  # the key of its scores in the report
     splits: tuple[tuple[str, str], ...]  # (name in the report, split of the source), that seen in training first
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
         """True for each attribute that an image shows as its caption says, and `all` for the whole."""
+        ...
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
+        """The same, with what each image was read as and why it was refused."""
         ...
 
 
@@ -56,14 +68,19 @@ class _Shapes:
     splits = (("seen", "validation"), ("held_out", "held_out"))
 
     def __init__(self, side: int, objects: int, striped: bool = False) -> None:
-        self.name, self._judge = {1: "single", 2: "two"}[objects], shapes.ShapesJudge(side, objects, striped)
+        self.name, self._judge = {1: "single", 2: "two"}[objects], strict.StrictJudge(side, objects, striped)
         self._striped = striped
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
+        return [each.row for each in self.examine(images, captions)]
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
         from ldm.data.shapes import parse
 
-        pairs = zip(self._judge.read(images), captions, strict=True)
-        return [shapes.agreement(reading, parse(caption), self._striped) for reading, caption in pairs]
+        return [
+            Examined(*strict.examined(verdict, parse(text), self._striped), verdict.refused)
+            for verdict, text in zip(self._judge.read(images), captions, strict=True)
+        ]
 
 
 class _Digits:
@@ -75,10 +92,14 @@ class _Digits:
         self._judge = DigitJudge(side)
         self.about = {"classifier_on_held_out_real_digits": self._judge.held_out_accuracy}
 
-    def right(self, images: np.ndarray, captions: list[str]) -> list[dict[str, bool]]:
+    def right(self, images: np.ndarray, captions: list[str]) -> list[Row]:
+        return [each.row for each in self.examine(images, captions)]
+
+    def examine(self, images: np.ndarray, captions: list[str]) -> list[Examined]:
         from ldm.data.digits import caption
 
-        return [{"all": caption(digit) == text} for digit, text in zip(self._judge.read(images), captions, strict=True)]
+        read = [caption(digit) for digit in self._judge.read(images)]
+        return [Examined({"all": r == c}, [(c, r)], {}) for r, c in zip(read, captions, strict=True)]
 
 
 JUDGES: dict[str, Callable[[int], Judge]] = {
@@ -132,8 +153,11 @@ def evaluate(
     for i, (name, split) in enumerate(judge.splits):
         captions = _captions(open_source(data, split), images)
         chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
-        rows, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        found, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        rows = [each.row for each in found]
         report["judge"][judge.name][name] = _proportions(rows)
+        report.setdefault("confusion", {})[name] = strict.confusion([pair for each in found for pair in each.seen])
+        report.setdefault("refusals", {})[name] = strict.reasons([each.refused for each in found])
         if i == len(judge.splits) - 1 and processes.main:
             _picture(run, shown, captions, rows, name, chosen)
     report |= getattr(judge, "about", {})
@@ -156,23 +180,23 @@ def _captions(source: Source, n: int) -> list[str]:
 def _judged(
     pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
     processes: Processes, first: int = 0,
-) -> tuple[list[Row], list[np.ndarray]]:  # fmt: skip
+) -> tuple[list[Examined], list[np.ndarray]]:  # fmt: skip
     """Draw and judge one image of each caption; returns all judgements and the first SHOWN images.
 
     ``first``: index of the first image among those of the seed.
     """
 
-    def work(share: range) -> list[tuple[Row, np.ndarray | None]]:
+    def work(share: range) -> list[tuple[Examined, np.ndarray | None]]:
         texts, drawn = [captions[i] for i in share], []
         for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in share]):
             drawn += list(to_uint8(images))
             if progress:
                 progress(len(drawn), len(share), {})
-        rows = judge.right(np.stack(drawn), texts)
-        return [(row, image if i < SHOWN else None) for i, row, image in zip(share, rows, drawn, strict=True)]
+        found = judge.examine(np.stack(drawn), texts)
+        return [(each, image if i < SHOWN else None) for i, each, image in zip(share, found, drawn, strict=True)]
 
     pairs = processes.over(len(captions), work)
-    return [row for row, _ in pairs], [image for _, image in pairs if image is not None]
+    return [found for found, _ in pairs], [image for _, image in pairs if image is not None]
 
 
 def _tune(
@@ -182,8 +206,8 @@ def _tune(
     captions, tried = _captions(seen, n), []
     for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
-        rows, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
-        tried.append({"guidance_scale": scale, "all": sum(row["all"] for row in rows) / n})
+        found, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
+        tried.append({"guidance_scale": scale, "all": sum(each.row["all"] for each in found) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
     best = max(tried, key=lambda row: row["all"])  # of equals the first, so the weakest guidance
     return dataclasses.replace(start, guidance_scale=best["guidance_scale"]), tried

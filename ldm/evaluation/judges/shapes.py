@@ -26,6 +26,12 @@ PLAIN: Kind = (None, None)
 _CHUNK = 2**23  # hypotheses weighed at once
 
 
+def check(images: np.ndarray, side: int) -> None:
+    """Raises ValueError unless the images are uint8 [n, side, side, 3]."""
+    if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 [n, {side}, {side}, 3], got {images.dtype} {list(images.shape)}")
+
+
 class ShapesJudge:
     """Reads pictures by exhaustive template matching.
 
@@ -52,34 +58,45 @@ class ShapesJudge:
             for kind in itertools.product(sizes, (None, STRIPE * side) if striped else (None,))
         }  # [s, 1, k, k]
 
-    def read(self, images: np.ndarray) -> list[Reading]:
-        """The nearest scene of each image, uint8 [n, side, side, 3]."""
-        if images.ndim != 4 or images.shape[1:] != (self.side, self.side, 3) or images.dtype != np.uint8:
-            raise ValueError(
-                f"images must be uint8 [n, {self.side}, {self.side}, 3], got {images.dtype} {list(images.shape)}"
-            )
-        one = self._backgrounds.shape[0] * self._contrasts.shape[1] * len(SHAPES)
+    def read(self, images: np.ndarray, grounds: Sequence[int] | None = None) -> list[Reading]:
+        """The nearest scene of each image, uint8 [n, side, side, 3].
+
+        ``grounds``: for two objects, the index of each image's background if it is known; makes the search faster.
+        """
+        check(images, self.side)
+        one = (self._backgrounds.shape[0] if grounds is None else 1) * self._contrasts.shape[1] * len(SHAPES)
         places = max((self.side - t.shape[-1] + 1) ** 2 for t in self._templates.values())
         step = max(1, _CHUNK // (one * places))
         readings: list[Reading] = []
         with torch.inference_mode():
             for start in range(0, len(images), step):
                 batch = torch.from_numpy(images[start : start + step]).permute(0, 3, 1, 2).float() / 255
-                readings += self._singles(batch) if self.objects == 1 else self._pairs(batch)
+                if self.objects == 1:
+                    readings += self._singles(batch)
+                else:
+                    known = None if grounds is None else torch.tensor(grounds[start : start + step])
+                    readings += self._pairs(batch, known)
         return readings
 
     def _error(self, batch: Tensor) -> Tensor:
         """|image − b|², [n, b]."""
         return (batch[:, None] - self._backgrounds[:, :, None, None]).square().sum((2, 3, 4))
 
-    def _reductions(self, batch: Tensor, kind: Kind) -> Tensor:
-        """By how much each hypothesis lowers the squared error, [n, place, s, b, c]; places row by row."""
+    def _reductions(self, batch: Tensor, kind: Kind, known: Tensor | None = None) -> Tensor:
+        """By how much each hypothesis lowers the squared error, [n, place, s, b, c]; places row by row.
+
+        ``known``: [n] number of each image's background; b is then 1.
+        """
         n, templates = batch.shape[0], self._templates[kind]
         inner = F.conv2d(batch.reshape(-1, 1, self.side, self.side), templates)  # ⟨image, M⟩: [n·3, s, places, places]
         inner = inner.reshape(n, 3, len(SHAPES), -1).permute(0, 3, 2, 1)  # [n, place, s, 3]
         area, square = templates.sum((1, 2, 3)), templates.square().sum((1, 2, 3))
         on_background = (self._backgrounds[:, None] * self._contrasts).sum(-1)  # b·(c − b): [b, c]
         constant = 2 * area[:, None, None] * on_background + square[:, None, None] * self._contrasts.square().sum(-1)
+        if known is not None:
+            weights = 2 * self._contrasts[known].transpose(1, 2)  # [n, 3, c]
+            products = (inner.flatten(1, 2) @ weights).reshape(*inner.shape[:3], 1, -1)
+            return products.sub_(constant[:, known].transpose(0, 1)[:, None, :, None])
         weights = 2 * self._contrasts.reshape(-1, 3).T  # [3, b·c]
         return (inner @ weights).reshape(*inner.shape[:3], *on_background.shape).sub_(constant)
 
@@ -104,9 +121,9 @@ class ShapesJudge:
             best_error = torch.minimum(best_error, smallest)
         return readings
 
-    def _pairs(self, batch: Tensor) -> list[Reading]:
+    def _pairs(self, batch: Tensor, known: Tensor | None = None) -> list[Reading]:
         """For every background the best object, the best second beside it, then each again given the other."""
-        reduction, shape = self._reductions(batch, PLAIN).max(2)  # over shapes: [n, place, b, c]
+        reduction, shape = self._reductions(batch, PLAIN, known).max(2)  # over shapes: [n, place, b, c]
         reduction = reduction.permute(0, 2, 3, 1)  # [n, b, c, place]
         first = reduction.flatten(2).argmax(-1)
         second = self._partner(reduction, first)
@@ -114,17 +131,18 @@ class ShapesJudge:
         second = self._partner(reduction, first)
         flat = reduction.flatten(2)
         gain = flat.gather(2, first[..., None]) + flat.gather(2, second[..., None])
-        background = (self._error(batch) - gain[..., 0]).argmin(1).tolist()
+        best = torch.zeros_like(first[:, 0]) if known is not None else (self._error(batch) - gain[..., 0]).argmin(1)
+        background = (best if known is None else known).tolist()
         shape = shape.permute(0, 2, 3, 1).flatten(2)
         readings = []
-        for i, b in enumerate(background):
+        for i, (b, ground) in enumerate(zip(best.tolist(), background, strict=True)):
             objects = []
             for which in (int(first[i, b]), int(second[i, b])):
                 c, place = divmod(which, reduction.shape[-1])
                 objects.append(
                     Object(None, list(COLOURS)[c], SHAPES[int(shape[i, b, which])], *self._place(place, PLAIN))
                 )
-            readings.append(_ordered(list(BACKGROUNDS)[b], objects[0], objects[1]))
+            readings.append(ordered(list(BACKGROUNDS)[ground], objects[0], objects[1]))
         return readings
 
     def _partner(self, reduction: Tensor, other: Tensor) -> Tensor:
@@ -145,7 +163,8 @@ class ShapesJudge:
         return reduction.masked_fill(~allowed, -math.inf).flatten(2).argmax(-1)
 
 
-def _ordered(background: str, one: Object, two: Object) -> Reading:
+def ordered(background: str, one: Object, two: Object) -> Reading:
+    """The scene of two objects, left to right or top to bottom, whichever they lie farther apart along."""
     if abs(one.x - two.x) >= abs(one.y - two.y):
         return Reading(background, (one, two) if one.x <= two.x else (two, one), "left of")
     return Reading(background, (one, two) if one.y <= two.y else (two, one), "above")
@@ -164,9 +183,7 @@ def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str
         raise ValueError(
             f"a caption of {len(asked.objects)} object(s) was given for a reading of {len(reading.objects)}"
         )
-    found, relation = reading.objects, reading.relation
-    if relation is not None and _matches(found[::-1], asked.objects) > _matches(found, asked.objects):
-        found, relation = found[::-1], _INVERSE[relation]
+    found, relation = matched(reading, asked)
     right = {"background": reading.background == asked.background}
     colours = all(a.colour == b.colour for a, b in zip(found, asked.objects, strict=True))
     shapes = all(a.shape == b.shape for a, b in zip(found, asked.objects, strict=True))
@@ -177,6 +194,14 @@ def agreement(reading: Reading, asked: Scene, striped: bool = False) -> dict[str
     if striped:
         right["stripes"] = found[0].striped == asked.objects[0].striped
     return right | {"all": all(right.values())}
+
+
+def matched(reading: Reading, asked: Scene) -> tuple[tuple[Object, ...], str | None]:
+    """The reading's objects in the order that agrees best with the caption, and their relation in that order."""
+    found, relation = reading.objects, reading.relation
+    if relation is not None and _matches(found[::-1], asked.objects) > _matches(found, asked.objects):
+        return found[::-1], _INVERSE[relation]
+    return found, relation
 
 
 def _matches(found: Sequence[Object], asked: Sequence[Object]) -> int:

@@ -31,12 +31,31 @@ def newest(lines: Sequence[Mapping[str, Any]]) -> Html:
 def evaluation(file: Path) -> Html:
     """Results in a report.json, shares with their intervals; a message if it cannot be read."""
     try:
-        rows = [
-            _judged(name, value) for name, value in records.report_metrics(records.parse(read_bytes(file).decode()))
-        ]
+        found = records.parse(read_bytes(file).decode())
+        whole = found if isinstance(found, dict) else {}
+        apart = {name: whole.pop(name) for name in ("confusion", "refusals") if isinstance(whole.get(name), dict)}
+        rows = [_judged(name, value) for name, value in records.report_metrics(found)]
     except (OSError, ValueError) as error:
         return element("p", f"{file}: cannot be read: {error}", class_="bad")
-    return join([element("h3", "Evaluation (report.json)"), table(("metric", "value", "95 % interval", "n"), rows)])
+    content = [element("h3", "Evaluation (report.json)"), table(("metric", "value", "95 % interval", "n"), rows)]
+    for split, counts in apart.get("confusion", {}).items():
+        content += [element("h3", f"Asked for (rows) and read as (columns): {split}"), _confusion(counts)]
+    for split, counts in apart.get("refusals", {}).items():
+        if isinstance(counts, Mapping) and counts:
+            content += [
+                element("h3", f"Reasons for refusal: {split}"),
+                table(("reason", "pictures"), list(counts.items())),
+            ]
+    return join(content)
+
+
+def _confusion(counts: Any) -> Html:
+    """A confusion matrix, one row for each thing asked for; a message if it cannot be read."""
+    if not isinstance(counts, Mapping) or not all(isinstance(row, Mapping) for row in counts.values()):
+        return element("p", "cannot be read", class_="bad")
+    columns = list(dict.fromkeys(read for row in counts.values() for read in row))
+    rows = [(asked, *(number(row.get(read, 0)) for read in columns)) for asked, row in counts.items()]
+    return table(("asked for", *columns), rows)
 
 
 def _judged(name: str, value: Any) -> tuple[str, ...]:
