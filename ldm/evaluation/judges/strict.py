@@ -18,16 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, STRIPE, Object, Scene, inside
-from ldm.evaluation.judges.outlines import DECOYS, Outline
+from ldm.evaluation.judges.outlines import DECOYS, VARIANTS, Outline
 from ldm.evaluation.judges.shapes import ShapesJudge, agreement, check, matched, ordered
 
 # What is accepted
-RESIDUAL = 0.05  # largest residual of an object's fit; set with `python benchmarks/judge.py --threshold`
-MARGIN = 0.003  # by which a decoy's residual must be smaller than the shape's for a refusal
-STRAY, STRAY_SIDE = (
-    50,
-    0.4,
-)  # largest mean left by the fit, in levels, over squares of this side (over the object's radius)
+RESIDUAL = 0.09  # largest residual of an object's fit
+MARGIN = 0.33  # share of what the shape leaves unexplained that a decoy must explain for a refusal
+STRAY, STRAY_SIDE = 0.36, 0.4  # largest mean left by the fit over squares of this side: of the contrast, of the radius
 TOLERANCE = 0.1  # of the radius
 LOOSE_TOLERANCE = 0.2  # of the radius if captions name no size
 OFF_PALETTE = 58  # levels from a colour of the palette: half the distance between the nearest two
@@ -83,9 +80,9 @@ class Fit:
     Attributes:
         shape: [n] row of the bank that fits best among those of drawn shapes.
         decoy: [n] the best of the others.
-        margin: [n] by how much the residual of the decoy is smaller.
-        residual: [n] squared error of that one over the energy that it explains.
-        stray: [n] largest mean of what is left of the cell over a square of STRAY_SIDE, levels.
+        margin: [n] share of the shape's squared error that the decoy explains.
+        residual: [n] squared error of the shape over the energy that it explains.
+        stray: [n] largest mean of what is left of the cell over a square of STRAY_SIDE, over the contrast.
         colour: [n, 3] of the object in 0…1.
         x, y: [n] the window's middle.
     """
@@ -126,9 +123,10 @@ class Bank:
         for shape, radius in itertools.product(SHAPES, near + rest):
             for height in (None,) if stripe is None or radius in rest else (None, stripe):
                 fine.append(self._fine(shape, partial(inside, shape), radius, height))
-        self.drawn = len(self.templates)
-        for name, outlines in DECOYS.items():
-            fine += [self._fine(name, outline, radius, None) for outline, radius in itertools.product(outlines, near)]
+        for names in (VARIANTS, DECOYS):
+            self.drawn = len(self.templates) if names is DECOYS else 0
+            for name, outlines in names.items():
+                fine += [self._fine(name, outline, radius, None) for outline, radius in itertools.product(outlines, near)]
         sharp = torch.stack(fine)
         rows = torch.stack([blur(sharp, 2 * math.hypot(BLUR, sigma)) for sigma in BLURS], 1)  # σ in half pixels
         rows = rows.flatten(0, 1)
@@ -265,21 +263,22 @@ class StrictJudge:
         decoy = explained[:, self._bank.drawn :].argmax(1) + self._bank.drawn
         outside = energy.sum((1, 2)) - window.square().sum((1, 2)) - noise * mask.sum((1, 2))
         colour, left = self._refined(window, shape)
-        left_by_decoy = self._refined(window, decoy)[1]
+        error, by_decoy = (each.square().sum((1, 2)) for each in (left, self._refined(window, decoy)[1]))
         fitted = (colour.norm(dim=1) * self._bank.norms[shape]).square().clamp(min=1e-9)
-        residual = (outside + left.square().sum((1, 2))) / fitted
-        margin = (left.square().sum((1, 2)) - left_by_decoy.square().sum((1, 2))) / fitted
+        residual = (outside + error) / fitted
+        margin = 1 - by_decoy / error.clamp(min=1e-9)
         padded.permute(0, 2, 3, 1)[at] = left.unflatten(2, (self._bank.window,) * 2).permute(0, 2, 3, 1)
         stray = self._stray(padded, torch.tensor([self._bank.templates[k].radius for k in shape.tolist()]))
+        stray = stray / colour.norm(dim=1).clamp(min=EMPTY / 255)
         return Fit(shape, decoy, margin, residual, stray, ground + colour, x, y)
 
     def _stray(self, left: Tensor, radius: Tensor) -> Tensor:
-        """Largest mean [n], in levels, of what fits leave, over squares of STRAY_SIDE of the objects' radii [n]."""
+        """Largest mean [n] of what fits leave, over squares of STRAY_SIDE of the objects' radii [n]."""
         found = torch.zeros(len(left))
         sides = (STRAY_SIDE * radius).round().clamp(min=3).int()
         for side in sides.unique().tolist():
             mine = sides == side
-            found[mine] = F.avg_pool2d(left[mine], side, 1).norm(dim=1).amax((1, 2)) * 255
+            found[mine] = F.avg_pool2d(left[mine], side, 1).norm(dim=1).amax((1, 2))
         return found
 
     def _refined(self, window: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
