@@ -79,7 +79,7 @@ def with_another(shape: str):
 
 
 def with_wrong_hole(shape: str):
-    if shape == "ring":
+    if shape in ("circle", "ring"):  # between the two
         return lambda x, y: disc(1)(x, y) & ~disc(0.2)(x, y)
     return lambda x, y: inside(shape, x, y) & ~disc(0.35)(x, y)
 
@@ -101,6 +101,25 @@ def test_wrong_outlines_are_refused(judge, kind):
         assert {"shape", "size"} & verdict.refused.keys(), (shape, verdict)
         row = examined(verdict, SCENES[shape])[0]
         assert row[REFUSED] and not row["all"] and row["background"]
+
+
+def softened(shape: str, sigma: float, warp: float) -> np.ndarray:
+    """The mask of a bent shape, its corners rounded: blurred by a share of the radius and cut at one half."""
+    bent = mask(lambda x, y: inside(shape, x + warp * np.sin(3 * y), y + warp * np.sin(3 * x)), 64, 64, 38, 128, 1)
+    soft = gaussian_filter(bent[..., 0], 38 * sigma) > 0.5
+    return np.roll(soft, (-2, -2), (0, 1)).reshape(32, 4, 32, 4).mean((1, 3))[..., None]
+
+
+def test_a_softly_rounded_bent_shape_is_accepted(judge):
+    images = np.stack([painted((softened(shape, 0.14, 0.05), "red")) for shape in SHAPES])
+    for shape, verdict in zip(SHAPES, judge.read(images), strict=True):
+        assert verdict.scene.objects[0].shape == shape and not verdict.refused, (shape, verdict)
+
+
+@pytest.mark.parametrize("shape", ["square", "triangle", "star", "cross"])
+def test_what_rounding_makes_a_blob_is_refused(judge, shape):
+    (verdict,) = judge.read(painted((softened(shape, 0.5, 0), "red"))[None])
+    assert verdict.refused or verdict.scene.objects[0].shape != shape, verdict
 
 
 def test_a_disc_of_the_area_of_a_star_is_not_a_star(judge):

@@ -1,6 +1,8 @@
 """Strict judge of drawn shapes: accepts an image that is nearer to a drawn scene than to anything else, or refuses it.
 
-What else an image may show are the outlines of `outlines.DECOYS`, shapes of other sizes, and what no template explains.
+Stars, crosses and rings may be drawn as one of `outlines.VARIANTS`: softly rounded, leaning, a little uneven. What else an image may
+show are the outlines of `outlines.DECOYS`, shapes of other sizes, and what no template explains. The thresholds were set
+on pictures that a trained model drew, labelled by eye; docs/results.md has the figures.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Fit:
 
     Attributes:
         shape: [n] row of the bank that fits best among those of drawn shapes.
-        decoy: [n] the best of the others.
+        decoy: [n] the best of the decoys.
         margin: [n] share of the shape's squared error that the decoy explains.
         residual: [n] squared error of the shape over the energy that it explains.
         stray: [n] largest mean of what is left of the cell over a square of STRAY_SIDE, over the contrast.
@@ -109,7 +111,7 @@ class Bank:
         norms: float32 [k], of the rows before.
         templates: outline of each row.
         origin: float32 [k, xy], of the outlines from the window's middle, px.
-        drawn: number of the rows that are of drawn shapes; they come first.
+        drawn: number of the rows that are of drawn shapes and their variants; they come first.
     """
 
     def __init__(self, drawn: tuple[float, ...], tolerance: float, stripe: float | None) -> None:
@@ -118,15 +120,16 @@ class Bank:
         rest = [least * STEP**k for k in range(math.ceil(math.log(most / least) / math.log(STEP)))]
         rest = [r for r in rest if all(abs(math.log(r / n)) > 0.7 * math.log(STEP) for n in near)]
         self.window = 2 * math.ceil(most) + 3
+        drawn_outlines = [(shape, partial(inside, shape), radius) for shape in SHAPES for radius in near + rest]
+        drawn_outlines += [(shape, outline, r) for shape, some in VARIANTS.items() for outline in some for r in near]
         self.templates: list[Template] = []
         fine: list[Tensor] = []
-        for shape, radius in itertools.product(SHAPES, near + rest):
+        for shape, outline, radius in drawn_outlines:
             for height in (None,) if stripe is None or radius in rest else (None, stripe):
-                fine.append(self._fine(shape, partial(inside, shape), radius, height))
-        for names in (VARIANTS, DECOYS):
-            self.drawn = len(self.templates) if names is DECOYS else 0
-            for name, outlines in names.items():
-                fine += [self._fine(name, outline, radius, None) for outline, radius in itertools.product(outlines, near)]
+                fine.append(self._fine(shape, outline, radius, height))
+        self.drawn = len(self.templates)
+        for name, outlines in DECOYS.items():
+            fine += [self._fine(name, outline, radius, None) for outline, radius in itertools.product(outlines, near)]
         sharp = torch.stack(fine)
         rows = torch.stack([blur(sharp, 2 * math.hypot(BLUR, sigma)) for sigma in BLURS], 1)  # σ in half pixels
         rows = rows.flatten(0, 1)
