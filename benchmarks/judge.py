@@ -2,17 +2,19 @@
 
     python benchmarks/judge.py [--objects 1 2] [--side 32 64] [--images 500]
     python benchmarks/judge.py --threshold [--autoencoder RUN ...]
-    python benchmarks/judge.py --pictures FOLDER
+    python benchmarks/judge.py --pictures FOLDER [--model RUN]
 
 The first command prints the table of docs/results.md; the second the residuals of real drawings, degraded and (with
---autoencoder) reconstructed by a finished run, from which ``RESIDUAL`` of ``ldm.evaluation.judges.strict`` is set; the
-third writes grids to look at, with the judge's verdict below each image. Seeds are fixed.
+--autoencoder) reconstructed by a finished run; the third writes grids to look at, with the judge's verdict below each
+image, of wrong pictures and (with --model) of what a finished run draws: two sets, shuffled, and each grid without
+captions too, to be labelled by eye before the verdicts are seen. Seeds are fixed.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import time
 from collections import Counter
@@ -26,17 +28,31 @@ import torch
 from PIL import Image, ImageFilter
 
 from ldm import config as configuration
-from ldm.config import AutoencoderTrainingConfig, DataConfig
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIZES, Object, Scene, draw, inside
+from ldm.config import AutoencoderTrainingConfig, DataConfig, SampleConfig
+from ldm.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    RADII,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    combinations,
+    draw,
+    inside,
+)
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
 from ldm.evaluation.figures import plots
 from ldm.evaluation.judges import strict
 from ldm.evaluation.reconstructions import reconstructed
+from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import load_codec
 
 Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SOURCES = {1: "shapes", 2: "shapes-two"}
+SEEDS = {"calibration": 101, "test": 202}  # of the pictures that a run draws
 FINE = 6  # samples per pixel along either axis
 
 
@@ -192,19 +208,6 @@ def turned(shape: str, rng: np.random.Generator) -> Outline:
 
 def _other(shape: str, rng: np.random.Generator) -> str:
     return str(rng.choice([s for s in SHAPES if s != shape]))
-
-
-def warped(outline: Outline, amount: float, rng: np.random.Generator) -> Outline:
-    """Its plane displaced smoothly: by ``amount`` of the radius (root of the mean square)."""
-    waves = [
-        (rng.normal(0, 1.6, 2), rng.uniform(0, 2 * math.pi), rng.normal(0, amount / math.sqrt(3), 2)) for _ in range(6)
-    ]
-
-    def moved(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        swings = [(np.sin(k[0] * x + k[1] * y + phase), a) for k, phase, a in waves]
-        return outline(x + sum(s * a[0] for s, a in swings), y + sum(s * a[1] for s, a in swings))
-
-    return moved
 
 
 WRONG_OUTLINES: dict[str, Callable[[str, np.random.Generator], Outline]] = {
@@ -379,41 +382,20 @@ def decoys(objects: int, side: int, asked: list[Scene]) -> Iterator[tuple[str, n
         yield name, np.stack([wrong(scene, side, i % objects, rng) for i, scene in enumerate(asked)])
 
 
-# ---------------------------------------------------------------- what a weak model draws
+# ---------------------------------------------------------------- what a model draws
 
 
-def eroded(outline: Outline, rng: np.random.Generator) -> Outline:
-    """The outer part of a sector of 80° is missing, from nothing to most of it."""
-    lost, sector, start = rng.uniform(0, 1), _sector(rng.uniform(0, 360), 80), rng.uniform(0.3, 0.8)
-    return lambda x, y: outline(x, y) & ~(sector(x, y) & (np.hypot(x, y) > 1.1 - lost * (1.1 - start)))
-
-
-def weak(side: int, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """One object as a model draws it that is not trained enough: one or two faults, each from none to plain."""
-    o, ground = scene.objects[0], np.array(BACKGROUNDS[scene.background], float)
-    radius, faults = RADII[o.size] * side, set(rng.choice(["warp", "blend", "round", "part", "uneven", "size"], 2))
-    outline: Outline = partial(inside, o.shape)
-    if "part" in faults:
-        outline = eroded(outline, rng)
-    if "warp" in faults:
-        outline = warped(outline, rng.uniform(0, 0.16), rng)
-    mask = cover(outline, side, o.x, o.y, radius * (rng.uniform(0.8, 1.25) if "size" in faults else 1))
-    if "round" in faults:
-        soft = torch.from_numpy(mask).permute(2, 0, 1).float()
-        sharp = (strict.blur(soft, max(0.3, rng.uniform(0, 0.4) * radius)) - 0.5) * rng.uniform(2, 5) + 0.5
-        mask = sharp.clamp(0, 1).permute(1, 2, 0).numpy()
-    if "blend" in faults:
-        share = rng.uniform(0, 0.6)
-        mask = (1 - share) * mask + share * cover(partial(inside, _other(o.shape, rng)), side, o.x, o.y, radius)
-        mask = ((mask - 0.5) * rng.uniform(1, 6) + 0.5).clip(0, 1)
-    colour = np.array(COLOURS[o.colour], float)
-    if "uneven" in faults:
-        angle, amount = rng.uniform(0, 2 * math.pi), rng.uniform(0, 90)
-        points = (np.arange(side) - side / 2) / radius
-        slope = math.cos(angle) * points[None] + math.sin(angle) * points[:, None]
-        colour = (colour + amount * slope[..., None] * rng.normal(0, 1, 3)).clip(0, 255)
-    image = painted(side, ground, [(mask, colour)])
-    return noisy(blurred(image[None], rng.uniform(0.2, 0.6)), 0.01)[0]
+def samples(run: Path, seed: int, n: int = 64) -> tuple[np.ndarray, list[Scene]]:
+    """Images of a finished run and what was asked for: ``n`` of each shape, half of them held out, shuffled."""
+    rng = np.random.default_rng(seed)
+    asked: list[Scene] = []
+    for shape, held_out in itertools.product(SHAPES, (False, True)):
+        pool = [scene for scene in combinations(1, held_out) if scene.objects[0].shape == shape]
+        asked += [pool[i] for i in rng.choice(len(pool), n // 2, replace=len(pool) < n // 2)]
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    settings = SampleConfig(sampler="dpmpp_2m", steps=10, guidance_scale=2.0, seed=seed)
+    batches = Pipeline.from_pretrained(run).sample([caption(scene) for scene in asked], settings, batch_size=64)
+    return np.concatenate([to_uint8(images) for images in batches]), asked
 
 
 # ---------------------------------------------------------------- tables and pictures
@@ -502,18 +484,28 @@ def _quantiles(name: str, verdicts: list[strict.Verdict]) -> None:
     print(f"{name:75}", *cells, f"refused {refused:.3f}", sep="   ")
 
 
-def pictures(folder: Path, side: int) -> None:
-    """Grids of real, wrong and weakly drawn pictures of each shape, framed in red where refused or not as asked."""
+def pictures(folder: Path, side: int, run: Path | None) -> None:
+    """Grids of wrong pictures of each shape, and of what a run draws, the same without captions beside them.
+
+    Framed in red: refused or not as asked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     judge = strict.StrictJudge(side, 1)
-    every = scenes(1, side, 4000)
+    every = scenes(1, side, 400)
     for shape in SHAPES:
-        asked = [scene for scene in every if scene.objects[0].shape == shape][:64]
-        rng = np.random.default_rng(3)
-        _grid(folder / f"weak-{shape}.png", judge, np.stack([weak(side, scene, rng) for scene in asked]), asked)
-        kinds = list(decoys(1, side, asked[:4]))
-        found = np.concatenate([images for _, images in kinds])
-        _grid(folder / f"decoys-{shape}.png", judge, found, asked[:4] * len(kinds))
+        asked = [scene for scene in every if scene.objects[0].shape == shape][:4]
+        kinds = list(decoys(1, side, asked))
+        _grid(
+            folder / f"decoys-{shape}.png", judge, np.concatenate([images for _, images in kinds]), asked * len(kinds)
+        )
+    if run is None:
+        return
+    for name, seed in SEEDS.items():
+        images, asked = samples(run, seed)
+        for i in range(0, len(images), 64):
+            some = slice(i, i + 64)
+            plots.captioned(images[some], [str(k) for k in range(64)], folder / f"{name}-{i // 64}-blind.png")
+            _grid(folder / f"{name}-{i // 64}.png", judge, images[some], asked[some])
 
 
 def _grid(file: Path, judge: strict.StrictJudge, images: np.ndarray, asked: list[Scene]) -> None:
@@ -539,12 +531,13 @@ def main() -> None:
         "--autoencoder", type=Path, nargs="+", default=[], help="finished runs whose reconstructions are read"
     )
     parser.add_argument("--pictures", type=Path, help="folder for grids")
+    parser.add_argument("--model", type=Path, help="finished run of one object whose pictures are read")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.threshold:
         threshold(arguments.objects, arguments.side, arguments.images, arguments.autoencoder)
     elif arguments.pictures:
-        pictures(arguments.pictures, arguments.side[0])
+        pictures(arguments.pictures, arguments.side[0], arguments.model)
     else:
         table(arguments.objects, arguments.side, arguments.images)
 

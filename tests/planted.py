@@ -270,6 +270,7 @@ AROUND: dict[str, list[Row]] = {
         ("decoys refuse nothing", "fit.margin[i] > MARGIN", "fit.margin[i] > 9", "strict::test_wrong_outlines_are_refused"),
         ("what no template explains is accepted", "fit.residual[i] > RESIDUAL", "fit.residual[i] > 9", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
         ("a part may be missing", "fit.stray[i] > STRAY", "fit.stray[i] > 999", "strict::test_wrong_outlines_are_refused"),
+        ("soft shapes are refused", "some in VARIANTS.items()", "some in ()", "strict::test_a_softly_rounded_bent_shape_is_accepted"),
         ("any size is accepted", "min(ratios) > self._tolerance", "min(ratios) > 9", "strict::test_a_disc_of_the_area_of_a_star_is_not_a_star"),
         ("faint shapes are accepted", "contrast < FAINTEST", "contrast < 0", "strict::test_what_else_is_wrong_is_refused_for_its_reason"),
         ("what is refused counts as right", 'row["all"] and not verdict.refused', 'row["all"]', "strict::test_wrong_outlines_are_refused"),

@@ -111,14 +111,14 @@ def softened(shape: str, sigma: float, warp: float) -> np.ndarray:
 
 
 def test_a_softly_rounded_bent_shape_is_accepted(judge):
-    images = np.stack([painted((softened(shape, 0.14, 0.05), "red")) for shape in SHAPES])
+    images = np.stack([painted((softened(shape, 0.18, 0.04), "red")) for shape in SHAPES])
     for shape, verdict in zip(SHAPES, judge.read(images), strict=True):
         assert verdict.scene.objects[0].shape == shape and not verdict.refused, (shape, verdict)
 
 
 @pytest.mark.parametrize("shape", ["square", "triangle", "star", "cross"])
 def test_what_rounding_makes_a_blob_is_refused(judge, shape):
-    (verdict,) = judge.read(painted((softened(shape, 0.5, 0), "red"))[None])
+    (verdict,) = judge.read(painted((softened(shape, 0.3, 0), "red"))[None])
     assert verdict.refused or verdict.scene.objects[0].shape != shape, verdict
 
 

@@ -1,4 +1,4 @@
-"""Outlines of the strict judge: variants that are still a drawn shape, and decoys that resemble one and no caption means.
+"""Outlines of the strict judge: variants of a drawn shape, and decoys that resemble one and no caption means.
 
 An outline is a function of x and y (y points down) that returns a mask of the points inside; like those of
 ``ldm.data.shapes.inside``, outlines fit in [−1, 1] up to rounding.

@@ -1,8 +1,8 @@
 """Strict judge of drawn shapes: accepts an image that is nearer to a drawn scene than to anything else, or refuses it.
 
-Stars, crosses and rings may be drawn as one of `outlines.VARIANTS`: softly rounded, leaning, a little uneven. What else an image may
-show are the outlines of `outlines.DECOYS`, shapes of other sizes, and what no template explains. The thresholds were set
-on pictures that a trained model drew, labelled by eye; docs/results.md has the figures.
+Stars, crosses and rings may be drawn as one of `outlines.VARIANTS`: softly rounded, leaning, a little uneven. What else
+an image may show are the outlines of `outlines.DECOYS`, shapes of other sizes, and what no template explains. The
+thresholds were set on pictures that a trained model drew, labelled by eye: docs/results.md has the figures.
 """
 
 from __future__ import annotations
