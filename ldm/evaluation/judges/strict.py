@@ -26,6 +26,7 @@ from ldm.evaluation.judges.shapes import ShapesJudge, agreement, check, matched,
 # What is accepted
 RESIDUAL = 0.09  # largest residual of an object's fit
 MARGIN = 0.33  # share of what the shape leaves unexplained that a decoy must explain for a refusal
+FLOOR = 0.005  # residual that the steps of the templates leave of any drawing: added to the shape's in that share
 STRAY, STRAY_SIDE = 0.36, 0.4  # largest mean left by the fit over squares of this side: of the contrast, of the radius
 TOLERANCE = 0.1  # of the radius
 LOOSE_TOLERANCE = 0.2  # of the radius if captions name no size
@@ -269,7 +270,7 @@ class StrictJudge:
         error, by_decoy = (each.square().sum((1, 2)) for each in (left, self._refined(window, decoy)[1]))
         fitted = (colour.norm(dim=1) * self._bank.norms[shape]).square().clamp(min=1e-9)
         residual = (outside + error) / fitted
-        margin = 1 - by_decoy / error.clamp(min=1e-9)
+        margin = (error - by_decoy) / (error + FLOOR * fitted)
         padded.permute(0, 2, 3, 1)[at] = left.unflatten(2, (self._bank.window,) * 2).permute(0, 2, 3, 1)
         stray = self._stray(padded, torch.tensor([self._bank.templates[k].radius for k in shape.tolist()]))
         stray = stray / colour.norm(dim=1).clamp(min=EMPTY / 255)
