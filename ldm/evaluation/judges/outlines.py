@@ -124,7 +124,7 @@ _RING = _shape("ring")
 # What is still the shape to the eye and too far from its outline for one template: fat stars, crosses with rounded,
 # thick, thin, short or leaning arms, rings with another hole.
 VARIANTS: dict[str, tuple[Outline, ...]] = {
-    "star": (_fat_star(0.54), _fat_star(0.62)),
+    "star": (_fat_star(0.54),),
     "cross": (
         cross(0.36, 0.36),
         cross(0.44, 0.3),
