@@ -26,7 +26,7 @@ from ldm.evaluation.judges.shapes import ShapesJudge, agreement, check, matched,
 # What is accepted
 RESIDUAL = 0.09  # largest residual of an object's fit
 MARGIN = 0.33  # share of what the shape leaves unexplained that a decoy must explain for a refusal
-FLOOR = 0.003  # residual that the steps of the templates leave of any drawing: added to the shape's in that share
+FLOOR = 0.003  # residual that any drawing may have, between the templates: added to the shape's in that share
 STRAY, STRAY_SIDE = 0.36, 0.4  # largest mean left by the fit over squares of this side: of the contrast, of the radius
 TOLERANCE = 0.1  # of the radius
 LOOSE_TOLERANCE = 0.2  # of the radius if captions name no size
