@@ -141,7 +141,7 @@ def read_provenance(file: str | Path) -> tuple[Provenance, UInt8[np.ndarray, "h 
 def _parsed(about: Any) -> Provenance:
     """Provenance from JSON. Settings that an older ldm lacks have their defaults, which draw as it did."""
     if not isinstance(about, dict) or "model" not in about or not {"prompt", "prompts"} & about.keys():
-        raise ValueError("they are no settings of `ldm sample`")
+        raise ValueError("they are not settings of `ldm sample`")
     values: dict[str, Any] = {name: about.pop(name) for name in _SETTINGS if name in about}
     settings = changed(SampleConfig(), values)
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)

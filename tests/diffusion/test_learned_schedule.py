@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from support.interrupts import PowerCut
 from support.launches import started, torchrun
+from support.ranks import Job, write
 from torch import Tensor
 
 from ldm import config as configuration
@@ -451,14 +452,14 @@ def test_two_processes_learn_the_table_that_one_learns(run: Path, tmp_path: Path
     config = tmp_path / "longer.yaml"
     config.write_text(yaml.safe_dump({"run": str(run), **TREE, "train": {**TREE["train"], "steps": 8}}))
     for name, launcher in (("one", [sys.executable]), ("two", torchrun(2))):
-        (tmp_path / name).mkdir()
-        started(launcher, "train", str(tmp_path / name), "ldm", str(config), str(run), "4")
-    expected, found = (load_file(tmp_path / name / "0.safetensors") for name in ("one", "two"))
-    assert found.keys() == expected.keys() and {"schedule.ends", "schedule.increments"} <= found.keys()
+        job = Job(str(tmp_path / name), "ldm", str(config), str(run), at=4, micro_batch=None, gradients=(4,))
+        started(launcher, "train", str(write([job], tmp_path / f"{name}.json")))
+    expected, found = (load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two"))
+    assert found.keys() == expected.keys() and {"4.schedule.ends", "4.schedule.increments"} <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
     first, second = (
-        load_file(tmp_path / f"{name}/run0/checkpoints/step-00000008/model_schedule.safetensors")
+        load_file(tmp_path / f"{name}/run/checkpoints/step-00000008/model_schedule.safetensors")
         for name in ("one", "two")
     )
     assert bool((first["increments"] != saved(run).increments).any())

@@ -373,7 +373,7 @@ def test_what_is_no_picture_of_ours_is_one_line(call: Call, plain: dict[str, Pat
         (tmp_path / "short.png", "cannot be read"),
         (resaved(file, tmp_path / "1.png", "{"), "its settings are damaged"),
         (resaved(file, tmp_path / "2.png", "[1]"), "its settings are damaged"),
-        (resaved(file, tmp_path / "3.png", {"form": "euler"}), "they are no settings of `ldm sample`"),
+        (resaved(file, tmp_path / "3.png", {"form": "euler"}), "they are not settings of `ldm sample`"),
         (resaved(file, tmp_path / "4.png", {**about, "colour": 1}), "unknown: colour"),
         (resaved(file, tmp_path / "5.png", {**about, "steps": "3"}), "damaged"),
         (resaved(file, tmp_path / "6.png", {**about, "steps": 0}), "steps must lie between 1 and 100000, got 0"),
