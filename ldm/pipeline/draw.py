@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,28 @@ def sample(
     guided = Guidance(
         model, cond, cond if null_cond is None else null_cond, schedule, target, learned_variance, scale=guidance_scale
     )
-    numbers, item = range(shape[0]), tuple(shape[1:])
+    denoiser, nodes = Denoiser(schedule, target, guided, learned_variance), make_grid(grid, schedule, steps)
+    return _run(sampler, denoiser, nodes, seed, range(shape[0]), shape[1:], callback, options)
+
+
+def _run(
+    sampler: str,
+    denoiser: Denoiser,
+    grid: Float[Tensor, " nodes"],
+    seed: int,
+    numbers: Sequence[int],
+    shape: Sequence[int],
+    callback: Callback | None,
+    options: Mapping[str, Any],
+) -> Float[Tensor, "b *shape"]:
+    """A sampler from the noise of the images ``numbers`` of a seed, each of ``shape``."""
+    device = denoiser.schedule.betas.device
+
+    def noise(name: str) -> Tensor:
+        return draw_noise(seed, name, numbers, tuple(shape), device)
+
     return SAMPLERS[sampler].function(
-        Denoiser(schedule, target, guided, learned_variance),
-        draw_noise(seed, "x_T", numbers, item, device),
-        make_grid(grid, schedule, steps),
-        lambda step: draw_noise(seed, f"step {step}", numbers, item, device),
-        callback=callback,
-        **options,
+        denoiser, noise("x_T"), grid, lambda step: noise(f"step {step}"), callback=callback, **options
     )
 
 
@@ -173,21 +187,14 @@ def denoise(
     drawing: Drawing, captions: list[str], numbers: Sequence[int], callback: Callback | None = None
 ) -> Float[Tensor, "b c h w"]:
     """One batch from noise to clean samples, as diffused. Raises NonFiniteError naming the part and the step."""
-    model, settings, device = drawing.model, drawing.settings, drawing.model.device
-    sampler, watch = SAMPLERS[settings.sampler], Watch(drawing.steps, model.dtype)
-    options = {name: getattr(settings, name) for name in sampler.options}
+    model, settings, watch = drawing.model, drawing.settings, Watch(drawing.steps, drawing.model.dtype)
+    options = {name: getattr(settings, name) for name in SAMPLERS[settings.sampler].options}
     gradient = drawing.guides.gradient(model, captions, settings, "mean")
     if gradient is not None:
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
-    x = sampler.function(
-        denoiser(model, drawing.guides, captions, settings, watch),
-        draw_noise(settings.seed, "x_T", numbers, drawing.shape, device),
-        drawing.grid,
-        lambda step: draw_noise(settings.seed, f"step {step}", numbers, drawing.shape, device),
-        callback=watch.after_step(callback),
-        **options,
-    )
+    guided, after = denoiser(model, drawing.guides, captions, settings, watch), watch.after_step(callback)
+    x = _run(settings.sampler, guided, drawing.grid, settings.seed, numbers, drawing.shape, after, options)
     watch.check()
     return x
 

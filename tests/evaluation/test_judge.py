@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest
+from support.drawings import drawings, spoil
 
 from ldm.config import DataConfig
 from ldm.data.shapes import (
@@ -30,24 +30,12 @@ from ldm.evaluation.judges.digits import DigitJudge
 from ldm.evaluation.judges.shapes import ShapesJudge, agreement, proportion, score
 
 N = 200
-
-
-def drawings(objects: int, side: int) -> tuple[np.ndarray, list[Scene], list[str]]:
-    data = DataConfig(source="shapes" if objects == 1 else "shapes-two", image_size=side)
-    half = [open_source(data, split) for split in ("validation", "held_out")]
-    samples = [half[i % 2][i] for i in range(N)]
-    return np.stack([s.image for s in samples]), [s.truth for s in samples], [s.text for s in samples]
-
-
-def spoil(images: np.ndarray, blur: float, noise: float) -> np.ndarray:
-    blurred = gaussian_filter(images / 255, (0, blur, blur, 0))
-    noisy = blurred + np.random.default_rng(0).normal(0, noise, images.shape)
-    return np.rint(255 * noisy.clip(0, 1)).astype(np.uint8)
+SOURCES = {1: "shapes", 2: "shapes-two"}  # by the number of objects
 
 
 @pytest.mark.parametrize(("objects", "side"), [(1, 32), (1, 24), (2, 48), (2, 32)])
 def test_clean_drawings_are_read_exactly(objects, side):
-    images, scenes, texts = drawings(objects, side)
+    images, scenes, texts = drawings(SOURCES[objects], side, N)
     readings = ShapesJudge(side, objects).read(images)
     for reading, scene in zip(readings, scenes, strict=True):
         assert reading.background == scene.background
@@ -57,7 +45,7 @@ def test_clean_drawings_are_read_exactly(objects, side):
 
 @pytest.mark.parametrize(("objects", "side"), [(1, 32), (2, 48)])
 def test_blurred_and_noisy_drawings_are_read(objects, side):
-    images, _, texts = drawings(objects, side)
+    images, _, texts = drawings(SOURCES[objects], side, N)
     report = score(ShapesJudge(side, objects).read(spoil(images, 0.6, 0.03)), texts)
     assert report["all"]["accuracy"] >= 0.99
 
@@ -70,7 +58,7 @@ def test_blurred_and_noisy_drawings_are_read(objects, side):
     ],
 )
 def test_shuffled_captions_score_at_chance(objects, side, chance):
-    images, _, texts = drawings(objects, side)
+    images, _, texts = drawings(SOURCES[objects], side, N)
     other = texts[N // 2 + 1 :] + texts[: N // 2 + 1]
     report = score(ShapesJudge(side, objects).read(images), other)
     for name, p in chance.items():
@@ -81,7 +69,7 @@ def test_shuffled_captions_score_at_chance(objects, side, chance):
 def test_the_reading_is_the_nearest_of_all_drawings():
     """Double exposures of two scenes, against every picture that could be drawn, composed one by one."""
     side = 24
-    drawn, _, _ = drawings(1, side)
+    drawn, _, _ = drawings(SOURCES[1], side, N)
     images = spoil((drawn[:40] // 2 + drawn[40:80] // 2), 1.0, 0.1)
     flat = images.reshape(len(images), -1) / 255
     names = list(itertools.product(BACKGROUNDS, COLOURS))
@@ -163,7 +151,7 @@ def test_interval_is_wilsons(successes, n):
 
 
 def test_batches_do_not_matter(monkeypatch):
-    images, _, _ = drawings(1, 32)
+    images, _, _ = drawings(SOURCES[1], 32, N)
     judge = ShapesJudge(32, 1)
     whole = judge.read(images[:20])
     monkeypatch.setattr("ldm.evaluation.judges.shapes._CHUNK", 1)

@@ -10,29 +10,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from support.drawings import drawings, spoil
 
-from ldm.config import DataConfig
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADII, SHAPES, Object, Scene, caption, draw, inside
-from ldm.data.sources import open_source
 from ldm.evaluation.evaluate import JUDGES
 from ldm.evaluation.judges import strict
 from ldm.evaluation.judges.strict import REFUSED, StrictJudge, confusion, examined, reasons
 
 N = 60
 SCENES = {shape: Scene("white", (Object("small", "red", shape, 15, 16),)) for shape in SHAPES}
-
-
-def drawings(source: str, side: int) -> tuple[np.ndarray, list[Scene], list[str]]:
-    data = DataConfig(source=source, image_size=side)
-    half = [open_source(data, split) for split in ("validation", "held_out")]
-    samples = [half[i % 2][i] for i in range(N)]
-    return np.stack([s.image for s in samples]), [s.truth for s in samples], [s.text for s in samples]
-
-
-def spoil(images: np.ndarray, blur: float, noise: float) -> np.ndarray:
-    blurred = gaussian_filter(images / 255, (0, blur, blur, 0))
-    noisy = blurred + np.random.default_rng(0).normal(0, noise, images.shape)
-    return np.rint(255 * noisy.clip(0, 1)).astype(np.uint8)
 
 
 def mask(outline, x: float, y: float, radius: float, side: int = 32, fine: int = 8) -> np.ndarray:
@@ -57,7 +43,7 @@ def judge() -> StrictJudge:
 @pytest.mark.parametrize(("source", "side"), [("shapes", 32), ("shapes", 64), ("shapes-two", 32), ("shapes-two", 48)])
 @pytest.mark.parametrize(("blur", "noise"), [(0, 0), (0.7, 0.03)])
 def test_real_drawings_are_accepted_and_right(source, side, blur, noise):
-    images, scenes, texts = drawings(source, side)
+    images, scenes, texts = drawings(source, side, N)
     verdicts = StrictJudge(side, len(scenes[0].objects)).read(spoil(images, blur, noise) if blur else images)
     for verdict, scene, text in zip(verdicts, scenes, texts, strict=True):
         row, seen = examined(verdict, scene)
@@ -196,7 +182,7 @@ def test_each_of_two_objects_is_read_strictly():
 
 
 def test_stripes_are_read_strictly():
-    images, scenes, _ = drawings("shapes-striped", 32)
+    images, scenes, _ = drawings("shapes-striped", 32, N)
     rows = [examined(v, s, striped=True)[0] for v, s in zip(StrictJudge(32, 1, True).read(images), scenes, strict=True)]
     assert all(row["all"] and not row[REFUSED] for row in rows)
     striped = [s.objects[0].striped for s in scenes]
@@ -244,7 +230,7 @@ def test_what_evaluation_uses_is_strict():
 
 
 def test_batches_do_not_matter(judge, monkeypatch):
-    images, _, _ = drawings("shapes", 32)
+    images, _, _ = drawings("shapes", 32, N)
     whole = judge.read(images[:12])
     monkeypatch.setattr(strict, "_CHUNK", 5)
     assert [v.scene for v in judge.read(images[:12])] == [v.scene for v in whole]

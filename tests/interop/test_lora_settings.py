@@ -13,9 +13,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.loras import close, inputs, out, pipe, written  # noqa: F401
+from support.loras import close, inputs, out, pipe, sampled, written  # noqa: F401
 
-from ldm.cli.main import main
 from ldm.config import UNetConfig
 from ldm.errors import FolderError
 from ldm.interop import lora_settings
@@ -240,19 +239,7 @@ def test_the_command_line_says_it_in_one_line(
     written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter(written, tmp_path / "a", modules_to_save=["conv_in"])
-    command = [
-        "sample",
-        str(written),
-        "--lora",
-        str(tmp_path / "a"),
-        "--prompt",
-        "x",
-        "--steps",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    assert main([*command, "--out", str(tmp_path / "o")]) == 4
+    assert sampled(written, tmp_path / "a", tmp_path / "o") == 4
     error = capsys.readouterr().err
     assert "modules_to_save in its settings is ['conv_in']: a layer trained and saved whole is not offered" in error
     assert error.count("\n") == 1 and not list(tmp_path.glob("o/*.png"))

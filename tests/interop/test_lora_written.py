@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, pipe, stir, written  # noqa: F401
+from support.loras import ALL, TEXT_TARGETS, both, changed, close, networks, pipe, sampled, stir, written  # noqa: F401
 from torch import Tensor, nn
 
 from ldm.cli.main import main
@@ -280,19 +280,7 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_drawn(
     name = next(name for name in tensors if key in name)
     tensors[name][0, 0] = value
     save_file(tensors, tmp_path / "a" / FILE)
-    command = [
-        "sample",
-        str(written),
-        "--lora",
-        str(tmp_path / "a"),
-        "--prompt",
-        "x",
-        "--steps",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    assert main([*command, "--out", str(tmp_path / "o")]) == 4
+    assert sampled(written, tmp_path / "a", tmp_path / "o") == 4
     error = capsys.readouterr().err
     assert f"{name} holds 1 of 96 numbers that are not finite" in error and error.count("\n") == 1
     assert not list(tmp_path.glob("o/*.png"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.model import AutoencoderKL
+from ldm.cli.main import main
 from ldm.config import ClipConfig, LoraConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ldm.data import rng as streams
 from ldm.diffusion.condition import Condition
@@ -130,6 +131,12 @@ def theirs(folder: Path, *loras: tuple[Path, float]) -> np.ndarray:
     noise = torch.from_numpy(np.stack([streams.normal(3, "sample/x_T", i, (4, 8, 8)) for i in range(len(PROMPTS))]))
     drawn = opened(PROMPTS, num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="np")
     return (drawn.images * 255).round().astype(int)
+
+
+def sampled(model: Path, lora: Path, folder: Path) -> int:
+    """Exit code of `ldm sample` with a LoRA, two steps on the CPU."""
+    options = ["--prompt", "x", "--steps", "2", "--device", "cpu", "--out", str(folder)]
+    return main(["sample", str(model), "--lora", str(lora), *options])
 
 
 def plain_keys(loras: dict[str, Lora]) -> dict[str, Tensor]:

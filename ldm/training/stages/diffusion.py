@@ -75,7 +75,7 @@ class DiffusionTask:
         self._say, self._frozen = say, {"autoencoder": codec and codec.hash, "text": text and text.hash}
         self._table: Any = None  # made in `to`, on the device
         self.networks: dict[str, nn.Module] = {"unet": trained.network}
-        self._set_process(self._initial_schedule(), torch.device("cpu"))
+        self._set_process(Schedule.from_config(self._schedule_config()), torch.device("cpu"))
         data, seed, shape = config.data, config.train.seed, _shape(config, codec)
         normals = {"eps": shape} | ({"posterior": shape} if codec else {})
         self.stream = Stream(source, data, seed, RandomFields(normals, ("t", "drop")), cache)
@@ -101,9 +101,6 @@ class DiffusionTask:
         if codec is not None and config.cache_latents:
             cache = ensure_cache(config, codec.autoencoder, source, say, *launched())
         return cls(config, trained, codec, text, source, validation, cache, say)
-
-    def _initial_schedule(self) -> Schedule:
-        return Schedule.from_config(self.config.schedule)
 
     def _caption_table(self) -> Any:
         """Text states of all captions of a small set, encoded once; None if captions are encoded in the step."""

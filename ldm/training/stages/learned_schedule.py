@@ -10,7 +10,6 @@ from torch import Tensor
 from ldm.config import DiffusionTrainingConfig, ScheduleConfig
 from ldm.data.dataset import Batch
 from ldm.diffusion.learned_schedule import InputTap, LearnedSchedule, error_and_slope, schedule_loss
-from ldm.diffusion.schedule import Schedule
 from ldm.training.stages.diffusion import DiffusionTask
 from ldm.training.task import Networks
 
@@ -26,9 +25,6 @@ class LearnedScheduleTask(DiffusionTask):
         self.learned = LearnedSchedule(config.schedule)
         super().__init__(config, *parts)
         self.networks["schedule"] = self.learned
-
-    def _initial_schedule(self) -> Schedule:
-        return self.learned.schedule()
 
     def lr_scale(self, network: str) -> float:
         """The schedule has a rate of its own."""

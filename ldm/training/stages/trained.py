@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,9 +66,9 @@ class AllWeights:
     """A U-Net trained whole, from random weights or from those of ``init``."""
 
     def __init__(self, config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> None:
-        self._configured = config, spec, text
-        begins = config.init is not None and not shelf.steps(Path(config.run) / "checkpoints")
-        self._initial = check_initial(*self._configured) if begins else None
+        self._read_init = None if config.init is None else partial(check_initial, config, spec, text)
+        resumed = bool(shelf.steps(Path(config.run) / "checkpoints"))
+        self._initial = None if resumed or self._read_init is None else self._read_init()  # before anything slow
         self._initial_hash: str | None = None  # of the weights that the U-Net began with
         self.unet = seeded(config.train.seed, spec.make)
         self.network: nn.Module = self.unet
@@ -77,9 +78,9 @@ class AllWeights:
         """Nothing is frozen."""
 
     def initialize(self) -> None:
-        if self._configured[0].init is None:
+        if self._read_init is None:
             return
-        initial = self._initial or check_initial(*self._configured)
+        initial = self._initial or self._read_init()
         self.unet.load_state_dict(load_unet(initial).state_dict())
         self._initial_hash = initial.hash
 
