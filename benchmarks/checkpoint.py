@@ -47,10 +47,9 @@ def trained() -> tuple[nn.Module, torch.optim.AdamW, EMA]:
 
 def live(network: nn.Module, optimizer: torch.optim.AdamW, ema: EMA) -> Tensors:
     """The groups of tensors of a checkpoint."""
-    names = [name for name, _ in network.named_parameters()]
     return {
         "model_unet": network.state_dict(),
-        "optimizer_unet": optimizer_tensors(optimizer, names),
+        "optimizer_unet": optimizer_tensors(optimizer, network),
         "ema": ema.state(),
     }
 

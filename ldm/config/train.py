@@ -9,6 +9,7 @@ from autoencoder.config import MOST_CHANNELS, MOST_UPDATES, ConfigError, at_leas
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 SAVE_ERRORS = ("stop", "continue")
 
 
@@ -34,7 +35,9 @@ class TrainConfig:
     steps: int = 100_000
     batch_size: int = 64  # the GLOBAL batch of one update
     micro_batch: int | None = None  # per process and forward pass; null: batch_size / processes
+    optimizer: str = "adamw"  # or muon: for the matrices of hidden layers, and AdamW for the rest
     lr: float = 1e-4
+    muon_lr: float | None = None  # learning rate of those matrices; null: lr
     lr_schedule: str = "constant"
     warmup: int = 0  # updates of linear warm-up
     lr_end: float = 0.0  # cosine: final learning rate, as a fraction of lr
@@ -70,14 +73,17 @@ class TrainConfig:
         one_of(self, SAVE_ERRORS, "save_errors")
         at_least(self, 0.0, "weight_decay", "adam_eps")
         between(self, 0, MOST_UPDATES, "warmup")
-        at_least(self, 1e-12, "lr", "clip")
+        at_least(self, 1e-12, "lr", "muon_lr", "clip")
         between(self, 0.0, 1.0, "lr_end")
         between(self, 0.0, 0.9999999, "ema_decay")
         between(self, 0, 2**63 - 1, "seed")
+        one_of(self, OPTIMIZERS, "optimizer")
         one_of(self, PRECISIONS, "mixed_precision")
         one_of(self, LR_SCHEDULES, "lr_schedule")
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise ConfigError("muon_lr is for optimizer: muon: leave it out")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             multiple = f"a multiple of checkpoint_every {self.checkpoint_every}"
             raise ConfigError(f"keep_every {self.keep_every} is not {multiple}")

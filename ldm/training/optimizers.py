@@ -1,4 +1,4 @@
-"""One AdamW for each network of a task: learning rates, gradient norms, and a step of all or of none."""
+"""One optimizer for each network of a task: learning rates, gradient norms, and a step of all or of none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TrainConfig
+from ldm.training.muon import Muon, hidden_matrices
 
 
 def learning_rate(config: TrainConfig, update: int) -> float:
@@ -23,29 +24,20 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 
 class Optimizers:
-    """Fused AdamW on ``networks``, and the loss scaler of float16 (None without it).
+    """Fused AdamW or Muon on ``networks``, and the loss scaler of float16 (None without it).
 
     ``each``: the optimizers by network.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], config: TrainConfig, scaler: Any) -> None:
         self.networks, self.config, self.scaler = networks, config, scaler
-        self.each = {
-            name: torch.optim.AdamW(
-                network.parameters(),
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )  # type: ignore[arg-type]
-            for name, network in networks.items()
-        }
+        self.each = {name: _optimizer(network, config) for name, network in networks.items()}
 
     def begin(self, update: int, scale: Callable[[str], float]) -> None:
         """Set each network's rate, ``scale`` times the run's, and drop the gradients of the last update."""
         for name, optimizer in self.each.items():
-            optimizer.param_groups[0]["lr"] = learning_rate(self.config, update) * scale(name)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, update) * scale(name) * group.get("ratio", 1.0)
             optimizer.zero_grad(set_to_none=True)
 
     def norm(self, name: str) -> Tensor:
@@ -60,7 +52,7 @@ class Optimizers:
         ).detach()
 
     def step(self, finite: Tensor) -> None:
-        """Step all, or none of them where ``finite`` (a bool on the device) is false: fused AdamW decides there."""
+        """Step all, or none of them where ``finite`` (a bool on the device) is false: they decide there."""
         taking_part = [name for name in self.each if not self._idle(name)]
         for name in taking_part:
             self.each[name].found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -72,3 +64,13 @@ class Optimizers:
         return self.each[name].param_groups[0]["lr"] == 0.0 or all(
             p.grad is None for p in self.networks[name].parameters()
         )
+
+
+def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+    matrices = hidden_matrices(network) if config.optimizer == "muon" else []
+    if not matrices:  # a discriminator, or a learned schedule
+        return torch.optim.AdamW(network.parameters(), fused=True, **settings)  # type: ignore[arg-type]
+    held = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in held]
+    return Muon(matrices, others, 1.0 if config.muon_lr is None else config.muon_lr / config.lr, settings)

@@ -24,7 +24,7 @@ class TrainingState:
     """Networks, their optimizers, the average, the loss scaler of float16 (None without), and what the task adds."""
 
     task: Task
-    optimizers: Mapping[str, torch.optim.AdamW]
+    optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA
     scaler: Any
     surroundings: Mapping[str, Any]  # versions, device and threads of this start
@@ -34,9 +34,7 @@ class TrainingState:
         groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
         for name, network in self.task.networks.items():
             groups[f"model_{name}"] = network.state_dict()
-            groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(
-                self.optimizers[name], [n for n, _ in network.named_parameters()]
-            )
+            groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], network)
         return groups
 
     def scalars(self, step: int) -> dict[str, Any]:
@@ -61,8 +59,7 @@ class TrainingState:
             ) from None
         for name, network in self.task.networks.items():
             network.load_state_dict(tensors[f"model_{name}"])
-            names = [n for n, _ in network.named_parameters()]
-            checkpoint.restore_optimizer(self.optimizers[name], names, tensors[f"optimizer_{name}"])
+            checkpoint.restore_optimizer(self.optimizers[name], network, tensors[f"optimizer_{name}"])
         self.ema.load(tensors["ema"])
         if changed := starts.changed(scalars.get("surroundings"), self.surroundings):
             warnings.warn(f"{changed}: the end may differ in the last bits from that of an unbroken run", stacklevel=1)

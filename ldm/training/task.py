@@ -29,7 +29,7 @@ class Reporter(Protocol):
 class Task(Protocol):
     """One stage of training: networks, data, and the contribution of one micro-batch."""
 
-    networks: dict[str, nn.Module]  # trained, each by an AdamW of its own
+    networks: dict[str, nn.Module]  # trained, each by an optimizer of its own
     averaged: str  # the network that the EMA follows
     stream: Stream
     validation: Stream

@@ -197,12 +197,11 @@ def test_stale_folders_of_the_dead_go_and_of_the_living_stay(tmp_path: Path) -> 
     assert not dead.exists() and not own.exists() and living.exists()
 
 
-def network() -> tuple[nn.Module, list[str]]:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3), nn.Linear(4, 4)).to(
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3), nn.Linear(4, 4)).to(
         memory_format=torch.channels_last
     )
-    return model, [name for name, _ in model.named_parameters()]
 
 
 def updates(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -218,48 +217,48 @@ def updates(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("stop", [0, 3, 8])
 def test_optimizer_continues_bit_for_bit(tmp_path: Path, fused: bool, stop: int) -> None:
-    model, names = network()
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     updates(model, optimizer, 0, stop)
     path = save(
         tmp_path,
         stop,
-        {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, names)},
+        {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, model)},
         {},
         CONFIG,
     )
     assert len(load(path)[0]["optimizer"]) == {0: 0, 3: 12, 8: 18}[stop]
     updates(model, optimizer, stop, 12)
 
-    again, _ = network()
+    again = network()
     resumed = torch.optim.AdamW(again.parameters(), lr=1e-2, fused=fused)
     updates(again, resumed, 20, 22)  # a different past, to be overwritten
     read, _ = load(path)
     again.load_state_dict(read["model"])
-    checkpoint.restore_optimizer(resumed, names, read["optimizer"])
+    checkpoint.restore_optimizer(resumed, again, read["optimizer"])
     updates(again, resumed, stop, 12)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_optimizer_faults_are_named() -> None:
-    model, names = network()
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters())
     updates(model, optimizer, 0, 6)
-    good = checkpoint.optimizer_tensors(optimizer, names)
+    good = checkpoint.optimizer_tensors(optimizer, model)
     for bad, message in [
         ({**good, "x.step": torch.tensor(1.0)}, "x.step belongs to no parameter"),
         ({k: v for k, v in good.items() if k != "0.bias.step"}, "0.bias is incomplete"),
         ({**good, "0.bias.exp_avg": torch.zeros(9)}, "0.bias is incomplete or not of the parameter's shape"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.restore_optimizer(optimizer, names, bad)
-    with pytest.raises(CheckpointError, match="6 parameters, but 5 names"):
-        checkpoint.restore_optimizer(optimizer, names[:5], good)
+            checkpoint.restore_optimizer(optimizer, model, bad)
+    with pytest.raises(CheckpointError, match="6 parameters, which are not the 4 of the network"):
+        checkpoint.restore_optimizer(optimizer, model[:3], good)
     amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True)
     updates(model, amsgrad, 0, 1)
     with pytest.raises(CheckpointError, match="max_exp_avg_sq"):
-        checkpoint.optimizer_tensors(amsgrad, names)
+        checkpoint.optimizer_tensors(amsgrad, model)
 
 
 def test_manifest_lists_every_file(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ Damage = Callable[[pytest.MonkeyPatch], None]
 
 @pytest.fixture(scope="module")
 def configs(stages: Stages) -> dict[str, Path]:
-    """Configurations of the five stages; the classifier's classes are the folders of a few pictures."""
+    """Configurations of the five stages, and one with Muon; the classifier's classes are folders of a few pictures."""
     folder = stages.folder
     for name, colour in (("dark", 40), ("light", 200)):
         (folder / "photos" / name).mkdir(parents=True)
@@ -57,10 +57,14 @@ def configs(stages: Stages) -> dict[str, Path]:
             **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip", "init": f"{folder}/ldm",
             "train": {**TRAIN, "lora": {"rank": 2}},
         },
+        "muon": {
+            **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip",
+            "train": {**TRAIN, "optimizer": "muon"},
+        },
     }  # fmt: skip
     for name, tree in more.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": f"{folder}/{name}", **tree}))
-    return {name: folder / f"{name}.yaml" for name in ("autoencoder", "clip", "ldm", "classifier", "lora")}
+    return {name: folder / f"{name}.yaml" for name in ("autoencoder", "clip", "ldm", *more)}
 
 
 def rows(said: str) -> dict[str, list[str]]:
@@ -73,7 +77,7 @@ def content(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm", "classifier", "lora"])
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm", "classifier", "lora", "muon"])
 def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.CaptureFixture[str], name: str) -> None:
     before = content(configs[name].parent)
     assert main(["verify-resume", str(configs[name]), "--updates", "4"]) == 0, capsys.readouterr().err
@@ -83,13 +87,14 @@ def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.Ca
         and "killed within update 4, then resumed from the checkpoint of update 2" in said
     )
     found = rows(said)
-    network = {"ldm": "unet", "lora": "unet"}.get(name, name)
+    network = {"ldm": "unet", "lora": "unet", "muon": "unet"}.get(name, name)
     wanted = [f"{what} of {network}" for what in ("weights", "exp_avg", "exp_avg_sq")] + ["EMA", "state of the task"]
     assert all(found[row] == ["equal", "0", "0"] for row in wanted)
     assert all(
         found[row] == ["0", "0"]
         for row in ("positions read", "samples, draws included", "learning rates", "logged figures")
     )
+    assert ("momentum_buffer of unet" in found) == (name == "muon")
     assert ("exp_avg of discriminator" in found) == (
         name == "autoencoder"
     )  # it has joined, although loss.gan_start is 2

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import config as configuration
 from ldm.errors import CheckpointError
@@ -226,35 +226,37 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else f"of shape {'×'.join(map(str, shape)) or '()'}"
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter; a group may name others as `moments`
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as tensors `<parameter name>.<moment>`; a parameter without state is left out.
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as tensors `<parameter name>.<moment>`; a parameter without state is left out.
 
-    ``names`` are in the order of the parameter groups. The tensors are live: ``snapshot`` copies
-    them.
+    The tensors are live: ``snapshot`` copies them.
     """
     flat = {}
-    for name, parameter, _ in _named(optimizer, names):
-        state = optimizer.state.get(parameter) or {}
-        if state and set(state) != set(MOMENTS):
-            states = f"{', '.join(state)}, should have {', '.join(MOMENTS)} (AdamW)"
-            raise CheckpointError(f"optimizer: {name} has the state {states}")
+    for name, parameter, group in _named(optimizer, network):
+        state, moments = optimizer.state.get(parameter) or {}, _moments(group)
+        if state and set(state) != set(moments):
+            raise CheckpointError(
+                f"optimizer: {name} has the state {', '.join(state)}, should have {', '.join(moments)}"
+            )
         flat |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     return flat
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Restore AdamW's state from ``optimizer_tensors``, bit for bit.
+def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the state from ``optimizer_tensors``, bit for bit.
 
     Learning rate and other settings stay those of ``optimizer``. Raises CheckpointError, before any
     change.
     """
     states, left = [], dict(tensors)
-    for name, parameter, group in _named(optimizer, names):
-        saved = {key: left.pop(f"{name}.{key}") for key in MOMENTS if f"{name}.{key}" in left}
-        if saved and (len(saved) < len(MOMENTS) or any(saved[key].shape != parameter.shape for key in MOMENTS[:2])):
+    for name, parameter, group in _named(optimizer, network):
+        moments = _moments(group)
+        saved = {key: left.pop(f"{name}.{key}") for key in moments if f"{name}.{key}" in left}
+        shapes = {key: torch.Size() if key == "step" else parameter.shape for key in moments}
+        if saved and {key: tensor.shape for key, tensor in saved.items()} != shapes:
             shape = tuple(parameter.shape)
             raise CheckpointError(
                 f"optimizer: the state of {name} is incomplete or not of the parameter's shape {shape}"
@@ -274,8 +276,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         optimizer.state[parameter] = state
 
 
-def _named(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    pairs = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    if len(pairs) != len(names):
-        raise CheckpointError(f"the optimizer has {len(pairs)} parameters, but {len(names)} names were given")
-    return [(name, parameter, group) for name, (parameter, group) in zip(names, pairs, strict=True)]
+def _moments(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return group.get("moments", MOMENTS)
+
+
+def _named(optimizer: torch.optim.Optimizer, network: nn.Module) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    """Name, parameter and group of each parameter of ``network``, in its order."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    named = list(network.named_parameters())
+    if groups.keys() != {id(parameter) for _, parameter in named}:
+        raise CheckpointError(
+            f"the optimizer has {len(groups)} parameters, which are not the {len(named)} of the network"
+        )
+    return [(name, parameter, groups[id(parameter)]) for name, parameter in named]
