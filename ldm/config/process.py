@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from autoencoder.config import ConfigError, at_least, between, one_of
 
-SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal")
+SCHEDULES = ("linear", "linear_rescaled", "scaled_linear", "cosine", "sigmoid", "sigmoid_signal", "rectified_flow")
+FIXED = ("cosine", "sigmoid_signal", "rectified_flow")  # those without beta_start and beta_end
 LEARNED = "learned"  # the schedule that is trained with the network
 GIVEN = "given"  # the schedule whose β are listed in the configuration
-TARGETS = ("eps", "x0", "v", "score")  # rows of ldm.diffusion.targets.TABLE
+TARGETS = ("eps", "x0", "v", "score", "flow")  # rows of ldm.diffusion.targets.TABLE
 BLIND = ("eps", "score")  # those of them that say nothing of x_0 where no signal is left
 WEIGHTINGS = ("simple", "min_snr", "p2", "variational_beta", "variational_posterior", "score_matching")
-TIMESTEPS = ("uniform", "stratified", "importance")
+TIMESTEPS = ("uniform", "stratified", "logit_normal", "importance")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ScheduleConfig:
         between(self, 2, 100_000, "num_steps")
         between(self, 1e-12, 0.999, "beta_start", "beta_end")
         between(self, 1e-3, 1e3, "shift")
-        if self.name in ("cosine", "sigmoid_signal", GIVEN) and (self.beta_start, self.beta_end) != (None, None):
+        if self.name in (*FIXED, GIVEN) and (self.beta_start, self.beta_end) != (None, None):
             raise ConfigError(f"beta_start and beta_end have no meaning for the {self.name} schedule: leave them out")
         if self.name == "linear_rescaled" and (self.beta_end or 0.02) * 1000 / self.num_steps >= 1:
             raise ConfigError(

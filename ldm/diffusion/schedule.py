@@ -67,6 +67,17 @@ def sigmoid_signal_betas(
     return (1 - bar[1:] / bar[:-1]).clamp(max=max_beta)
 
 
+def rectified_flow_betas(num_steps: int, max_beta: float = 0.999) -> Float[Tensor, " T"]:
+    """ᾱ of the straight path (1 − τ) x_0 + τ ε, divided by √((1 − τ)² + τ²), with τ = t/T (Liu et al. 2023).
+
+    With the target ``flow`` it trains a rectified flow whose network sees inputs of unit variance. The last β is
+    clipped as for cosine.
+    """
+    tau = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    bar = (1 - tau).square() / ((1 - tau).square() + tau.square())
+    return (1 - bar[1:] / bar[:-1]).clamp(max=max_beta)
+
+
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": linear_betas,
     "linear_rescaled": linear_rescaled_betas,
@@ -74,6 +85,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "cosine": cosine_betas,
     "sigmoid": sigmoid_betas,
     "sigmoid_signal": sigmoid_signal_betas,
+    "rectified_flow": rectified_flow_betas,
 }
 
 

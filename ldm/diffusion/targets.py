@@ -5,10 +5,10 @@ Every target is a combination of the two parts of x_t = a x_0 + s ε:
     prediction = (p ε + q x_0) / r
 
 with p, q and r functions of (a, s): ε, x_0, v = a ε − s x_0 (Salimans & Ho 2022), the score −ε/s,
-and the velocity ε − x_0 of rectified flow (Liu et al. 2023), which no training configuration offers
-yet. Everything that depends on the target follows from its row: the training target, x̂_0 and ε̂ of
-a prediction, the prediction for an x̂_0, the ratio of squared errors, and the change of a
-prediction with its score. A new target is a row here and its name in ``ldm.config.TARGETS``.
+and the velocity ε − x_0 of rectified flow (Liu et al. 2023). Everything that depends on the target
+follows from its row: the training target, x̂_0 and ε̂ of a prediction, the prediction for an x̂_0,
+the ratio of squared errors, and the change of a prediction with its score. A new target is a row
+here and its name in ``ldm.config.TARGETS``.
 
 ``a`` and ``s`` are passed by the caller, with the dtype and number of dimensions of the tensors.
 """

@@ -1,4 +1,4 @@
-"""Timesteps of a training step: uniform, stratified over an update, or by importance.
+"""Timesteps of a training step: uniform, stratified over an update, logit-normal, or by importance.
 
 docs/equations.md T1, L7. Each t is made from a random number in [0, 1) that comes with the sample,
 as a function of its position in the training stream. So t does not depend on how an update is split
@@ -32,6 +32,14 @@ def in_strata(uniform: Float[Tensor, " b"], place: Int[Tensor, " b"], batch_size
     expectation.
     """
     return (place + uniform.double()) / batch_size
+
+
+def logit_normal_timesteps(uniform: Float[Tensor, " b"], num_steps: int) -> Int[Tensor, " b"]:
+    """t = T · sigmoid(n) of standard normal n: most in the middle (Esser et al. 2024, section 3.1).
+
+    The losses are not reweighted: the distribution is the weighting.
+    """
+    return uniform_timesteps(torch.sigmoid(torch.special.ndtri(uniform.double())), num_steps)
 
 
 class LossHistory:
@@ -108,6 +116,8 @@ class Timesteps:
         """t of the samples at these positions, and the weight of each loss in the mean."""
         if self.history is not None:
             return self.history.draw(uniform)
+        if self.name == "logit_normal":
+            return logit_normal_timesteps(uniform, self.num_steps), torch.ones_like(uniform)
         if self.name == "stratified":
             uniform = in_strata(uniform, position % self.batch_size, self.batch_size)
         return uniform_timesteps(uniform, self.num_steps), torch.ones_like(uniform)

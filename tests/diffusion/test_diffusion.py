@@ -143,7 +143,7 @@ def test_a_resolution_shift_moves_lambda(schedule: Schedule, ratio: float) -> No
 
 
 def test_schedules_as_printed() -> None:
-    """F5's other rows: β scaled by 1000/T, β through a sigmoid, ᾱ through a sigmoid, β as given."""
+    """F5's other rows: β scaled by 1000/T, β or ᾱ through a sigmoid, a straight path, β as given."""
     torch.testing.assert_close(SCHEDULES["linear_rescaled"](250), 4 * SCHEDULES["linear"](250))
     expected = [1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * i / 99)) for i in range(100)]
     torch.testing.assert_close(SCHEDULES["sigmoid"](100), torch.tensor(expected, dtype=torch.float64))
@@ -151,6 +151,8 @@ def test_schedules_as_printed() -> None:
     bar = [(logistic[-1] - value) / (logistic[-1] - logistic[0]) for value in logistic]
     table = Schedule.from_config(ScheduleConfig("sigmoid_signal", 100)).alphas_cumprod
     torch.testing.assert_close(table[:98], torch.tensor(bar[1:99], dtype=torch.float64))  # the last β is clipped
+    flow, tau = Schedule.from_config(ScheduleConfig("rectified_flow", 100)), torch.arange(1, 99).double() / 100
+    torch.testing.assert_close(flow.alpha(torch.arange(98)) / flow.sigma(torch.arange(98)), (1 - tau) / tau)
     given = ScheduleConfig("given", 3, betas=(0.1, 0.2, 1.0))
     assert Schedule.from_config(given).betas.tolist() == [0.1, 0.2, 1.0]
 

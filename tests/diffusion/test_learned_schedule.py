@@ -92,7 +92,7 @@ def test_each_table_is_differentiable_in_its_own_parameters_alone() -> None:
 
 # ---------------------------------------------------------------- the gradients
 
-TARGETS = ("eps", "x0", "v", "score")
+TARGETS = ("eps", "x0", "v", "score", "flow")
 
 
 def network(channels: int, outputs: int) -> Function:
@@ -118,9 +118,8 @@ def error(gamma: Tensor, model: Function, target: str, x0: Tensor, eps: Tensor, 
     a, s = bar.sqrt(), (1 - bar).sqrt()
     x_t = a * x0 + s * eps
     said = model(x_t, t, Condition())[:, : x0.shape[1]]
-    guess = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said, "score": (x_t + s * s * said) / a}[
-        target
-    ]
+    guesses = {"eps": (x_t - s * said) / a, "x0": said, "v": a * x_t - s * said, "score": (x_t + s * s * said) / a}
+    guess = (guesses | {"flow": (x_t - s * said) / (a + s)})[target]
     return (bar / (1 - bar) * (x0 - guess).square()).mean(1)
 
 

@@ -396,6 +396,17 @@ def test_the_step_is_unbiased(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3 * expected.abs().max().item())
 
 
+def test_logit_normal_timesteps_are_a_sigmoid_of_the_normal() -> None:
+    """The share of every tenth of T, against the distribution function Φ(logit t/T); its losses are not reweighted."""
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t, weight = Timesteps("logit_normal", 1000, 4).draw(uniform, torch.zeros(100_000, dtype=torch.int64))
+    below = [torch.distributions.Normal(0, 1).cdf(torch.logit(torch.tensor(i / 10))).item() for i in range(1, 10)]
+    assert [round((t < 100 * i).double().mean().item(), 3) for i in range(1, 10)] == [round(b, 3) for b in below]
+    assert bool((weight == 1).all())
+    t, _ = Timesteps("logit_normal", 1000, 4).draw(torch.tensor([0.0, 1 - 2**-24]), torch.zeros(2, dtype=torch.int64))
+    assert t[0] == 0 and 990 <= t[1] < 1000
+
+
 # ---------------------------------------------------------------- models and their folders
 
 
@@ -410,7 +421,7 @@ def model(target: str = "v", learned: bool = True) -> Pipeline:
     )
 
 
-@pytest.mark.parametrize(("target", "learned"), [("v", True), ("score", True), ("score", False)])
+@pytest.mark.parametrize(("target", "learned"), [("v", True), ("score", True), ("score", False), ("flow", False)])
 def test_such_a_model_carries_our_names_and_opens_again(target: str, learned: bool, tmp_path: Path) -> None:
     written = model(target, learned)
     with pytest.raises(ConfigError, match="cannot be expressed as a diffusers StableDiffusionPipeline"):
@@ -423,7 +434,7 @@ def test_such_a_model_carries_our_names_and_opens_again(target: str, learned: bo
     assert list(names.values()) == [
         "LatentDiffusionPipeline",
         "LatentDiffusionUNet" if learned else "UNet2DConditionModel",
-        "LatentDiffusionScheduler" if target == "score" else "DDIMScheduler",
+        "LatentDiffusionScheduler" if target in ("score", "flow") else "DDIMScheduler",
     ]
     again = Pipeline.from_pretrained(tmp_path / "model", "cpu")
     assert (again.target, again.learned_variance, again.unet.in_channels, again.unet.out_channels) == (
@@ -450,6 +461,7 @@ def test_diffusers_names_what_it_cannot_open() -> None:
     assert ours_alone(bundle(False, "v")) is None
     assert ours_alone(bundle(True, "v")) == "with a learned variance"
     assert ours_alone(bundle(False, "score")) == "with a score target"
+    assert ours_alone(bundle(False, "flow")) == "with a flow target"
 
 
 @pytest.mark.parametrize("concat", [0, 5])

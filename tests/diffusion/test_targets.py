@@ -40,10 +40,9 @@ def samples(n: int = 200) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
 
 
-def test_the_rows_are_those_of_the_configuration_and_rectified_flow() -> None:
-    assert set(targets.TABLE) == set(DEFINITIONS) == {*TARGETS, "flow"}
+def test_the_rows_are_those_of_the_configuration() -> None:
+    assert set(targets.TABLE) == set(DEFINITIONS) == set(TARGETS)
     assert {name for name in TARGETS if targets.blind(name)} == set(BLIND) == {"eps", "score"}
-    assert not targets.blind("flow")
 
 
 @everywhere

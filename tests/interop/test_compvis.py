@@ -734,7 +734,7 @@ def without_context() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: dataclasses.replace(b, scheduler=scheduler("score")), "score target"),
+        (lambda b: dataclasses.replace(b, scheduler=scheduler("score")), "no score or flow target"),
         (lambda b: dataclasses.replace(b, scheduler=None), "without its scheduler"),
         (lambda b: dataclasses.replace(b, parts={UNET: unet_part(without_context())}), "without a context"),
         (lambda b: Bundle({VAE: Part({**b.parts[VAE].config, "shift_factor": 0.1}, b.parts[VAE].tensors)}),

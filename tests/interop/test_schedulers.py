@@ -184,8 +184,8 @@ def test_what_is_not_offered_is_said(written: Path, layout: dict[str, Any], mess
 def test_an_unknown_key_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown key predictoin_type: did you mean prediction_type"):
         scheduler_from_diffusers({"predictoin_type": "v_prediction"})
-    with pytest.raises(ConfigError, match="prediction_type 'flow' is not offered"):
-        scheduler_from_diffusers({"prediction_type": "flow"})
+    with pytest.raises(ConfigError, match="prediction_type 'flow_prediction' is not offered"):
+        scheduler_from_diffusers({"prediction_type": "flow_prediction"})
     with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler has no β of a noise schedule"):
         scheduler_from_diffusers(
             dict(diffusers.FlowMatchEulerDiscreteScheduler().config)

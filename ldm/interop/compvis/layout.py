@@ -34,6 +34,7 @@ from ldm.interop.compvis.inferred import Hints, infer_scheduler, infer_text, inf
 from ldm.interop.compvis.names import Slot, text_slots, unet_slots, vae_slots
 from ldm.interop.compvis.schedule import buffers, schedule_of
 from ldm.interop.compvis.shapes import Shapes, missing, one_line
+from ldm.interop.diffusers.schedulers import OWN_TARGETS
 from ldm.interop.sizes import check_sizes
 from ldm.interop.weights import check_tensors
 
@@ -217,8 +218,8 @@ def _check_expressible(bundle: Bundle, openclip: bool) -> None:
         "no U-Net without its scheduler": bool(unet) and bundle.scheduler is None,
         "no U-Net without a context (CompVis' unconditional one has other attention blocks)": bool(unet)
         and all(width is None for width in (context if isinstance(context, (list, tuple)) else [context])),
-        "no score target, only eps, v and x0": bundle.scheduler is not None
-        and bundle.scheduler.get("prediction_type") == "score",
+        "no score or flow target, only eps, v and x0": bundle.scheduler is not None
+        and bundle.scheduler.get("prediction_type") in OWN_TARGETS,
         "no shift of the latents, only a scale (shift_factor)": bool(vae.get("shift_factor")),
         "no mean and deviation per latent channel (latents_mean, latents_std)": vae.get("latents_mean") is not None
         or vae.get("latents_std") is not None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.diffusers.scheduler_keys import class_name
-from ldm.interop.diffusers.schedulers import OUR_SCHEDULER, scheduler_from_diffusers
+from ldm.interop.diffusers.schedulers import OUR_SCHEDULER, OWN_TARGETS, scheduler_from_diffusers
 from ldm.interop.diffusers.unet import DIFFUSERS_UNET, DIFFUSERS_VERSION, unet_from_diffusers
 
 OUR_PIPELINE = "LatentDiffusionPipeline"  # the class name of models that diffusers cannot express
@@ -29,7 +29,7 @@ def ours_alone(bundle: Bundle) -> str | None:
         "with a vector, label or concatenated condition": unet.config.class_embedded
         or unet.config.concat_channels not in (0, unet.in_channels + 1),
         "with a learned variance": unet.learned_variance,
-        "with a score target": target == "score",
+        f"with a {target} target": target in OWN_TARGETS,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

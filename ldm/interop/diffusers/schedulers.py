@@ -11,10 +11,11 @@ from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers.scheduler_keys import PROCESSES, READS, check_keys, class_name, settings
 from ldm.interop.diffusers.unet import DIFFUSERS_VERSION
 
-OUR_SCHEDULER = "LatentDiffusionScheduler"  # the class name with a score target, which diffusers lacks
+OUR_SCHEDULER = "LatentDiffusionScheduler"  # the class name with one of OWN_TARGETS
 DIFFUSERS_SCHEDULER = "DDIMScheduler"
 
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "score": "score"}  # score: only here
+OWN_TARGETS = ("score", "flow")  # diffusers lacks them, or has them with another process
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"} | {name: name for name in OWN_TARGETS}
 _TARGETS = {name: target for target, name in _PREDICTIONS.items()}
 _TARGETS["original_sample"] = "x0"  # EulerDiscreteScheduler's name
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -94,14 +95,14 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: Sample
     """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process and target.
 
     The grid is that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a
-    name in diffusers is written as its table of β, a score target under our own class name.
+    name in diffusers is written as its table of β, OWN_TARGETS under our own class name.
     """
     sample = sample or SampleConfig()
     start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
     named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
     betas = None if named else Schedule.from_config(schedule).betas.tolist()
     return {
-        "_class_name": OUR_SCHEDULER if target == "score" else DIFFUSERS_SCHEDULER,
+        "_class_name": OUR_SCHEDULER if target in OWN_TARGETS else DIFFUSERS_SCHEDULER,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),
