@@ -53,19 +53,25 @@ class Muon(torch.optim.Optimizer):
         self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._adamw.step()
         group, finite = self.param_groups[1], self.found_inf == 0
-        for alike in _by_matrix(group["params"]):
-            momenta = []
-            for parameter in alike:
-                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                gradient = parameter.grad
-                buffer.copy_(torch.where(finite, MOMENTUM * buffer + gradient, buffer))
-                momenta.append((gradient + MOMENTUM * buffer).flatten(1))  # Nesterov's
-            updates = orthogonalised(torch.stack(momenta))
-            scale = ADAMW_RMS * max(updates.shape[1:]) ** 0.5
-            for parameter, update in zip(alike, updates.unbind(), strict=True):
-                decayed = parameter * (1 - group["lr"] * group["weight_decay"])
-                stepped = decayed - group["lr"] * scale * update.view(parameter.shape)
-                parameter.copy_(torch.where(finite, stepped, parameter))
+        taking_part = [parameter for parameter in group["params"] if parameter.grad is not None]
+        gradients = [torch.where(finite, parameter.grad, 0.0) for parameter in taking_part]
+        momenta = [self._momentum(parameter) for parameter in taking_part]
+        torch._foreach_mul_(momenta, torch.where(finite, MOMENTUM, 1.0))
+        torch._foreach_add_(momenta, gradients)
+        directions = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)  # Nesterov's
+        rate = group["lr"] * finite
+        torch._foreach_mul_(taking_part, 1 - rate * group["weight_decay"])
+        for places in _equal_matrices(taking_part):
+            updates = orthogonalised(torch.stack([directions[i].flatten(1) for i in places]))
+            updates *= rate * ADAMW_RMS * max(updates.shape[1:]) ** 0.5
+            for i, update in zip(places, updates, strict=True):
+                taking_part[i].sub_(update.view(taking_part[i].shape))
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -90,10 +96,9 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return (product @ x).to(matrices.dtype)
 
 
-def _by_matrix(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters with a gradient, in groups that are equal in shape once flattened to matrices."""
-    groups: dict[tuple[int, int], list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
-    return list(groups.values())
+def _equal_matrices(parameters: list[Tensor]) -> Iterable[list[int]]:
+    """Places of the parameters that are equal in shape once flattened to matrices."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        groups.setdefault((len(parameter), parameter[0].numel()), []).append(i)
+    return groups.values()

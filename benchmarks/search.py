@@ -1,0 +1,142 @@
+"""Compare settings of the demo at equal training time, by the strict judge: what each change is worth.
+
+python benchmarks/search.py benchmarks/search.yaml                   every row, two at a time on two cores
+python benchmarks/search.py benchmarks/search.yaml --only base flow  these rows
+
+A row names the settings of the autoencoder, the text encoder and the diffusion model in which it differs from the
+file's configurations. A diffusion model is timed by a short run and then given as many updates as fit into --seconds;
+an autoencoder that differs likewise, with --autoencoder-seconds. Rows share stages that are equal. Every command has
+one thread, so two rows train side by side without disturbing each other; beside other work the table means nothing.
+Finished rows are not repeated: results.jsonl of --out keeps them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import yaml
+
+COMMANDS = {"autoencoder": "train-autoencoder", "text": "train-clip", "ldm": "train-ldm"}
+TRIAL = 40  # updates of the run that is timed
+NEVER = 10**6
+COLUMNS = ("updates", "validation loss", "all", "size", "colour", "shape")
+
+Changes = Mapping[str, Any]
+
+
+def ldm(*arguments: str) -> None:
+    """Run a command of ldm with one thread. Raises RuntimeError with its words if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "ldm", *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ldm {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+
+
+@dataclass
+class Bench:
+    """Trains each stage once, under ``root``, whatever number of rows needs it."""
+
+    configs: Mapping[str, str]
+    root: Path
+    seconds: Mapping[str, float]
+    locks: dict[Path, Lock] = field(default_factory=dict)
+    guard: Lock = field(default_factory=Lock)
+
+    def stage(self, kind: str, changes: Changes, *inputs: str) -> Path:
+        """The finished run of a stage with these changes."""
+        settings = [*inputs, *(f"{name}={json.dumps(value)}" for name, value in changes.items())]
+        digest = hashlib.sha256("\n".join([self.configs[kind], *settings]).encode()).hexdigest()[:8]
+        run = self.root / f"{kind}-{digest}"
+        with self.guard:
+            lock = self.locks.setdefault(run, Lock())
+        with lock:
+            if not (run / "model").exists():
+                if kind in self.seconds and (changes or kind == "ldm"):
+                    settings += self.steps(kind, settings, run.with_name(f"{run.name}-timed"))
+                ldm(COMMANDS[kind], self.configs[kind], f"run={run}", *settings)
+        return run
+
+    def steps(self, kind: str, settings: list[str], trial: Path) -> list[str]:
+        """The updates that fit into this stage's seconds, as settings."""
+        quiet = [f"train.{name}={NEVER}" for name in ("validate_every", "sample_every", "checkpoint_every")]
+        short = [f"train.steps={TRIAL}", f"train.log_every={TRIAL // 2}", "train.validation_size=1", *quiet]
+        ldm(COMMANDS[kind], self.configs[kind], f"run={trial}", *settings, *short)
+        rate = logged(trial)[-1]["updates_per_second"]
+        return [f"train.steps={max(TRIAL, round(rate * self.seconds[kind]))}", *quiet]
+
+    def row(self, name: str, row: Mapping[str, Changes], images: int) -> dict[str, Any]:
+        """Train and evaluate one row."""
+        autoencoder = self.stage("autoencoder", row.get("autoencoder", {}))
+        text = self.stage("text", row.get("text", {}))
+        run = self.stage("ldm", row.get("ldm", {}), f"autoencoder={autoencoder}", f"text={text}")
+        ldm("evaluate", str(run), "--images", str(images))
+        report, last = json.loads((run / "report.json").read_text()), logged(run)[-1]
+        found = next(iter(report["judge"].values()))["held_out"]
+        shapes = {
+            asked: seen.get(asked, 0) / sum(seen.values()) for asked, seen in report["confusion"]["held_out"].items()
+        }
+        return {
+            "name": name, "updates": last["step"], "validation loss": last["validation/loss"],
+            **{attribute: found[attribute]["accuracy"] for attribute in ("all", "size", "colour", "shape")},
+            "guidance": report["settings"]["guidance_scale"], "shapes": shapes,
+        }  # fmt: skip
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, the best row first."""
+    lines = [f"| change | {' | '.join(COLUMNS)} |", f"| --- | {' | '.join('---' for _ in COLUMNS)} |"]
+    for result in sorted(results, key=lambda result: -result["all"]):
+        values = (f"{result[c]:,}" if c == "updates" else f"{result[c]:.3f}" for c in COLUMNS)
+        lines.append(f"| {result['name']} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of rows")
+    parser.add_argument("--seconds", type=float, default=200, help="training of the diffusion model (default 200)")
+    parser.add_argument("--autoencoder-seconds", type=float, default=160, help="of an autoencoder (default 160)")
+    parser.add_argument("--images", type=int, default=800, help="judged for each set of captions (default 800)")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/search"))
+    options = parser.parse_args()
+    plan = yaml.safe_load(options.file.read_text())
+    if unknown := set(options.only or ()) - plan["rows"].keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(plan['rows'])}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file, seconds = options.out / "results.jsonl", {"ldm": options.seconds, "autoencoder": options.autoencoder_seconds}
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    bench, done = Bench(plan["configs"], options.out, seconds), {result["name"] for result in results}
+
+    def work(name: str) -> None:
+        result = bench.row(name, plan["rows"][name] or {}, options.images)
+        results.append(result)
+        with file.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+
+    wanted = [name for name in options.only or plan["rows"] if name not in done]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(work, wanted))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
