@@ -141,6 +141,7 @@ def test_hidden_matrices_of_a_unet() -> None:
     found = {name for name, p in network.named_parameters() if id(p) in held}
     left = {name for name, p in network.named_parameters() if p.ndim > 1} - found
     assert {name.split(".")[0] for name in found} == {"down_blocks", "mid_block", "up_blocks"}
+    assert not any("time_emb_proj" in name for name in found)
     assert all(name.startswith(("conv_in", "conv_out", "time_embedding")) or "time_emb_proj" in name for name in left)
     assert {"mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"} <= found
 
