@@ -6,7 +6,8 @@ under which a learning rate means as much as AdamW's. A convolution counts as th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,22 +79,34 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """U · S' · Vᵀ of each matrix U · S · Vᵀ: [b, m, n], with singular values S' near 1, by Newton and Schulz.
 
     The iteration multiplies X by a·1 + b·G + c·G² of G = X·Xᵀ. All these factors commute, so they are multiplied first,
-    on the smaller side's square, and X once, at the end.
+    on the smaller side's square, and X once, at the end. This needs float32: rounded to TF32, eigenvalues of G near 0
+    become negative, and those grow without bound.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalised(matrices.mT).mT
     a, b, c = NEWTON_SCHULZ
     x = matrices.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[1], device=gram.device).expand_as(gram)
-    product = identity
-    for i in range(ITERATIONS):
-        factor = torch.baddbmm(a * identity + b * gram, gram, gram, beta=1, alpha=c)
-        product = factor @ product if i else factor
-        if i < ITERATIONS - 1:
-            gram = factor @ gram @ factor
-    return (product @ x).to(matrices.dtype)
+    with _without_tf32():
+        gram = x @ x.mT
+        identity = torch.eye(gram.shape[1], device=gram.device).expand_as(gram)
+        product = identity
+        for i in range(ITERATIONS):
+            factor = torch.baddbmm(a * identity + b * gram, gram, gram, beta=1, alpha=c)
+            product = factor @ product if i else factor
+            if i < ITERATIONS - 1:
+                gram = factor @ gram @ factor
+        return (product @ x).to(matrices.dtype)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    held = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = held
 
 
 def _equal_matrices(parameters: list[Tensor]) -> Iterable[list[int]]:

@@ -50,6 +50,19 @@ def test_orthogonalised_of_small_singular_values_and_of_nothing() -> None:
     assert torch.equal(orthogonalised(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
 
 
+def test_orthogonalised_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    seen, multiply = [], torch.baddbmm
+
+    def watched(*arguments: Any, **settings: Any) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return multiply(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    orthogonalised(torch.randn(1, 4, 6))
+    assert seen == [False] * 5 and torch.backends.cuda.matmul.allow_tf32
+
+
 def step(optimizers: Optimizers, network: nn.Module, update: int, finite: bool = True) -> None:
     generator = torch.Generator().manual_seed(update)
     optimizers.begin(update, lambda _: 1.0)
