@@ -51,16 +51,19 @@ def test_orthogonalised_of_small_singular_values_and_of_nothing() -> None:
 
 
 def test_orthogonalised_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    seen, multiply = [], torch.baddbmm
+    seen, multiply, held = [], torch.baddbmm, torch.backends.cuda.matmul.allow_tf32
 
     def watched(*arguments: Any, **settings: Any) -> Tensor:
         seen.append(torch.backends.cuda.matmul.allow_tf32)
         return multiply(*arguments, **settings)
 
     monkeypatch.setattr(torch, "baddbmm", watched)
-    orthogonalised(torch.randn(1, 4, 6))
-    assert seen == [False] * 5 and torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # monkeypatch cannot: it is no attribute of its own
+    try:
+        orthogonalised(torch.randn(1, 4, 6))
+        assert seen == [False] * 5 and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = held
 
 
 def step(optimizers: Optimizers, network: nn.Module, update: int, finite: bool = True) -> None:
