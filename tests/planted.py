@@ -187,6 +187,11 @@ TRAINING: dict[str, list[Row]] = {
         ("betas are torch's own", '"betas": config.betas, ', "", "training::test_the_optimizer_is_adamw_as_configured"),
         ("epsilon is torch's own", '"eps": config.adam_eps, ', "", "training::test_the_optimizer_is_adamw_as_configured"),
     ],
+    "ldm/data/augment.py": [
+        ("mirrored images are turned only", "mirror = quarter.cos().round(), quarter.sin().round(), 1 - 2 * (turn % 2)", "mirror = quarter.cos().round(), quarter.sin().round(), 1", "augment::test_turns_are_the_eight_of_a_square"),
+        ("a zoom cuts beyond the image", "(1 - share) * (2 * draws[name] - 1)", "2 * draws[name] - 1", "augment::test_zoom_enlarges_a_part"),
+        ("all channels are inverted together", "2 ** torch.arange(channels, device=images.device) % 2", "2 ** torch.zeros(channels).long() % 2", "augment::test_colours_are_exchanged_inverted_and_faded"),
+    ],
     "ldm/training/muon.py": [
         ("no momentum", "torch.where(finite, MOMENTUM, 1.0)", "torch.where(finite, 0.0, 1.0)", "muon::test_steps_are_those_of_the_formula"),
         ("momentum is not Nesterov's", "torch._foreach_add(gradients, momenta, alpha=MOMENTUM)", "momenta", "muon::test_steps_are_those_of_the_formula"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoencoder.config import ConfigError
-from ldm.config.data import CAPTIONS, SOURCES, DataConfig
+from ldm.config.data import CAPTIONS, SOURCES, AugmentConfig, DataConfig
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import (
     GIVEN,
@@ -29,6 +29,7 @@ from ldm.config.sample import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, Samp
 from ldm.config.train import LR_SCHEDULES, PRECISIONS, TRACKERS, LoraConfig, TrainConfig
 
 __all__ = [
+    "AugmentConfig",
     "AutoencoderTrainingConfig",
     "CAPTIONS",
     "CLASSIFIER_FORMS",

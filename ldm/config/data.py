@@ -12,6 +12,23 @@ CAPTIONS = ("metadata", "sidecar", "class", "none")
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the images that an autoencoder trains on. Its captions do not matter, so all may change."""
+
+    turn: bool = False  # quarter turns, mirrored or not
+    zoom: float = 1.0  # the smallest part that is cut out and enlarged, as a share of the side; 1: none
+    colours: bool = False  # channels exchanged, inverted and faded
+
+    def __post_init__(self) -> None:
+        between(self, 0.05, 1.0, "zoom")
+
+    @property
+    def none(self) -> bool:
+        """True if nothing is changed."""
+        return self == AugmentConfig()
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Source of images and captions, and the transform to [c, size, size] in [−1, 1]."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
-from ldm.config.data import DataConfig
+from ldm.config.data import AugmentConfig, DataConfig
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import LEARNED, ObjectiveConfig, ScheduleConfig
 from ldm.config.sample import SampleConfig
@@ -22,6 +22,7 @@ class AutoencoderTrainingConfig:
 
     run: str
     data: DataConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

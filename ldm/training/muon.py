@@ -57,11 +57,11 @@ class Muon(torch.optim.Optimizer):
         taking_part = [parameter for parameter in group["params"] if parameter.grad is not None]
         gradients = [torch.where(finite, parameter.grad, 0.0) for parameter in taking_part]
         momenta = [self._momentum(parameter) for parameter in taking_part]
-        torch._foreach_mul_(momenta, torch.where(finite, MOMENTUM, 1.0))
-        torch._foreach_add_(momenta, gradients)
-        directions = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)  # Nesterov's
+        torch._foreach_mul_(momenta, torch.where(finite, MOMENTUM, 1.0))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(momenta, gradients)  # pyright: ignore[reportPrivateImportUsage]
+        directions = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
         rate = group["lr"] * finite
-        torch._foreach_mul_(taking_part, 1 - rate * group["weight_decay"])
+        torch._foreach_mul_(taking_part, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
         for places in _equal_matrices(taking_part):
             updates = orthogonalised(torch.stack([directions[i].flatten(1) for i in places]))
             updates *= rate * ADAMW_RMS * max(updates.shape[1:]) ** 0.5

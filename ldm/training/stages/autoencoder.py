@@ -25,6 +25,7 @@ from autoencoder.metrics import ACTIVE_VARIANCE, high_frequency_energy, kl_per_d
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderTrainingConfig, ConfigError
+from ldm.data import augment
 from ldm.data.dataset import Batch, RandomFields, Stream, validation_batches
 from ldm.data.sample import readable
 from ldm.data.sources import open_source
@@ -69,7 +70,7 @@ class AutoencoderTask:
                 seed + 1, lambda: make(model.image_channels, loss.disc_channels, loss.disc_layers)
             )
         self.source = open_source(config.data, "train")
-        draws = RandomFields({"posterior": self.latent_shape})
+        draws = RandomFields({"posterior": self.latent_shape}, () if config.augment.none else augment.DRAWS)
         self.stream = Stream(self.source, config.data, seed, draws)
         draws = RandomFields({"noise": self.latent_shape})
         self.validation = Stream(open_source(config.data, "validation"), config.data, seed, draws, validation=True)
@@ -133,7 +134,7 @@ class AutoencoderTask:
     def micro_step(
         self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
     ) -> dict[str, Tensor]:
-        loss, image = self.config.loss, batch["image"]
+        loss, image = self.config.loss, augment.augmented(batch["image"], batch, self.config.augment)
         reconstruction, posterior = networks["autoencoder"](image, batch["posterior"])
         terms = reconstruction_terms(reconstruction, image, posterior, loss, self.perceptual)
         # The terms on pixels meet at the reconstruction: their gradients there are taken once and go back together.
