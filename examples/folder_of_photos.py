@@ -21,8 +21,8 @@ from ldm.data.writing import check_new, write_folder
 from ldm.errors import DataError, UserError
 
 SPLITS = {
-    "train": ("astronaut", "coffee", "flower", "grass", "gravel", "motorcycle", "rocket"),
-    "validation": ("chelsea", "china"),
+    "train": ("astronaut", "chelsea", "china", "flower", "grass", "gravel", "rocket"),
+    "validation": ("coffee", "motorcycle"),
 }
 FRACTION = 0.1  # data.validation_fraction of the configurations
 
