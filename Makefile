@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora digits demo-two textures test slow signals torture fuzz mutants check format release clean
+.PHONY: help install demo demo-pixels demo-lora digits demo-two textures photos test slow signals torture fuzz mutants check format release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -24,7 +24,7 @@ help: ## list the targets
 .venv/installed: pyproject.toml constraints.txt
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %s: Python 3.11 or newer is needed" % sys.version.split()[0])'
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt -e ".[test,peers,digits]"
+	.venv/bin/python -m pip install -c constraints.txt -e ".[test,peers,digits,photos]"
 	touch $@
 
 install: $(READY) ## make the environment (.venv)
@@ -60,6 +60,14 @@ textures: $(READY) ## train and compare autoencoders without and with adversaria
 	$(LDM) train-autoencoder configs/textures/l1.yaml
 	$(LDM) train-autoencoder configs/textures/gan.yaml
 	$(LDM) compare-autoencoders runs/textures/l1 runs/textures/gan
+
+runs/photographs/crops: | $(READY)
+	$(PY) examples/folder_of_photos.py $@
+
+photos: runs/photographs/crops ## the same on crops of photographs
+	$(LDM) train-autoencoder configs/photographs/l1.yaml
+	$(LDM) train-autoencoder configs/photographs/gan.yaml
+	$(LDM) compare-autoencoders runs/photographs/l1 runs/photographs/gan
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)

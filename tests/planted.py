@@ -51,6 +51,10 @@ DATA: dict[str, list[Row]] = {
     "ldm/data/digits.py": [
         ("training holds the digits of validation", '== 0) == (split == "validation")', '== 0) >= (split == "validation")', "sources::test_digits_are_split_by_fives_and_keep_their_labels"),
     ],
+    "ldm/data/writing.py": [
+        ("a folder in use is written to", "if folder.exists() and not (", "if False and not (", "writing::test_what_exists_is_left_alone"),
+        ("an unfinished folder is left", "with whole(folder) as place:", "for place in (folder,):", "writing::test_a_folder_that_is_not_finished_is_not_there"),
+    ],
     "ldm/data/folder.py": [
         ("the shares of the splits are exchanged", '(split == "validation")]', '(split != "validation")]', "folder::test_split_is_stable_under_adding_files_and_has_the_asked_share"),
         ("validation holds training images", 'fraction) == (split == "validation")', 'fraction) <= (split == "validation")', "folder::test_folder_reads_images_captions_and_columns"),

@@ -1,30 +1,21 @@
 """The examples run as they stand, and the library's face offers what docs/library.md names."""
 
-import importlib.util
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.examples import example
 from support.stages import Stages
 
 import ldm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_all_stages_train_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
   ldm compare-autoencoders runs/textures/l1 runs/textures/gan
 
 Writes a picture (originals, then both reconstructions) and, as JSON beside it, metrics on validation
-images: PSNR in dB (higher is better), high-frequency energy of the reconstruction over the original's
-(median; 1 is right), and the mean logit of the trained discriminator (higher: more realistic to it).
+images: PSNR in dB and SSIM (higher is better), high-frequency energy of the reconstruction over the
+original's (median; 1 is right), and the mean logit of the trained discriminator (higher: more
+realistic to it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two autoencoders side by side: PSNR, high-frequency energy, and the logits of a discriminator."""
+"""Two autoencoders side by side: PSNR, SSIM, high-frequency energy, and the logits of a discriminator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.metrics import high_frequency_energy, psnr
+from autoencoder.metrics import SSIM_WINDOW, high_frequency_energy, psnr, ssim
 from ldm import config as configuration
 from ldm.config import AutoencoderTrainingConfig, ConfigError, DataConfig
 from ldm.data.sample import readable
@@ -35,7 +35,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
     """Measure both runs on the same validation images; save a picture to ``file`` and the metrics as JSON.
 
     ``adversarial`` was trained with a discriminator, which judges both. ``high_frequency`` is None if
-    no original has such detail.
+    no original has such detail, ``ssim`` if the images are smaller than its window.
 
     Raises:
         ConfigError: it was trained without one, or the runs have different data.
@@ -59,6 +59,7 @@ def compare(plain: Path, adversarial: Path, file: Path) -> dict[str, Any]:
         energy = energy[torch.isfinite(energy)]
         rows[name] = {
             "psnr": float(psnr(decoded, images).mean()),
+            "ssim": float(ssim(decoded, images).mean()) if images.shape[-1] >= SSIM_WINDOW else None,
             "high_frequency": float(energy.median()) if len(energy) else None,
             "logits": float(discriminator(decoded).mean()),
         }

@@ -10,6 +10,7 @@ from PIL import Image
 from support.stages import AUTOENCODER, TRAIN
 
 from ldm.cli.main import main
+from ldm.evaluation.compare_autoencoders import compare
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,17 @@ def test_few_images_and_two_runs_of_one_name_are_compared(runs: Path, monkeypatc
     assert list(metrics) == ["original", "plain/run", "gan/run"]  # of equal names the second would replace the first
     assert metrics["plain/run"]["high_frequency"] is None and np.isfinite(metrics["plain/run"]["psnr"])  # flat images
     assert Image.open(runs / "both.png").width > 100
+    for name in ("plain/run", "gan/run"):  # training measured the same model on the same images, before folding
+        *_, last = map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
+        for metric in ("psnr", "ssim"):
+            assert metrics[name][metric] == pytest.approx(last[f"validation/{metric}"], rel=1e-4)
+
+
+def test_ssim_is_null_below_its_window(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr("ldm.evaluation.compare_autoencoders.SSIM_WINDOW", 33)
+    rows = compare(Path("plain/run"), Path("gan/run"), Path("small.png"))
+    assert rows["plain/run"]["ssim"] is None and np.isfinite(rows["plain/run"]["psnr"])
 
 
 @pytest.mark.parametrize(
