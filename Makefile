@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora digits demo-two textures photos test slow signals torture fuzz mutants check format release clean
+.PHONY: help install demo demo-pixels demo-lora demo-lcm digits demo-two textures photos test slow signals torture fuzz mutants check format release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -43,6 +43,12 @@ demo-pixels: $(READY) ## train the demo in pixel space; likelihood of both model
 demo-lora: $(READY) ## train a LoRA that draws striped objects, and evaluate it (after demo)
 	$(LDM) train-ldm configs/demo-lora/ldm.yaml
 	$(LDM) evaluate runs/demo-lora
+
+demo-lcm: $(READY) ## distil the demo for 1, 2 and 4 steps, and evaluate it beside the demo (after demo)
+	$(LDM) train-ldm configs/demo-lcm/ldm.yaml
+	for n in 1 2 4; do $(LDM) evaluate runs/demo-lcm sample.steps=$$n --out runs/demo-lcm/steps-$$n || exit; done
+	$(LDM) evaluate runs/demo sample.steps=4 --out runs/demo-lcm/teacher-4
+	$(LDM) evaluate runs/demo --out runs/demo-lcm/teacher-10
 
 digits: $(READY) ## the demo on handwritten digits
 	$(LDM) train-autoencoder configs/digits/autoencoder.yaml

@@ -132,6 +132,17 @@ DIFFUSION: dict[str, list[Row]] = {
         ("leading has no offset", "[node + min(offset, schedule.num_steps - 1 - nodes[-1])", "[node", "samplers::test_grids_are_those_of_diffusers"),
         ("another rho", "RHO = 7.0", "RHO = 5.0", "samplers::test_karras_and_uniform_grids_are_their_formulas"),
     ],
+    "ldm/diffusion/consistency.py": [
+        ("c_out with σ", "tau / square.sqrt()", "SIGMA_DATA * tau / square.sqrt()", "consistency::test_scalings_are_those_of_diffusers"),
+        ("the student's end has a gradient", "with torch.no_grad():\n            pred", "with torch.enable_grad():\n            pred", "consistency::test_the_end_that_is_aimed_at_has_no_gradient"),
+        ("the teacher steps to where it was", "x_t, s = self.schedule.add_noise(x0, eps, t), self.earlier(t)", "x_t, s = self.schedule.add_noise(x0, eps, t), t", "consistency::test_distillation_learns_where_the_teachers_flow_ends"),
+        ("paths end at the first noise", "torch.where(s > 0, s, -1)", "s.clamp(min=0)", "consistency::test_clean_data_end_every_path_and_the_first_interval"),
+        ("the end of x_s without its scalings", "end = self._end(average, x_s, s, cond)", "end = average(x_s, s, cond)", "consistency::test_the_loss_is_that_of_diffusers_schedulers"),
+    ],
+    "ldm/diffusion/samplers/consistency.py": [
+        ("x̂_0 for the end of the path", "* consistency(pred)", "* pred.x0", "consistency::test_lcm_is_diffusers"),
+        ("noise of the step that begins", "nodes.sigma[i + 1], x) * noise(i)", "nodes.sigma[i], x) * noise(i)", "consistency::test_lcm_is_diffusers"),
+    ],
     "ldm/diffusion/samplers/ancestral.py": [
         ("eta not squared", "eta**2 * posterior", "eta * posterior", "samplers::test_ddim_is_diffusers"),
         ("the mean is shifted by the deviation", "pred, s, t).square() * mean_shift", "pred, s, t) * mean_shift", "guidance::test_the_two_forms_are_their_formulas"),
@@ -162,9 +173,13 @@ TRAINING: dict[str, list[Row]] = {
         ("the others are dropped", "NULL_CAPTION if drop else text", "text if drop else NULL_CAPTION", "training::test_captions_are_dropped_where_their_draw_says"),
         ("loss_by_t: tenths in reverse", "bins = t * BINS // self.schedule.num_steps", "bins = BINS - 1 - t * BINS // self.schedule.num_steps", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("loss_by_t: shifted by half a tenth", "bins = t * BINS // self.schedule.num_steps", "bins = (t * BINS + BINS * 50) // self.schedule.num_steps % BINS", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
-        ("validation adds the weights", "cond).error.double()", "cond).total.double()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
+        ("validation adds the weights", "noising).error.double()", "noising).total.double()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("the error of one image for the mean's", ".clamp(min=0) / n).sqrt()", ".clamp(min=0)).sqrt()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("importance without its weights", "loss = (noising.weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+    ],
+    "ldm/training/stages/distillation.py": [
+        ("the teacher is not guided", "scale=self.distill.guidance_scale,", "", "initial::test_a_student_begins_as_its_teacher_which_stays"),
+        ("another teacher after a resume", 'self._frozen["init"] = info.hash', "", "initial::test_a_lora_or_student_does_not_go_on_upon_another_base"),
     ],
     "ldm/training/stages/learned_schedule.py": [
         ("a learned schedule at the network's rate", 'self.config.schedule.lr / self.config.train.lr if network == "schedule" else 1.0', "1.0", "learned_schedule"),
@@ -174,6 +189,7 @@ TRAINING: dict[str, list[Row]] = {
         ("metrics are sums over micro-batches", "{k: v / n + sums.get(k, 0.0)", "{k: v + sums.get(k, 0.0)", "training::test_an_update_clips_and_logs_means_over_its_micro_batches"),
         ("validation of the weights as trained", "with self._averaged():\n            metrics", "with torch.no_grad():\n            metrics", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("samples of the weights as trained", "with self._averaged():\n            return", "with torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
+        ("a student aims at itself", "{**self.prepared, AVERAGE: self.ema}", "self.prepared", "initial::test_a_student_aims_at_its_average"),
         ("the average takes in broken updates", "self.ema.update(self.step, finite)", "self.ema.update(self.step)", "training::test_an_update_that_is_not_finite_changes_nothing"),
     ],
     "ldm/training/ema.py": [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = {"B": 1, "F": 7, "P": 5, "T": 1, "L": 12, "S": 5, "G": 4}
+NUMBERS = {"B": 1, "F": 7, "P": 5, "T": 1, "L": 13, "S": 6, "G": 4}
 ELSEWHERE = {  # formulas of other rooms than the mathematics'
     **dict.fromkeys(("L8", "L12"), ("autoencoder.",)),
     **dict.fromkeys(("F6", "S5"), ("ldm.evaluation.samplers.",)),  # the mixture whose exact denoiser is known

@@ -1,13 +1,15 @@
 """Evaluate a run: draw samples, judge them, and write report.json, samples.png and curves.png into RUN.
 
   ldm evaluate runs/demo
+  ldm evaluate runs/demo sample.steps=4 --out runs/demo/steps-4
   ldm evaluate runs/demo --likelihood
 
 Drawn shapes are judged strictly: an image that is nearer to a blob, a rounded outline or another size than to a shape
 that is drawn is refused and counts as wrong. Digits are read by a classifier trained on real ones. The score is the
-share of samples that show what their caption says. The guidance scale is chosen on captions seen in
-training and then used for all captions. Seeds are fixed. Under `accelerate launch scripts/evaluate.py`
-or torchrun each process does its share, and the report is the same apart from its seconds.
+share of samples that show what their caption says. The guidance scale is chosen on captions seen in training and then
+used for all captions, unless it is given as sample.guidance_scale or the model was trained without caption dropout.
+Seeds are fixed. Under `accelerate launch scripts/evaluate.py` or torchrun each process does its share, and the report
+is the same apart from its seconds.
 
 With --likelihood, for any data, nothing is drawn: a bound on -log p(image | caption) of validation
 images is computed in bits per dimension. It writes likelihood.png and the entry `likelihood` of
@@ -30,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, and what to measure on how many images."""
     parser.add_argument(
         "run", metavar="RUN", help="a finished run of train-ldm (without --likelihood: on drawn shapes or digits)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="sample.key=value",
+        help="settings of the sampler that replace the run's, such as sample.steps=4",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="folder for report.json, samples.png and curves.png (default: RUN)"
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="images per set of captions (default 1000; 256 with --likelihood)"
@@ -71,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(arguments, name)}")
     folder = Path(arguments.run)
     config_file(folder)
+    _check_overrides(arguments)
     from ldm.distributed.launch import launched
     from ldm.evaluation.evaluate import evaluate
 
@@ -79,10 +91,21 @@ def run(arguments: argparse.Namespace) -> None:
         _likelihood(folder, arguments, console)
         return
     sizes = arguments.images, arguments.tune, arguments.batch_size
-    report = evaluate(folder, *sizes, console.progress, console.say, *launched(), parts(arguments))
+    out = Path(arguments.out or folder)
+    how = parts(arguments), arguments.overrides, out
+    report = evaluate(folder, *sizes, console.progress, console.say, *launched(), *how)
     for name, value in report_metrics({k: report[k] for k in ("judge", "autoencoder", "seconds") if k in report}):
         console.say(_line(name, value))
-    console.say(f"report: {folder / 'report.json'}   picture: {folder / 'samples.png'}")
+    console.say(f"report: {out / 'report.json'}   picture: {out / 'samples.png'}")
+
+
+def _check_overrides(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for an override of what training has fixed, or where nothing is drawn."""
+    for override in arguments.overrides:
+        if not override.startswith("sample."):
+            raise ConfigError(f"{override}: only sample.* can be changed, the rest is fixed by the training")
+    if arguments.likelihood and (arguments.overrides or arguments.out):
+        raise ConfigError("--likelihood draws nothing and writes into RUN: leave sample.* and --out out")
 
 
 def _likelihood(folder: Path, arguments: argparse.Namespace, console: Console) -> None:

@@ -22,13 +22,16 @@ from ldm.cli.reading import PARTS, add_parts, parts
 from ldm.cli.target import check_target
 from ldm.config import GRIDS, SAMPLERS, ConfigError
 
+DISTILLED = "lcm"  # draws with distilled networks alone
 FOR_RUNS = {"images": 16, "within": 4.0, "batch_size": 16}  # options that need a run, with their defaults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Target, samplers, steps, and where to write."""
     parser.add_argument("run", metavar="RUN", nargs="?", help="a finished run of train-ldm (default: exact targets)")
-    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=f"some of {', '.join(SAMPLERS)} (default: all)")
+    parser.add_argument(
+        "--samplers", nargs="+", metavar="NAME", help=f"some of {', '.join(SAMPLERS)} (default: all but lcm)"
+    )
     parser.add_argument(
         "--steps",
         nargs="+",
@@ -55,10 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check, measure, print and write."""
-    names = arguments.samplers or list(SAMPLERS)
+    names = arguments.samplers or [name for name in SAMPLERS if name != DISTILLED]
     for name in names:
         if name not in SAMPLERS:
             raise ConfigError(f"--samplers: {name!r} is none of {', '.join(SAMPLERS)}")
+    if arguments.run is None and DISTILLED in names:
+        raise ConfigError(f"--samplers: {DISTILLED} is for distilled models, not for exact denoisers: name a run")
     for option in (*FOR_RUNS, *PARTS, "grid", "device"):
         if arguments.run is None and getattr(arguments, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')} needs a run: name one, or leave it out")

@@ -12,6 +12,7 @@ from ldm.config.process import (
     TARGETS,
     TIMESTEPS,
     WEIGHTINGS,
+    DistillConfig,
     ObjectiveConfig,
     ScheduleConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DiffusionTrainingConfig",
+    "DistillConfig",
     "GIVEN",
     "GRIDS",
     "LEARNED",

@@ -99,3 +99,17 @@ class ObjectiveConfig:
         at_least(self, 1e-12, "vlb_weight")
         if self.vlb_weight != 0.001 and not self.learned_variance:
             raise ConfigError("vlb_weight is for learned_variance: true: leave it out")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Consistency distillation of the model of ``init`` (docs/equations.md L13)."""
+
+    guidance_scale: float = 3.0  # of the teacher, which the student draws with in one call; its own is then 1
+    intervals: int = 50  # the teacher's DDIM steps over 1…T; fewer are learned sooner and less exactly
+    huber: float = 0.001  # c of the loss √(d² + c²) − c
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 100.0, "guidance_scale")
+        between(self, 1, 100_000, "intervals")
+        at_least(self, 1e-6, "huber")

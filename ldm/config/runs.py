@@ -8,7 +8,7 @@ from typing import Any
 from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
 from ldm.config.data import AugmentConfig, DataConfig
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
-from ldm.config.process import LEARNED, ObjectiveConfig, ScheduleConfig
+from ldm.config.process import LEARNED, DistillConfig, ObjectiveConfig, ScheduleConfig
 from ldm.config.sample import SampleConfig
 from ldm.config.train import TrainConfig
 
@@ -73,6 +73,7 @@ class DiffusionTrainingConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distill: DistillConfig | None = None  # distil the model of `init` for sampling in 1 to 4 steps
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     prompts: tuple[str, ...] = ()  # for image grids during training; empty: the first validation captions
@@ -104,8 +105,28 @@ class DiffusionTrainingConfig:
             raise ConfigError("schedule.name learned needs a network that is trained from scratch: leave init out")
         if self.train.lora is not None and self.init is None:
             raise ConfigError("train.lora needs init: the run or folder whose U-Net it changes")
+        if self.distill is not None:
+            self._check_distillation(self.distill)
         if self.sample.lora:
             raise ConfigError("sample.lora is for drawing (ldm sample --lora): leave it out")
+
+    def _check_distillation(self, distill: DistillConfig) -> None:
+        if self.init is None:
+            raise ConfigError("distill needs init: the run or folder whose model is the teacher")
+        if self.objective.weighting != "simple" or self.objective.learned_variance:
+            raise ConfigError("distill has a loss of its own: leave objective.weighting and learned_variance out")
+        if self.text == NONE and distill.guidance_scale != 1.0:
+            raise ConfigError("distill.guidance_scale: a model without captions is not guided: set it to 1")
+        wanted = {
+            "sample.sampler": (self.sample.sampler, "lcm"),
+            "sample.guidance_scale": (self.sample.guidance_scale, 1),
+        }
+        if self.text != NONE:
+            wanted["caption_dropout"] = self.caption_dropout, 0
+        for name, (found, value) in wanted.items():
+            if found != value:
+                reason = "guidance is learned, and every caption kept"
+                raise ConfigError(f"{name} must be {value} with distill ({reason}), got {found}")
 
     def _check_learned_schedule(self) -> None:
         if self.train.compile or self.train.mixed_precision == "fp16":

@@ -12,10 +12,11 @@ from ldm.config.values import check_types
 SAMPLERS = (
     "ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "dpmpp_2s", "dpmpp_sde", "dpmpp_2m_sde", "unipc",
     "euler", "euler_ancestral", "heun", "dpm2", "lms", "plms", "annealed_langevin", "predictor_corrector",
+    "lcm",
 )  # fmt: skip
 GRIDS = (
     "trailing", "leading", "linspace", "linspace_fractional", "linspace_positive", "leading_positive", "karras",
-    "uniform_lambda",
+    "uniform_lambda", "lcm",
 )  # fmt: skip
 CLASSIFIER_FORMS = ("score", "mean")
 VARIANCES = ("posterior", "beta", "learned")

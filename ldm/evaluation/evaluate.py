@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +29,7 @@ from ldm.pipeline import Pipeline
 from ldm.runs.records import read_metrics, read_status, scalar_series
 
 EVALUATION_SEED = 1000  # of the samples in a report; tuning uses the next one
+SCALE = "sample.guidance_scale"
 GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
 SHOWN = 32  # images in samples.png
 DECIBEL_DIGITS = 2  # in the report: the last bits of a PSNR depend on the batch
@@ -119,22 +120,26 @@ def check_judged(data: DataConfig, run: Path) -> None:
 def evaluate(
     run: Path, images: int, tune: int, batch_size: int, progress: Progress, say: Say,
     processes: Processes = ALONE, device: torch.device | None = None, parts: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (), out: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge a run and write report.json, samples.png and curves.png into it; returns the report.
+    """Judge a run and write report.json, samples.png and curves.png into it, or into ``out``; returns the report.
 
     The report is the same for any number of processes, apart from its seconds.
 
     Args:
         images: samples per set of captions.
-        tune: samples for each guidance scale tried; 0 keeps the run's own.
+        tune: samples for each guidance scale tried; 0 keeps the run's own. A model that was trained without caption
+            dropout keeps it in any case, and so does an override of the scale.
+        overrides: ``sample.key=value``, settings of the sampler that replace the run's.
         parts: replacements for parts of the model (``vae``, ``text``), see ``Pipeline.from_pretrained``.
 
     Raises:
-        ConfigError: there is no judge for the data.
+        ConfigError: there is no judge for the data, or an override is wrong.
         FolderError: the run has no model.
     """
     started = time.monotonic()
-    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
+    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml", list(overrides))
+    out = _folder(out or run)
     data = config.data
     check_judged(data, run)
     judge = JUDGES[data.source](data.image_size)
@@ -144,7 +149,8 @@ def evaluate(
     settings = config.sample
     pipe.check(settings, pipe.sample_size)
     tried = None
-    if tune:
+    given = any(override.startswith(f"{SCALE}=") for override in overrides)
+    if tune and not given and pipe.caption_dropout != 0.0:
         seen = open_source(data, judge.splits[0][1])
         settings, tried = _tune(pipe, config.sample, judge, seen, tune, batch_size, say, processes)
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
@@ -159,17 +165,26 @@ def evaluate(
         report.setdefault("confusion", {})[name] = strict.confusion([pair for each in found for pair in each.seen])
         report.setdefault("refusals", {})[name] = strict.reasons([each.refused for each in found])
         if i == len(judge.splits) - 1 and processes.main:
-            _picture(run, shown, captions, rows, name, chosen)
+            _picture(out, shown, captions, rows, name, chosen)
     report |= getattr(judge, "about", {})
     if pipe.codec is not None:
         report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size, processes)
     report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     if processes.main:
-        write_json(run / "report.json", report | _kept(run / "report.json", pipe.hash))
+        write_json(out / "report.json", report | _kept(out / "report.json", pipe.hash))
         logged = scalar_series(read_metrics(run))
-        plots.curves({name: logged[name] for name in CURVES if name in logged}, run / "curves.png")
+        plots.curves({name: logged[name] for name in CURVES if name in logged}, out / "curves.png")
     return report
+
+
+def _folder(out: Path) -> Path:
+    """The folder, which is made if it is missing. Raises ConfigError where it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be a folder: {error.strerror}") from None
+    return out
 
 
 def _captions(source: Source, n: int) -> list[str]:
@@ -236,12 +251,12 @@ def _reconstructions(
 
 
 def _picture(
-    run: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig
+    out: Path, shown: list[np.ndarray], captions: list[str], rows: Iterable[Row], name: str, settings: SampleConfig
 ) -> None:
     n, wrong = len(shown), [not row["all"] for row in rows]
     sampled = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
     title = f"{name.replace('_', ' ')}: {sampled}"
-    plots.captioned(np.stack(shown), captions[:n], run / "samples.png", wrong=wrong[:n], title=title)
+    plots.captioned(np.stack(shown), captions[:n], out / "samples.png", wrong=wrong[:n], title=title)
 
 
 def _kept(file: Path, model: str) -> dict[str, Any]:

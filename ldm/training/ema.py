@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ldm.runs.checkpoints.files import CheckpointError
 
@@ -50,6 +52,11 @@ class EMA:
         _same_names(held, live, "the model")
         for name, target in live.items():
             target.copy_(held[name])
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        """The output of the model with the averaged weights, which it has for this call alone; without gradient."""
+        return functional_call(self.model, self.state(), inputs)
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:

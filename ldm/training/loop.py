@@ -41,7 +41,7 @@ from ldm.training.skipped import SkipLog
 from ldm.training.state import TrainingState
 from ldm.training.step_flags import StepFlags
 from ldm.training.stopping import Stop
-from ldm.training.task import Reporter, Task
+from ldm.training.task import AVERAGE, Reporter, Task
 
 
 class Interrupted(UserError):
@@ -232,6 +232,7 @@ class Loop:
     def _update(self, feed: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer update from ``accumulation`` micro-batches; returns their mean metrics, still on the device."""
         task, n = self.task, self.split.accumulation
+        networks = {**self.prepared, AVERAGE: self.ema}
         self.optimizers.begin(self.step, task.lr_scale)
         sums: dict[str, Tensor] = {}
         for i in range(n):
@@ -241,9 +242,7 @@ class Loop:
                 if i < n - 1:  # gradients are exchanged once, with the last micro-batch
                     for network in self.prepared.values():
                         stack.enter_context(self.accelerator.no_sync(network))
-                metrics = task.micro_step(
-                    self.prepared, batch, self.step, lambda loss: self.accelerator.backward(loss / n)
-                )
+                metrics = task.micro_step(networks, batch, self.step, lambda loss: self.accelerator.backward(loss / n))
             sums = {k: v / n + sums.get(k, 0.0) for k, v in metrics.items()}
         self.probe.gradients(task.networks)
         self.guard.look_back(self.step)

@@ -26,6 +26,12 @@ def accelerator_of(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
+def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """Precision of a frozen network in a training step; the trained ones get theirs from accelerate."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def set_backends(config: TrainConfig) -> None:
     """Configure torch for speed, or for reproducible numbers if ``train.deterministic`` is set."""
     torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower

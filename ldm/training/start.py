@@ -117,6 +117,10 @@ def make_task(settings: Any, reporter: Reporter) -> Task:
             from ldm.training.stages.learned_schedule import LearnedScheduleTask
 
             return LearnedScheduleTask.from_config(settings, reporter.say)
+        case config.DiffusionTrainingConfig() if settings.distill is not None:
+            from ldm.training.stages.distillation import DistillationTask
+
+            return DistillationTask.from_config(settings, reporter.say)
         case _:
             from ldm.training.stages.diffusion import DiffusionTask
 

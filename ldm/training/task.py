@@ -14,6 +14,7 @@ from ldm.runs.directory import RunDirectory
 
 N = TypeVar("N", bound=nn.Module)
 Networks: TypeAlias = Mapping[str, Callable[..., Any]]
+AVERAGE = "average"
 
 
 @runtime_checkable
@@ -57,7 +58,8 @@ class Task(Protocol):
         """Call ``backward`` on the loss of one micro-batch (a mean); return scalars to log, detached.
 
         ``networks``: those of the task, ready to be called: on the device, in DistributedDataParallel where several
-        processes train.
+        processes train. And in training, though not in a replay, ``AVERAGE``: the network ``averaged`` with the
+        weights of its EMA, without gradient.
         """
         ...
 

@@ -224,6 +224,12 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
         (["evaluate", "run", "--images", "0"], 2, "images must be at least 1"),
         (["evaluate", "run", "--tune", "-1"], 2, "tune must be at least 0"),
         (["evaluate", "run", "--batch-size", "0"], 2, "batch_size must be at least 1"),
+        (["evaluate", "run", "train.steps=3"], 2, "train.steps=3: only sample.* can be changed"),
+        (["evaluate", "run", "sample.stepz=3"], 2, "did you mean sample.steps?"),
+        (["evaluate", "run", "sample.steps=0"], 2, "sample.steps must lie between 1"),
+        (["evaluate", "run", "sample.steps"], 2, "override 'sample.steps' is not of the form key=value"),
+        (["evaluate", "run", "--out", "run.yaml"], 2, "--out run.yaml cannot be a folder"),
+        (["evaluate", "run", "--likelihood", "sample.steps=2"], 2, "--likelihood draws nothing"),
         (["train-autoencoder", "missing.yaml"], 2, "no configuration file missing.yaml"),
         (["train-autoencoder", "broken.yaml"], 2, "broken.yaml: cannot be read"),
         (["train-autoencoder", "autoencoder.yaml", "train.stepz=3"], 2, "did you mean train.steps?"),
@@ -402,6 +408,18 @@ def test_a_run_is_evaluated(run: Call, here: Path) -> None:
     )
     assert report["settings"]["steps"] == 2 and len(report["tuned_on_seen"]) == len(GUIDANCE_SCALES)
     assert Image.open(here / "run/samples.png").size and Image.open(here / "run/curves.png").size
+
+
+def test_a_run_is_evaluated_with_another_sampler_into_a_folder(run: Call, here: Path, tmp_path: Path) -> None:
+    """The run's own report stays, and a guidance scale that is given is not tuned."""
+    (here / "run/report.json").write_text("{}")
+    overrides = ["sample.steps=1", "sample.sampler=euler", "sample.guidance_scale=1.5"]
+    code, out, err = run("evaluate", "run", *overrides, "--images", "2", "--out", str(tmp_path / "deep/out"))
+    assert code == 0, err
+    report = json.loads((tmp_path / "deep/out/report.json").read_text())
+    used = [report["settings"][name] for name in ("steps", "sampler", "guidance_scale")]
+    assert used == [1, "euler", 1.5] and "tuned_on_seen" not in report and f"report: {tmp_path}/deep/out" in out
+    assert (tmp_path / "deep/out/samples.png").is_file() and (here / "run/report.json").read_text() == "{}"
 
 
 def test_a_warning_is_one_line(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:

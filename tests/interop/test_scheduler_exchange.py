@@ -295,7 +295,7 @@ def test_zero_terminal_snr_is_that_of_classes_that_rescale() -> None:
     ],
 )
 def test_values_of_wrong_types_are_one_line(key: str, value: Any, message: str) -> None:
-    for name in (*READS, "LCMScheduler", "SomeScheduler"):
+    for name in (*READS, "TCDScheduler", "SomeScheduler"):
         with pytest.raises(ConfigError, match=r"^scheduler: ") as caught:
             layout = {"_class_name": name, "beta_schedule": "linear", key: value}
             sampler_from_diffusers(layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -117,6 +118,27 @@ def test_settings_of_a_scheduler_are_honoured(written: Path, name: str, settings
         assert difference(written, name, {**PUBLISHED, **settings}) <= (3 if rounded else 1)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 6])
+def test_a_model_for_lcm_draws_in_diffusers_as_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """From the same noise, at the start and at each step, by the scheduler of the folder that is written."""
+    few = SampleConfig("lcm", steps, 1.0, grid="lcm", seed=3)
+    model = dataclasses.replace(make("v"), defaults=few)
+    model.save_pretrained(tmp_path / "model", for_diffusers=True)
+    pipeline = theirs(tmp_path / "model")
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
+    drawn = (noise(3, len(PROMPTS), f"step {i}") for i in range(steps))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(drawn))
+    call = {"latents": noise(3, len(PROMPTS)), "num_inference_steps": steps, "guidance_scale": 1.0}
+    expected = array(pipeline(PROMPTS, **call).images)
+    assert abs(array(Pipeline.from_pretrained(tmp_path / "model")(PROMPTS)) - expected).max() <= 1
+    (tmp_path / "model/ldm.json").unlink()  # as others write it
+    read = Pipeline.from_pretrained(tmp_path / "model")
+    assert (read.defaults.sampler, read.defaults.grid, read.defaults.end_clean) == ("lcm", "lcm", True)
+    assert abs(array(read(PROMPTS, steps=steps, guidance_scale=1.0, seed=3)) - expected).max() <= 1
+
+
 def test_the_settings_matter(written: Path) -> None:
     """The comparison would see another sampler, another grid, another end."""
     settings = {**PUBLISHED, **DETERMINISTIC["DDIMScheduler"]}
@@ -159,7 +181,9 @@ def test_random_and_other_schedulers(name: str, settings: dict[str, Any], sample
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"_class_name": "LCMScheduler", "original_inference_steps": 50}, "LCMScheduler is not offered"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 40}, "original_inference_steps = 40"),
+        ({"_class_name": "LCMScheduler", "num_train_timesteps": 99}, "num_train_timesteps = 99"),
+        ({"_class_name": "TCDScheduler"}, "TCDScheduler is not offered"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas = True"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type dpmsolver"),

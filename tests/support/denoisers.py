@@ -19,7 +19,7 @@ def network(schedule: Schedule, name: str) -> Callable[[Tensor, Tensor], Tensor]
         a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
         x0 = a * x / (a**2 + 0.5 * s**2) * 0.7 + 0.3 * torch.tanh(x + 0.2)
         eps = (x - a * x0) / s
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "score": -eps / s}[name].to(dtype)
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "score": -eps / s, "flow": eps - x0}[name].to(dtype)
 
     return denoise
 
@@ -38,6 +38,7 @@ def gaussian_denoiser(schedule: Schedule, mean: float, std: float, name: str) ->
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
         x0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-        return {"x0": x0, "eps": (x - a * x0) / s, "v": (a * x - x0) / s, "score": (a * x0 - x) / s**2}[name]
+        eps = (x - a * x0) / s
+        return {"x0": x0, "eps": eps, "v": (a * x - x0) / s, "score": -eps / s, "flow": eps - x0}[name]
 
     return denoise

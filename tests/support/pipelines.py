@@ -74,8 +74,8 @@ def array(pictures: Sequence[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
 
 
-def noise(seed: int, n: int) -> Tensor:
-    return torch.from_numpy(np.stack([streams.normal(seed, "sample/x_T", i, LATENT) for i in range(n)]))
+def noise(seed: int, n: int, name: str = "x_T") -> Tensor:
+    return torch.from_numpy(np.stack([streams.normal(seed, f"sample/{name}", i, LATENT) for i in range(n)]))
 
 
 def theirs(folder: Path) -> Any:

@@ -32,6 +32,7 @@ KINDS = {
     "clip": ClipTrainingConfig,
     "ldm": DiffusionTrainingConfig,
     "lora": DiffusionTrainingConfig,
+    "student": DiffusionTrainingConfig,
     "classifier": ClassifierTrainingConfig,
 }
 

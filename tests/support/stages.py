@@ -39,6 +39,11 @@ DIFFUSION = {
     "train": {**TRAIN, "lr_schedule": "cosine"},
     "sample": {"steps": 2, "guidance_scale": 2.0},
 }
+STUDENT = {  # of a model of DIFFUSION, on top of it
+    "distill": {"guidance_scale": 2.0, "intervals": 10},
+    "caption_dropout": 0.0,
+    "sample": {"sampler": "lcm", "grid": "lcm", "steps": 2, "guidance_scale": 1.0},
+}
 
 
 class Stages:

@@ -67,6 +67,17 @@ def test_average_does_not_follow_the_model_by_itself() -> None:
     assert ema.state()["weight"].tolist() == [2.0] * 3
 
 
+def test_a_call_computes_with_the_average_and_leaves_the_weights() -> None:
+    model = nn.Linear(3, 2)
+    ema, x = EMA(model, decay=0.9), torch.randn(4, 3)
+    expected = model(x)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.fill_(1.0)
+    assert torch.equal(ema(x), expected) and not ema(x).requires_grad
+    assert torch.equal(model(x), torch.ones(4, 2)) and model(x).requires_grad
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_swap_puts_the_average_in_and_the_weights_back(fails: bool) -> None:
     model = Scale(2.0)

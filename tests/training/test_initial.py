@@ -15,15 +15,21 @@ from safetensors.torch import load_file, save_file
 from support.cut_runs import assert_same_end, at_position, power_cut
 from support.interrupts import PowerCut
 from support.model_folders import forget_hashes
-from support.stages import DIFFUSION, TRAIN, Stages
+from support.stages import DIFFUSION, STUDENT, TRAIN, Stages
 
 from ldm.cli.main import main
-from ldm.config import UNetConfig, load_run
+from ldm.config import DistillConfig, UNetConfig, load_run
+from ldm.data.dataset import collate
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.consistency import Distillation
+from ldm.diffusion.guidance import Guidance
 from ldm.interop.intact import write_hashes
 from ldm.interop.lora import FILE
 from ldm.pipeline import Pipeline
+from ldm.training.ema import EMA
 from ldm.training.stages.diffusion import DiffusionTask
+from ldm.training.stages.distillation import DistillationTask
+from ldm.training.task import AVERAGE
 
 STEPS = 6
 SCALE = 4.0 / 2  # α/r of the LoRA
@@ -31,18 +37,20 @@ SCALE = 4.0 / 2  # α/r of the LoRA
 
 @pytest.fixture(scope="module")
 def runs(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fine-tuned U-Net (`whole`) and a LoRA of it (`lora`), each trained once without interruption."""
+    """Each trained once without interruption from `init`.
+
+    A fine-tuned U-Net (`whole`), a LoRA (`lora`), a student of the model (`student`), and one by LoRA (`student-lora`).
+    """
     folder = tmp_path_factory.mktemp("initial")
-    for name, more in (
-        ("whole", {}),
-        ("lora", {"lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v", "conv1"]}}),
-    ):
+    lora = {"lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v", "conv1"]}}
+    for name, more in (("whole", {}), ("lora", lora), ("student", {}), ("student-lora", lora)):
         tree = {
             **DIFFUSION,
             "autoencoder": f"{stages.folder}/autoencoder",
             "text": f"{stages.folder}/clip",
             "init": f"{stages.folder}/ldm",
         }
+        tree |= STUDENT if name.startswith("student") else {}
         tree["train"] = {**TRAIN, **more, "lr": 5e-3}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": str(folder / name), **tree}))
         assert train(folder, name) == 0
@@ -119,6 +127,63 @@ def test_validation_sees_the_lora(runs: Path) -> None:
     assert trained == pytest.approx(logged, rel=1e-6) and abs(base - trained) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["student", "student-lora"])
+def test_a_student_begins_as_its_teacher_which_stays(stages: Stages, runs: Path, name: str) -> None:
+    """The loss of an update is that of the formula: by the student as it began, the teacher, and the average given."""
+    given = Pipeline.from_pretrained(stages.folder / "ldm", "cpu")
+    settings: Any = load_run(runs / name)
+    task = DistillationTask.from_config(settings, Silent())
+    task.to(torch.device("cpu"))
+    task.initialize()
+    assert torch.equal(out(task.networks["unet"]), out(given.unet))
+    batch = collate([task.stream[position] for position in range(4)])
+    losses: list[torch.Tensor] = []
+
+    def average(x: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        return 0.5 * given.predict(x, t, cond)
+
+    metrics = task.micro_step({**task.networks, AVERAGE: average}, batch, 0, losses.append)
+    noising = task._noising(batch)
+    guided = Guidance(
+        given.predict, given.condition(batch["text"]), given.condition([""] * 4), given.schedule, "eps", scale=2.0
+    )
+    expected = Distillation(DistillConfig(2.0, 10), given.schedule, "eps").losses(
+        given.predict, average, guided, noising.x0, noising.eps, noising.t, given.condition(batch["text"])
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(expected.mean()), rel=1e-5)
+    losses[0].backward()
+    assert all(p.grad is not None for p in task.networks["unet"].parameters())
+    assert not any(p.requires_grad for p in task.teacher.parameters())
+
+
+def test_a_student_aims_at_its_average(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an update; in validation, where the average is in place, at itself."""
+    used: list[Any] = []
+    terms = DistillationTask._terms
+
+    def seen(self: Any, unet: Any, noising: Any, average: Any = None) -> Any:
+        used.append(average)
+        return terms(self, unet, noising, average)
+
+    monkeypatch.setattr(DistillationTask, "_terms", seen)
+    assert train(runs, "student", f"run={tmp_path}/run", "train.steps=1") == 0
+    assert [isinstance(average, EMA) for average in used] == [True, True, False, False]  # of 2, then 4 samples
+    assert used[-1] is None
+
+
+def test_a_student_is_exported_for_few_steps_without_guidance(runs: Path) -> None:
+    written = json.loads((runs / "student/model/scheduler/scheduler_config.json").read_text())
+    assert (written["_class_name"], written["original_inference_steps"]) == ("LCMScheduler", 50)
+    for name in ("student", "student-lora"):
+        opened = Pipeline.from_pretrained(runs / name, "cpu")
+        assert (opened.defaults.sampler, opened.defaults.steps, opened.defaults.guidance_scale) == ("lcm", 2, 1.0)
+        assert len(opened("a small red circle")) == 1
+        with pytest.warns(UserWarning, match="trained without caption dropout"):
+            opened("a small red circle", guidance_scale=3.0)
+        logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        assert logged[-1]["validation/loss"] > 0 and (runs / name / "samples").is_dir()
+
+
 def test_gradient_checkpointing_changes_nothing(runs: Path, tmp_path: Path) -> None:
     assert train(runs, "lora", f"run={tmp_path}/run", "train.gradient_checkpointing=true", "train.steps=2") == 0
     assert train(runs, "lora", f"run={tmp_path}/plain", "train.steps=2") == 0
@@ -159,7 +224,7 @@ def _with(settings: Any, mixed_precision: str | None = None, **changes: Any) -> 
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize(("name", "update"), [("whole", 3), ("lora", 1), ("lora", 5)])
+@pytest.mark.parametrize(("name", "update"), [("whole", 3), ("lora", 1), ("lora", 5), ("student", 3)])
 def test_a_run_cut_off_ends_as_if_nothing_had_happened(
     runs: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, update: int
 ) -> None:
@@ -174,19 +239,25 @@ def test_a_run_cut_off_ends_as_if_nothing_had_happened(
     assert_same_end(tmp_path / "run", runs / name)
 
 
-def test_a_lora_does_not_go_on_upon_another_base(
-    runs: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["lora", "student"])
+def test_a_lora_or_student_does_not_go_on_upon_another_base(
+    runs: Path,
+    stages: Stages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     base = Path(shutil.copytree(stages.folder / "ldm", tmp_path / "base"))
     with monkeypatch.context() as patch:
         at_position(patch, lambda p: p == 4 * 3, power_cut)
         with pytest.raises(PowerCut):
-            train(runs, "lora", f"run={tmp_path}/run", f"init={base}")
+            train(runs, name, f"run={tmp_path}/run", f"init={base}")
     file = base / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({key: value + 1e-3 for key, value in load_file(file).items()}, file)
     forget_hashes(base / "model")
     capsys.readouterr()
-    assert train(runs, "lora", f"run={tmp_path}/run", f"init={base}") == 4
+    assert train(runs, name, f"run={tmp_path}/run", f"init={base}") == 4
     assert "its weights have changed since this run began" in capsys.readouterr().err
 
 
@@ -252,12 +323,14 @@ def test_another_autoencoder_is_refused(
     assert "autoencoder: sha256: " in refused(runs, tmp_path, capsys, "whole", f"autoencoder={other}")
 
 
-def test_another_text_encoder_is_refused_to_a_lora_alone(
+def test_another_text_encoder_is_refused_to_a_lora_and_a_student_alone(
     runs: Path, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(stages.folder / "clip", tmp_path / "other"))
     retrained(other / "model", "text_encoder/model.safetensors")
-    assert "text: a LoRA needs the text encoder of its base" in refused(runs, tmp_path, capsys, "lora", f"text={other}")
+    for name in ("lora", "student"):
+        said = refused(runs, tmp_path, capsys, name, f"text={other}")
+        assert "text: a LoRA needs the text encoder of its base, and a student that of its teacher" in said
     assert train(runs, "whole", f"run={tmp_path}/run", f"text={other}", "train.steps=1") == 0
 
 
@@ -265,7 +338,8 @@ def test_a_rescaled_schedule_is_for_whole_training(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(runs, "whole", f"run={tmp_path}/run", "schedule.shift=2", "train.steps=1") == 0
-    assert "has other ᾱ_t" in refused(runs, tmp_path, capsys, "lora", "schedule.shift=2")
+    for name in ("lora", "student"):
+        assert "has other ᾱ_t" in refused(runs, tmp_path, capsys, name, "schedule.shift=2")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +375,35 @@ def test_a_lora_is_no_initial_model(runs: Path, tmp_path: Path, capsys: pytest.C
     assert "is a LoRA, which is not a U-Net: name the model that it changes" in refused(
         runs, tmp_path, capsys, "whole", f"init={runs}/lora"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("init=null",), "distill needs init: the run or folder whose model is the teacher"),
+        (("caption_dropout=0.1",), "caption_dropout must be 0 with distill"),
+        (("sample.sampler=ddim",), "sample.sampler must be lcm with distill"),
+        (("sample.guidance_scale=3",), "sample.guidance_scale must be 1 with distill"),
+        (("objective.weighting=min_snr",), "distill has a loss of its own: leave objective.weighting"),
+        (("objective.learned_variance=true",), "distill has a loss of its own"),
+        (("text=none",), "distill.guidance_scale: a model without captions is not guided: set it to 1"),
+        (("distill.intervals=0",), "distill.intervals must lie between 1"),
+        (("distill.huber=0",), "distill.huber must be at least"),
+        (("distill.guidance_scale=-1",), "distill.guidance_scale must lie between 0"),
+        (("distill.interval=3",), "unknown key distill.interval: did you mean distill.intervals?"),
+    ],
+)
+def test_settings_of_a_distillation_are_checked(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(runs, tmp_path, capsys, "student", *overrides)
+
+
+def test_a_student_is_no_teacher_of_guidance(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(runs, tmp_path, capsys, "student", f"init={runs}/student")
+    assert "was trained without caption dropout, so it cannot be guided: set it to 1" in said
+    once_more = ("train.steps=1", "distill.guidance_scale=1", f"init={runs}/student")
+    assert train(runs, "student", f"run={tmp_path}/run", *once_more) == 0
 
 
 # ---------------------------------------------------------------- other commands on such a run

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.launches import started, torchrun
 from support.ranks import Job, write
+from support.stages import STUDENT
 
 from ldm import config as configuration
 from ldm.cli.main import main
@@ -70,6 +71,9 @@ TREES: dict[str, dict[str, Any]] = {
     "classifier": {"model": {"channels": [8, 8], "groups": 4}},
 }
 TREES["lora"] = {**TREES["ldm"], "train": {"lora": {"rank": 2}}}
+SMOOTH = {**STUDENT["distill"], "huber": 0.1}  # the gradient of |d| jumps at 0, and rounding with it
+TREES["student"] = {**TREES["ldm"], **STUDENT, "distill": SMOOTH}
+STAGE_2 = ("ldm", "lora", "student")
 ACCUMULATED = ("autoencoder", "ldm")  # with accumulation on one process as well as on two; CLIP refuses it
 
 
@@ -86,13 +90,13 @@ def photos(folder: Path) -> dict[str, Any]:
 def configured(folder: Path) -> None:
     """Each stage's configuration, and each trained for BASE updates by one process."""
     for name, tree in TREES.items():
-        more = {"autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip"} if name in ("ldm", "lora") else {}
-        more |= {"init": f"{folder}/ldm"} if name == "lora" else {}
+        more = {"autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip"} if name in STAGE_2 else {}
+        more |= {"init": f"{folder}/ldm"} if name in STAGE_2[1:] else {}
         more |= {"diffusion": f"{folder}/ldm", "data": photos(folder / "photos")} if name == "classifier" else {}
         config = folder / f"{name}.yaml"
         train = {**TRAIN, "steps": BASE + UPDATES, **tree.get("train", {})} | (GAN if name == "autoencoder" else {})
         config.write_text(yaml.safe_dump({"run": f"{folder}/{name}", **tree, **more, "train": train}))
-        assert main([f"train-{'ldm' if name == 'lora' else name}", str(config), f"train.steps={BASE}"]) == 0
+        assert main([f"train-{'ldm' if name in STAGE_2 else name}", str(config), f"train.steps={BASE}"]) == 0
 
 
 def jobs(folder: Path, which: dict[str, int | None], names: Iterable[str], **changes: Any) -> list[Job]:

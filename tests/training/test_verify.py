@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from support.stages import DIFFUSION, TRAIN, Stages
+from support.stages import DIFFUSION, STUDENT, TRAIN, Stages
 
 from ldm.cli.main import main
 from ldm.cli.verify_resume import _folder
@@ -42,7 +42,7 @@ Damage = Callable[[pytest.MonkeyPatch], None]
 
 @pytest.fixture(scope="module")
 def configs(stages: Stages) -> dict[str, Path]:
-    """Configurations of the five stages, and one with Muon; the classifier's classes are folders of a few pictures."""
+    """Configurations of the six stages, and one with Muon; the classifier's classes are folders of a few pictures."""
     folder = stages.folder
     for name, colour in (("dark", 40), ("light", 200)):
         (folder / "photos" / name).mkdir(parents=True)
@@ -56,6 +56,10 @@ def configs(stages: Stages) -> dict[str, Path]:
         "lora": {
             **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip", "init": f"{folder}/ldm",
             "train": {**TRAIN, "lora": {"rank": 2}},
+        },
+        "student": {
+            **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip", "init": f"{folder}/ldm",
+            "train": TRAIN, **STUDENT,
         },
         "muon": {
             **DIFFUSION, "autoencoder": f"{folder}/autoencoder", "text": f"{folder}/clip",
@@ -77,7 +81,7 @@ def content(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm", "classifier", "lora", "muon"])
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "ldm", "classifier", "lora", "student", "muon"])
 def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.CaptureFixture[str], name: str) -> None:
     before = content(configs[name].parent)
     assert main(["verify-resume", str(configs[name]), "--updates", "4"]) == 0, capsys.readouterr().err
@@ -87,7 +91,7 @@ def test_every_stage_resumes_exactly(configs: dict[str, Path], capsys: pytest.Ca
         and "killed within update 4, then resumed from the checkpoint of update 2" in said
     )
     found = rows(said)
-    network = {"ldm": "unet", "lora": "unet", "muon": "unet"}.get(name, name)
+    network = {"ldm": "unet", "lora": "unet", "student": "unet", "muon": "unet"}.get(name, name)
     wanted = [f"{what} of {network}" for what in ("weights", "exp_avg", "exp_avg_sq")] + ["EMA", "state of the task"]
     assert all(found[row] == ["equal", "0", "0"] for row in wanted)
     assert all(

@@ -15,6 +15,7 @@ from ldm.diffusion.schedule import Schedule
 
 CLEAN = -1.0  # the t of clean data
 RHO = 7.0  # of Karras et al. 2022
+LCM_NODES = 50  # of the grid that `lcm` takes its nodes from
 OFFSET = ("leading", "leading_positive")  # grids that take an offset
 
 
@@ -89,6 +90,17 @@ def uniform_lambda(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
     return _ended(schedule.time(noisy + part * (clean - noisy)), schedule)
 
 
+def lcm(schedule: Schedule, steps: int) -> Float[Tensor, " nodes"]:
+    """S of the 50 nodes of a trailing grid, evenly spaced: 999, 759, 499, 259 for 4.
+
+    The grid of latent consistency models, and of diffusers' LCMScheduler where 50 divides T. More
+    than 50 steps are of all T.
+    """
+    n = _checked(schedule, steps)
+    nodes = min(LCM_NODES, n) if steps <= LCM_NODES else n
+    return _ended(trailing(schedule, nodes)[[i * nodes // steps for i in range(steps)]], schedule)
+
+
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "trailing": trailing,
     "leading": leading,
@@ -98,6 +110,7 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "leading_positive": leading_positive,
     "karras": karras,
     "uniform_lambda": uniform_lambda,
+    "lcm": lcm,
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ldm.diffusion.samplers.ancestral import ddim, ddpm
+from ldm.diffusion.samplers.consistency import lcm
 from ldm.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_published, dpmpp_sde
 from ldm.diffusion.samplers.edm import dpm2, euler, euler_ancestral, heun, lms
 from ldm.diffusion.samplers.langevin import PER_LEVEL, annealed_langevin, predictor_corrector
@@ -29,6 +31,9 @@ class Sampler:
         fewest: smallest number of steps.
         looks_ahead: averages in the slope at the end of a step, which suffers from a first step
             that is long in σ/α.
+        consistency: reads the network as a consistency function, and is right for a network that
+            was distilled into one alone: its error does not depend on the steps, and ``order`` is
+            infinite.
     """
 
     function: Callable[..., Tensor]
@@ -38,6 +43,7 @@ class Sampler:
     calls: Callable[[int], int] = lambda steps: steps
     fewest: int = 1
     looks_ahead: bool = False
+    consistency: bool = False
 
 
 def _two_but_the_last(steps: int) -> int:
@@ -62,4 +68,5 @@ SAMPLERS: dict[str, Sampler] = {
     "plms": Sampler(plms, 2, calls=lambda steps: steps + 1, fewest=FEWEST, looks_ahead=True),
     "annealed_langevin": Sampler(annealed_langevin, 0.5, True, calls=lambda steps: PER_LEVEL * (steps - 1) + 1),
     "predictor_corrector": Sampler(predictor_corrector, 1, True, ("eta",), calls=_two_but_the_last),
+    "lcm": Sampler(lcm, math.inf, True, consistency=True),
 }

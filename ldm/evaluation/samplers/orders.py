@@ -83,8 +83,8 @@ class Case:
         return function(Denoiser(schedule, target, predict), x, grid, noise, **options), calls
 
 
-# every sampler with its defaults, and variants whose options change the order
-CASES = {name: Case(name, sampler.order) for name, sampler in SAMPLERS.items()}
+# every sampler of a denoiser with its defaults, and variants whose options change the order
+CASES = {name: Case(name, sampler.order) for name, sampler in SAMPLERS.items() if not sampler.consistency}
 VARIANTS = {
     "ddim, eta 1": Case("ddim", 1, {"eta": 1.0}),
     "unipc, order 3": Case("unipc", 4, {"order": 3}),

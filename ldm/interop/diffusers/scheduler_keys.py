@@ -67,6 +67,11 @@ READS: dict[str, dict[str, Any]] = {  # classes with a sampler here
         **_PROCESS, **_ZERO, **_THRESHOLD, **_SIGMAS, **_RANGE, **_SOLVER,
         "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None, "shift_terminal": None,
     },
+    "LCMScheduler": {
+        **_PROCESS, **_ZERO, **_CLIP, **_THRESHOLD, **_LARGER_BETAS,
+        "beta_schedule": "scaled_linear", "clip_sample": False, "timestep_spacing": "leading", "set_alpha_to_one": True,
+        "original_inference_steps": 50, "timestep_scaling": 10.0,
+    },
 }  # fmt: skip
 PROCESSES: dict[str, dict[str, Any]] = {  # other classes, of which only the process is read
     "DEISMultistepScheduler": _PROCESS,
@@ -75,13 +80,12 @@ PROCESSES: dict[str, dict[str, Any]] = {  # other classes, of which only the pro
     "RePaintScheduler": _PROCESS,
     "KDPM2AncestralDiscreteScheduler": {**_PROCESS, **_LARGER_BETAS},
     "DPMSolverSDEScheduler": {**_PROCESS, **_LARGER_BETAS},
-    "LCMScheduler": {**_PROCESS, **_ZERO, **_LARGER_BETAS, "beta_schedule": "scaled_linear"},
     "TCDScheduler": {**_PROCESS, **_ZERO, **_LARGER_BETAS, "beta_schedule": "scaled_linear"},
     "UnCLIPScheduler": {**_PROCESS, "beta_schedule": "squaredcos_cap_v2"},
 }
 _ANY_PROCESS = {**_PROCESS, **_ZERO}
 _OTHERS = {  # further keys of diffusers' classes with a β schedule
-    "original_inference_steps", "timestep_scaling", "sigma_data", "sigma_schedule", "rho", "noise_sampler_seed", "eta",
+    "sigma_data", "sigma_schedule", "rho", "noise_sampler_seed", "eta",
     "predictor_order", "corrector_order", "tau_func", "variance_type", "snr_shift_scale", "set_alpha_to_one",
     "clip_sample", "invert_sigmas",
 }  # fmt: skip

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.config import GIVEN, ConfigError, SampleConfig, ScheduleConfig
+from ldm.diffusion.consistency import TIMESTEP_SCALING
+from ldm.diffusion.samplers.grids import LCM_NODES
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.diffusers.scheduler_keys import PROCESSES, READS, check_keys, class_name, settings
 from ldm.interop.diffusers.unet import DIFFUSERS_VERSION
 
 OUR_SCHEDULER = "LatentDiffusionScheduler"  # the class name with one of OWN_TARGETS
 DIFFUSERS_SCHEDULER = "DDIMScheduler"
+LCM_SCHEDULER = "LCMScheduler"  # written where `lcm` is the model's sampler
 
 OWN_TARGETS = ("score", "flow")  # diffusers lacks them, or has them with another process
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"} | {name: name for name in OWN_TARGETS}
@@ -30,6 +33,7 @@ _WHOLE = {"trailing": "trailing", "leading": "leading", "linspace": "linspace"}
 # With linspace, DDIM and PNDM step to t − T//S, which is not a node of that grid.
 _ON_THE_GRID = {"trailing": "trailing", "leading": "leading"}
 _FRACTIONAL = _WHOLE | {"linspace": "linspace_fractional"}
+_SUBSET = dict.fromkeys(_WHOLE, "lcm")  # it does not read the key
 _POSITIVE = {"trailing": "trailing", "leading": "leading_positive", "linspace": "linspace_positive"}
 
 
@@ -81,6 +85,9 @@ _CLASSES = {
          "lower_order_final": (True,), "use_dynamic_shifting": (False,),
          "solver_type": ("bh2", "midpoint", "heun", "logrho")},  # all but bh1 mean bh2
     ),
+    LCM_SCHEDULER: _Reading(
+        "lcm", _SUBSET, {**_UNCLIPPED, "timestep_scaling": (TIMESTEP_SCALING,)},
+    ),
 }  # fmt: skip
 _MULTISTEP_SAMPLERS = {
     ("dpmsolver++", 1): "ddim",
@@ -94,15 +101,18 @@ _MULTISTEP_SAMPLERS = {
 def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: SampleConfig | None = None) -> dict[str, Any]:
     """`scheduler/scheduler_config.json` of a DDIMScheduler with the same process and target.
 
-    The grid is that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a
+    Of an LCMScheduler where the sampler of ``sample`` is lcm: its grid is always ``lcm``. The grid
+    is else that of ``sample``, or trailing where DDIMScheduler lacks it. A process without a
     name in diffusers is written as its table of β, OWN_TARGETS under our own class name.
     """
     sample = sample or SampleConfig()
     start, end = _BETAS.get(schedule.name, (1e-4, 0.02))
     named = schedule.name in _BETA_SCHEDULES and schedule.shift == 1.0
     betas = None if named else Schedule.from_config(schedule).betas.tolist()
+    lcm = sample.sampler == "lcm"
+    name = LCM_SCHEDULER if lcm else DIFFUSERS_SCHEDULER
     return {
-        "_class_name": OUR_SCHEDULER if target in OWN_TARGETS else DIFFUSERS_SCHEDULER,
+        "_class_name": OUR_SCHEDULER if target in OWN_TARGETS else name,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": _BETA_SCHEDULES.get(schedule.name, "linear"),
@@ -115,6 +125,7 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, target: str, sample: Sample
         "clip_sample": False,
         "set_alpha_to_one": sample.end_clean,
         "rescale_betas_zero_snr": named and schedule.zero_terminal_snr,
+        **({"original_inference_steps": min(LCM_NODES, schedule.num_steps)} if lcm else {}),
     }
 
 
@@ -204,6 +215,8 @@ def sampler_from_diffusers(layout: Mapping[str, Any]) -> tuple[dict[str, Any], s
         if kind not in _MULTISTEP_SAMPLERS:
             return {}, f"{name} with algorithm_type {kind[0]} and solver_order {kind[1]} is not offered"
         fields["sampler"] = _MULTISTEP_SAMPLERS[kind]
+    if name == LCM_SCHEDULER:
+        fields["end_clean"] = True
     if name == "DDPMScheduler":
         fields["variance"] = _VARIANCES[values["variance_type"]]
     return fields, None
@@ -221,6 +234,10 @@ def _with_others(name: str, values: Mapping[str, Any]) -> dict[str, tuple[Any, .
             only["timestep_spacing"] = ("linspace",)  # otherwise their Karras levels span that grid's ends
     if values.get("timestep_type") == "continuous":
         only["prediction_type"] = ("epsilon", "sample")  # with v they give the network log σ instead of t
+    if name == LCM_SCHEDULER:
+        t = values["num_train_timesteps"]
+        nodes = min(LCM_NODES, t)
+        only |= {"original_inference_steps": (nodes,), "num_train_timesteps": (t - t % nodes,)}
     if name == "DDPMScheduler" and values["variance_type"] in ("fixed_large", "learned_range"):
         only["timestep_spacing"] = ("linspace",)  # otherwise they add noise in the last step too
     if name == "DPMSolverMultistepScheduler":

@@ -217,7 +217,8 @@ class DiffusionTask:
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
             x0 = diffused(self.codec, moved)
-            loss = self.objective.terms(self.networks["unet"], x0, moved["eps"], t, cond).error.double()
+            noising = Noising(x0, moved["eps"], t, torch.ones_like(t), cond)
+            loss = self._terms(self.networks["unet"], noising).error.double()
             bins = t * BINS // self.schedule.num_steps
             sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, loss.square()]))
         sums = gather(sums[None]).sum(0).cpu()

@@ -19,7 +19,7 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
     """Open the folder of ``config.init`` and compare it with the configuration.
 
     A LoRA is used with all other parts of that folder, so all of them must be equal. A U-Net that is trained whole is
-    exported with its own schedule and text encoder, so these may differ.
+    exported with its own schedule and text encoder, so these may differ; a student's are those of its teacher.
 
     Args:
         spec: the U-Net that the configuration describes.
@@ -39,7 +39,7 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
     _check_latents(config, info)
-    whole = config.train.lora is None
+    whole = config.train.lora is None and config.distill is None
     if not same_schedule(info.schedule, _unscaled(config.schedule) if whole else config.schedule):
         also = "; zero_terminal_snr and shift may differ" if whole else ""
         raise ConfigError(
@@ -55,7 +55,10 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
         from ldm.interop.text import text_of  # transformers takes seconds to import
 
         if text_of(info.bundle, info.path).hash != text.hash:
-            raise ConfigError(f"text: a LoRA needs the text encoder of its base: write text: {config.init}")
+            raise ConfigError(
+                "text: a LoRA needs the text encoder of its base, and a student that of its teacher:"
+                f" write text: {config.init}"
+            )
     return info
 
 
