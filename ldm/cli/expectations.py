@@ -1,4 +1,4 @@
-"""What `ldm init` says before a training: how far so many images and such a machine go, and what would be better.
+"""Expectations of a training, said by `ldm init`: how far so many images and such a machine go, and what is better.
 
 Only what is computed from the plan, or measured in docs/results.md, is stated as a fact.
 """

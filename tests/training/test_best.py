@@ -72,7 +72,8 @@ def assert_same(run: Path, straight: Path) -> None:
     for name in (last, "model", "best"):
         one, two = files(run / name), files(straight / name)
         for own in ("config.yaml", "manifest.json"):  # they name the run
-            one.pop(own, None), two.pop(own, None)
+            one.pop(own, None)
+            two.pop(own, None)
         assert one == two and len(one) > 3
     assert lines(run) == lines(straight) and "best.safetensors" in files(run / last)
 
