@@ -90,7 +90,7 @@ def best_text(run: Path) -> str | None:
     with suppress(ConfigError, UserError):  # a damaged configuration or record
         if (figure := load_run(run).figure) is not None:
             best = best_logged(figure, read_metrics(run))
-            since = f", and worse in {best.worse} validations since" if best.risen else ""
+            since = f" (worse in {best.worse} validations since)" if best.risen else ""
             return f"{best.text(figure)}{since}" if best.step else None
     return None
 

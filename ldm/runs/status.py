@@ -80,6 +80,7 @@ def status_line(now: dict[str, Any]) -> str:
     at = f"at {update}" if step is not None else update
     seconds = f", {now['seconds']:.0f} s" if now["seconds"] is not None else ""
     saved = f"last checkpoint at update {checkpoint}" if checkpoint is not None else "no checkpoint"
+    saved = f"best validation {now['best']}, {saved}" if now["best"] else saved
     again = f"update {checkpoint}" if checkpoint is not None else "the beginning"
     reason = now["reason"] or "no reason was recorded"
     what = {
@@ -94,5 +95,4 @@ def status_line(now: dict[str, Any]) -> str:
     unseen = ""
     if state == "running" and now["locked"] is None:
         unseen = " (this file system does not show if a process is at work)"
-    best = f"; best validation: {now['best']}" if now["best"] else ""
-    return f"{now['run']}: {what.get(str(state), f'{state}?')}{best}{unseen}"
+    return f"{now['run']}: {what.get(str(state), f'{state}?')}{unseen}"

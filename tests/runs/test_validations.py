@@ -125,10 +125,10 @@ def test_status_and_report_tell_the_best_of_the_lines(tmp_path: Path, capsys: py
     reason = "ended by train.patience: none of the last 3 validations was better than loss 1 ± 0.5 at update 20"
     status = {"state": "done", "step": 50, "steps": 100, "seconds": 7.0, "waited": 3, "reason": reason}
     (run / "status.json").write_text(json.dumps(status))
-    told = "loss 1 ± 0.5 at update 20, and worse in 3 validations since"
+    told = "loss 1 ± 0.5 at update 20 (worse in 3 validations since)"
     assert main(["status", str(run)]) == 0
     said = capsys.readouterr().out
-    assert said == (f"{run}: done, update 50 of 100 (50 %), 7 s, no checkpoint; {reason}; best validation: {told}\n")
+    assert said == (f"{run}: done, update 50 of 100 (50 %), 7 s, best validation {told}, no checkpoint; {reason}\n")
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["best"] == told
     assert main(["report", str(run)]) == 0

@@ -239,7 +239,7 @@ def test_a_rise_is_told_once_and_keeping_may_begin_late(
     )
     assert "train.keep_best keeps" in told[0] and "train.patience ends" in told[0]
     assert main(["status", str(run)]) == 0
-    assert "best validation: loss 2 ± 0.5 at update 3, and worse in 3 validations since" in capsys.readouterr().out
+    assert "best validation loss 2 ± 0.5 at update 3 (worse in 3 validations since)" in capsys.readouterr().out
     shutil.rmtree(run / "checkpoints/step-00000008")
     assert stages.train("ldm", f"run={run}", *KEPT) == 0  # finished, but without best/
     said = capsys.readouterr().out
