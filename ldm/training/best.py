@@ -74,8 +74,8 @@ class BestModel:
             then = "train.keep_best keeps the best model and train.patience ends such a run"
         return (
             f"validation {figure.name} is {value:.4g} after update {step}, for {best.worse} validations in a row {side}"
-            f" its best, {best.text(figure)}. The model may be memorising its images: use more of them, or stop"
-            f" earlier; {then} (docs/training.md)"
+            f" its best, {best.text(figure)}. The model may be memorising its images: use more of them or stop"
+            f" earlier; or train.lr is too high; {then} (docs/training.md)"
         )
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
