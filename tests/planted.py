@@ -190,7 +190,25 @@ TRAINING: dict[str, list[Row]] = {
         ("validation of the weights as trained", "with self._averaged():\n            metrics", "with torch.no_grad():\n            metrics", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("samples of the weights as trained", "with self._averaged():\n            return", "with torch.no_grad():\n            return", "training::test_the_averaged_weights_are_validated_and_drawn_from"),
         ("a student aims at itself", "{**self.prepared, AVERAGE: self.ema}", "self.prepared", "initial::test_a_student_aims_at_its_average"),
+        ("the best model is the last one", "self._averaged(self.best.weights)", "self._averaged()", "best::test_the_kept_model_is_that_of_a_run_that_ended_there"),
+        ("patience ends no run", "return self.step >= self.config.steps or self.best.over", "return self.step >= self.config.steps", "best::test_patience_ends_a_run_in_good_order"),
         ("the average takes in broken updates", "self.ema.update(self.step, finite)", "self.ema.update(self.step)", "training::test_an_update_that_is_not_finite_changes_nothing"),
+    ],
+    "ldm/training/best.py": [
+        ("kept weights follow the average", 'snapshot({"best": self._ema.state()}, old)["best"]', "dict(self._ema.state())", "best::test_kept_weights_do_not_follow_the_average"),
+        ("each process by its own figure", 'f"{name}_error")))[0]', 'f"{name}_error")))[self._processes.rank]', "best::test_all_processes_follow_the_main_one"),
+        ("the best so far is forgotten at a resume", "        self.best = best\n", "", "best::test_a_run_that_is_killed_ends_as_if_nothing_had_happened"),
+        ("kept weights are forgotten at a resume", 'self.weights = snapshot({"best": weights})["best"]', "pass", "best::test_a_run_that_is_killed_ends_as_if_nothing_had_happened[7]"),
+    ],
+    "ldm/runs/best.py": [
+        ("equal is better", "self.step == 0 or gap < 0", "self.step == 0 or gap <= 0", "validations::test_a_rise_is_noticed_once_and_noise_is_none"),
+        ("noise is a rise", "if gap > self.error:", "if gap > 0:", "validations::test_a_rise_is_noticed_once_and_noise_is_none"),
+        ("a rise need not be in a row", "elif self.worse < RISEN:", "elif False:", "validations::test_a_rise_is_noticed_once_and_noise_is_none"),
+        ("a rise is noticed again", "elif self.worse < RISEN:", "else:", "validations::test_a_rise_is_noticed_once_and_noise_is_none"),
+        ("a best after the cut stays", "found > step:", "False:", "validations::test_a_kept_model_of_a_later_update_is_forgotten"),
+    ],
+    "ldm/config/figure.py": [
+        ("the lowest PSNR is best", "return best - value if self.higher", "return value - best if self.higher", "validations::test_a_rise_is_noticed_once_and_noise_is_none"),
     ],
     "ldm/training/ema.py": [
         ("a ramp ten times as slow", "(1 + step) / (10 + step)", "(1 + step) / (100 + step)", "ema::test_ramp_follows_the_formula_in_float64"),

@@ -7,8 +7,8 @@ command that saves every update. A kill is SIGKILL to the whole process group, a
 first update of the uninterrupted run and the end of its export. The moment is placed by the update logged before it, so
 that it does not depend on the speed of the machine. The same command is then started until it ends with 0.
 
-These must be equal bit for bit: weights, average and optimizers of the last checkpoint, its state, all of model/, and
-metrics.jsonl except for the speed.
+These must be equal bit for bit: weights, average and optimizers of the last checkpoint, its state, all of model/ and of
+best/ (stage 2 keeps its best model), and metrics.jsonl except for the speed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DIFFUSION = {
     "data": {"source": "shapes", "image_size": 32, "size": 64, "flip": True},
     "caption_dropout": 0.3,
     "unet": {"channels": [16, 32], "layers_per_level": 1, "attention_levels": [1], "heads": [2], "groups": 4},
-    "train": TRAIN,
+    "train": {**TRAIN, "keep_best": True},
     "sample": {"steps": 2, "guidance_scale": 2.0},
 }
 
@@ -177,7 +177,8 @@ def saved(run: Path) -> int:
 def content(run: Path) -> dict[str, Any]:
     """All that must be equal at the end: digests of files by name, and the logged figures."""
     last = run / f"checkpoints/step-{STEPS:08d}"
-    files = [*last.glob("*.safetensors"), last / "state.json", *(f for f in (run / "model").rglob("*") if f.is_file())]
+    models = (f for name in ("model", "best") for f in (run / name).rglob("*") if f.is_file())
+    files = [*last.glob("*.safetensors"), last / "state.json", *models]
     found: dict[str, Any] = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         figures = json.loads(line)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
-from ldm.config import VARIANCES, ConfigError, config_file
+from ldm.config import VARIANCES, ConfigError, model_config_file
 from ldm.runs.records import report_metrics
 
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and getattr(arguments, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(arguments, name)}")
     folder = Path(arguments.run)
-    config_file(folder)
+    model_config_file(folder)
     _check_overrides(arguments)
     from ldm.distributed.launch import launched
     from ldm.evaluation.evaluate import evaluate

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         files = f"{', '.join(present)} in {out}/"
         console.say(f"{files} stay as they are: to get new ones, delete them or name another folder by --out")
     else:
-        _say_next(plan, out, console)
+        _say_next(plan, looked.short_side, out, console)
 
 
 def _write_all(files: dict[Path, str]) -> None:
@@ -239,11 +239,13 @@ def _say_skipped(looked: Survey, out: Path, console: Console) -> None:
         console.say(f"            fix or remove them, or set max_skipped to {share + 0.005:.2f} in the configurations")
 
 
-def _say_next(plan: Plan, out: Path, console: Console) -> None:
-    minutes = sum(plan.seconds(stage) for stage in plan.stages) / 60
-    machine = f"a CPU, about {minutes:.0f} minutes on two cores" if plan.machine == "cpu" else "a GPU"
+def _say_next(plan: Plan, short_side: int, out: Path, console: Console) -> None:
+    from ldm.cli.expectations import expectations
+
     written = ", ".join(f"{stage}.yaml" for stage in plan.stages)
-    console.say(f"wrote {written} into {out}/ ({plan.data.image_size} px, for {machine})")
+    console.say(f"wrote {written} into {out}/ ({plan.data.image_size} px, for a {plan.machine.upper()})")
+    for line in expectations(plan, short_side):
+        console.say(line)
     prompt = ""
     if plan.data.captions != "none":
         prompt = f" --prompt {shlex.quote(plan.prompts[0] if plan.prompts else PROMPT)}"

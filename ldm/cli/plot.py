@@ -29,9 +29,9 @@ from ldm.config import (
     DiffusionTrainingConfig,
     SampleConfig,
     ScheduleConfig,
-    config_file,
     load,
     load_run,
+    model_config_file,
 )
 from ldm.distributed.processes import own_rank
 from ldm.files.disk import resolved
@@ -195,7 +195,7 @@ def _schedule_of(run: Path) -> ScheduleConfig:
 
 def _forward(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "images")
-    config = load(DiffusionTrainingConfig, config_file(arguments.run))
+    config = load(DiffusionTrainingConfig, model_config_file(arguments.run))
     seed = SampleConfig(seed=arguments.seed or 0).seed
     file = _out(arguments)
     from ldm.evaluation.figures.chains import forward_page
@@ -239,7 +239,7 @@ def _guidance(arguments: argparse.Namespace, console: Console) -> None:
     scales = list(dict.fromkeys(arguments.scales))
     for scale in scales:
         SampleConfig(guidance_scale=scale)
-    config_file(arguments.run)
+    model_config_file(arguments.run)
     file = _out(arguments)
     from ldm.distributed.launch import launched
     from ldm.evaluation.figures.guidance_sweep import guidance_sweep

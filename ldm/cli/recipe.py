@@ -26,6 +26,9 @@ LENGTHS = {
     ("gpu", "ldm"): (200, 64, 50_000, 400_000),
 }
 
+# Validations of a stage: as many as show a rise early, and as take a few per cent of its time on a small set.
+VALIDATIONS = {"autoencoder": 10, "clip": 10, "ldm": 20}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +51,11 @@ class Plan:
         """Updates of a stage, a multiple of 100 between its limits."""
         passes, batch, low, high = LENGTHS[self.machine, stage]
         return min(high, max(low, passes * self.train_images // batch // 100 * 100))
+
+    @property
+    def seen(self) -> float:
+        """Number of times that the diffusion model sees each image."""
+        return self.steps("ldm") * LENGTHS[self.machine, "ldm"][1] / self.train_images
 
     def seconds(self, stage: str) -> float:
         """Estimated training time of a stage on two CPU cores."""
@@ -98,6 +106,7 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
         "minutes": max(1, round(plan.seconds(stage) / 60)),
         "steps": plan.steps(stage),
         "every": max(50, plan.steps(stage) // 4),
+        "validate": plan.steps(stage) // VALIDATIONS[stage],
         "tokens": plan.tokens,
         "text": text if captioned else "none",
         "guidance": 3.0 if captioned else 1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoencoder.config import ConfigError
 from ldm.config.data import CAPTIONS, SOURCES, AugmentConfig, DataConfig
+from ldm.config.figure import Figure
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import (
     GIVEN,
@@ -16,7 +17,17 @@ from ldm.config.process import (
     ObjectiveConfig,
     ScheduleConfig,
 )
-from ldm.config.reading import build, config_file, load, load_any, load_run, runs_below, save, to_dict
+from ldm.config.reading import (
+    build,
+    config_file,
+    load,
+    load_any,
+    load_run,
+    model_config_file,
+    runs_below,
+    save,
+    to_dict,
+)
 from ldm.config.runs import (
     NONE,
     NULL_CAPTION,
@@ -42,6 +53,7 @@ __all__ = [
     "DataConfig",
     "DiffusionTrainingConfig",
     "DistillConfig",
+    "Figure",
     "GIVEN",
     "GRIDS",
     "LEARNED",
@@ -70,6 +82,7 @@ __all__ = [
     "load",
     "load_any",
     "load_run",
+    "model_config_file",
     "runs_below",
     "save",
     "to_dict",

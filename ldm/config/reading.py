@@ -23,6 +23,7 @@ from ldm.files.text import read_text
 
 T = TypeVar("T")
 
+BEST = "best.json"  # of RUN/best: its update and what it reached
 DEPTH, VALUES = 20, 200_000  # limits of a configuration: levels, and values with aliases expanded
 
 
@@ -73,6 +74,15 @@ def config_file(run: str | Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"{run} is not a run: it has no config.yaml{runs_below(run)}")
     return file
+
+
+def model_config_file(path: str | Path) -> Path:
+    """The configuration with which a model was trained: that of its run, for RUN/best that of RUN.
+
+    Raises ConfigError if there is none.
+    """
+    folder = Path(path)
+    return config_file(folder.parent if (folder / BEST).is_file() else folder)
 
 
 def runs_below(folder: str | Path) -> str:

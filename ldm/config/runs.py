@@ -7,6 +7,7 @@ from typing import Any
 
 from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
 from ldm.config.data import AugmentConfig, DataConfig
+from ldm.config.figure import Figure
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
 from ldm.config.process import LEARNED, DistillConfig, ObjectiveConfig, ScheduleConfig
 from ldm.config.sample import SampleConfig
@@ -34,6 +35,16 @@ class AutoencoderTrainingConfig:
         if self.train.mixed_precision == "fp16":
             raise ConfigError("train.mixed_precision fp16 overflows in the autoencoder: use bf16")
         _no_lora(self.train)
+        _comparable(
+            self.figure, self.train, "a discriminator lowers PSNR while texture gets sharper: it needs loss.lpips"
+        )
+
+    @property
+    def figure(self) -> Figure | None:
+        """LPIPS where it means something, else PSNR; None for a discriminator without LPIPS."""
+        if self.loss.lpips > 0 and self.loss.lpips_weights != "random":
+            return Figure("lpips")
+        return None if self.loss.gan > 0 else Figure("psnr", higher=True)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,11 @@ class ClipTrainingConfig:
                 "train.micro_batch must be null: the contrastive loss compares the whole global batch,"
                 " so accumulation is refused"
             )
+
+    @property
+    def figure(self) -> Figure:
+        """Top-1 retrieval among validation captions."""
+        return Figure("retrieval_top1", higher=True)
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,12 @@ class DiffusionTrainingConfig:
             self._check_distillation(self.distill)
         if self.sample.lora:
             raise ConfigError("sample.lora is for drawing (ldm sample --lora): leave it out")
+        _comparable(self.figure, self.train, "with schedule.name learned the losses of two updates cannot be compared")
+
+    @property
+    def figure(self) -> Figure | None:
+        """The unweighted loss; None for a learned schedule, under which it is of another task at each update."""
+        return None if self.schedule.name == LEARNED else Figure("loss")
 
     def _check_distillation(self, distill: DistillConfig) -> None:
         if self.init is None:
@@ -159,6 +181,11 @@ class ClassifierTrainingConfig:
         if self.train.gradient_checkpointing:
             raise ConfigError("train.gradient_checkpointing: the classifier does not support it, leave it out")
 
+    @property
+    def figure(self) -> Figure:
+        """The cross-entropy."""
+        return Figure("loss")
+
 
 RUNS: dict[
     str, type[AutoencoderTrainingConfig | ClipTrainingConfig | DiffusionTrainingConfig | ClassifierTrainingConfig]
@@ -178,6 +205,12 @@ def _named(run: str) -> None:
 def _no_lora(train: TrainConfig) -> None:
     if train.lora is not None:
         raise ConfigError("train.lora is for train-ldm: leave it out")
+
+
+def _comparable(figure: Figure | None, train: TrainConfig, reason: str) -> None:
+    for name, given in (("keep_best", train.keep_best), ("patience", train.patience is not None)):
+        if given and figure is None:
+            raise ConfigError(f"train.{name}: {reason}: leave it out")
 
 
 def _same(name_a: str, a: Any, name_b: str, b: Any) -> None:

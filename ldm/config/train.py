@@ -61,12 +61,14 @@ class TrainConfig:
     rank_timeout: int = 1800  # seconds that a process waits for the others before the run ends
     keep_every: int | None = None  # updates: checkpoints at its multiples stay for good and are not counted; null: none
     save_errors: str = "stop"  # when a checkpoint fails (full disk …); continue: warn, try again at the next interval
+    keep_best: bool = False  # keep the averaged weights of the best validation; at the end they become RUN/best
+    patience: int | None = None  # validations in a row without a better one after which the run ends; null: at `steps`
     trackers: tuple[str, ...] = ("tensorboard",)
     lora: LoraConfig | None = None  # train-ldm: train low-rank changes of the U-Net of `init`, which stays frozen
 
     def __post_init__(self) -> None:
         between(self, 1, MOST_UPDATES, "steps", "log_every", "validate_every", "sample_every")
-        between(self, 1, MOST_UPDATES, "checkpoint_every", "keep_every")
+        between(self, 1, MOST_UPDATES, "checkpoint_every", "keep_every", "patience")
         between(self, 1, 10**6, "batch_size", "micro_batch")
         between(self, 1, 10**7, "validation_size", "rank_timeout")
         between(self, 2, MOST_UPDATES, "keep_checkpoints")

@@ -138,7 +138,8 @@ def evaluate(
         FolderError: the run has no model.
     """
     started = time.monotonic()
-    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml", list(overrides))
+    file = configuration.model_config_file(run)
+    config, logs = configuration.load(DiffusionTrainingConfig, file, list(overrides)), file.parent
     out = _folder(out or run)
     data = config.data
     check_judged(data, run)
@@ -169,11 +170,11 @@ def evaluate(
     report |= getattr(judge, "about", {})
     if pipe.codec is not None:
         report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size, processes)
-    report["seconds"] = _seconds(run, config) | {"evaluation": round(time.monotonic() - started, 1)}
+    report["seconds"] = _seconds(logs, config) | {"evaluation": round(time.monotonic() - started, 1)}
     report["seconds"]["total"] = round(sum(report["seconds"].values()), 1)
     if processes.main:
         write_json(out / "report.json", report | _kept(out / "report.json", pipe.hash))
-        logged = scalar_series(read_metrics(run))
+        logged = scalar_series(read_metrics(logs))
         plots.curves({name: logged[name] for name in CURVES if name in logged}, out / "curves.png")
     return report
 

@@ -114,7 +114,7 @@ def likelihood(
         DataError: no image can be read.
     """
     started = time.monotonic()
-    config = configuration.load(DiffusionTrainingConfig, run / "config.yaml")
+    config = configuration.load(DiffusionTrainingConfig, configuration.model_config_file(run))
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

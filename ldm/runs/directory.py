@@ -1,7 +1,7 @@
 """The run directory: its lock, configuration, metrics, status and image grids.
 
-It holds `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/` and `model/`;
-only the main process opens it.
+It holds `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `samples/`, `model/` and, with
+`train.keep_best`, `best/`; only the main process opens it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ldm.data.sample import Skipped
 from ldm.errors import RunError
 from ldm.files.disk import OS_FAULT, read_bytes
 from ldm.files.text import lines
+from ldm.runs.best import forget_best
 from ldm.runs.journal import Journal
 from ldm.runs.moved import PLACES, moved_problem
 from ldm.runs.records import flat, parse_line, read_skipped, read_status
@@ -40,6 +41,7 @@ CHANGEABLE = {
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
     *(f"train.{name}" for name in ("checkpoint_every", "keep_checkpoints", "keep_every", "save_errors")),
     *(f"train.{name}" for name in ("trackers", "micro_batch", "rank_timeout")),
+    *(f"train.{name}" for name in ("keep_best", "patience")),  # what is kept, and an earlier end
 }
 
 _locks: set[int] = set()  # file descriptors
@@ -90,6 +92,11 @@ class RunDirectory:
         """Folder of the exported model, EMA weights."""
         return self.path / "model"
 
+    @property
+    def best(self) -> Path:
+        """Folder of the model of the best validation."""
+        return self.path / "best"
+
     def start(self, config: Any) -> None:
         """Write ``config.yaml``; an existing one must be of the same training.
 
@@ -129,25 +136,34 @@ class RunDirectory:
         self._journal.put(f"samples/{name}-{step:08d}.png", content.getvalue(), newest_of=name)
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after ``step``, and a truncated one."""
+        """Drop the lines of ``metrics.jsonl`` after ``step``, a truncated one, and a `best/` of a later update."""
         file = self.path / "metrics.jsonl"
         try:
+            forget_best(self.best, step)
             if file.exists():
                 logged = [(line, parse_line(line)) for line in lines(read_bytes(file).decode(errors="replace"))]
                 self._journal.rewrite([line for line, row in logged if row is not None and row["step"] <= step])
         except OSError as error:
             raise RunError(f"{file} cannot be written: {error.strerror or error}") from None
 
-    def status(self, state: str, step: int, steps: int, error: BaseException | None = None) -> None:
+    def status(
+        self,
+        state: str,
+        step: int,
+        steps: int,
+        error: BaseException | None = None,
+        early: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write ``status.json``; its seconds are wall time summed over all starts of the run.
 
         ``error``: the error that ended the run, stored as the exit ``code`` and a one-line
-        ``reason``.
+        ``reason``. ``early``: entries of a run that is done before its last update.
         """
         if state not in STATES:
             raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
         seconds = self._seconds + time.monotonic() - self._opened
         about: dict[str, Any] = {"state": state, "step": step, "steps": steps, "seconds": round(seconds, 3)}
+        about |= early or {}
         if error is not None:
             about |= {"code": exit_code(error), "reason": " ".join(str(error).split())[:1000] or type(error).__name__}
         self._journal.step = step

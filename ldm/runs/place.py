@@ -12,9 +12,10 @@ from ldm.files.disk import resolved
 RECORDS = (".lock", "status.json", "metrics.jsonl", "starts.jsonl", "checkpoints", "latents")
 PARTS = {
     *RECORDS,
-    *("config.yaml", "skipped.jsonl", "incidents", "model", "samples", "tensorboard", "wandb", "wandb-id"),
+    *("config.yaml", "skipped.jsonl", "incidents", "model", "best", "samples"),
+    *("tensorboard", "wandb", "wandb-id"),
 }
-FOLDERS = ("checkpoints", "samples", "model", "latents")
+FOLDERS = ("checkpoints", "samples", "model", "best", "latents")
 LOGS = (".log", ".out", ".err", ".txt")  # a shell or a scheduler may have written them before the run
 
 

@@ -94,6 +94,7 @@ STATUS = {  # entries of status.json: their check, and its name
     "seconds": (is_seconds, "a number of seconds"),
     "code": (lambda value: is_count(value) and value < 256, "an exit code"),
     "reason": (_is_text, "text"),
+    "waited": (is_count, "a whole number"),
 }
 
 

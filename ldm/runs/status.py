@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm.config import runs_below
 from ldm.errors import RunError
+from ldm.runs.best import best_text
 from ldm.runs.records import newest_checkpoint, read_status
 
 SAVED = 75  # exit code of a run that was interrupted and saved
@@ -24,6 +25,7 @@ def run_status(path: str | Path) -> dict[str, Any]:
 
     ``state``: running, done, interrupted, failed, or killed (running by status.json, but not
     locked). ``locked``: true if a process is training it; None if the file system has no locks.
+    ``reason``: why it ended, null where that is its last update. ``best``: its best validation, in words.
     ``exit_code``: 0 running or done, 75 interrupted and saved, 1 killed, else that of the command.
     """
     path = Path(path)
@@ -38,7 +40,7 @@ def run_status(path: str | Path) -> dict[str, Any]:
         state = "running" if locked is None and state else "killed"
     codes = {"running": 0, "done": 0, "killed": KILLED, "interrupted": status.get("code", SAVED)}
     newest = newest_checkpoint(path)
-    over = state in ("interrupted", "failed")
+    over = state in ("done", "interrupted", "failed")
     return {
         "run": str(path),
         "state": state,
@@ -47,6 +49,7 @@ def run_status(path: str | Path) -> dict[str, Any]:
         "locked": locked,
         "exit_code": codes.get(state, status.get("code", 1)),
         "reason": status.get("reason") if over else None,
+        "best": best_text(path),
     }
 
 
@@ -77,11 +80,12 @@ def status_line(now: dict[str, Any]) -> str:
     at = f"at {update}" if step is not None else update
     seconds = f", {now['seconds']:.0f} s" if now["seconds"] is not None else ""
     saved = f"last checkpoint at update {checkpoint}" if checkpoint is not None else "no checkpoint"
+    saved = f"best validation {now['best']}, {saved}" if now["best"] else saved
     again = f"update {checkpoint}" if checkpoint is not None else "the beginning"
     reason = now["reason"] or "no reason was recorded"
     what = {
         "running": f"running, {update}{seconds}, {saved}",
-        "done": f"done, {update}{seconds}, {saved}",
+        "done": f"done, {update}{seconds}, {saved}" + (f"; {now['reason']}" if now["reason"] else ""),
         "killed": f"killed {at}{seconds}: its status says running, but no process holds its lock; {_AGAIN} {again}",
         "interrupted": f"interrupted and saved {at}{seconds}, {saved}; {_AGAIN} there",
         "failed": f"failed {at}{seconds}, {saved}; exit code {now['exit_code']}: {reason}",

@@ -45,9 +45,9 @@ class EMA:
             self._buffers[name].copy_(buffer)
 
     @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the averaged weights into ``model``, in its dtype."""
-        held = self.state()
+    def copy_to(self, model: nn.Module, held: Mapping[str, Tensor] | None = None) -> None:
+        """Write the averaged weights, or those of an earlier ``state()``, into ``model``, in its dtype."""
+        held = self.state() if held is None else held
         live = {**dict(model.named_parameters()), **_buffers(model)}
         _same_names(held, live, "the model")
         for name, target in live.items():
@@ -59,12 +59,12 @@ class EMA:
         return functional_call(self.model, self.state(), inputs)
 
     @contextmanager
-    def swap(self, model: nn.Module) -> Iterator[None]:
-        """Put the averaged weights into ``model`` for the block, and restore its own afterwards."""
+    def swap(self, model: nn.Module, held: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Put weights into ``model``, as ``copy_to`` does, for the block, and restore its own afterwards."""
         live = [*model.parameters(), *_buffers(model).values()]
         own = [tensor.detach().clone() for tensor in live]
         try:
-            self.copy_to(model)
+            self.copy_to(model, held)
             yield
         finally:
             with torch.no_grad():

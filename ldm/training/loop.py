@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from ldm.runs.checkpoints import folder as shelf
 from ldm.runs.checkpoints import resume
 from ldm.runs.checkpoints.writer import BackgroundWriter
 from ldm.runs.directory import RunDirectory
+from ldm.training.best import BestModel
 from ldm.training.diagnostics.nonfinite import NonFiniteRecorder
 from ldm.training.ema import EMA
 from ldm.training.finite import FiniteGuard, TrainingError, not_finite
@@ -162,7 +163,9 @@ class Loop:
         self.optimizers = Optimizers(task.networks, config, self.accelerator.scaler)
         self.prepared = {name: self.accelerator.prepare_model(network) for name, network in task.networks.items()}
         self.ema = EMA(task.networks[task.averaged], config.ema_decay)  # of the weights that all processes now share
-        self.state = TrainingState(task, self.optimizers.each, self.ema, self.accelerator.scaler, surroundings(device))
+        self.best = BestModel(self.run_config.figure, config, self.ema, self.processes, self.reporter.say)
+        parts = self.optimizers.each, self.ema, self.best, self.accelerator.scaler
+        self.state = TrainingState(task, *parts, surroundings(device))
 
     def _resume(self, found: Path) -> None:
         self.step = self.state.load(found)
@@ -180,7 +183,7 @@ class Loop:
         config, say, count = self.config, self.reporter.say, self.accelerator.num_processes
         with self.stop:
             starts.record(self.run, self.step, config.steps, count, self.accelerator.device, say)
-            if self.step >= config.steps:  # killed before its export: a run that has one is not opened again
+            if self._over:  # killed before its export: a run that has one is not opened again
                 say(f"already trained to update {self.step} of {config.steps}")
             else:
                 say(
@@ -207,7 +210,7 @@ class Loop:
                     self._save_before_the_end(error)
                 raise
             self.processes.each(self._save_last)
-        if self.step < config.steps:
+        if not self._over:
             self.accelerator.wait_for_everyone()
             same = "the same command" if self.start is None else "the same command, without --from,"
             raise Interrupted(f"stopped and saved at update {self.step} of {config.steps}: {same} continues")
@@ -215,7 +218,7 @@ class Loop:
     def _iterate(self, feed: Iterator[Batch]) -> None:
         """Run one update after another, each with what is due after it."""
         started, first = time.monotonic(), self.step
-        while self.step < self.config.steps and not self._stopping():
+        while not self._over and not self._stopping():
             metrics = self._update(feed)
             self.step += 1
             self._whole = True
@@ -224,6 +227,11 @@ class Loop:
             self._follow_up(metrics, (self.step - first) / (time.monotonic() - started))
         self.guard.look_back(self.step)
         self.guard.require_finite(self.step)
+
+    @property
+    def _over(self) -> bool:
+        """True after the last update, be it that of ``train.steps`` or the one at which ``train.patience`` ends."""
+        return self.step >= self.config.steps or self.best.over
 
     def _stopping(self) -> bool:
         """True if training ends before the next update: agreed by all processes, so one update later with several."""
@@ -277,6 +285,7 @@ class Loop:
                 logger.metrics(self.step, values)
         if values and self.writer:
             self.writer.poll()
+        last = self._over  # a validation may be the last
         if last and self.guard.skipped and _validation_failed(values):
             then = "with them the validation is not finite, so nothing is exported"
             raise TrainingError(self.guard.describe(self.step, then))
@@ -294,6 +303,7 @@ class Loop:
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         with self._averaged():
             metrics = self.task.validate(self.step, self._gather, rank, count)
+        self.best.validated(self.step, metrics)
         return {f"validation/{k}": v for k, v in metrics.items()}
 
     def _drawn(self) -> dict[str, Any]:
@@ -302,21 +312,27 @@ class Loop:
 
     def _finish(self) -> None:
         """Export, on the main process; the others wait."""
+        early = self.best.end if self.step < self.config.steps else None
+        if early is not None:
+            self.reporter.say(f"update {self.step} of {self.config.steps}: {early['reason']}")
         if self.run:
             self.run.clear_export()
             with self._averaged():
-                self.task.export(self.run)
-            self.run.status("done", self.step, self.config.steps)
+                self.task.export(self.run.model)
+            if self.best.weights is not None:
+                with self.best.folder(self.run.best) as place, self._averaged(self.best.weights):
+                    self.task.export(place)
+            self.run.status("done", self.step, self.config.steps, early=early)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Networks as they are validated and exported.
 
-        With the EMA's weights, in evaluation mode, without gradients.
+        With the EMA's ``weights`` (None: the present ones), in evaluation mode, without gradients.
         """
         networks = self.task.networks
-        with self.ema.swap(networks[self.task.averaged]), _evaluating(networks), torch.no_grad():
+        with self.ema.swap(networks[self.task.averaged], weights), _evaluating(networks), torch.no_grad():
             yield
 
     # ---------------------------------------------------------------- saving

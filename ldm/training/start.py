@@ -139,18 +139,16 @@ def _fail(settings: Any, error: Exception) -> None:
 
 
 def _finished(settings: Any, reporter: Reporter) -> bool:
-    """True if the run is finished and exported; reports it."""
+    """True if the run is finished, also by ``train.patience``, and exported; reports it."""
     from ldm.runs.directory import RunDirectory
     from ldm.runs.records import read_status
 
-    path, steps = Path(settings.run), settings.train.steps
-    status = read_status(path)
-    if (
-        status is None
-        or status.get("state") != "done"
-        or status.get("step", 0) < steps
-        or not (path / "model").is_dir()
-    ):
+    path, train = Path(settings.run), settings.train
+    status = read_status(path) or {}
+    early = train.patience is not None and status.get("waited", 0) >= train.patience
+    over = status.get("step", 0) >= train.steps or early
+    exported = (path / "model").is_dir() and ((path / "best").is_dir() or not train.keep_best)
+    if status.get("state") != "done" or not over or not exported:
         return False
     if own_rank() == 0:
         with RunDirectory(path) as run:
@@ -158,7 +156,7 @@ def _finished(settings: Any, reporter: Reporter) -> bool:
     if _lacks_its_base(path):  # all processes see it: the export is written anew only once they have met
         return False
     new = "; images added since are for another run: directory" if settings.data.folder is not None else ""
-    reporter.say(f"{path}: already trained to update {status['step']} of {steps}{new}")
+    reporter.say(f"{path}: already trained to update {status['step']} of {train.steps}{new}")
     return True
 
 

@@ -15,23 +15,25 @@ from ldm.errors import CheckpointError, RunError
 from ldm.runs import provenance as starts
 from ldm.runs.checkpoints import files as checkpoint
 from ldm.runs.checkpoints.folder import STATE
+from ldm.training.best import BestModel
 from ldm.training.ema import EMA
 from ldm.training.task import Task
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Networks, their optimizers, the average, the loss scaler of float16 (None without), and what the task adds."""
+    """Networks, optimizers, the average, the best so far, the loss scaler of float16 (None without), and the task's."""
 
     task: Task
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA
+    best: BestModel
     scaler: Any
     surroundings: Mapping[str, Any]  # versions, device and threads of this start
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Groups of live tensors: whoever keeps them copies them."""
-        groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state()}
+        groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.state(), **self.best.tensors()}
         for name, network in self.task.networks.items():
             groups[f"model_{name}"] = network.state_dict()
             groups[f"optimizer_{name}"] = checkpoint.optimizer_tensors(self.optimizers[name], network)
@@ -41,7 +43,7 @@ class TrainingState:
         """The state that is not a tensor, as JSON, after update ``step``."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
         about = {"task": self.task.state(), "data": self._data(), "surroundings": dict(self.surroundings)}
-        return {"step": step, **about, "scaler": scaler}
+        return {"step": step, **about, "best": self.best.state(), "scaler": scaler}
 
     def load(self, folder: Path) -> int:
         """Take over a checkpoint that has been verified; returns its update. Raises CheckpointError, RunError."""
@@ -50,6 +52,7 @@ class TrainingState:
             if "data" in scalars:  # older checkpoints lack it
                 self._check_data(scalars["data"])
             self.task.load_state(scalars["task"])
+            self.best.load(scalars.get("best"), tensors.get("best"))  # older checkpoints lack both
             step, scaler = int(scalars["step"]), scalars["scaler"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if hasattr(error, "exit_code"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.dataset import Batch, Stream
-from ldm.runs.directory import RunDirectory
 
 N = TypeVar("N", bound=nn.Module)
 Networks: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -86,7 +86,7 @@ class Task(Protocol):
         """Image grids, uint8 [h, w, c], with the EMA weights in place; main process only."""
         ...
 
-    def export(self, run: RunDirectory) -> None:
+    def export(self, folder: Path) -> None:
         """Write the model folder, with the EMA weights in place; main process only."""
         ...
 

@@ -16,6 +16,7 @@ from support.command_line import Call, caller
 
 from ldm import config
 from ldm.cli import init, recipe
+from ldm.cli.expectations import expectations
 from ldm.config import AutoencoderTrainingConfig, ClipTrainingConfig, DataConfig, DiffusionTrainingConfig
 from ldm.runs.records import read_status
 
@@ -297,6 +298,56 @@ def test_the_next_line_can_be_pasted(run: Call, tmp_path: Path) -> None:
     assert shlex.split(sample) == ["ldm", "sample", "runs/long", "--prompt", init.PROMPT, "--count", "8"]
     sample = run("init", "photos", "--out", "none", "--captions", "none")[1].rstrip().rsplit("\n", 1)[1]
     assert shlex.split(sample) == ["ldm", "sample", "runs/none", "--count", "8"]
+
+
+def test_what_to_expect_is_said_before_with_a_better_way_that_starts(run: Call, tmp_path: Path) -> None:
+    """The command that is named is read by the configuration that it names, with the data that were found."""
+    paint(tmp_path / "my cats/red_fox", 20, side=90)
+    paint(tmp_path / "my cats/house-cat", 20, side=90)
+    code, out, err = run("init", "my cats", "--out", "configs/cats")
+    settings = written(tmp_path / "configs/cats")["ldm"]
+    assert (code, err) == (0, "") and isinstance(settings, DiffusionTrainingConfig)
+    images = int(out.split(" for training")[0].split()[-1])
+    minutes = int(out.split("expect    about ")[1].split()[0])
+    plan = recipe.Plan("cats", "configs/cats", settings.data, images, "cpu", 12, ())
+    assert minutes == round(sum(plan.seconds(stage) for stage in plan.stages) / 60)
+    assert "images of 32×32 pixels, where half of yours have a short side of 90 or more" in out
+    seen = round(settings.train.steps * settings.train.batch_size / images)
+    assert f"{images} images are few for a model that starts from nothing: it sees each {seen} times" in out
+    assert "runs/cats/best" in out and settings.train.keep_best
+    (command,) = (line for line in out.splitlines() if "ldm train-ldm configs/sd1/ldm.yaml" in line)
+    ldm, name, file, *overrides = shlex.split(command)
+    lora = config.load(DiffusionTrainingConfig, Path(__file__).resolve().parents[2] / file, overrides)
+    assert (ldm, name) == ("ldm", "train-ldm") and lora.train.lora is not None and lora.init is not None
+    for field in ("folder", "captions", "caption_templates", "validation_fraction"):
+        assert getattr(lora.data, field) == getattr(settings.data, field)
+    code, out, _ = run("init", "my cats", "--captions", "none", "--out", "none")
+    assert "better    with captions a pretrained Stable Diffusion" in out and "configs/sd1" not in out
+
+
+@pytest.mark.parametrize(
+    ("images", "machine", "side", "few", "better"),
+    [
+        (4999, "gpu", 64, True, True),
+        (5000, "gpu", 64, False, False),
+        (5000, "gpu", 400, False, False),
+        (5000, "cpu", 400, False, True),  # too large for this machine
+        (5000, "cpu", 63, False, False),
+    ],
+)
+def test_a_better_way_is_named_where_it_is_one(images: int, machine: str, side: int, few: bool, better: bool) -> None:
+    data = DataConfig(folder="c", captions="sidecar", image_size=64 if machine == "gpu" else 32)
+    said = "\n".join(expectations(recipe.Plan("a", "b", data, images, machine, 12, ()), side))
+    assert ("images are few" in said) == few and ("train.lora.rank=8" in said) == better
+    assert ("which needs a GPU" in said) == (better and machine == "cpu")
+    assert ("not measured" in said.splitlines()[0]) == (machine == "gpu")
+
+
+def test_validations_are_often_enough_to_see_a_rise() -> None:
+    plan = recipe.Plan("a", "b", DataConfig(folder="c"), 400, "cpu", 12, ())
+    for text in recipe.write(plan).values():
+        train = yaml.safe_load(text)["train"]
+        assert 10 <= train["steps"] // train["validate_every"] <= 20 and train["keep_best"] is True
 
 
 def folder_of(kind: str, folder: Path) -> None:

@@ -191,6 +191,8 @@ def test_validation_is_the_mean_whole_and_by_tenths(here: Path) -> None:
     tenths = [[right for t, _, right in found if t // 2 == k] for k in range(10)]
     assert figures["accuracy_by_t"] == pytest.approx([sum(tenth) / len(tenth) for tenth in tenths])
     assert figures["loss"] == pytest.approx(sum(loss for _, loss, _ in found) / 43, rel=1e-4)
+    error = np.std([loss for _, loss, _ in found]) / np.sqrt(43)
+    assert figures["loss_error"] == pytest.approx(error, rel=1e-4)
     assert figures["accuracy"] == pytest.approx(sum(right for *_, right in found) / 43)
     assert figures["accuracy_by_t"] != figures["accuracy_by_t"][::-1]
 

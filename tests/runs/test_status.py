@@ -138,7 +138,7 @@ def test_a_run_at_work_is_told_by_its_lock(tmp_path: Path, status: Status) -> No
         told = json.loads(status(path, "--json")[1])
         assert told == {
             "run": str(path), "state": "running", "step": 13, "steps": 100, "seconds": told["seconds"],
-            "checkpoint": None, "locked": True, "exit_code": 0, "reason": None,
+            "checkpoint": None, "locked": True, "exit_code": 0, "reason": None, "best": None,
         }  # fmt: skip
     assert status(path)[0] == 1 and "the same command continues from the beginning" in status(path)[1]
 
@@ -244,7 +244,8 @@ def test_every_start_leaves_a_line(
         "exit code 5: made to fail\n"
     )
     assert stages.train("clip", f"run={path}") == 0 == status(path)[0]
-    assert status(path)[1] == f"{path}: done, update 3 of 3 (100 %), {seconds_of(path)}, last checkpoint at update 3\n"
+    done = f"{path}: done, update 3 of 3 (100 %), {seconds_of(path)}, best validation retrieval_top1 "
+    assert status(path)[1].startswith(done) and status(path)[1].endswith(" at update 3, last checkpoint at update 3\n")
     lines = read_starts(path)
     assert [line["step"] for line in lines] == [0, 1, 1] and len((path / "starts.jsonl").read_text().splitlines()) == 4
     now = datetime.now(UTC)

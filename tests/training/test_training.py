@@ -665,6 +665,7 @@ def test_figures_of_the_autoencoder_are_those_of_its_pictures(stages: Stages) ->
     assert float(decoded.abs().max()) > 1.5 and float((std - 1).abs().min()) > 0.05
     for name, values in sums.items():
         assert found[name] == pytest.approx(sum(values) / 6, rel=1e-4), name
+    assert found["psnr_error"] == pytest.approx(np.std(sums["psnr"]) / math.sqrt(6), rel=1e-4)
 
 
 def test_more_processes_than_validation_images(stages: Stages) -> None:

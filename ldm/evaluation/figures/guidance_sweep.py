@@ -43,7 +43,7 @@ def guidance_sweep(
         ConfigError: there is no judge for the data, or the model is unconditional.
         FolderError: the run has no model.
     """
-    data = configuration.load(DiffusionTrainingConfig, run / "config.yaml").data
+    data = configuration.load(DiffusionTrainingConfig, configuration.model_config_file(run)).data
     check_judged(data, run)
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     if pipe.text is None:

@@ -40,6 +40,7 @@ from ldm.files.disk import check_regular, read_bytes, resolved
 from ldm.interop.diffusers.lora_folder import REFERENCE
 from ldm.pipeline.codec import load_codec
 from ldm.runs import records
+from ldm.runs.best import best_text
 
 MODELS = {
     "train-autoencoder": ("vae/config.json",),
@@ -94,7 +95,8 @@ def report(path: Path, images: int, progress: Progress) -> str:
 def _head(run: Run) -> Html:
     command = next(name for name, kind in RUNS.items() if isinstance(run.config, kind))
     state, seconds, train = run.status.get("state"), run.status.get("seconds"), run.config.train
-    described = STATES.get(str(state), state) if run.status else "no status yet: nothing has been logged"
+    early = f", {run.status['reason']}" if run.done and run.status.get("reason") else ""
+    described = STATES.get(str(state), f"{state}{early}") if run.status else "no status yet: nothing has been logged"
     exported = any((run.path / "model" / file).is_file() for file in MODELS[command])
     rows: list[tuple[str, Any]] = [
         ("command", f"ldm {command}"),
@@ -104,6 +106,8 @@ def _head(run: Run) -> Html:
         ("global batch", f"{train.batch_size} images"),
         ("model", "exported" if exported else "not exported yet: this follows the last update"),
     ]
+    if best := best_text(run.path):
+        rows.append(("best validation", best + (", kept in best/" if (run.path / "best").is_dir() else "")))
     if parameters := _parameters(run.path):
         rows.append(("parameters", ", ".join(f"{name} {count:,}" for name, count in parameters.items())))
     return table((), rows)

@@ -79,7 +79,12 @@ def verdict(rows: Sequence[Row], rounding: bool) -> tuple[bool, str]:
 def row_of(group: str, name: str) -> str:
     """The row to which a tensor of a checkpoint's group belongs."""
     kind, _, network = group.partition("_")
-    return {"model": f"weights of {network}", "optimizer": f"{name.rpartition('.')[2]} of {network}"}.get(kind, "EMA")
+    rows = {
+        "model": f"weights of {network}",
+        "optimizer": f"{name.rpartition('.')[2]} of {network}",
+        "best": "EMA of the best validation",
+    }
+    return rows.get(kind, "EMA")
 
 
 def between_groups(group: str, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Difference]:

@@ -197,7 +197,7 @@ class _Check:
         _fresh()
         settings = dataclasses.replace(self.settings, run=str(run))
         task = self.make_task(settings)
-        task.previews, task.export = dict, lambda run: None
+        task.previews, task.export = dict, lambda folder: None
         loop = Loop(task, settings.train, settings, settings.run, settings.data.workers, Quiet())
         life = Life(0)
         try:
@@ -226,6 +226,7 @@ class _Check:
         found = {"logged figures": between_figures(read_metrics(straight), read_metrics(run))}
         _, kept = checkpoint.load(end, groups=())
         found["state of the task"] = between_figures([kept["task"]], [json.loads(json.dumps(loop.task.state()))])
+        found["best validation"] = between_figures([kept["best"]], [loop.best.state()])
         for group, live in loop.state.tensors().items():
             held = checkpoint.load(end, groups=[group])[0][group] if (end / f"{group}.safetensors").is_file() else {}
             found |= between_groups(group, held, live)
@@ -264,7 +265,8 @@ def watch(loop: Loop, plan: Plan, cut: bool) -> Life:
 
 def _digests(loop: Loop) -> dict[str, dict[str, str]]:
     """Digests of all tensors and values that a checkpoint should keep, by row of the table."""
-    found: dict[str, dict[str, str]] = {"state of the task": {"state": json.dumps(loop.task.state(), sort_keys=True)}}
+    states = {"state of the task": loop.task.state(), "best validation": loop.best.state()}
+    found = {row: {"state": json.dumps(state, sort_keys=True)} for row, state in states.items()}
     for group, tensors in loop.state.tensors().items():
         for name, tensor in tensors.items():
             found.setdefault(row_of(group, name), {})[name] = _digest({"": tensor})

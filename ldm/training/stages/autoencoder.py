@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +36,6 @@ from ldm.errors import DataError, NonFiniteError
 from ldm.interop.bundle import VAE, Part
 from ldm.interop.diffusers.folder import write_part
 from ldm.interop.intact import write_hashes
-from ldm.runs.directory import RunDirectory
 from ldm.training.finite import not_finite
 from ldm.training.task import Networks, seeded
 
@@ -46,6 +47,7 @@ STATISTICS_SIZE = 8192  # training images at most from which the latent statisti
 FIRST_IMAGES = 64  # training images at most whose initial latents are whitened
 AT_ONCE = 8  # images encoded together for either
 PICTURES = 8
+SQUARE = "_square"  # suffix of the sum of a figure's squares, of which its standard error is made
 
 
 class AutoencoderTask:
@@ -183,7 +185,10 @@ class AutoencoderTask:
         self._adaptive = torch.full_like(self._adaptive, state["adaptive_weight"])
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """PSNR, SSIM, LPIPS, KL in nats per dimension, active channels, and PSNR of decoding under latent noise."""
+        """PSNR, SSIM, LPIPS, KL in nats per dimension, active channels, and PSNR of decoding under latent noise.
+
+        PSNR and LPIPS have their standard errors over the images as well.
+        """
         network, device = self.autoencoder, self._adaptive.device
 
         def total(value: Tensor) -> Tensor:
@@ -208,6 +213,7 @@ class AutoencoderTask:
                 sums["ssim"] = ssim(clipped, image)
             if "lpips" in figures and self.perceptual is not None:
                 sums["lpips"] = self.perceptual(clipped, image)
+            sums |= {name + SQUARE: sums[name].double().square() for name in ("psnr", "lpips") if name in sums}
             _add(figures, sums)
         moments = total(moments)
         n = float(total(torch.as_tensor(figures["count"], device=device)))
@@ -217,16 +223,22 @@ class AutoencoderTask:
             for image, posterior, noise in kept:
                 decoded = network.decode(posterior.mean + scale * noise).clamp(-1, 1)
                 _add(figures, {f"psnr_noise_{level:g}": psnr(decoded, image)})
-        means = {name: float(total(value)) / n for name, value in figures.items() if name != "count"}
-        means.setdefault("lpips", None)  # type: ignore[arg-type]
+        means: dict[str, Any] = {name: float(total(value)) / n for name, value in figures.items() if name != "count"}
+        for name in [name for name in means if name.endswith(SQUARE)]:
+            of = name.removesuffix(SQUARE)
+            means[f"{of}_error"] = math.sqrt(max(0.0, means.pop(name) - means[of] ** 2) / n)
+        means.setdefault("lpips", None)
         return {**means, "active_channels": int((variance > ACTIVE_VARIANCE).sum())}
 
     def _sum_names(self) -> list[str]:
         """Names of the sums over validation images."""
-        names = ["count", "psnr", "kl", "l1", "high_frequency", *(f"psnr_noise_{level:g}" for level in NOISE_LEVELS)]
+        names = ["count", "psnr", "psnr" + SQUARE, "kl", "l1", "high_frequency"]
+        names += [f"psnr_noise_{level:g}" for level in NOISE_LEVELS]
         if self.config.data.image_size >= 11:  # SSIM's window
             names.append("ssim")
-        return [*names, "lpips"] if self.perceptual is not None and self.perceptual.meaningful else names
+        if self.perceptual is not None and self.perceptual.meaningful:
+            names += ["lpips", "lpips" + SQUARE]
+        return names
 
     def previews(self) -> dict[str, np.ndarray]:
         """Originals above their reconstructions."""
@@ -235,8 +247,8 @@ class AutoencoderTask:
         reconstruction = self.autoencoder(image)[0]
         return {"reconstructions": grid(to_uint8(torch.cat([image, reconstruction])), len(samples))}
 
-    def export(self, run: RunDirectory) -> None:
-        """Write ``model/vae`` with the latent statistics of the training set folded in."""
+    def export(self, folder: Path) -> None:
+        """Write ``vae`` with the latent statistics of the training set folded in."""
         network = copy.deepcopy(self.autoencoder)
         mean, std = self.latent_statistics(network)
         try:
@@ -248,7 +260,7 @@ class AutoencoderTask:
                 f"{problem} not finite once the statistics of the latents are folded in: nothing is exported"
             )
         config = {**to_diffusers(self.config.model), "sample_size": self.config.data.image_size}
-        write_hashes(run.model, write_part(Part(config, network.state_dict()), run.model / VAE, VAE))
+        write_hashes(folder, write_part(Part(config, network.state_dict()), folder / VAE, VAE))
 
     @torch.no_grad()
     def latent_statistics(self, network: AutoencoderKL) -> tuple[Tensor, Tensor]:

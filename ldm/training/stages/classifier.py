@@ -6,6 +6,7 @@ Cross-entropy on x_t, with t uniform and an input of the network (docs/equations
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from ldm.interop.bundle import VAE
 from ldm.interop.classifier import ClassifierInfo
 from ldm.pipeline.codec import LatentCodec, codec_of
 from ldm.pipeline.info import ModelInfo, schedule_hash
-from ldm.runs.directory import RunDirectory
 from ldm.training.stages.diffusion import BINS, PICTURES
 from ldm.training.stages.latents import diffused, ensure_cache
 from ldm.training.task import Networks, seeded
@@ -137,19 +137,23 @@ class ClassifierTask:
                 raise ConfigError(f"the {name} of this run have changed since it began: use another run: directory")
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Cross-entropy and accuracy on fixed noise and stratified timesteps, accuracy by tenths of 1…T too."""
+        """Cross-entropy, its standard error, and accuracy on fixed noise and stratified timesteps.
+
+        Accuracy by tenths of 1…T too.
+        """
         train, length = self.config.train, self.validation.source.length
         total = train.validation_size if length is None else min(train.validation_size, length)
-        sums = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # count, right, Σ loss
+        sums = torch.zeros(4, BINS, dtype=torch.float64, device=self.device)  # count, right, Σ loss, Σ loss²
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
             loss, right = self._judged(self.classifier, moved, t)
-            sums.index_add_(
-                1, t * BINS // self.schedule.num_steps, torch.stack([torch.ones_like(loss), right, loss]).double()
-            )
-        count, right, loss = gather(sums[None]).sum(0).cpu()
-        whole = {"loss": float(loss.sum() / count.sum()), "accuracy": float(right.sum() / count.sum())}
+            rows = torch.stack([torch.ones_like(loss), right, loss, loss.double().square()]).double()
+            sums.index_add_(1, t * BINS // self.schedule.num_steps, rows)
+        count, right, loss, square = gather(sums[None]).sum(0).cpu()
+        n, mean = count.sum(), loss.sum() / count.sum()
+        error = ((square.sum() / n - mean.square()).clamp(min=0) / n).sqrt()
+        whole = {"loss": float(mean), "loss_error": float(error), "accuracy": float(right.sum() / n)}
         return {**whole, "accuracy_by_t": (right / count).tolist()}
 
     def previews(self) -> dict[str, np.ndarray]:
@@ -157,9 +161,9 @@ class ClassifierTask:
         count = min(PICTURES, self.validation.source.length or PICTURES)
         return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}
 
-    def export(self, run: RunDirectory) -> None:
-        """Write ``model/classifier``."""
-        self.info.save(self.classifier, run.model / "classifier")
+    def export(self, folder: Path) -> None:
+        """Write ``classifier``."""
+        self.info.save(self.classifier, folder / "classifier")
 
 
 def _check_data(data: DataConfig, diffusion: ModelInfo, image_channels: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +21,6 @@ from ldm.interop.intact import write_hashes
 from ldm.models.clip import build_clip, from_clip, save_clip, train_tokenizer, vocabulary_hash
 from ldm.models.contrastive import contrastive_loss, left_right_accuracy, retrieval_top1, same_captions, swap_relation
 from ldm.models.text import tokenize
-from ldm.runs.directory import RunDirectory
 from ldm.training.task import Networks, seeded
 
 TOKENIZER_CAPTIONS = 20_000  # captions at most from which the merges are learned
@@ -94,7 +95,10 @@ class ClipTask:
             )
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
-        """Retrieval top-1 among held-out captions; share of images closer to their caption than to its swapped one."""
+        """Retrieval top-1 among held-out captions, and its standard error.
+
+        Also the share of images closer to their caption than to its swapped one.
+        """
         network, train = self.clip, self.config.train
         images, texts = [], []
         # the set is small, so every process computes all of it
@@ -105,10 +109,11 @@ class ClipTask:
         image = torch.cat(images)
         distinct = sorted(set(texts))
         embedded = self._embed(distinct)
+        own_caption = torch.tensor([distinct.index(t) for t in texts], device=self.device)
+        top1 = retrieval_top1(image, embedded, own_caption)
         figures: dict[str, Any] = {
-            "retrieval_top1": retrieval_top1(
-                image, embedded, torch.tensor([distinct.index(t) for t in texts], device=self.device)
-            ),
+            "retrieval_top1": top1,
+            "retrieval_top1_error": math.sqrt(top1 * (1 - top1) / len(texts)),
             "retrieval_captions": len(distinct),
         }
         related = [i for i, t in enumerate(texts) if swap_relation(t) is not None]
@@ -129,11 +134,11 @@ class ClipTask:
         count = min(PICTURES, self.validation.source.length or PICTURES)
         return {"images": grid(to_uint8(torch.stack([self.validation[i]["image"] for i in range(count)])), count)}
 
-    def export(self, run: RunDirectory) -> None:
-        """Write ``model/text_encoder`` and ``model/tokenizer`` for stage 2, and the whole CLIP in ``model/clip``."""
-        from_clip(self.clip, self.tokenizer).save(run.model)
-        write_hashes(run.model, [run.model / TEXT / FILES[TEXT]])
-        save_clip(self.clip, run.model / "clip")
+    def export(self, folder: Path) -> None:
+        """Write ``text_encoder`` and ``tokenizer`` for stage 2, and the whole CLIP in ``clip``."""
+        from_clip(self.clip, self.tokenizer).save(folder)
+        write_hashes(folder, [folder / TEXT / FILES[TEXT]])
+        save_clip(self.clip, folder / "clip")
 
 
 def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:

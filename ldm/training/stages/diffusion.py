@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +27,6 @@ from ldm.errors import FolderError
 from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec, autoencoder_config, load_codec
-from ldm.runs.directory import RunDirectory
 from ldm.training.stages.latents import diffused, ensure_cache
 from ldm.training.stages.trained import Trained, make_trained
 from ldm.training.task import Networks
@@ -249,9 +249,9 @@ class DiffusionTask:
         images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample)))
         return {"samples": grid(to_uint8(images), PICTURES)}
 
-    def export(self, run: RunDirectory) -> None:
-        """Write ``model/``: the whole pipeline, or a LoRA and the name of its base."""
-        self.trained.export(run, self.pipeline)
+    def export(self, folder: Path) -> None:
+        """Write a model folder: the whole pipeline, or a LoRA and the name of its base."""
+        self.trained.export(folder, self.pipeline)
 
 
 def _check_data(data: DataConfig, model: AutoencoderConfig) -> None:

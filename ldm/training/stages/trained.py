@@ -22,7 +22,6 @@ from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline import Pipeline
 from ldm.pipeline.info import load_unet
 from ldm.runs.checkpoints import folder as shelf
-from ldm.runs.directory import RunDirectory
 from ldm.training.placement import place
 from ldm.training.stages.finetune import check_initial, initial_unet
 from ldm.training.task import seeded
@@ -52,8 +51,8 @@ class Trained(Protocol):
         """Load a ``state()``. Raises FolderError where frozen weights have changed since."""
         ...
 
-    def export(self, run: RunDirectory, pipeline: Callable[[], Pipeline]) -> None:
-        """Write ``model/``; ``pipeline`` makes the whole model with its current weights."""
+    def export(self, folder: Path, pipeline: Callable[[], Pipeline]) -> None:
+        """Write a model folder; ``pipeline`` makes the whole model with its current weights."""
         ...
 
 
@@ -90,8 +89,8 @@ class AllWeights:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._initial_hash = state.get("init")
 
-    def export(self, run: RunDirectory, pipeline: Callable[[], Pipeline]) -> None:
-        pipeline().save_pretrained(run.model)
+    def export(self, folder: Path, pipeline: Callable[[], Pipeline]) -> None:
+        pipeline().save_pretrained(folder)
 
 
 class LoraWeights:
@@ -126,10 +125,10 @@ class LoraWeights:
                 " anew"
             )
 
-    def export(self, run: RunDirectory, pipeline: Callable[[], Pipeline]) -> None:
+    def export(self, folder: Path, pipeline: Callable[[], Pipeline]) -> None:
         """The LoRA alone, with the name of the model that it changes."""
         config = self.config
-        write_lora({UNET: self._lora}, run.model / LORA_FILE)
+        write_lora({UNET: self._lora}, folder / LORA_FILE)
         extra = {"sample_size": config.data.image_size, "defaults": to_dict(config.sample)}
         extra["caption_dropout"] = config.caption_dropout if self._has_text else None
-        Reference(run.model, self._base.path, self._base_hash, extra).write()
+        Reference(folder, self._base.path, self._base_hash, extra).write()
