@@ -30,7 +30,7 @@ from ldm.runs.records import read_metrics, read_status, scalar_series
 
 EVALUATION_SEED = 1000  # of the samples in a report; tuning uses the next one
 SCALE = "sample.guidance_scale"
-GUIDANCE_SCALES = (2.0, 3.0, 4.0, 5.0, 6.0)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 SHOWN = 32  # images in samples.png
 DECIBEL_DIGITS = 2  # in the report: the last bits of a PSNR depend on the batch
 CURVES = ("loss", "validation/loss", "lr", "grad_norm_unet")  # in curves.png
@@ -153,14 +153,14 @@ def evaluate(
     given = any(override.startswith(f"{SCALE}=") for override in overrides)
     if tune and not given and pipe.caption_dropout != 0.0:
         seen = open_source(data, judge.splits[0][1])
-        settings, tried = _tune(pipe, config.sample, judge, seen, tune, batch_size, say, processes)
+        settings, tried = tuned(pipe, config.sample, judge, seen, tune, batch_size, say, processes)
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
     if tried is not None:
         report["tuned_on_seen"] = tried
     for i, (name, split) in enumerate(judge.splits):
-        captions = _captions(open_source(data, split), images)
+        captions = first_captions(open_source(data, split), images)
         chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
-        found, shown = _judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        found, shown = judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
         rows = [each.row for each in found]
         report["judge"][judge.name][name] = _proportions(rows)
         report.setdefault("confusion", {})[name] = strict.confusion([pair for each in found for pair in each.seen])
@@ -188,12 +188,12 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _captions(source: Source, n: int) -> list[str]:
+def first_captions(source: Source, n: int) -> list[str]:
     """The captions of the first ``n`` samples, repeated if there are fewer."""
     return [source.text(i % (source.length or n)) for i in range(n)]
 
 
-def _judged(
+def judged(
     pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
     processes: Processes, first: int = 0,
 ) -> tuple[list[Examined], list[np.ndarray]]:  # fmt: skip
@@ -215,14 +215,17 @@ def _judged(
     return [found for found, _ in pairs], [image for _, image in pairs if image is not None]
 
 
-def _tune(
+def tuned(
     pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say, processes: Processes
-) -> tuple[SampleConfig, list[dict[str, float]]]:
-    """Find the guidance scale that is best on seen captions, with a seed that the report does not use."""
-    captions, tried = _captions(seen, n), []
+) -> tuple[SampleConfig, list[dict[str, float]]]:  # fmt: skip
+    """The settings with the best of GUIDANCE_SCALES, and the share of ``n`` seen captions that is right with each.
+
+    The seed is one that the report does not use.
+    """
+    captions, tried = first_captions(seen, n), []
     for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
-        found, _ = _judged(pipe, captions, settings, judge, batch, None, processes)
+        found, _ = judged(pipe, captions, settings, judge, batch, None, processes)
         tried.append({"guidance_scale": scale, "all": sum(each.row["all"] for each in found) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
     best = max(tried, key=lambda row: row["all"])  # of equals the first, so the weakest guidance
