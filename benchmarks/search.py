@@ -1,13 +1,13 @@
 """Compare settings of the demo at equal training time, by the strict judge: what each change is worth.
 
 python benchmarks/search.py benchmarks/search.yaml                   every row, two at a time on two cores
-python benchmarks/search.py benchmarks/search.yaml --only base flow  these rows
+python benchmarks/search.py benchmarks/search.yaml --only eps x0     these rows
 
 A row names the settings of the autoencoder, the text encoder and the diffusion model in which it differs from the
 file's configurations. A diffusion model is timed by a short run and then given as many updates as fit into --seconds;
-an autoencoder that differs likewise, with --autoencoder-seconds. Rows share stages that are equal. Every command has
-one thread, so two rows train side by side without disturbing each other; beside other work the table means nothing.
-Finished rows are not repeated: results.jsonl of --out keeps them.
+an autoencoder that differs likewise, with the seconds that the unchanged one took. Rows share stages that are equal.
+Every command has one thread, so two rows train side by side without disturbing each other; beside other work the table
+means nothing. Finished rows are not repeated: results.jsonl of --out keeps them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ def ldm(*arguments: str) -> None:
 
 @dataclass
 class Bench:
-    """Trains each stage once, under ``root``, whatever number of rows needs it."""
+    """Trains each stage once, under ``root``, whatever number of rows needs it.
+
+    ``seconds``: the training time of a diffusion model.
+    """
 
     configs: Mapping[str, str]
     root: Path
-    seconds: Mapping[str, float]
+    seconds: float
     locks: dict[Path, Lock] = field(default_factory=dict)
     guard: Lock = field(default_factory=Lock)
 
@@ -62,18 +65,22 @@ class Bench:
             lock = self.locks.setdefault(run, Lock())
         with lock:
             if not (run / "model").exists():
-                if kind in self.seconds and (changes or kind == "ldm"):
-                    settings += self.steps(kind, settings, run.with_name(f"{run.name}-timed"))
+                if kind == "ldm":
+                    settings += self.steps(kind, settings, run, self.seconds)
+                elif kind == "autoencoder" and changes:
+                    status = self.stage(kind, {}) / "status.json"
+                    settings += self.steps(kind, settings, run, json.loads(status.read_text())["seconds"])
                 ldm(COMMANDS[kind], self.configs[kind], f"run={run}", *settings)
         return run
 
-    def steps(self, kind: str, settings: list[str], trial: Path) -> list[str]:
-        """The updates that fit into this stage's seconds, as settings."""
+    def steps(self, kind: str, settings: list[str], run: Path, seconds: float) -> list[str]:
+        """The updates that fit into the seconds, as settings."""
+        trial = run.with_name(f"{run.name}-timed")
         quiet = [f"train.{name}={NEVER}" for name in ("validate_every", "sample_every", "checkpoint_every")]
         short = [f"train.steps={TRIAL}", f"train.log_every={TRIAL // 2}", "train.validation_size=1", *quiet]
         ldm(COMMANDS[kind], self.configs[kind], f"run={trial}", *settings, *short)
         rate = logged(trial)[-1]["updates_per_second"]
-        return [f"train.steps={max(TRIAL, round(rate * self.seconds[kind]))}", *quiet]
+        return [f"train.steps={max(TRIAL, round(rate * seconds))}", *quiet]
 
     def row(self, name: str, row: Mapping[str, Changes], images: int) -> dict[str, Any]:
         """Train and evaluate one row."""
@@ -112,7 +119,6 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of rows")
     parser.add_argument("--seconds", type=float, default=200, help="training of the diffusion model (default 200)")
-    parser.add_argument("--autoencoder-seconds", type=float, default=160, help="of an autoencoder (default 160)")
     parser.add_argument("--images", type=int, default=800, help="judged for each set of captions (default 800)")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
@@ -121,9 +127,9 @@ def main() -> None:
     if unknown := set(options.only or ()) - plan["rows"].keys():
         parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(plan['rows'])}")
     options.out.mkdir(parents=True, exist_ok=True)
-    file, seconds = options.out / "results.jsonl", {"ldm": options.seconds, "autoencoder": options.autoencoder_seconds}
+    file = options.out / "results.jsonl"
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    bench, done = Bench(plan["configs"], options.out, seconds), {result["name"] for result in results}
+    bench, done = Bench(plan["configs"], options.out, options.seconds), {result["name"] for result in results}
 
     def work(name: str) -> None:
         result = bench.row(name, plan["rows"][name] or {}, options.images)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import scripts
 from support.stages import Stages
 from torch import Tensor, nn
 
@@ -21,17 +20,12 @@ from ldm.config import load_run
 from ldm.evaluation import evaluate
 from ldm.evaluation.evaluate import Examined
 
-ROOT = Path(__file__).resolve().parent.parent
 N, LR, DECAY = 8, 0.01, 0.01
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("equal_time", ROOT / "benchmarks/equal_time.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["equal_time"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.benchmark("equal_time")
 
 
 class Recorder(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.examples import EXAMPLES, example
+from support.scripts import ROOT, example
 
 from ldm import config
 from ldm.config import AutoencoderTrainingConfig, DataConfig
@@ -19,17 +19,14 @@ from ldm.errors import DataError
 
 PHOTOS = example("folder_of_photos")
 ICONS = example("folder_of_icons")
-CONFIGS = [
-    config.load(AutoencoderTrainingConfig, EXAMPLES.parent / f"configs/photographs/{name}.yaml")
-    for name in ("l1", "gan")
-]
+CONFIGS = [config.load(AutoencoderTrainingConfig, ROOT / f"configs/photographs/{name}.yaml") for name in ("l1", "gan")]
 
 
 def written(name: str, *arguments: str) -> str:
     """The one line of an example that ends with an error."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
     assert isinstance(ended.value.code, str) and "\n" not in ended.value.code  # printed to stderr, exit code 1
     return ended.value.code
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.examples import example
+from support.scripts import example
 from support.stages import Stages
 
 import ldm

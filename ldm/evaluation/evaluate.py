@@ -217,7 +217,7 @@ def judged(
 
 def tuned(
     pipe: Pipeline, start: SampleConfig, judge: Judge, seen: Source, n: int, batch: int, say: Say, processes: Processes
-) -> tuple[SampleConfig, list[dict[str, float]]]:  # fmt: skip
+) -> tuple[SampleConfig, list[dict[str, float]]]:
     """The settings with the best of GUIDANCE_SCALES, and the share of ``n`` seen captions that is right with each.
 
     The seed is one that the report does not use.

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
 
-from ldm.config import ConfigError, TrainConfig, UNetConfig
+from autoencoder.config import AutoencoderConfig
+from autoencoder.model import AutoencoderKL
+from ldm.config import ConfigError, LoraConfig, TrainConfig, UNetConfig
+from ldm.models.lora import Lora
 from ldm.models.unet import UNet
 from ldm.training.muon import hidden_matrices, orthogonalised
 from ldm.training.optimizers import Optimizers
@@ -160,6 +164,26 @@ def test_hidden_matrices_of_a_unet() -> None:
     assert not any("time_emb_proj" in name for name in found)
     assert all(name.startswith(("conv_in", "conv_out", "time_embedding")) or "time_emb_proj" in name for name in left)
     assert {"mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"} <= found
+
+
+def test_hidden_matrices_of_other_networks() -> None:
+    """Of an autoencoder its blocks; of CLIP the layers of both towers; of a LoRA its changes within blocks."""
+    autoencoder = AutoencoderKL(AutoencoderConfig(channels=(4, 8), layers_per_level=1, groups=1))
+    size: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": 20, "max_position_embeddings": 6}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 8, "patch_size": 4}))
+    unet = UNet(UNetConfig(channels=(8,), layers_per_level=1, heads=(2,), groups=4), 4, context_dim=6)
+    for network, outside in (
+        (autoencoder, ("encoder.conv", "decoder.conv", "quant_conv", "post_quant_conv")),
+        (clip, ("text_model.embeddings", "vision_model.embeddings", "text_projection", "visual_projection")),
+        (Lora.fresh(unet, LoraConfig(rank=2)), ()),
+    ):
+        held = {id(p) for p in hidden_matrices(network)}
+        matrices = {name: id(p) in held for name, p in network.named_parameters() if p.ndim >= 2}
+        assert any(matrices.values())
+        assert {name for name, hidden in matrices.items() if not hidden} == {
+            name for name in matrices if name.startswith(outside)
+        }
 
 
 def test_a_network_without_hidden_matrices_is_adamws() -> None:
