@@ -54,6 +54,8 @@ class ClipTrainingConfig:
     run: str
     data: DataConfig
     model: ClipConfig = field(default_factory=ClipConfig)
+    # also contrast images with their captions in which left and right, above and below are exchanged
+    swap_relations: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

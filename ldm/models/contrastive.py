@@ -23,17 +23,25 @@ def contrastive_loss(
     text_embeds: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"],
+    negatives: Float[Tensor, "k d"] | None = None,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE in which pairs with equal captions share the positive.
 
     Radford et al. 2021, figure 3. The target of a row is uniform over the columns with its caption;
     with distinct captions this is CLIP's own loss. Embeddings are the projected ones of any length
     (``get_image_features(…).pooler_output``), ``logit_scale`` is the logarithm of the inverse
-    temperature. ``same`` is symmetric and true on its diagonal (``same_captions``).
+    temperature. ``same`` is symmetric and true on its diagonal (``same_captions``). ``negatives``:
+    embeddings of captions that are true of no image of the batch; each image is contrasted with
+    them too (Yuksekgonul et al. 2023, section 4).
     """
-    logits = logit_scale.exp() * F.normalize(text_embeds, dim=-1) @ F.normalize(image_embeds, dim=-1).T  # [text, image]
+    images = F.normalize(image_embeds, dim=-1)
+    logits = logit_scale.exp() * F.normalize(text_embeds, dim=-1) @ images.T  # [text, image]
     target = same.to(logits.dtype) / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    of_images, target_of_images = logits.T, target
+    if negatives is not None:
+        wrong = logit_scale.exp() * images @ F.normalize(negatives, dim=-1).T
+        of_images, target_of_images = torch.cat([of_images, wrong], dim=1), F.pad(target, (0, len(negatives)))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(of_images, target_of_images)) / 2
 
 
 def retrieval_top1(

@@ -435,6 +435,27 @@ def test_loss_of_equal_captions_shares_the_positive() -> None:
     assert contrastive_loss(image, words, scale, same_captions(captions)).item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_negatives_are_more_columns_for_the_images_alone() -> None:
+    torch.manual_seed(4)
+    image, words, false = (torch.randn(n, 7).double() for n in (5, 5, 3))
+    captions, scale = ["a", "b", "a", "c", "d"], torch.tensor(0.7, dtype=torch.float64)
+
+    def sharpened(a: torch.Tensor, b: torch.Tensor) -> float:
+        return math.exp(float(a @ b / (a.norm() * b.norm())) * math.exp(0.7))
+
+    def surprise(i: int, of: torch.Tensor, among: torch.Tensor, more: torch.Tensor) -> float:
+        total = sum(sharpened(of, one) for one in (*among, *more))
+        alike = [-math.log(sharpened(of, among[j]) / total) for j in range(5) if captions[j] == captions[i]]
+        return sum(alike) / len(alike)
+
+    nothing = words[:0]
+    to_text = sum(surprise(i, image[i], words, false) for i in range(5)) / 5
+    to_image = sum(surprise(i, words[i], image, nothing) for i in range(5)) / 5
+    same = same_captions(captions)
+    assert contrastive_loss(image, words, scale, same, false).item() == pytest.approx((to_text + to_image) / 2)
+    assert torch.equal(contrastive_loss(image, words, scale, same, nothing), contrastive_loss(image, words, scale, same))
+
+
 def test_same_captions_is_equality() -> None:
     captions = ["a", "b", "a", "", "b", "A"]
     assert same_captions(captions).tolist() == [[x == y for y in captions] for x in captions]

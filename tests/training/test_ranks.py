@@ -51,7 +51,8 @@ TREES: dict[str, dict[str, Any]] = {
         },
     },
     "clip": {
-        "data": {"source": "shapes", "image_size": 32, "size": 480},
+        "data": {"source": "shapes-two", "image_size": 32, "size": 480},
+        "swap_relations": True,
         "model": {
             "width": 16,
             "layers": 1,

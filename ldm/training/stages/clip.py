@@ -67,13 +67,23 @@ class ClipTask:
     def _ids(self, captions: list[str]) -> Tensor:
         return tokenize(self.tokenizer, captions, self.config.model.max_length)[0].to(self.device)
 
+    def _swapped(self, captions: list[str]) -> list[str]:
+        """Each caption with its relation swapped, or as it is without one; none at all where that is not asked for."""
+        return [swap_relation(caption) or caption for caption in captions] if self.config.swap_relations else []
+
     def micro_step(
         self, networks: Networks, batch: Batch, update: int, backward: Callable[[Tensor], None]
     ) -> dict[str, Tensor]:
-        output = networks["clip"](input_ids=self._ids(batch["text"]), pixel_values=batch["image"])
-        scale = self.clip.logit_scale
-        image, text, captions = _global_batch(output.image_embeds, output.text_embeds, batch["text"])
-        loss = contrastive_loss(image, text, scale, same_captions(captions).to(self.device))
+        captions, swapped = batch["text"], self._swapped(batch["text"])
+        output = networks["clip"](input_ids=self._ids(captions + swapped), pixel_values=batch["image"])
+        text, wrong = output.text_embeds.split([len(captions), len(swapped)])
+        everyones, scale = _all_captions(captions), self.clip.logit_scale
+        negatives = None
+        if swapped:
+            true = set(everyones)  # also those that had no relation to swap
+            negatives = _all_rows(wrong)[[i for i, caption in enumerate(_all_captions(swapped)) if caption not in true]]
+        same = same_captions(everyones).to(self.device)
+        loss = contrastive_loss(_all_rows(output.image_embeds), _all_rows(text), scale, same, negatives)
         backward(loss)
         return {"loss": loss.detach(), "temperature": (-scale).exp().detach()}
 
@@ -141,24 +151,27 @@ class ClipTask:
         save_clip(self.clip, folder / "clip")
 
 
-def _global_batch(image: Tensor, text: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Embeddings and captions of all processes.
+def _alone() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
 
-    The loss compares the whole global batch, and every process computes it.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return image, text, captions
+
+def _all_captions(own: list[str]) -> list[str]:
+    """The captions of all processes: the loss compares the whole global batch, and every process computes it."""
+    if _alone():
+        return own
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, captions)
-    return _gathered(image), _gathered(text), [c for part in everyone for c in part]
+    torch.distributed.all_gather_object(everyone, own)
+    return [caption for part in everyone for caption in part]
 
 
-def _gathered(own: Tensor) -> Tensor:
+def _all_rows(own: Tensor) -> Tensor:
     """The rows of all processes; only this one's carry a gradient.
 
     DistributedDataParallel averages gradients that must be summed here, so they are multiplied by the number of
     processes.
     """
+    if _alone():
+        return own
     processes = torch.distributed.get_world_size()
     parts = [torch.empty_like(own) for _ in range(processes)]
     torch.distributed.all_gather(parts, own.detach().contiguous())
