@@ -95,6 +95,9 @@ class ClipConfig:
     max_length: int = 77  # tokens, start and end included
     merges: int = 512  # learned BPE merges on top of the 2 × 256 byte symbols
     patch_size: int = 4
+    # Deviation of the vision tower's initial position embeddings: transformers' own. With 1 it learns far sooner where in
+    # an image things are (docs/choosing.md).
+    position_std: float = 0.02
     projection: int = 64
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class ClipConfig:
         between(self, 1, MOST_SIDE, "patch_size")
         between(self, 0, 10**6, "merges")
         between(self, 4, 77, "max_length")
+        between(self, 0, 100, "position_std")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
 
