@@ -4,6 +4,7 @@ import math
 import random
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,17 @@ def test_caption_table_equals_direct_encoding(encoder: TextEncoder) -> None:
         table[["a mauve dot"]]
 
 
+def test_the_vision_towers_positions_start_as_spread_as_asked(tokenizer: CLIPTokenizer) -> None:
+    def positions(**changes: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        clip = build_clip(replace(CONFIG, **changes), tokenizer, image_size=64, image_channels=1)
+        return clip.vision_model.embeddings.position_embedding.weight
+
+    own = positions()
+    assert own.std().item() == pytest.approx(0.02, rel=0.1)  # transformers' initializer_range
+    torch.testing.assert_close(positions(position_std=1.0), 50 * own)
+
+
 def test_loss_of_distinct_captions_is_clips_own(clip: CLIPModel, encoder: TextEncoder) -> None:
     captions = CAPTIONS[:6]
     ids, _ = encoder.tokenize(captions)
@@ -453,7 +465,9 @@ def test_negatives_are_more_columns_for_the_images_alone() -> None:
     to_image = sum(surprise(i, words[i], image, nothing) for i in range(5)) / 5
     same = same_captions(captions)
     assert contrastive_loss(image, words, scale, same, false).item() == pytest.approx((to_text + to_image) / 2)
-    assert torch.equal(contrastive_loss(image, words, scale, same, nothing), contrastive_loss(image, words, scale, same))
+    assert torch.equal(
+        contrastive_loss(image, words, scale, same, nothing), contrastive_loss(image, words, scale, same)
+    )
 
 
 def test_same_captions_is_equality() -> None:
