@@ -289,8 +289,16 @@ MODELS: dict[str, list[Row]] = {
         ("the gate is gated", "return x * F.gelu(gate)", "return gate * F.gelu(x)", "unet::test_forward_and_gradients_are_those_of_diffusers"),
         ("the transformer's norm with the blocks' epsilon", "channels, eps=1e-6)", "channels, eps=1e-5)", "unet::test_forward_and_gradients_are_those_of_diffusers"),
     ],
+    "ldm/training/stages/clip.py": [
+        ("true captions count as false", "if caption not in true]]", "]]", "clip_stage::test_no_caption_of_the_batch_counts_as_false"),
+        ("swapped captions are forgotten", "same, negatives)", "same)", "clip_stage::test_an_image_is_contrasted_with_swapped_captions_too"),
+    ],
+    "ldm/models/clip.py": [
+        ("vision positions are transformers'", "positions.mul_(config.position_std / model.config.vision_config.initializer_range)", "pass", "text::test_the_vision_towers_positions_start_as_spread_as_asked"),
+    ],
     "ldm/models/contrastive.py": [
-        ("images look for captions alone", "(F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2", "F.cross_entropy(logits.T, target)", "text::test_loss_of_distinct_captions_is_clips_own"),
+        ("images look for captions alone", "(F.cross_entropy(logits, target) + F.cross_entropy(of_images, target_of_images)) / 2", "F.cross_entropy(of_images, target_of_images)", "text::test_loss_of_distinct_captions_is_clips_own"),
+        ("false captions are not weighed", "of_images, target_of_images = torch.cat([of_images, wrong], dim=1), F.pad(target, (0, len(negatives)))", "pass", "text::test_negatives_are_more_columns_for_the_images_alone"),
         ("equal captions count several times", " / same.sum(dim=1, keepdim=True)", "", "text::test_loss_of_equal_captions_shares_the_positive"),
     ],
     "autoencoder/loss.py": [
