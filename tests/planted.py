@@ -294,7 +294,7 @@ MODELS: dict[str, list[Row]] = {
         ("swapped captions are forgotten", "same, negatives)", "same)", "clip_stage::test_an_image_is_contrasted_with_swapped_captions_too"),
     ],
     "ldm/models/clip.py": [
-        ("vision positions are transformers'", "positions.mul_(config.position_std / model.config.vision_config.initializer_range)", "pass", "text::test_the_vision_towers_positions_start_as_spread_as_asked"),
+        ("vision positions are transformers'", "positions.mul_(config.position_std / model.vision_model.config.initializer_range)", "pass", "text::test_the_vision_towers_positions_start_as_spread_as_asked"),
     ],
     "ldm/models/contrastive.py": [
         ("images look for captions alone", "(F.cross_entropy(logits, target) + F.cross_entropy(of_images, target_of_images)) / 2", "F.cross_entropy(of_images, target_of_images)", "text::test_loss_of_distinct_captions_is_clips_own"),

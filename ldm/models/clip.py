@@ -94,7 +94,7 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer, image_size: int, im
         embeddings.token_embedding.weight.normal_(std=EMBEDDING_STD)
         embeddings.position_embedding.weight.normal_(std=EMBEDDING_STD / 4)
         positions = model.vision_model.embeddings.position_embedding.weight
-        positions.mul_(config.position_std / model.config.vision_config.initializer_range)
+        positions.mul_(config.position_std / model.vision_model.config.initializer_range)
     return model
 
 
