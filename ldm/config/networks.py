@@ -96,7 +96,7 @@ class ClipConfig:
     merges: int = 512  # learned BPE merges on top of the 2 × 256 byte symbols
     patch_size: int = 4
     # Deviation of the vision tower's initial position embeddings, by default transformers' own. With 1 it learns far
-    # sooner where in an image things are (docs/choosing.md).
+    # sooner where in an image things are (docs/training.md).
     position_std: float = 0.02
     projection: int = 64
 
