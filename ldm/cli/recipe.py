@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from ldm.config import DataConfig
+from ldm.config import ClipConfig, DataConfig
 
 TEMPLATES = Path(__file__).with_name("recipes")
 COMMENTS = 34  # column of the comments
@@ -41,6 +41,7 @@ class Plan:
     machine: str  # cpu or gpu
     tokens: int  # room for captions, start and end included
     prompts: tuple[str, ...]  # captions drawn while training
+    relations: bool = False  # captions say left of, right of, above or below
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -88,6 +89,7 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
     if data.captions == "class":
         templates = _quoted(list(data.caption_templates))
         caption_settings = f"  caption_templates: {templates}   # {{}} is the class; each image keeps one of them\n"
+    minutes = max(1, round(plan.seconds(stage) / 60))
     own = {
         "folder": _quoted(data.folder),
         "captions": data.captions,
@@ -103,11 +105,13 @@ def _values(plan: Plan, stage: str) -> dict[str, object]:
         "data": _fill("data.yaml", own),
         "name": plan.name,
         "out": plan.out,
-        "minutes": max(1, round(plan.seconds(stage) / 60)),
+        "minutes": "1 minute" if minutes == 1 else f"{minutes} minutes",
         "steps": plan.steps(stage),
         "every": max(50, plan.steps(stage) // 4),
         "validate": plan.steps(stage) // VALIDATIONS[stage],
         "tokens": plan.tokens,
+        "relations": str(plan.relations).lower(),
+        "position_std": 1.0 if plan.relations else ClipConfig.position_std,
         "text": text if captioned else "none",
         "guidance": 3.0 if captioned else 1.0,
         "prompts": f"prompts: {_quoted(list(plan.prompts))}   # of the grids drawn while training" if captioned else "",

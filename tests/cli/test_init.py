@@ -122,6 +122,21 @@ def test_every_recipe_is_complete_and_its_networks_fit_together(
         assert unet(latent, torch.zeros(1, dtype=torch.long), Condition(context=context)).shape == latent.shape
 
 
+@pytest.mark.parametrize("related", [0, 1, 2])
+def test_captions_that_say_where_things_are_make_the_text_encoder_learn_it(
+    run: Call, tmp_path: Path, related: int
+) -> None:
+    names = paint(tmp_path / "things", n=40)
+    texts = ["a hat left of a cat"] * related + ["the left hand"] * (40 - related)
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, texts, strict=True)]
+    (tmp_path / "things/metadata.jsonl").write_text("\n".join(rows))
+    code, out, _ = run("init", "things")
+    clip = written(tmp_path / "configs/things")["clip"]
+    assert code == 0 and isinstance(clip, ClipTrainingConfig)
+    assert (clip.swap_relations, clip.model.position_std) == ((True, 1.0) if related == 2 else (False, 0.02))
+    assert ("5% of the captions say left of" in out) == (related == 2)
+
+
 def test_steps_follow_the_data_within_limits() -> None:
     def plan(images: int, machine: str) -> recipe.Plan:
         return recipe.Plan("a", "b", DataConfig(folder="c"), images, machine, 12, ())
