@@ -290,7 +290,7 @@ MODELS: dict[str, list[Row]] = {
         ("the transformer's norm with the blocks' epsilon", "channels, eps=1e-6)", "channels, eps=1e-5)", "unet::test_forward_and_gradients_are_those_of_diffusers"),
     ],
     "ldm/training/stages/clip.py": [
-        ("true captions count as false", "if caption not in true]]", "]]", "clip_stage::test_no_caption_of_the_batch_counts_as_false"),
+        ("true captions count as false", " if caption not in true]", "]", "clip_stage::test_no_caption_of_the_batch_counts_as_false"),
         ("swapped captions are forgotten", "same, negatives)", "same)", "clip_stage::test_an_image_is_contrasted_with_swapped_captions_too"),
     ],
     "ldm/models/clip.py": [

@@ -37,7 +37,7 @@ STAGES = ("autoencoder", "clip", "ldm")
 PROMPTS, LONGEST_PROMPT = 8, 200  # most captions drawn while training, and most characters of each
 PROMPT = "a caption like those of your images"  # if none of them can serve as an example
 TOKENIZED = 20_000  # most captions whose tokens are counted
-PLACES = 0.05  # share of captions with a relation from which the text encoder is made to learn relations
+RELATED = 0.05  # share of captions with a relation from which the text encoder is made to learn relations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,11 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
         console.say(line)
     prompts = tuple(dict.fromkeys(row.text for row in looked.rows if _prompt(row.text)))[:PROMPTS]
     machine, share = "gpu" if gpu else "cpu", _share_with_relation(looked)
-    if share >= PLACES:
+    if share >= RELATED:
         console.say(
             f"  relations {share:.0%} of the captions say left of, right of, above or below: swap_relations is set"
         )
-    plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], machine, tokens, prompts, share >= PLACES)
+    plan = recipe.Plan(_plain(out), str(out), looked.data, looked.split[0], machine, tokens, prompts, share >= RELATED)
     present = [f"{stage}.yaml" for stage in STAGES if (out / f"{stage}.yaml").exists()]
     if not present:
         _write_all({out / file: text for file, text in recipe.write(plan).items()})

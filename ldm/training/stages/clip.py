@@ -81,7 +81,8 @@ class ClipTask:
         negatives = None
         if swapped:
             true = set(everyones)  # also those that had no relation to swap
-            negatives = _all_rows(wrong)[[i for i, caption in enumerate(_all_captions(swapped)) if caption not in true]]
+            false = [i for i, caption in enumerate(self._swapped(everyones)) if caption not in true]
+            negatives = _all_rows(wrong)[false]
         same = same_captions(everyones).to(self.device)
         loss = contrastive_loss(_all_rows(output.image_embeds), _all_rows(text), scale, same, negatives)
         backward(loss)
