@@ -211,12 +211,12 @@ def _reverse(arguments: argparse.Namespace, console: Console) -> None:
     _at_least_one(arguments, "columns")
     given = _given(arguments, "sampler", "steps", "seed", "guidance_scale")
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_sampling, check_start
+    from ldm.pipeline.checks import check_sampling, check_start, sides_of
     from ldm.pipeline.info import ModelInfo
 
     info = ModelInfo.read(arguments.run, **parts(arguments))
     settings = dataclasses.replace(info.defaults, **given)
-    check_sampling(settings, info.sample_size, info.schedule.num_steps, info.factor)
+    check_sampling(settings, sides_of(None, info.sample_size), info.schedule.num_steps, info.factor)
     check_start(info.schedule, info.target, settings)
     if bool(arguments.prompt) != info.has_text:
         if info.has_text:

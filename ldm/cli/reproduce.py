@@ -4,10 +4,10 @@
 
 A grid works as well. The model is looked for under the path given when the image was drawn (if that was
 relative, run this in the same folder), or under --model; it must have the hash in the PNG. So must the
-LoRAs and guides, whose new places are given by --moved OLD=NEW.
+LoRAs, guides and images that it started from, whose new places are given by --moved OLD=NEW.
 
 exit codes: 0 identical or within 1 of 255 (the difference is printed), 1 the pixels differ by more,
-2 not an image of `ldm sample`, 4 the model, a LoRA or a guide is missing or has changed
+2 not an image of `ldm sample`, 4 the model, a LoRA, a guide or an image is missing or has changed
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="where a LoRA or guide is now: OLD is its path in the PNG; may be given several times",
+        help="where a LoRA, guide or image is now: OLD is its path in the PNG; may be given several times",
     )
     add_parts(parser)
     parser.add_argument("--out", metavar="FILE", help="save the new image as this PNG")

@@ -2,6 +2,9 @@
 
   ldm sample runs/demo --prompt "a small red circle on a white background" --count 4
   ldm sample runs/demo --prompts-file captions.txt --sampler ddim --steps 50 --seed 7
+  ldm sample runs/demo --image start.png --strength 0.6 --prompt "a small red star on a white background"
+  ldm sample runs/demo --image start.png --mask hole.png --prompt "a small red star on a white background"
+  ldm sample runs/demo --size 32x128 --window 32 --circular x --prompt "a large blue square on a gray background"
 
 Settings left out are the model's own. Each PNG carries all of them in its metadata (key `ldm`), from
 which `ldm reproduce` draws it again; grid-*.png shows all images of a call. Image i of a seed starts
@@ -15,18 +18,30 @@ import argparse
 import dataclasses
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.console import Console
 from ldm.cli.reading import add_parts, parts
-from ldm.config import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, ConfigError, SampleConfig
+from ldm.config import (
+    CIRCULAR,
+    CLASSIFIER_FORMS,
+    COMPLETIONS,
+    GRIDS,
+    SAMPLERS,
+    STRENGTHS,
+    VARIANCES,
+    ConfigError,
+    SampleConfig,
+)
 from ldm.files.text import lines, read_text
 
 SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
     "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
-    "classifier", "classifier_scale", "classifier_form",
+    "classifier", "classifier_scale", "classifier_form", "strength", "strength_by", "completion", "repaint_jump",
+    "repaint_repeats", "paste", "window", "window_stride", "circular",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -48,9 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts-file", metavar="FILE", help="a text file with one caption per line")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="images per caption (default 1)")
-    parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="side of the images, a multiple of the autoencoder's factor"
-    )
+    sides = "side of the images in pixels, or HEIGHTxWIDTH, multiples of the autoencoder's factor"
+    parser.add_argument("--size", type=_size, metavar="PIXELS", help=sides)
     parser.add_argument("--seed", type=int, metavar="N", help="0 to 2^63 − 1")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="images per batch and process (default 16)"
@@ -61,6 +75,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_sampler(parser)
     _add_guidance(parser)
+    _add_image(parser)
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """One side, or height and width."""
+    try:
+        height, separator, width = text.lower().replace("×", "x").partition("x")
+        return (int(height), int(width)) if separator else int(height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be PIXELS or HEIGHTxWIDTH, such as 32 or 32x128, got {text!r}"
+        ) from None
+
+
+def _add_image(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("start from an image", "docs/editing.md")
+    group.add_argument("--image", metavar="FILE", help="a picture to start from")
+    anew = "share of the noise levels that are drawn anew: 0 keeps the image, 1 (default) all but ignores it"
+    group.add_argument("--strength", type=float, metavar="SHARE", help=anew)
+    by = f"one of {', '.join(STRENGTHS)} (default levels; steps is the strength of diffusers)"
+    group.add_argument("--strength-by", metavar="NAME", help=by)
+    group.add_argument("--mask", metavar="FILE", help="white where --image is drawn, black where it is kept")
+    how = f"one of {', '.join(COMPLETIONS)} (default blend; repaint makes several times as many steps)"
+    group.add_argument("--completion", metavar="NAME", help=how)
+    group.add_argument("--repaint-jump", type=int, metavar="N", help="steps that repaint goes back (default 5)")
+    group.add_argument("--repaint-repeats", type=int, metavar="N", help="times that it goes through them (default 5)")
+    kept = "keep the pixels outside the mask as the autoencoder decodes them"
+    group.add_argument("--no-paste", dest="paste", action="store_false", default=None, help=kept)
+    group = parser.add_argument_group("larger than in training", "docs/editing.md")
+    group.add_argument("--window", type=int, metavar="PIXELS", help="draw in overlapping windows of this side")
+    group.add_argument("--window-stride", type=int, metavar="PIXELS", help="distance of two windows (default: half)")
+    ends = f"opposite edges meet: one of {', '.join(CIRCULAR)} (default none)"
+    group.add_argument("--circular", metavar="NAME", help=ends)
 
 
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
@@ -103,14 +150,17 @@ def run(arguments: argparse.Namespace) -> None:
     SampleConfig(**given)  # ranges, before anything slow
     prompts = _prompts(arguments)
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start
+    from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start, sides_of
+    from ldm.pipeline.given import check_given, read_given
     from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes, surroundings
 
     # everything that can be refused from configurations alone, before the weights are read
     info = _model_info(arguments)
     settings = dataclasses.replace(info.defaults, **given)
     size = info.sample_size if arguments.size is None else arguments.size
-    check_sampling(settings, size, info.schedule.num_steps, info.factor)
+    sides = sides_of(size, info.sample_size)
+    check_given(settings, arguments.image is not None, arguments.mask is not None)
+    check_sampling(settings, sides, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
     check_drawable(info.unet.config)
     check_start(info.schedule, info.target, settings)
@@ -121,12 +171,17 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     first = processes.each(lambda: _first_number(out))[0]  # agreed before any process writes
     pipe = Pipeline.from_pretrained(arguments.model, device, variant=arguments.variant, **parts(arguments))
-    pipe.check(settings, size)
+    pipe.check(settings, sides)
     pipe.warn_cut(prompts, settings, stacklevel=1)
+    start = {name: path for name in ("image", "mask") if (path := getattr(arguments, name)) is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawing says it again
+        read_given(arguments.image, arguments.mask, sides, pipe.image_channels, len(prompts))
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
     origin = Provenance(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant,
-        part_hashes(info), other_hashes(settings), {**surroundings(device), **work}, **parts(arguments),
+        part_hashes(info), other_hashes(settings, start.values()), {**surroundings(device), **work},
+        **parts(arguments), **start,
     )  # fmt: skip
     images = processes.over(len(prompts), lambda share: _draw(pipe, origin, share, first, out, console))
     if processes.main and len(prompts) > 1:
@@ -230,7 +285,8 @@ def _draw(pipe: Any, whole: Provenance, share: range, first: int, out: Path, con
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
     captions = [prompts[i] for i in share]
-    for images in pipe.sample(captions, whole.settings, size=whole.size, batch_size=batch_size, indices=share):
+    how = {"size": whole.size, "batch_size": batch_size, "indices": share, **whole.start}
+    for images in pipe.sample(captions, whole.settings, **how):
         arrays = to_uint8(images)
         for picture, i in zip(to_pil(arrays), share[len(drawn) :], strict=False):
             origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)

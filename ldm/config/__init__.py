@@ -37,14 +37,25 @@ from ldm.config.runs import (
     ClipTrainingConfig,
     DiffusionTrainingConfig,
 )
-from ldm.config.sample import CLASSIFIER_FORMS, GRIDS, SAMPLERS, VARIANCES, SampleConfig
+from ldm.config.sample import (
+    CIRCULAR,
+    CLASSIFIER_FORMS,
+    COMPLETIONS,
+    GRIDS,
+    SAMPLERS,
+    STRENGTHS,
+    VARIANCES,
+    SampleConfig,
+)
 from ldm.config.train import LR_SCHEDULES, PRECISIONS, TRACKERS, LoraConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
     "AutoencoderTrainingConfig",
     "CAPTIONS",
+    "CIRCULAR",
     "CLASSIFIER_FORMS",
+    "COMPLETIONS",
     "ClassifierConfig",
     "ClassifierTrainingConfig",
     "ClipConfig",
@@ -67,6 +78,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "SOURCES",
+    "STRENGTHS",
     "SampleConfig",
     "ScheduleConfig",
     "TARGETS",

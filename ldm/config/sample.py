@@ -20,6 +20,9 @@ GRIDS = (
 )  # fmt: skip
 CLASSIFIER_FORMS = ("score", "mean")
 VARIANCES = ("posterior", "beta", "learned")
+STRENGTHS = ("levels", "steps")
+COMPLETIONS = ("blend", "repaint")
+CIRCULAR = ("none", "x", "y", "xy")
 LORA_SCALE = 100  # largest magnitude
 
 
@@ -46,6 +49,15 @@ class SampleConfig:
     classifier_scale: float = 1.0
     classifier_form: str = "score"  # or mean, for ddpm
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
+    strength: float = 1.0  # with an image: share of the noise levels that are drawn anew; 0: only encoded and decoded
+    strength_by: str = "levels"  # or steps: only the last share of the steps of a whole grid is made, as in diffusers
+    completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (slower, fewer seams)
+    repaint_jump: int = 5  # steps that repaint goes back
+    repaint_repeats: int = 5  # times that repaint goes through them
+    paste: bool = True  # with a mask: keep the pixels outside it as they are
+    window: int | None = None  # draw in overlapping windows of so many pixels, for pictures larger than in training
+    window_stride: int | None = None  # distance of two windows in pixels; null: half a window
+    circular: str = "none"  # x, y or xy: windows continue at the other end, so that opposite edges of a picture meet
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -66,6 +78,22 @@ class SampleConfig:
         between(self, 0.0, 100.0, "guidance_scale")
         between(self, 0.0, 1.0, "eta")
         between(self, 0, 2**63 - 1, "seed")
+        one_of(self, STRENGTHS, "strength_by")
+        one_of(self, COMPLETIONS, "completion")
+        one_of(self, CIRCULAR, "circular")
+        between(self, 0.0, 1.0, "strength")
+        between(self, 1, 1000, "repaint_jump", "repaint_repeats")
+        between(self, 1, 2**14, "window", "window_stride")
+        self._check_owned("window", self.window is not None, "window_stride", "circular")
+        self._check_owned("completion repaint", self.completion == "repaint", "repaint_jump", "repaint_repeats")
+        if self.window is not None and self.window_stride is not None and self.window_stride > self.window:
+            raise ConfigError(f"window_stride must be at most window {self.window}, got {self.window_stride}")
+
+    def _check_owned(self, owner: str, there: bool, *names: str) -> None:
+        """Raise ConfigError for settings that are given although nothing reads them."""
+        for name in names:
+            if not there and getattr(self, name) != getattr(SampleConfig, name):
+                raise ConfigError(f"{name} is for {owner}: give it, or leave {name} out")
 
     def loras(self) -> list[tuple[str, float]]:
         """Path and scale of each LoRA; a number after the last colon is the scale."""

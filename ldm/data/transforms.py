@@ -12,23 +12,28 @@ from ldm.files.tensors.finite import finite
 
 
 def prepare(
-    image: UInt8[np.ndarray, "h w c"], size: int, place: tuple[float, float] = (0.5, 0.5), mirror: bool = False
-) -> Float[Tensor, "c s s"]:
-    """Resize the short side to ``size``, crop a square, mirror, and scale 0…255 to [−1, 1].
+    image: UInt8[np.ndarray, "h w c"],
+    size: int | tuple[int, int],
+    place: tuple[float, float] = (0.5, 0.5),
+    mirror: bool = False,
+) -> Float[Tensor, "c s1 s2"]:
+    """Resize until ``size`` is just covered, crop to it, mirror, and scale 0…255 to [−1, 1].
 
+    ``size``: the side of a square, or (height, width).
     ``place``: offset of the crop as a share of the (vertical, horizontal) surplus; (½, ½) is the
     centre. ``mirror``: left–right.
     """
+    down, across = (size, size) if isinstance(size, int) else size
     height, width = image.shape[:2]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        height, width = max(size, round(height * scale)), max(size, round(width * scale))
+    if height < down or width < across or (height > down and width > across):
+        scale = max(down / height, across / width)
+        height, width = max(down, round(height * scale)), max(across, round(width * scale))
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
         image = resized.reshape(height, width, image.shape[2])
-    surpluses = (height - size, width - size)
+    surpluses = (height - down, width - across)
     top, left = (min(int(u * (surplus + 1)), surplus) for u, surplus in zip(place, surpluses, strict=True))
-    image = image[top : top + size, left : left + size]
+    image = image[top : top + down, left : left + across]
     if mirror:
         image = image[:, ::-1]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

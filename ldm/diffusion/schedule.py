@@ -169,6 +169,10 @@ class Schedule:
         """T."""
         return len(self.betas)
 
+    def first(self, levels: int) -> Schedule:
+        """The process that ends after the first ``levels`` steps. Raises ValueError for fewer than 2."""
+        return Schedule(self.betas[:levels])
+
     def to(self, device: torch.device | str) -> Schedule:
         """The same schedule with its tables on ``device``."""
         return Schedule(self.betas.to(device))

@@ -148,7 +148,7 @@ def evaluate(
     if config.train.channels_last:  # as in training
         pipe.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = config.sample
-    pipe.check(settings, pipe.sample_size)
+    pipe.check(settings)
     tried = None
     given = any(override.startswith(f"{SCALE}=") for override in overrides)
     if tune and not given and pipe.caption_dropout != 0.0:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
-from ldm.diffusion.samplers.grids import check_steps, make_grid
+from ldm.config.values import typed
+from ldm.diffusion.samplers.grids import CLEAN, check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.pipeline.prompts import check_text
@@ -21,21 +22,53 @@ LONG_STEP = 100.0  # factor of σ/α in a first step beyond which samplers that 
 
 
 def grid_of(schedule: Schedule, settings: SampleConfig) -> Tensor:
-    """The sampler's grid for these settings. Raises ConfigError where the schedule cannot have it."""
+    """The sampler's grid for these settings; of strength 0 its end alone.
+
+    Raises ConfigError where the schedule cannot have it.
+    """
     try:
+        if settings.strength_by == "steps":
+            grid = make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
+            return grid[settings.steps - int(settings.steps * settings.strength) :]
+        if settings.strength == 0.0:
+            return torch.full((1,), CLEAN, dtype=torch.float64, device=schedule.betas.device)
+        if settings.strength < 1.0:
+            schedule = schedule.first(levels_of(schedule, settings))
         return make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
+def levels_of(schedule: Schedule, settings: SampleConfig) -> int:
+    """Noise levels of the schedule that are drawn anew. Raises ConfigError where they are too few for the steps."""
+    levels, fewest = round(settings.strength * schedule.num_steps), max(2, settings.steps)
+    if levels < fewest:
+        raise ConfigError(
+            f"strength {settings.strength:g} is {levels} of {schedule.num_steps} noise levels, too few for"
+            f" {settings.steps} steps: take at least {fewest / schedule.num_steps:g}, or fewer steps"
+        )
+    return levels
+
+
+def sides_of(size: Any, default: int) -> tuple[int, int]:
+    """Height and width of a ``size``: one number or both; left out, a square of the default. Raises ConfigError."""
+    if isinstance(size, (tuple, list)):
+        return typed(tuple[int, int], size, "size")
+    side = default if size is None else typed(int, size, "size")
+    return side, side
+
+
 def first_step(schedule: Schedule, grid: Tensor) -> float:
     """Factor by which the first step of a grid lowers σ/α; 1 where it is the only one, which ends at clean data."""
     level = schedule.sigma(grid[:2]) / schedule.alpha(grid[:2])
-    return float(level[0] / level[1]) if level[1] > 0 else 1.0
+    return float(level[0] / level[-1]) if level[-1] > 0 else 1.0
 
 
-def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: int) -> None:
-    """Raise ConfigError unless the settings fit a model of T = ``num_steps`` and this autoencoder factor."""
+def check_sampling(settings: SampleConfig, sides: tuple[int, int], num_steps: int, factor: int) -> None:
+    """Raise ConfigError unless the settings fit a model of T = ``num_steps`` and this autoencoder factor.
+
+    ``sides``: height and width of a picture in pixels.
+    """
     try:
         check_steps(num_steps, settings.steps)
     except ValueError as error:
@@ -49,10 +82,16 @@ def check_sampling(settings: SampleConfig, size: int, num_steps: int, factor: in
                 f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out"
             )
     check_text(settings.negative_prompt, "negative_prompt")
-    if size > LARGEST:
-        raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")
-    if size < factor or size % factor:
-        raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+    for size in sides:
+        if size > LARGEST:
+            raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")
+        if size < factor or size % factor:
+            raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
+    for name in ("window", "window_stride"):
+        if (pixels := getattr(settings, name)) is not None and pixels % factor:
+            raise ConfigError(f"{name} must be a multiple of {factor} (the autoencoder's factor), got {pixels}")
+    if settings.window is not None and settings.classifier is not None:
+        raise ConfigError("window: a classifier sees pictures of its own size only: leave one of them out")
 
 
 def check_start(schedule: ScheduleConfig, target: str, settings: SampleConfig) -> None:

@@ -42,10 +42,17 @@ class LatentCodec:
 
     def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
         """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders."""
-        autoencoder = self.autoencoder
-        if next(autoencoder.parameters()).dtype != torch.float32:
-            autoencoder = copy.deepcopy(autoencoder).float()  # for this call: other threads may use the weights
-        return autoencoder.decode(latent.float() / self.scale + self.shift)
+        return self._in_float32().decode(latent.float() / self.scale + self.shift)
+
+    def encode(self, images: Float[Tensor, "b C H W"]) -> Float[Tensor, "b c h w"]:
+        """The normalised mean latents of images in [−1, 1]; computed in float32."""
+        return (self._in_float32().encode(images.float()).mean - self.shift) * self.scale
+
+    def _in_float32(self) -> AutoencoderKL:
+        """The autoencoder, or a copy for one call: other threads may use the weights."""
+        if next(self.autoencoder.parameters()).dtype == torch.float32:
+            return self.autoencoder
+        return copy.deepcopy(self.autoencoder).float()
 
 
 def codec_of(part: Part) -> LatentCodec:

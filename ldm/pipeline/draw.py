@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ldm.config import ConfigError, SampleConfig
 from ldm.config.values import typed
 from ldm.data import rng
+from ldm.diffusion.completion import Known, blended, repaint, repaint_path
 from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
@@ -22,11 +25,15 @@ from ldm.diffusion.samplers.grids import make_grid
 from ldm.diffusion.samplers.nodes import Callback
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.pipeline.checks import LONG_STEP, first_step, grid_of
+from ldm.diffusion.windows import Windows, windowed
+from ldm.pipeline.checks import LONG_STEP, first_step, grid_of, sides_of
+from ldm.pipeline.given import Given, check_given, read_given
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.model import Model
 from ldm.pipeline.prompts import check_prompts
 from ldm.pipeline.watch import Watch, unseen
+
+MARGIN = 8  # latents that a circular picture is decoded with at each end, beyond the reach of most decoders
 
 
 def draw_noise(
@@ -83,28 +90,15 @@ def sample(
         model, cond, cond if null_cond is None else null_cond, schedule, target, learned_variance, scale=guidance_scale
     )
     denoiser, nodes = Denoiser(schedule, target, guided, learned_variance), make_grid(grid, schedule, steps)
-    return _run(sampler, denoiser, nodes, seed, range(shape[0]), shape[1:], callback, options)
-
-
-def _run(
-    sampler: str,
-    denoiser: Denoiser,
-    grid: Float[Tensor, " nodes"],
-    seed: int,
-    numbers: Sequence[int],
-    shape: Sequence[int],
-    callback: Callback | None,
-    options: Mapping[str, Any],
-) -> Float[Tensor, "b *shape"]:
-    """A sampler from the noise of the images ``numbers`` of a seed, each of ``shape``."""
-    device = denoiser.schedule.betas.device
-
-    def noise(name: str) -> Tensor:
-        return draw_noise(seed, name, numbers, tuple(shape), device)
-
+    noise = _noise(seed, range(shape[0]), shape[1:], schedule)
     return SAMPLERS[sampler].function(
-        denoiser, noise("x_T"), grid, lambda step: noise(f"step {step}"), callback=callback, **options
+        denoiser, noise("x_T"), nodes, lambda step: noise(f"step {step}"), callback=callback, **options
     )
+
+
+def _noise(seed: int, numbers: Sequence[int], shape: Sequence[int], schedule: Schedule) -> Callable[[str], Tensor]:
+    """The draws of the images ``numbers`` of a seed by name, each of ``shape``, on the schedule's device."""
+    return lambda name: draw_noise(seed, name, numbers, tuple(shape), schedule.betas.device)
 
 
 # ---------------------------------------------------------------- with a trained model: prepare, denoise, decode
@@ -120,6 +114,7 @@ class Drawing:
         batch_size: images computed together.
         shape: [c, h, w] of one image as it is diffused.
         grid: t at each node of the sampler, float64.
+        given: the image and the mask that the images start from; None: they start from noise.
     """
 
     model: Model
@@ -130,16 +125,31 @@ class Drawing:
     batch_size: int
     shape: tuple[int, int, int]
     grid: Float[Tensor, " nodes"]
+    given: Given | None = None
 
     @property
     def steps(self) -> int:
         """Steps of the sampler for one batch."""
-        return len(self.grid) - 1
+        steps, settings = len(self.grid) - 1, self.settings
+        if settings.completion == "repaint":
+            path = repaint_path(steps, settings.repaint_jump, settings.repaint_repeats)
+            return sum(there > here for here, there in pairwise(path))
+        return steps
 
-    def batches(self) -> Iterator[tuple[list[str], Sequence[int]]]:
-        """Captions and numbers of each batch."""
+    def batches(self) -> Iterator[Batch]:
+        """The images that are computed together."""
         for i in range(0, len(self.prompts), self.batch_size):
-            yield self.prompts[i : i + self.batch_size], self.numbers[i : i + self.batch_size]
+            places = range(i, min(i + self.batch_size, len(self.prompts)))
+            given = self.given and self.given.of(places)
+            yield Batch([self.prompts[k] for k in places], [self.numbers[k] for k in places], given)
+
+
+class Batch(NamedTuple):
+    """Captions, numbers and given images of images that are computed together."""
+
+    captions: list[str]
+    numbers: list[int]
+    given: Given | None
 
 
 def prepare(
@@ -150,12 +160,15 @@ def prepare(
     size: Any = None,
     batch_size: Any = 16,
     numbers: Sequence[int] | None = None,
+    image: Any = None,
+    mask: Any = None,
 ) -> Drawing:
     """Check a call before anything slow. Raises ConfigError; warnings point at the caller's caller."""
-    side: int = model.sample_size if size is None else typed(int, size, "size")
+    sides = sides_of(size, model.sample_size)
     together: int = typed(int, batch_size, "batch_size")
     prompts = check_prompts(prompts)
-    model.check(settings, side)
+    check_given(settings, image is not None, mask is not None)
+    model.check(settings, sides)
     if together < 1:
         raise ConfigError(f"batch_size must be at least 1, got {together}")
     if numbers is not None and len(numbers) != len(prompts):
@@ -178,33 +191,71 @@ def prepare(
             " (docs/samplers.md)",
             stacklevel=3,
         )
-    shape = (model.unet.in_channels, side // model.factor, side // model.factor)
+    shape = (model.unet.in_channels, sides[0] // model.factor, sides[1] // model.factor)
     numbers = range(len(prompts)) if numbers is None else numbers
-    return Drawing(model, guides, settings, prompts, numbers, together, shape, grid)
+    given = read_given(image, mask, sides, model.image_channels, len(prompts), stacklevel=3)
+    return Drawing(model, guides, settings, prompts, numbers, together, shape, grid, given)
 
 
-def denoise(
-    drawing: Drawing, captions: list[str], numbers: Sequence[int], callback: Callback | None = None
-) -> Float[Tensor, "b c h w"]:
+def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) -> Float[Tensor, "b c h w"]:
     """One batch from noise to clean samples, as diffused. Raises NonFiniteError naming the part and the step."""
     model, settings, watch = drawing.model, drawing.settings, Watch(drawing.steps, drawing.model.dtype)
+    captions = batch.captions
     options = {name: getattr(settings, name) for name in SAMPLERS[settings.sampler].options}
     gradient = drawing.guides.gradient(model, captions, settings, "mean")
     if gradient is not None:
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
     guided, after = denoiser(model, drawing.guides, captions, settings, watch), watch.after_step(callback)
-    x = _run(settings.sampler, guided, drawing.grid, settings.seed, numbers, drawing.shape, after, options)
+    known = batch.given and batch.given.known(model.codec, model.device)
+    noise = _noise(settings.seed, batch.numbers, drawing.shape, model.schedule)
+    x = _sampled(drawing, guided, known, noise, after, options)
     watch.check()
     return x
 
 
-def decode(model: Model, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
-    """Images in about [−1, 1]: decoded latents, or the sample itself of a pixel model. Raises NonFiniteError."""
+def _sampled(
+    drawing: Drawing,
+    denoiser: Denoiser,
+    known: Known | None,
+    noise: Callable[[str], Tensor],
+    callback: Callback,
+    options: Mapping[str, Any],
+) -> Float[Tensor, "b c h w"]:
+    """Samples from noise; from the noised images where less than all noise levels are drawn anew."""
+    settings, grid = drawing.settings, drawing.grid.to(denoiser.schedule.betas.device)
+    sampler, x = SAMPLERS[settings.sampler].function, noise("x_T")
+    if known is None:
+        return sampler(denoiser, x, grid, lambda step: noise(f"step {step}"), callback=callback, **options)
+    eps = x
+    if len(grid) == 1:
+        return known.x0
+    if settings.strength < 1.0 or (settings.strength_by == "steps" and bool((known.mask == 1).all())):
+        x = denoiser.schedule.add_noise(known.x0, eps, grid[0].expand(len(eps)))
+    if settings.completion == "repaint":
+        jump, repeats = settings.repaint_jump, settings.repaint_repeats
+        return repaint(
+            sampler, denoiser, known, x, grid, noise, jump=jump, repeats=repeats, callback=callback, **options
+        )
+    keep = blended(known, denoiser.schedule, grid, eps, callback)
+    return sampler(denoiser, x, grid, lambda step: noise(f"step {step}"), callback=keep, **options)
+
+
+def decode(
+    model: Model, latent: Float[Tensor, "b c h w"], circular: tuple[bool, bool] = (False, False)
+) -> Float[Tensor, "b C H W"]:
+    """Images in about [−1, 1]: decoded latents, or the sample itself of a pixel model. Raises NonFiniteError.
+
+    ``circular``: of height and width; such a latent is decoded with a margin from its other end.
+    """
     if model.codec is None:
         return latent
     watch = Watch(0, model.dtype)
-    images = watch.see("what the autoencoder decodes", model.codec.decode(latent), at_step=False)
+    down, across = (min(MARGIN, n) if closed else 0 for n, closed in zip(latent.shape[2:], circular, strict=True))
+    images = model.codec.decode(pad(latent, (across, across, down, down), mode="circular") if any(circular) else latent)
+    top, left = down * model.factor, across * model.factor
+    images = images[..., top : images.shape[2] - top, left : images.shape[3] - left]
+    images = watch.see("what the autoencoder decodes", images, at_step=False)
     watch.check()
     return images
 
@@ -214,9 +265,28 @@ def draw(
     drawing: Drawing, callback: Callback | None = None, decoded: bool = True
 ) -> Iterator[Float[Tensor, "b C H W"]]:
     """The images of each batch, or, not decoded, what is diffused."""
-    for captions, numbers in drawing.batches():
-        latent = denoise(drawing, captions, numbers, callback)
-        yield decode(drawing.model, latent) if decoded else latent
+    settings = drawing.settings
+    for batch in drawing.batches():
+        latent = denoise(drawing, batch, callback)
+        if not decoded:
+            yield latent
+            continue
+        images = decode(drawing.model, latent, circular_axes(settings))
+        yield batch.given.pasted(images) if batch.given and settings.paste else images
+
+
+def windows_of(model: Model, settings: SampleConfig) -> Windows | None:
+    """The windows of these settings in diffused pixels; None: the sample is predicted whole."""
+    if settings.window is None:
+        return None
+    side = settings.window // model.factor
+    stride = max(1, side // 2) if settings.window_stride is None else settings.window_stride // model.factor
+    return Windows(side, stride, circular_axes(settings))
+
+
+def circular_axes(settings: SampleConfig) -> tuple[bool, bool]:
+    """Whether (top and bottom, left and right) meet."""
+    return settings.circular in ("y", "xy"), settings.circular in ("x", "xy")
 
 
 def denoiser(
@@ -231,11 +301,11 @@ def denoiser(
             watch.see("what the text encoder says of the caption", context, at_step=False)
     seen = watch.watched if watch else unseen
     gradient = guides.gradient(model, captions, settings, "score")
-    guide = None
+    guide, windows = None, windows_of(model, settings)
     if settings.autoguidance is not None:
-        guide = guides.guide(model, settings.autoguidance, captions, settings)
+        guide = guides.guide(model, settings.autoguidance, captions, settings, windows)
     guidance = Guidance(
-        seen("the U-Net's prediction", changed.predict),
+        seen("the U-Net's prediction", windowed(changed.predict, windows) if windows else changed.predict),
         cond,
         null_cond,
         model.schedule,

@@ -11,6 +11,7 @@ from ldm.config import ConfigError, SampleConfig
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Gradient, classifier_gradient
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.windows import Windows, windowed
 from ldm.errors import FolderError
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.models.classifier import NoisyClassifier
@@ -35,13 +36,16 @@ class Guides:
         for _, classifier in self.classifiers.values():
             classifier.to(device)
 
-    def guide(self, model: Model, path: str, captions: list[str], settings: SampleConfig) -> Denoise:
+    def guide(
+        self, model: Model, path: str, captions: list[str], settings: SampleConfig, windows: Windows | None
+    ) -> Denoise:
         """The model at ``path``, conditioned as autoguidance starts. Raises ConfigError where it does not fit."""
         guide = self._open_guide(model, path)
         guide.warn_cut(captions, settings, stacklevel=1)
         null = settings.negative_prompt or guide.null_caption
         cond = guide.condition(captions if settings.guidance_scale else [null] * len(captions))
-        return lambda x_t, t: guide.predict(x_t, t, cond)[:, : model.unet.in_channels]
+        predict = windowed(guide.predict, windows) if windows else guide.predict
+        return lambda x_t, t: predict(x_t, t, cond)[:, : model.unet.in_channels]
 
     def _open_guide(self, model: Model, path: str) -> Model:
         with _READING:

@@ -24,13 +24,15 @@ from ldm.diffusion.samplers.nodes import Callback
 
 # ---------------------------------------------------------------- arguments of a call
 
-RENAMED = {"prompt": "prompts", "num_inference_steps": "steps"}
-TAKEN = (  # under their name; height and width where they are equal
+RENAMED = {"prompt": "prompts", "num_inference_steps": "steps", "mask_image": "mask"}
+TAKEN = (  # under their name; height and width become size
     "num_images_per_prompt", "height", "width", "output_type", "return_dict", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
 )  # fmt: skip
 OUTPUTS = ("pil", "np", "pt", "latent")
-OF_THE_CALL = ("prompts", "size", "output_type", "num_images_per_prompt", "callback_on_step_end")  # not of SampleConfig
+OF_THE_CALL = (  # not of SampleConfig
+    "prompts", "size", "output_type", "num_images_per_prompt", "callback_on_step_end", "image", "mask",
+)  # fmt: skip
 _FROM_TEXT = "the text encoder reads prompts: give prompts and negative_prompt"
 _FROM_GRID = "steps and grid say where the steps lie (docs/samplers.md)"
 _NOISE = "noise is a function of the seed and of an image's number, whatever batch it is in: give seed"
@@ -65,7 +67,7 @@ def in_our_words(given: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
             given[ours] = given.pop(theirs)
     sides = {name: given.pop(name) for name in ("height", "width") if name in given}
     if sides:
-        given["size"] = _square(sides, given.get("size"), sample_size)
+        given["size"] = _size(sides, given.get("size"), sample_size)
     if given.pop("return_dict", True) is not True:
         raise ConfigError("return_dict: a call returns the list of pictures, which is its own .images: leave it out")
     tensors = given.pop("callback_on_step_end_tensor_inputs", ["latents"])
@@ -80,16 +82,11 @@ def in_our_words(given: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
     return {**given, "num_images_per_prompt": count}
 
 
-def _square(sides: Mapping[str, Any], size: Any, sample_size: int) -> Any:
-    """The side that height and width agree on; the one that is left out is that of training, as in diffusers."""
-    height, width = sides.get("height", sample_size), sides.get("width", sample_size)
+def _size(sides: Mapping[str, Any], size: Any, sample_size: int) -> tuple[Any, Any]:
+    """Height and width; the one that is left out is that of training, as in diffusers."""
     if size is not None:
         raise ConfigError(f"{' and '.join(sides)} {'is' if len(sides) == 1 else 'are'} size: give one of them")
-    if height != width:
-        raise ConfigError(
-            f"height and width must be equal, got {shown(height)} and {shown(width)}: pictures are square, give size"
-        )
-    return height
+    return sides.get("height", sample_size), sides.get("width", sample_size)
 
 
 def _check_names(given: Iterable[str]) -> None:

@@ -33,6 +33,7 @@ from ldm.pipeline.checks import (
     check_opening,
     check_sampling,
     check_start,
+    sides_of,
 )
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.info import ModelInfo, load_unet
@@ -99,6 +100,11 @@ class Model:
         return self.codec.autoencoder.config.factor if self.codec else 1
 
     @property
+    def image_channels(self) -> int:
+        """Channels of a picture."""
+        return self.codec.autoencoder.config.image_channels if self.codec else self.unet.in_channels
+
+    @property
     def learned_variance(self) -> bool:
         """True if the second half of the U-Net's output channels is the reverse variance."""
         return self.unet.spec.learned_variance
@@ -153,9 +159,10 @@ class Model:
         """The U-Net's prediction, computed in its own precision and returned in float32, the sampler's."""
         return self.unet(x_t.to(self.dtype), t, cond).float()
 
-    def check(self, settings: SampleConfig, size: int) -> None:
-        """Raise ConfigError where the settings do not fit this model."""
-        check_sampling(settings, size, self.schedule_config.num_steps, self.factor)
+    def check(self, settings: SampleConfig, sides: tuple[int, int] | None = None) -> None:
+        """Raise ConfigError where the settings do not fit this model; ``sides`` left out are those of training."""
+        sides = sides or sides_of(None, self.sample_size)
+        check_sampling(settings, sides, self.schedule_config.num_steps, self.factor)
         if settings.variance == "learned" and not self.learned_variance:
             raise ConfigError(
                 "variance learned: this model has not learned the reverse variance, take posterior or beta"

@@ -56,7 +56,9 @@ class Pipeline(Model):
         seed: Whole | None = None,
         negative_prompt: Text | None = None,
         eta: Number | None = None,
-        size: Whole | None = None,
+        size: Whole | tuple[Whole, Whole] | None = None,
+        image: Any = None,
+        mask: Any = None,
         batch_size: Whole = 16,
         output_type: Text = "pil",
         callback: Callable[[int, int], None] | None = None,
@@ -69,7 +71,10 @@ class Pipeline(Model):
             prompts: one or several captions, of which an unconditional model takes only the number;
                 "" is a caption too.
             steps, guidance_scale, sampler, seed, negative_prompt, eta: left out, the model's defaults hold.
-            size: side in pixels, a multiple of the autoencoder's factor; left out, that of training.
+            size: side in pixels, or (height, width), multiples of the autoencoder's factor; left out, that of training.
+            image: a picture to start from, or one for each prompt: files, pictures of Pillow or arrays uint8
+                [h, w, c]. ``strength`` says how much of it is drawn anew (docs/editing.md).
+            mask: white where ``image`` is drawn, black where it is kept; likewise.
             batch_size: pictures computed together.
             output_type: pil; np or pt, in [0, 1]; latent, not decoded. ``.images`` of the list is then
                 the whole array, [n, h, w, c] of np and [n, c, h, w] of the others.
@@ -84,14 +89,15 @@ class Pipeline(Model):
         """
         named = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "seed": seed, "eta": eta}
         named |= {"prompts": prompts, "negative_prompt": negative_prompt, "size": size, "output_type": output_type}
+        named |= {"image": image, "mask": mask}
         given = habits.in_our_words({**named, **further}, self.sample_size)
-        prompts, size, kind, copies, step_end = (given.pop(name, None) for name in habits.OF_THE_CALL)
+        prompts, size, kind, copies, step_end, image, mask = (given.pop(name, None) for name in habits.OF_THE_CALL)
         settings = changed(self.defaults, given)
         texts = [text for text in check_prompts(prompts) for _ in range(copies)]
         for name, function in (("callback", callback), ("callback_on_step_end", step_end)):
             if function is not None and not callable(function):
                 raise ConfigError(f"{name} must be a function, got {shown(function)}")
-        drawing = draw.prepare(self, self._guides, texts, settings, size, batch_size)
+        drawing = draw.prepare(self, self._guides, texts, settings, size, batch_size, image=image, mask=mask)
         replaced = habits.step_end(self, step_end, drawing.grid) if step_end else None
 
         with self._progress(drawing, progress) as bar:
@@ -113,10 +119,12 @@ class Pipeline(Model):
         prompts: Sequence[str],
         settings: SampleConfig,
         *,
-        size: Whole | None = None,
+        size: Whole | tuple[Whole, Whole] | None = None,
         batch_size: Whole = 16,
         indices: Sequence[int] | None = None,
         callback: StepCallback | None = None,
+        image: Any = None,
+        mask: Any = None,
     ) -> Iterator[Float[Tensor, "b C H W"]]:
         """Batches of images in about [−1, 1], in the order of the prompts. Arguments are checked at once.
 
@@ -124,8 +132,10 @@ class Pipeline(Model):
         0, 1, …); a process that draws a share of the images passes theirs.
         ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the
         step used, both as diffused; its return value, unless None, replaces the sample.
+        ``size``, ``image``, ``mask``: as in a call.
         """
-        return draw.draw(draw.prepare(self, self._guides, prompts, settings, size, batch_size, indices), callback)
+        drawing = draw.prepare(self, self._guides, prompts, settings, size, batch_size, indices, image, mask)
+        return draw.draw(drawing, callback)
 
     def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
         """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""

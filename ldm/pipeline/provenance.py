@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from autoencoder.layout import latent_scale
 from ldm import __version__
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig
 from ldm.config.values import changed
+from ldm.errors import FolderError
 from ldm.files.disk import check_regular, file_hash
 from ldm.interop.bundle import TEXT, UNET, VAE
 from ldm.interop.classifier import read_classifier
@@ -37,7 +38,7 @@ KEY = "ldm"
 _PASSING = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 _WORK = ("images", "batch_size", "processes")
-_NAMED, _TABLES = ("path", "variant", "vae", "text"), ("parts", "others", "drawn")
+_NAMED, _TABLES = ("path", "variant", "vae", "text", "image", "mask"), ("parts", "others", "drawn")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Provenance:
         index: number of the image within the seed; None: a grid.
         model: ``Pipeline.hash``.
         path, variant: where the model was, as it was named, and which of its weights.
+        size: side in pixels, or height and width.
         vae, text: the autoencoder and the text encoder that were named in the place of the model's own.
+        image, mask: the files that the images start from.
         parts: a hash of each thing of the model that decides pixels and is not a weight.
-        others: a hash of each LoRA and guide, by the name that the settings give it.
+        others: a hash of each LoRA, guide and given image, by the name that the settings or the call give it.
         drawn: versions, device, and how the images were shared out; these change a pixel by at most
             1 of 255.
     """
@@ -59,7 +62,7 @@ class Provenance:
     prompts: tuple[str, ...]
     index: int | None
     settings: SampleConfig
-    size: int
+    size: int | tuple[int, int]
     model: str
     path: str | None = None
     variant: str | None = None
@@ -68,11 +71,26 @@ class Provenance:
     drawn: Mapping[str, Any] = field(default_factory=dict)
     vae: str | None = None
     text: str | None = None
+    image: str | None = None
+    mask: str | None = None
 
     @property
     def given(self) -> dict[str, Any]:
         """Those of ``vae`` and ``text`` that were named."""
-        return {name: value for name, value in (("vae", self.vae), ("text", self.text)) if value is not None}
+        return self._named("vae", "text")
+
+    @property
+    def start(self) -> dict[str, str]:
+        """Those of ``image`` and ``mask`` that were given."""
+        return self._named("image", "mask")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def _named(self, *names: str) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -96,7 +114,7 @@ class Provenance:
         if self.index is not None:
             about = {"prompt": self.prompts[0], "index": self.index}
         rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
-        values = {**about, **dataclasses.asdict(self.settings), **rest, **self.given}
+        values = {**about, **dataclasses.asdict(self.settings), **rest, **self.given, **self.start}
         info = PngInfo()
         info.add_itxt(KEY, json.dumps(values, ensure_ascii=False))
         return info
@@ -156,14 +174,15 @@ def _parsed(about: Any) -> Provenance:
     texts = [model, *hashes, *prompts]
     if not all(isinstance(table, dict) for table in tables) or not all(isinstance(text, str) for text in texts):
         raise ValueError("parts, others and drawn must be objects, hashes and prompts text")
-    counts = [size, *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
-    if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts):
+    sides = [size, size] if isinstance(size, int) else size
+    counts = [*(sides if isinstance(sides, list) else [None]), *(rest.get("drawn", {}).get(name, 1) for name in _WORK)]
+    if not prompts or not all(isinstance(n, int) and n >= 1 for n in counts) or len(sides) != 2:
         raise ValueError("size and the counts must be whole numbers, with a prompt at least")
     if index is not None:
         images = rest.get("drawn", {}).get("images", float("inf"))
         if not isinstance(index, int) or not 0 <= index < images:
             raise ValueError(f"there is no image {index} among them")
-    return Provenance(prompts, index, settings, size, model, **rest)
+    return Provenance(prompts, index, settings, size if isinstance(size, int) else tuple(size), model, **rest)
 
 
 def part_hashes(info: ModelInfo) -> dict[str, str]:
@@ -182,9 +201,17 @@ def part_hashes(info: ModelInfo) -> dict[str, str]:
     return {name: _hash(value) for name, value in about.items()}
 
 
-def other_hashes(settings: SampleConfig) -> dict[str, str]:
-    """A hash of each LoRA and guide that settings name. Raises FolderError or ConfigError."""
+def other_hashes(settings: SampleConfig, start: Iterable[str] = ()) -> dict[str, str]:
+    """A hash of each LoRA and guide that settings name, and of the files ``start``.
+
+    Raises FolderError or ConfigError.
+    """
     found = {path: file_hash(find_lora(path)) for path, _ in settings.loras()}
+    for path in start:
+        try:
+            found[path] = file_hash(Path(path))
+        except OSError as error:
+            raise FolderError(f"{path} cannot be read: {error.strerror}") from None
     if settings.classifier is not None:
         weights = read_classifier(settings.classifier)[1]
         found[settings.classifier] = joined_hash((weights, weights.with_name("config.json")))

@@ -27,21 +27,27 @@ _NAMES = {
 
 
 def relocated(origin: Provenance, moved: Mapping[str, str]) -> Provenance:
-    """``origin`` with the LoRAs and guides where they are now. Raises ConfigError for a name that it does not have."""
+    """``origin`` with the LoRAs, guides and images where they are now.
+
+    Raises ConfigError for a name that it does not have.
+    """
     settings = origin.settings
     named = {path for path, _ in settings.loras()} | {settings.classifier, settings.autoguidance}
+    named |= set(origin.start.values())
     if unknown := sorted(moved.keys() - named):
-        names = ", ".join(sorted(name for name in named if name)) or "no LoRA and no guide"
+        names = ", ".join(sorted(name for name in named if name)) or "no LoRA, no guide and no image"
         raise ConfigError(f"--moved {unknown[0]}: the picture names {names}")
     lora = tuple(f"{moved.get(path, path)}:{scale!r}" for path, scale in settings.loras())
     given = {name: getattr(settings, name) for name in ("classifier", "autoguidance")}
     guides = {name: moved.get(path, path) for name, path in given.items() if path is not None}
     others = {moved.get(name, name): value for name, value in origin.others.items()}
-    return dataclasses.replace(origin, settings=dataclasses.replace(settings, lora=lora, **guides), others=others)
+    start = {name: moved.get(path, path) for name, path in origin.start.items()}
+    settings = dataclasses.replace(settings, lora=lora, **guides)
+    return dataclasses.replace(origin, settings=settings, others=others, **start)
 
 
 def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path) -> None:
-    """Raise FolderError unless the model, the LoRAs and the guides are those that drew ``file``."""
+    """Raise FolderError unless the model, the LoRAs, the guides and the images are those that drew ``file``."""
     if pipe.hash != origin.model:
         raise FolderError(
             f"{info.path} has other weights than those that drew {file}"
@@ -51,7 +57,7 @@ def check_model(origin: Provenance, pipe: Pipeline, info: ModelInfo, file: Path)
     if changed := _changed(origin.parts, now):
         names = ", ".join(_NAMES.get(name, name) for name in changed)
         raise FolderError(f"{info.path} has the weights that drew {file}, but has changed since: {names}")
-    now = other_hashes(origin.settings)
+    now = other_hashes(origin.settings, origin.start.values())
     if changed := _changed(origin.others, now):
         then, here = origin.others.get(changed[0], "nothing")[:12], now.get(changed[0], "nothing")[:12]
         raise FolderError(
@@ -76,12 +82,14 @@ def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UI
     images: dict[int, np.ndarray] = {}
     for numbers in batches:
         prompts = [captions.get(i, origin.prompts[0]) for i in numbers]
-        (drawn,) = pipe.sample(prompts, origin.settings, size=origin.size, batch_size=len(numbers), indices=numbers)
+        (drawn,) = pipe.sample(
+            prompts, origin.settings, size=origin.size, batch_size=len(numbers), indices=numbers, **origin.start
+        )
         images |= {i: image for i, image in zip(numbers, to_uint8(drawn), strict=True) if i in captions}
     stack = np.stack([images[i] for i in origin.numbers])
     if origin.index is not None:
         return np.asarray(to_pil(stack)[0])
-    return grid(stack, max(1, (width + GAP) // (origin.size + GAP)))
+    return grid(stack, max(1, (width + GAP) // (origin.sides[1] + GAP)))
 
 
 def deviation(a: UInt8[np.ndarray, "h w *c"], b: UInt8[np.ndarray, "h2 w2 *c2"]) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def reverse_chain(
     pipe: Pipeline, prompts: Sequence[str], settings: SampleConfig, columns: int = COLUMNS
 ) -> ReverseChain:
     """Draw one image of each prompt, and keep ``columns`` steps of the chain, including the first and last."""
-    pipe.check(settings, pipe.sample_size)
+    pipe.check(settings)
     grid, side = grid_of(pipe.schedule, settings), pipe.sample_size // pipe.factor
     steps = len(grid) - 1
     chosen = sorted({round(i * (steps - 1) / max(columns - 1, 1)) for i in range(columns)})

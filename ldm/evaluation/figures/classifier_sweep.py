@@ -65,7 +65,7 @@ def classifier_sweep(
         raise ConfigError(f"images must be at least {2 * captions}, two of each caption, got {images}")
     pipe = Pipeline.from_pretrained(run, device, **(parts or {}))
     settings = SampleConfig("ddpm", steps, guidance_scale=0.0, classifier=str(classifier))
-    pipe.check(settings, pipe.sample_size)
+    pipe.check(settings)
     judge = JUDGES[data.source](pipe.sample_size)
     split = judge.splits[0][1]
     source = open_source(dataclasses.replace(data, image_size=pipe.sample_size), split)

@@ -49,7 +49,7 @@ def guidance_sweep(
     if pipe.text is None:
         raise ConfigError(f"{run}: this model is unconditional, there is nothing to guide")
     settings = dataclasses.replace(pipe.defaults, **given)
-    pipe.check(settings, pipe.sample_size)
+    pipe.check(settings)
     judge = JUDGES[data.source](data.image_size)
     split = judge.splits[0][1]
     real = real_pictures(open_source(data, split), data.image_size, max(1, images // EACH))

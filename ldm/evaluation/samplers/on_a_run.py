@@ -58,7 +58,7 @@ def compare_samplers(
     pairs = [(name, n) for name in samplers for n in steps if n >= SAMPLERS[name].fewest]
     wanted = [dataclasses.replace(own, sampler=name, steps=n) for name, n in pairs]
     for settings in (base, *wanted):
-        pipe.check(settings, pipe.sample_size)
+        pipe.check(settings)
     stochastic = any(SAMPLERS[name].stochastic for name in samplers)
     other = dataclasses.replace(base, seed=(base.seed + 1) % 2**63, steps=max(1, base.steps // 10))
 
