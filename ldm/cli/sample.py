@@ -92,7 +92,7 @@ def _size(text: str) -> int | tuple[int, int]:
 def _add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("start from an image", "docs/editing.md")
     group.add_argument("--image", metavar="FILE", help="a picture to start from")
-    anew = "share of the noise levels that are drawn anew: 0 keeps the image, 1 (default) all but ignores it"
+    anew = "share of the noise levels drawn anew: 0 keeps the image, 1 ignores it (default 0.8, or 1 with --mask)"
     group.add_argument("--strength", type=float, metavar="SHARE", help=anew)
     by = f"one of {', '.join(STRENGTHS)} (default levels; steps is the strength of diffusers)"
     group.add_argument("--strength-by", metavar="NAME", help=by)
@@ -151,7 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     from ldm.pipeline import Pipeline
     from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start, sides_of
-    from ldm.pipeline.given import check_given, read_given
+    from ldm.pipeline.given import read_given, started
     from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes, surroundings
 
     # everything that can be refused from configurations alone, before the weights are read
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = dataclasses.replace(info.defaults, **given)
     size = info.sample_size if arguments.size is None else arguments.size
     sides = sides_of(size, info.sample_size)
-    check_given(settings, arguments.image is not None, arguments.mask is not None)
+    settings = started(settings, arguments.image is not None, arguments.mask is not None)
     check_sampling(settings, sides, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
     check_drawable(info.unet.config)

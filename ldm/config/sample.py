@@ -49,7 +49,7 @@ class SampleConfig:
     classifier_scale: float = 1.0
     classifier_form: str = "score"  # or mean, for ddpm
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
-    strength: float = 1.0  # with an image: share of the noise levels that are drawn anew; 0: only encoded and decoded
+    strength: float | None = None  # with an image: share of the noise levels drawn anew; null: 0.8, or 1 with a mask
     strength_by: str = "levels"  # or steps: only the last share of the steps of a whole grid is made, as in diffusers
     completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (slower, fewer seams)
     repaint_jump: int = 5  # steps that repaint goes back

@@ -27,25 +27,26 @@ def grid_of(schedule: Schedule, settings: SampleConfig) -> Tensor:
     Raises ConfigError where the schedule cannot have it.
     """
     try:
+        strength = 1.0 if settings.strength is None else settings.strength
         if settings.strength_by == "steps":
             grid = make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
-            return grid[settings.steps - int(settings.steps * settings.strength) :]
-        if settings.strength == 0.0:
+            return grid[settings.steps - int(settings.steps * strength) :]
+        if strength == 0.0:
             return torch.full((1,), CLEAN, dtype=torch.float64, device=schedule.betas.device)
-        if settings.strength < 1.0:
-            schedule = schedule.first(levels_of(schedule, settings))
+        if strength < 1.0:
+            schedule = schedule.first(_levels(schedule, strength, settings.steps))
         return make_grid(settings.grid, schedule, settings.steps, settings.grid_offset, settings.end_clean)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def levels_of(schedule: Schedule, settings: SampleConfig) -> int:
+def _levels(schedule: Schedule, strength: float, steps: int) -> int:
     """Noise levels of the schedule that are drawn anew. Raises ConfigError where they are too few for the steps."""
-    levels, fewest = round(settings.strength * schedule.num_steps), max(2, settings.steps)
+    levels, fewest = round(strength * schedule.num_steps), max(2, steps)
     if levels < fewest:
         raise ConfigError(
-            f"strength {settings.strength:g} is {levels} of {schedule.num_steps} noise levels, too few for"
-            f" {settings.steps} steps: take at least {fewest / schedule.num_steps:g}, or fewer steps"
+            f"strength {strength:g} is {levels} of {schedule.num_steps} noise levels, too few for {steps} steps:"
+            f" take at least {fewest / schedule.num_steps:g}, or fewer steps"
         )
     return levels
 

@@ -27,7 +27,7 @@ from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.windows import Windows, windowed
 from ldm.pipeline.checks import LONG_STEP, first_step, grid_of, sides_of
-from ldm.pipeline.given import Given, check_given, read_given
+from ldm.pipeline.given import Given, read_given, started
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.model import Model
 from ldm.pipeline.prompts import check_prompts
@@ -130,11 +130,16 @@ class Drawing:
     @property
     def steps(self) -> int:
         """Steps of the sampler for one batch."""
-        steps, settings = len(self.grid) - 1, self.settings
-        if settings.completion == "repaint":
-            path = repaint_path(steps, settings.repaint_jump, settings.repaint_repeats)
-            return sum(there > here for here, there in pairwise(path))
-        return steps
+        return len(self.times)
+
+    @property
+    def times(self) -> Float[Tensor, " steps"]:
+        """t at which each step begins, in the order of the steps."""
+        settings = self.settings
+        if settings.completion != "repaint":
+            return self.grid[:-1]
+        path = repaint_path(len(self.grid) - 1, settings.repaint_jump, settings.repaint_repeats)
+        return self.grid[[here for here, there in pairwise(path) if there > here]]
 
     def batches(self) -> Iterator[Batch]:
         """The images that are computed together."""
@@ -167,7 +172,7 @@ def prepare(
     sides = sides_of(size, model.sample_size)
     together: int = typed(int, batch_size, "batch_size")
     prompts = check_prompts(prompts)
-    check_given(settings, image is not None, mask is not None)
+    settings = started(settings, image is not None, mask is not None)
     model.check(settings, sides)
     if together < 1:
         raise ConfigError(f"batch_size must be at least 1, got {together}")
@@ -230,7 +235,7 @@ def _sampled(
     eps = x
     if len(grid) == 1:
         return known.x0
-    if settings.strength < 1.0 or (settings.strength_by == "steps" and bool((known.mask == 1).all())):
+    if settings.strength != 1.0 or (settings.strength_by == "steps" and bool((known.mask == 1).all())):
         x = denoiser.schedule.add_noise(known.x0, eps, grid[0].expand(len(eps)))
     if settings.completion == "repaint":
         jump, repeats = settings.repaint_jump, settings.repaint_repeats

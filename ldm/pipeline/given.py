@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ldm.diffusion.completion import Known
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.pipeline.codec import LatentCodec
 
+STRENGTH = 0.8  # of an image without a mask, where none is given; diffusers' too
 HALF = 128  # the grey from which a mask's pixel is to be drawn
 
 
@@ -119,8 +121,12 @@ def _array(value: Any, name: str, channels: int) -> UInt8[np.ndarray, "h w c"]:
     return array
 
 
-def check_given(settings: SampleConfig, image: bool, mask: bool) -> None:
-    """Raise ConfigError for settings of an image or a mask that is not given, or that a sampler cannot follow."""
+def started(settings: SampleConfig, image: bool, mask: bool) -> SampleConfig:
+    """The settings with the strength of a call that is given an image and a mask, or not.
+
+    Raises ConfigError for settings of an image or a mask that is not given, or that a sampler
+    cannot follow.
+    """
     for name, there, owner in (
         ("strength", image, "image"),
         ("strength_by", image, "image"),
@@ -136,3 +142,6 @@ def check_given(settings: SampleConfig, image: bool, mask: bool) -> None:
         )
     if settings.completion == "repaint" and SAMPLERS[settings.sampler].fewest > 1:
         raise ConfigError(f"completion repaint makes single steps, which {settings.sampler} cannot: take ddpm or ddim")
+    if not image or settings.strength is not None:
+        return settings
+    return dataclasses.replace(settings, strength=1.0 if mask else STRENGTH)

@@ -133,11 +133,11 @@ def together(kind: str, batches: Sequence[Any]) -> Pictures:
     return Pictures(stacked, stacked)
 
 
-def step_end(pipe: Any, function: Callable[..., Any], grid: Float[Tensor, " nodes"]) -> Callback:
+def step_end(pipe: Any, function: Callable[..., Any], times: Float[Tensor, " steps"]) -> Callback:
     """A sampler's callback that calls ``function(pipe, step, t, {"latents": x})`` and takes the latents it returns."""
 
     def after(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
-        returned = function(pipe, step, grid[step], {"latents": x})
+        returned = function(pipe, step, times[step], {"latents": x})
         latents = x if returned is None else returned.get("latents", x)
         if not isinstance(latents, Tensor) or latents.shape != x.shape:
             got = list(latents.shape) if isinstance(latents, Tensor) else shown(latents)

@@ -98,7 +98,7 @@ class Pipeline(Model):
             if function is not None and not callable(function):
                 raise ConfigError(f"{name} must be a function, got {shown(function)}")
         drawing = draw.prepare(self, self._guides, texts, settings, size, batch_size, image=image, mask=mask)
-        replaced = habits.step_end(self, step_end, drawing.grid) if step_end else None
+        replaced = habits.step_end(self, step_end, drawing.times) if step_end else None
 
         with self._progress(drawing, progress) as bar:
 

@@ -129,8 +129,8 @@ def test_the_callback_after_each_step_is_theirs(pipe: Pipeline, written: Path) -
         ({"num_inference_steps": 3, "steps": 3}, "num_inference_steps is steps: give one of them"),
         ({"prompt": "a"}, "prompt is prompts: give one of them"),
         ({"height": 16, "size": 16}, "height is size: give one of them"),
-        ({"height": 16, "width": 24}, "height and width must be equal, got 16 and 24: pictures are square, give size"),
-        ({"width": 24}, "height and width must be equal, got 16 and 24: pictures are square, give size"),
+        ({"width": 23}, "size must be a positive multiple of 2 (the autoencoder's factor), got 23"),
+        ({"height": "16"}, "size[0] must be an integer, got '16'"),
         ({"height": 15, "width": 15}, "size must be a positive multiple of 2 (the autoencoder's factor), got 15"),
         ({"num_inference_steps": "3"}, "steps must be an integer, got '3'"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
@@ -159,6 +159,7 @@ def test_what_is_wrong_is_named(pipe: Pipeline, arguments: dict[str, Any], messa
 
 def test_a_height_that_is_the_models_own_may_stand_alone(pipe: Pipeline) -> None:
     assert pipe("a", height=16, steps=1)[0].size == (16, 16) == pipe(prompt="a", width=16, steps=1)[0].size
+    assert pipe("a", height=16, width=24, steps=1)[0].size == (24, 16) == pipe("a", size=(16, 24), steps=1)[0].size
 
 
 # ---------------------------------------------------------------- attributes and methods

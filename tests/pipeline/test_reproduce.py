@@ -83,6 +83,10 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     defaults = SampleConfig(steps=2)
     Pipeline(small, ScheduleConfig(num_steps=20), "x0", None, None, 16, defaults).save_pretrained(here / "pixels")
     (here / "prompts.txt").write_text("a blue star ${x} “○”\n", encoding="utf-8")
+    levels, hole = np.random.default_rng(0).integers(0, 256, (16, 16, 3)), np.zeros((16, 16))
+    hole[4:12, 2:10] = 255
+    for name, array in (("start", levels), ("other", 255 - levels), ("hole", hole)):
+        Image.fromarray(array.astype(np.uint8)).save(here / f"{name}.png")
     return here
 
 
@@ -148,6 +152,8 @@ def plain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 CLASSIFIER = ("--classifier", "judge", "--classifier-scale", "40")
+IMAGE = ("--image", "start.png")
+MASK = (*IMAGE, "--mask", "hole.png")
 # by the name of `ldm sample`: options that change the picture, and those that they need
 CASES: dict[str, tuple[str, ...]] = {
     "prompt": ("--prompt", "two blue stars", "--guidance-scale", "9"),
@@ -176,6 +182,17 @@ CASES: dict[str, tuple[str, ...]] = {
     "count": ("--count", "3"),
     "batch_size": ("--count", "3", "--batch-size", "2"),
     "device": ("--device", "cpu"),
+    "image": IMAGE,
+    "mask": MASK,
+    "strength": (*IMAGE, "--strength", "0.3"),
+    "strength_by": (*IMAGE, "--strength", "0.3", "--strength-by", "steps", "--steps", "4"),
+    "completion": (*MASK, "--completion", "repaint", "--steps", "6"),
+    "repaint_jump": (*MASK, "--completion", "repaint", "--steps", "6", "--repaint-jump", "2"),
+    "repaint_repeats": (*MASK, "--completion", "repaint", "--steps", "6", "--repaint-repeats", "2"),
+    "paste": (*MASK, "--no-paste"),
+    "window": ("--size", "24x40", "--window", "16"),
+    "window_stride": ("--size", "24x40", "--window", "16", "--window-stride", "4"),
+    "circular": ("--size", "16x40", "--window", "16", "--circular", "x", "--count", "3"),
 }  # fmt: skip
 SAME = ("device",)  # as without it
 
@@ -259,10 +276,22 @@ def test_a_guide_that_changed_is_named(call: Call, place: Path, tmp_path: Path, 
     assert code == 4 and f"{Path(file).parts[0]} has changed since it helped to draw {picture}" in error
 
 
+@pytest.mark.parametrize("name", ["start.png", "hole.png"])
+def test_an_image_that_changed_is_named(call: Call, place: Path, tmp_path: Path, name: str) -> None:
+    picture = drawn(call, tmp_path, *MASK)[0]
+    before = (place / name).read_bytes()
+    try:
+        shutil.copy(place / "other.png", place / name)
+        code, error = call("reproduce", picture)
+    finally:
+        (place / name).write_bytes(before)
+    assert code == 4 and f"{name} has changed since it helped to draw {picture}" in error
+
+
 @pytest.mark.parametrize(
     ("option", "old"),
-    [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge")],
-    ids=["lora", "weak", "judge"],
+    [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge"), ("image", "start.png")],
+    ids=["lora", "weak", "judge", "image"],
 )
 def test_a_guide_that_moved_is_named_and_must_be_the_same(
     call: Call, place: Path, tmp_path: Path, option: str, old: str
