@@ -41,7 +41,7 @@ SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
     "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
     "classifier", "classifier_scale", "classifier_form", "strength", "strength_by", "completion", "repaint_jump",
-    "repaint_repeats", "paste", "window", "window_stride", "circular",
+    "repaint_repeats", "paste", "window", "window_stride", "circular", "strips",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("larger than in training", "docs/editing.md")
     group.add_argument("--window", type=int, metavar="PIXELS", help="draw in overlapping windows of this side")
     group.add_argument("--window-stride", type=int, metavar="PIXELS", help="distance of two windows (default: half)")
+    rows = "encode and decode so many rows at a time: the same picture in less memory, slower"
+    group.add_argument("--strips", type=int, metavar="ROWS", help=rows)
     ends = f"opposite edges meet: one of {', '.join(CIRCULAR)} (default none)"
     group.add_argument("--circular", metavar="NAME", help=ends)
 

@@ -57,6 +57,7 @@ class SampleConfig:
     paste: bool = True  # with a mask: keep the pixels outside it as they are
     window: int | None = None  # draw in overlapping windows of so many pixels, for pictures larger than in training
     window_stride: int | None = None  # distance of two windows in pixels; null: half a window
+    strips: int | None = None  # encode and decode so many rows at a time: the same picture in less memory, slower
     circular: str = "none"  # x, y or xy: windows continue at the other end, so that opposite edges of a picture meet
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class SampleConfig:
         one_of(self, CIRCULAR, "circular")
         between(self, 0.0, 1.0, "strength")
         between(self, 1, 1000, "repaint_jump", "repaint_repeats")
-        between(self, 1, 2**14, "window", "window_stride")
+        between(self, 1, 2**14, "window", "window_stride", "strips")
         self._check_owned("window", self.window is not None, "window_stride", "circular")
         self._check_owned("completion repaint", self.completion == "repaint", "repaint_jump", "repaint_repeats")
         if self.window is not None and self.window_stride is not None and self.window_stride > self.window:

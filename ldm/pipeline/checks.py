@@ -157,6 +157,8 @@ def check_guidance(settings: SampleConfig, latents: bool) -> None:
         raise ConfigError(
             "dynamic_threshold is for models of pixels, whose x̂_0 lies in [−1, 1]: latents do not, leave it out"
         )
+    if settings.strips is not None and not latents:
+        raise ConfigError("strips is for an autoencoder, and this model draws pixels: leave it out")
     if settings.classifier is not None and settings.classifier_form == "mean" and settings.sampler != "ddpm":
         raise ConfigError(
             "classifier_form mean moves the mean of ancestral sampling:"

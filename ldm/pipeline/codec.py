@@ -16,6 +16,7 @@ from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import from_diffusers, latent_scale
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
+from autoencoder.strips import decode_in_strips, encode_in_strips
 from ldm.files.known import known_hash
 from ldm.interop.bundle import Part
 from ldm.interop.open import read_autoencoder
@@ -40,13 +41,19 @@ class LatentCodec:
         """The normalised latent of a draw from the posterior."""
         return (posterior.sample(noise) - self.shift) * self.scale
 
-    def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C H W"]:
-        """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders."""
-        return self._in_float32().decode(latent.float() / self.scale + self.shift)
+    def decode(self, latent: Float[Tensor, "b c h w"], strips: int | None = None) -> Float[Tensor, "b C H W"]:
+        """Images in about [−1, 1]; computed in float32, since half precision overflows in published autoencoders.
 
-    def encode(self, images: Float[Tensor, "b C H W"]) -> Float[Tensor, "b c h w"]:
-        """The normalised mean latents of images in [−1, 1]; computed in float32."""
-        return (self._in_float32().encode(images.float()).mean - self.shift) * self.scale
+        ``strips``: rows that are computed at a time; None: all, which is faster.
+        """
+        autoencoder, latent = self._in_float32(), latent.float() / self.scale + self.shift
+        return autoencoder.decode(latent) if strips is None else decode_in_strips(autoencoder, latent, strips)
+
+    def encode(self, images: Float[Tensor, "b C H W"], strips: int | None = None) -> Float[Tensor, "b c h w"]:
+        """The normalised mean latents of images in [−1, 1]; computed in float32, and in strips as ``decode``."""
+        autoencoder, images = self._in_float32(), images.float()
+        posterior = autoencoder.encode(images) if strips is None else encode_in_strips(autoencoder, images, strips)
+        return (posterior.mean - self.shift) * self.scale
 
     def _in_float32(self) -> AutoencoderKL:
         """The autoencoder, or a copy for one call: other threads may use the weights."""

@@ -212,7 +212,7 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
     guided, after = denoiser(model, drawing.guides, captions, settings, watch), watch.after_step(callback)
-    known = batch.given and batch.given.known(model.codec, model.device)
+    known = batch.given and batch.given.known(model.codec, model.device, settings.strips)
     noise = _noise(settings.seed, batch.numbers, drawing.shape, model.schedule)
     x = _sampled(drawing, guided, known, noise, after, options)
     watch.check()
@@ -246,18 +246,18 @@ def _sampled(
     return sampler(denoiser, x, grid, lambda step: noise(f"step {step}"), callback=keep, **options)
 
 
-def decode(
-    model: Model, latent: Float[Tensor, "b c h w"], circular: tuple[bool, bool] = (False, False)
-) -> Float[Tensor, "b C H W"]:
+def decode(model: Model, latent: Float[Tensor, "b c h w"], settings: SampleConfig) -> Float[Tensor, "b C H W"]:
     """Images in about [−1, 1]: decoded latents, or the sample itself of a pixel model. Raises NonFiniteError.
 
-    ``circular``: of height and width; such a latent is decoded with a margin from its other end.
+    A circular latent is decoded with a margin from its other end.
     """
     if model.codec is None:
         return latent
-    watch = Watch(0, model.dtype)
+    watch, circular = Watch(0, model.dtype), circular_axes(settings)
     down, across = (min(MARGIN, n) if closed else 0 for n, closed in zip(latent.shape[2:], circular, strict=True))
-    images = model.codec.decode(pad(latent, (across, across, down, down), mode="circular") if any(circular) else latent)
+    if any(circular):
+        latent = pad(latent, (across, across, down, down), mode="circular")
+    images = model.codec.decode(latent, settings.strips)
     top, left = down * model.factor, across * model.factor
     images = images[..., top : images.shape[2] - top, left : images.shape[3] - left]
     images = watch.see("what the autoencoder decodes", images, at_step=False)
@@ -276,7 +276,7 @@ def draw(
         if not decoded:
             yield latent
             continue
-        images = decode(drawing.model, latent, circular_axes(settings))
+        images = decode(drawing.model, latent, settings)
         yield batch.given.pasted(images) if batch.given and settings.paste else images
 
 

@@ -51,10 +51,10 @@ class Given:
 
         return Given(chosen(self.images), None if self.masks is None else chosen(self.masks))
 
-    def known(self, codec: LatentCodec | None, device: torch.device) -> Known:
+    def known(self, codec: LatentCodec | None, device: torch.device, strips: int | None = None) -> Known:
         """The images as they are diffused; a latent is drawn if any pixel of its cell is."""
         images = self.images.to(device)
-        x0 = images if codec is None else codec.encode(images)
+        x0 = images if codec is None else codec.encode(images, strips)
         masks = torch.ones_like(images[:, :1]) if self.masks is None else self.masks.to(device)
         factor = images.shape[-1] // x0.shape[-1]
         return Known(x0, max_pool2d(masks, factor) if factor > 1 else masks)

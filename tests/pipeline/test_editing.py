@@ -187,6 +187,16 @@ def test_opposite_edges_of_a_circular_picture_belong_together(pipe: Pipeline) ->
         assert bool(difference <= 1) is equal, (circular, difference)
 
 
+def test_strips_are_the_whole_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = array(pipe(PROMPTS[:2], image=IMAGE, mask=HOLE, paste=False))
+    monkeypatch.setattr(type(pipe.codec.autoencoder), "decode", None)
+    monkeypatch.setattr(type(pipe.codec.autoencoder), "encode", None)
+    strips = array(pipe(PROMPTS[:2], image=IMAGE, mask=HOLE, paste=False, strips=3))
+    assert np.abs(strips - whole).max() <= 1
+    with pytest.raises(ConfigError, match="strips is for an autoencoder, and this model draws pixels: leave it out"):
+        make(codec=False)("x", strips=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

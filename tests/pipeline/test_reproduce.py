@@ -192,9 +192,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "paste": (*MASK, "--no-paste"),
     "window": ("--size", "24x40", "--window", "16"),
     "window_stride": ("--size", "24x40", "--window", "16", "--window-stride", "4"),
+    "strips": ("--strips", "3"),
     "circular": ("--size", "16x40", "--window", "16", "--circular", "x", "--count", "3"),
 }  # fmt: skip
-SAME = ("device",)  # as without it
+SAME = ("device", "strips")  # as without it
 
 
 def test_every_option_has_a_case() -> None:
