@@ -4,10 +4,11 @@ python benchmarks/search.py benchmarks/search.yaml                   every row, 
 python benchmarks/search.py benchmarks/search.yaml --only eps x0     these rows
 
 A row names the settings of the autoencoder, the text encoder and the diffusion model in which it differs from the
-file's configurations. A diffusion model is timed by a short run and then given as many updates as fit into --seconds;
-an autoencoder that differs likewise, with the seconds that the unchanged one took. Rows share stages that are equal.
-Every command has one thread, so two rows train side by side without disturbing each other; beside other work the table
-means nothing. Finished rows are not repeated: results.jsonl of --out keeps them.
+file's configurations, and from the file's `base`, which holds settings of every row. A diffusion model is timed by a
+short run and then given as many updates as fit into --seconds; an autoencoder that differs likewise, with the seconds
+that the unchanged one took. Rows share stages that are equal. Every command has one thread, so two rows train side by
+side without disturbing each other; beside other work the table means nothing. Finished rows are not repeated:
+results.jsonl of --out keeps them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import yaml
 COMMANDS = {"autoencoder": "train-autoencoder", "text": "train-clip", "ldm": "train-ldm"}
 TRIAL = 40  # updates of the run that is timed
 NEVER = 10**6
-COLUMNS = ("updates", "validation loss", "all", "size", "colour", "shape")
 
 Changes = Mapping[str, Any]
 
@@ -47,18 +47,20 @@ def ldm(*arguments: str) -> None:
 class Bench:
     """Trains each stage once, under ``root``, whatever number of rows needs it.
 
-    ``seconds``: the training time of a diffusion model.
+    ``seconds``: the training time of a diffusion model. ``base``: changes of every row, by stage.
     """
 
     configs: Mapping[str, str]
     root: Path
     seconds: float
+    base: Mapping[str, Changes] = field(default_factory=dict)
     locks: dict[Path, Lock] = field(default_factory=dict)
     guard: Lock = field(default_factory=Lock)
 
     def stage(self, kind: str, changes: Changes, *inputs: str) -> Path:
         """The finished run of a stage with these changes."""
-        settings = [*inputs, *(f"{name}={json.dumps(value)}" for name, value in changes.items())]
+        every = {**self.base.get(kind, {}), **changes}
+        settings = [*inputs, *(f"{name}={json.dumps(value)}" for name, value in every.items())]
         digest = hashlib.sha256("\n".join([self.configs[kind], *settings]).encode()).hexdigest()[:8]
         run = self.root / f"{kind}-{digest}"
         with self.guard:
@@ -89,14 +91,13 @@ class Bench:
         run = self.stage("ldm", row.get("ldm", {}), f"autoencoder={autoencoder}", f"text={text}")
         ldm("evaluate", str(run), "--images", str(images))
         report, last = json.loads((run / "report.json").read_text()), logged(run)[-1]
-        found = next(iter(report["judge"].values()))["held_out"]
-        shapes = {
-            asked: seen.get(asked, 0) / sum(seen.values()) for asked, seen in report["confusion"]["held_out"].items()
-        }
+        (scores,) = report["judge"].values()
+        split = list(scores)[-1]  # held out, where there is such a split
+        right = {attribute: share["accuracy"] for attribute, share in scores[split].items()}
+        read = {asked: seen.get(asked, 0) / sum(seen.values()) for asked, seen in report["confusion"][split].items()}
         return {
-            "name": name, "updates": last["step"], "validation loss": last["validation/loss"],
-            **{attribute: found[attribute]["accuracy"] for attribute in ("all", "size", "colour", "shape")},
-            "guidance": report["settings"]["guidance_scale"], "shapes": shapes,
+            "name": name, "updates": last["step"], "validation loss": last["validation/loss"], "right": right,
+            "guidance": report["settings"]["guidance_scale"], "read": read,
         }  # fmt: skip
 
 
@@ -107,10 +108,13 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, the best row first."""
-    lines = [f"| change | {' | '.join(COLUMNS)} |", f"| --- | {' | '.join('---' for _ in COLUMNS)} |"]
-    for result in sorted(results, key=lambda result: -result["all"]):
-        values = (f"{result[c]:,}" if c == "updates" else f"{result[c]:.3f}" for c in COLUMNS)
-        lines.append(f"| {result['name']} | {' | '.join(values)} |")
+    attributes = ["all", *(name for name in results[0]["right"] if name != "all")]
+    titles = ["change", "updates", "validation loss", *attributes]
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
+    for result in sorted(results, key=lambda result: -result["right"]["all"]):
+        shares = (f"{result['right'][name]:.3f}" for name in attributes)
+        values = (result["name"], f"{result['updates']:,}", f"{result['validation loss']:.3f}", *shares)
+        lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -129,7 +133,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "results.jsonl"
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    bench, done = Bench(plan["configs"], options.out, options.seconds), {result["name"] for result in results}
+    bench = Bench(plan["configs"], options.out, options.seconds, base=plan.get("base", {}))
+    done = {result["name"] for result in results}
 
     def work(name: str) -> None:
         result = bench.row(name, plan["rows"][name] or {}, options.images)

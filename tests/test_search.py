@@ -56,7 +56,7 @@ def test_rows_share_stages_and_get_equal_seconds(
     assert sum('train.optimizer="adamw"' in call for call in of["train-ldm"]) == 1
     assert "| KL | 800 | 0.250 | 0.500 |" in capsys.readouterr().out
     first = (tmp_path / "out/results.jsonl").read_text()
-    assert json.loads(first.splitlines()[0])["shapes"] == {"star": 0.75}
+    assert json.loads(first.splitlines()[0])["read"] == {"star": 0.75}
 
     called.clear()
     search.main()

@@ -13,7 +13,6 @@ CONFIGS = {
     "factor 8, two layers": AutoencoderConfig(3, 4, (8, 8, 16, 24), 2, 4),
     "attention in a level": AutoencoderConfig(1, 3, (8, 16), 1, 4, attention_levels=(0,)),
     "no attention": AutoencoderConfig(3, 4, (8, 16), 2, 1, mid_attention=False),
-    "factor 1": AutoencoderConfig(3, 4, (8,), 1, 4),
 }
 
 
