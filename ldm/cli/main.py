@@ -37,6 +37,7 @@ GROUPS = {
     },
     "draw": {
         "sample": ("ldm.cli.sample", "draw images from a run or a model folder"),
+        "invert": ("ldm.cli.invert", "find the noise of an image by DDIM inversion, and measure the way back"),
         "reproduce": ("ldm.cli.reproduce", "draw an image of `ldm sample` again from its metadata, and compare"),
     },
     "look at a run": {

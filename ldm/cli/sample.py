@@ -40,7 +40,7 @@ from ldm.files.text import lines, read_text
 SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
     "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
-    "classifier", "classifier_scale", "classifier_form", "strength", "strength_by", "completion", "repaint_jump",
+    "classifier", "classifier_scale", "classifier_form", "strength", "strength_by", "invert", "source_prompt", "completion", "repaint_jump",
     "repaint_repeats", "paste", "window", "window_stride", "circular", "strips",
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts-file", metavar="FILE", help="a text file with one caption per line")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="images per caption (default 1)")
     sides = "side of the images in pixels, or HEIGHTxWIDTH, multiples of the autoencoder's factor"
-    parser.add_argument("--size", type=_size, metavar="PIXELS", help=sides)
+    parser.add_argument("--size", type=size_of, metavar="PIXELS", help=sides)
     parser.add_argument("--seed", type=int, metavar="N", help="0 to 2^63 − 1")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="images per batch and process (default 16)"
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_image(parser)
 
 
-def _size(text: str) -> int | tuple[int, int]:
+def size_of(text: str) -> int | tuple[int, int]:
     """One side, or height and width."""
     try:
         height, separator, width = text.lower().replace("×", "x").partition("x")
@@ -96,6 +96,10 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strength", type=float, metavar="SHARE", help=anew)
     by = f"one of {', '.join(STRENGTHS)} (default levels; steps is the strength of diffusers)"
     group.add_argument("--strength-by", metavar="NAME", help=by)
+    found = "begin at the noise that DDIM inversion finds for the image, not at drawn noise (see `ldm invert`)"
+    group.add_argument("--invert", action="store_true", default=None, help=found)
+    source = "with --invert: the caption of the image as it is (default: none)"
+    group.add_argument("--source-prompt", metavar="PROMPT", help=source)
     group.add_argument("--mask", metavar="FILE", help="white where --image is drawn, black where it is kept")
     how = f"one of {', '.join(COMPLETIONS)} (default blend; repaint makes several times as many steps)"
     group.add_argument("--completion", metavar="NAME", help=how)

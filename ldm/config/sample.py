@@ -51,6 +51,8 @@ class SampleConfig:
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
     strength: float | None = None  # with an image: share of the noise levels drawn anew; null: 0.8, or 1 with a mask
     strength_by: str = "levels"  # or steps: only the last share of the steps of a whole grid is made, as in diffusers
+    invert: bool = False  # with an image: begin at the noise that DDIM inversion finds for it, not at drawn noise
+    source_prompt: str = ""  # with invert: the caption of the image as it is
     completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (slower, fewer seams)
     repaint_jump: int = 5  # steps that repaint goes back
     repaint_repeats: int = 5  # times that repaint goes through them
@@ -86,6 +88,7 @@ class SampleConfig:
         between(self, 1, 1000, "repaint_jump", "repaint_repeats")
         between(self, 1, 2**14, "window", "window_stride", "strips")
         self._check_owned("window", self.window is not None, "window_stride", "circular")
+        self._check_owned("invert", self.invert, "source_prompt")
         self._check_owned("completion repaint", self.completion == "repaint", "repaint_jump", "repaint_repeats")
         if self.window is not None and self.window_stride is not None and self.window_stride > self.window:
             raise ConfigError(f"window_stride must be at most window {self.window}, got {self.window_stride}")

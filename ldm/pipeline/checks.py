@@ -83,6 +83,7 @@ def check_sampling(settings: SampleConfig, sides: tuple[int, int], num_steps: in
                 f"{name} is for {' and '.join(readers)}, and {settings.sampler} does not read it: leave it out"
             )
     check_text(settings.negative_prompt, "negative_prompt")
+    check_text(settings.source_prompt, "source_prompt")
     for size in sides:
         if size > LARGEST:
             raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")

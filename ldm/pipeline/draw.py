@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ldm.diffusion.completion import Known, blended, repaint, repaint_path
 from ldm.diffusion.condition import NO_CONDITION, Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import EVERYWHERE, Guidance, mean_shift
+from ldm.diffusion.samplers.ancestral import ddim_inversion
 from ldm.diffusion.samplers.grids import make_grid
 from ldm.diffusion.samplers.nodes import Callback
 from ldm.diffusion.samplers.registry import SAMPLERS
@@ -214,9 +216,19 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
     guided, after = denoiser(model, drawing.guides, captions, settings, watch), watch.after_step(callback)
     known = batch.given and batch.given.known(model.codec, model.device, settings.strips)
     noise = _noise(settings.seed, batch.numbers, drawing.shape, model.schedule)
-    x = _sampled(drawing, guided, known, noise, after, options)
+    if settings.invert and known is not None and drawing.steps:
+        x = ddim_inversion(_source(drawing, captions, watch), known.x0, drawing.grid)
+        x = SAMPLERS[settings.sampler].function(guided, x, drawing.grid, callback=after, **options)
+    else:
+        x = _sampled(drawing, guided, known, noise, after, options)
     watch.check()
     return x
+
+
+def _source(drawing: Drawing, captions: list[str], watch: Watch) -> Denoiser:
+    """The denoiser for the images' own caption, without guidance, which an inversion could not undo."""
+    plain = dataclasses.replace(drawing.settings, guidance_scale=1.0, autoguidance=None, classifier=None)
+    return denoiser(drawing.model, drawing.guides, [plain.source_prompt] * len(captions), plain, watch)
 
 
 def _sampled(

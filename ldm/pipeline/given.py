@@ -130,6 +130,7 @@ def started(settings: SampleConfig, image: bool, mask: bool) -> SampleConfig:
     for name, there, owner in (
         ("strength", image, "image"),
         ("strength_by", image, "image"),
+        ("invert", image, "image"),
         ("completion", mask, "mask"),
         ("paste", mask, "mask"),
     ):
@@ -142,6 +143,9 @@ def started(settings: SampleConfig, image: bool, mask: bool) -> SampleConfig:
         )
     if settings.completion == "repaint" and SAMPLERS[settings.sampler].fewest > 1:
         raise ConfigError(f"completion repaint makes single steps, which {settings.sampler} cannot: take ddpm or ddim")
+    if settings.invert and (mask or SAMPLERS[settings.sampler].stochastic or settings.eta):
+        what = "a mask" if mask else f"{settings.sampler} with eta {settings.eta:g}, which draws noise at its steps"
+        raise ConfigError(f"invert is not for {what}: take sampler ddim with eta 0, and no mask")
     if not image or settings.strength is not None:
         return settings
-    return dataclasses.replace(settings, strength=1.0 if mask else STRENGTH)
+    return dataclasses.replace(settings, strength=1.0 if mask or settings.invert else STRENGTH)

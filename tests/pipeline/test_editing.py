@@ -12,6 +12,7 @@ from PIL import Image
 from support.pipelines import PROMPTS, array, make, noise, pipe, written  # noqa: F401
 from torch import Tensor
 
+from ldm.cli.main import main
 from ldm.config import GRIDS, ConfigError, SampleConfig
 from ldm.data.transforms import to_uint8
 from ldm.pipeline import Pipeline
@@ -89,6 +90,37 @@ def test_image_to_image_is_diffusers(
     assert np.abs(array(ours) - array(expected)).max() <= 1
     other = pipe(PROMPTS, image=IMAGE, seed=7, sampler="ddim", **how)
     assert np.abs(array(ours) - array(other)).max() > 1
+
+
+# ---------------------------------------------------------------- inversion
+
+
+def test_inversion_comes_back_the_closer_the_more_steps() -> None:
+    model = make(codec=False)
+    how = {"image": IMAGE, "invert": True, "source_prompt": "two red circles", "sampler": "ddim", "guidance_scale": 1.0}
+    away = [np.abs(array(model("two red circles", steps=s, **how))[0] - IMAGE).mean() for s in (5, 20, 80)]
+    assert away == sorted(away, reverse=True) and away[-1] < away[0] / 4, away
+    other = array(model("a green square on white", steps=80, **how))[0]
+    assert np.abs(other - IMAGE).mean() > 2 * away[-1]
+    near = array(model("a green square on white", steps=80, strength=0.2, **how))[0]
+    assert np.abs(near - IMAGE).mean() < np.abs(other - IMAGE).mean()
+
+
+def test_the_command_measures_the_way_back(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(IMAGE).save("start.png")
+    found = []
+    for steps in ("4", "60"):
+        assert main(["invert", str(written), "--image", "start.png", "--prompt", "a", "--steps", steps]) == 0
+        first, back, last = capsys.readouterr().out.splitlines()
+        assert first.startswith("autoencoder: ") and last == "picture: inversion.png"
+        assert back.startswith(f"{steps} steps to noise and back: ")
+        found.append([float(line.split()[-2]) for line in (first, back)])
+    assert found[0][0] == found[1][0] and found[0][1] < found[1][1] < found[1][0] + 1
+    assert main(["invert", str(written), "--image", "nowhere.png"]) == 2
+    assert "image nowhere.png: no such file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- masks
@@ -220,6 +252,9 @@ def test_strips_are_the_whole_picture(pipe: Pipeline, monkeypatch: pytest.Monkey
             {"image": IMAGE, "mask": HOLE, "repaint_jump": 2},
             "repaint_jump is for completion repaint: give it, or leave",
         ),
+        ({"image": IMAGE, "source_prompt": "a"}, "source_prompt is for invert: give it, or leave source_prompt out"),
+        ({"image": IMAGE, "invert": True, "sampler": "ddpm"}, "invert is not for ddpm with eta 0, which draws noise"),
+        ({"image": IMAGE, "invert": True, "mask": HOLE}, "invert is not for a mask: take sampler ddim with eta 0"),
         ({"circular": "x"}, "circular is for window: give it, or leave circular out"),
         ({"window": 15}, "window must be a multiple of 2 (the autoencoder's factor), got 15"),
         ({"window": 8, "window_stride": 10}, "window_stride must be at most window 8, got 10"),

@@ -186,6 +186,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "mask": MASK,
     "strength": (*IMAGE, "--strength", "0.3"),
     "strength_by": (*IMAGE, "--strength", "0.3", "--strength-by", "steps", "--steps", "4"),
+    "invert": (*IMAGE, "--invert", "--sampler", "ddim"),
+    "source_prompt": (*IMAGE, "--invert", "--sampler", "ddim", "--source-prompt", "two blue stars"),
     "completion": (*MASK, "--completion", "repaint", "--steps", "6"),
     "repaint_jump": (*MASK, "--completion", "repaint", "--steps", "6", "--repaint-jump", "2"),
     "repaint_repeats": (*MASK, "--completion", "repaint", "--steps", "6", "--repaint-repeats", "2"),

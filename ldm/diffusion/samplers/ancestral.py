@@ -83,8 +83,7 @@ def ddim_inversion(
 
     ``grid`` as for ``ddim``: falling, and ending at the noise level of ``x``. Each step calls the
     network at the noise level of the sample that it holds, or at t = 0 for clean data, on which no
-    network is trained (Song et al. 2021, section 4.3; S2). For use from Python: no command calls
-    it.
+    network is trained (Song et al. 2021, section 4.3; S2).
     """
     schedule = denoiser.schedule
     for i, (s, t) in enumerate(pairwise(Nodes.of(schedule, grid, x).t.flip(0))):
