@@ -3,7 +3,7 @@
   ldm invert runs/demo --image start.png --prompt "a small red circle on a white background"
 
 Prints the PSNR of what the autoencoder alone makes of the image, and of the way to noise and back under the
-same caption, without guidance; writes a picture of the three. More steps bring the way back closer to the
+same caption, without guidance; writes a picture of them. More steps bring the way back closer to the
 autoencoder. To change the image from there: `ldm sample --image FILE --invert --source-prompt … --prompt …`.
 """
 
@@ -59,13 +59,15 @@ def run(arguments: argparse.Namespace) -> None:
     assert given is not None
     plain = SampleConfig(sampler="ddim", steps=arguments.steps, guidance_scale=1.0, strength=0.0)
     there = dataclasses.replace(plain, strength=1.0, invert=True, source_prompt=arguments.prompt)
+    ways = {"autoencoder": plain} if pipe.codec else {}
+    ways[f"{arguments.steps} steps to noise and back"] = there
     images, names, console = [given.images], ["image"], Console()
-    for what, settings in {"autoencoder": plain, f"{arguments.steps} steps to noise and back": there}.items():
+    for what, settings in ways.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reading the image has said that it is cut
             (image,) = pipe.sample([arguments.prompt], settings, size=sides, image=arguments.image)
         images.append(image.cpu().clamp(-1, 1))
         names.append(f"{what}: {float(psnr(given.images, images[-1])):.2f} dB")
         console.say(names[-1])
-    captioned(to_uint8(torch.cat(images)), names, out)
+    captioned(to_uint8(torch.cat(images)), names, out, columns=len(images))
     console.say(f"picture: {out}")
