@@ -6,8 +6,8 @@ The steps in their order, each applied to the result of the one before; a step t
 nothing:
 
 1. interval: outside it the plain model is called alone, and steps 2 to 5 are left out;
-2. classifier-free guidance (a negative prompt takes the place of the null condition) and
-   autoguidance, as a sum of two differences;
+2. classifier-free guidance (a negative prompt takes the place of the null condition), in one step
+   or through conditions in between, and autoguidance, as a sum of differences;
 3. rescale;
 4. the classifier's gradient, in the form that any sampler can use;
 5. (its other form belongs to the sampler: ``mean_shift``);
@@ -17,9 +17,9 @@ nothing:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -50,6 +50,11 @@ class Guidance:
             second half is that of the evaluation with the condition.
         scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional
             one, each with one evaluation, from which the steps below then start.
+        between: conditions on the way from ``null_cond`` to ``cond``, each with the scale of the
+            step to it; ``scale`` is that of the last step. With s_I for an image and γ for a text
+            on top of it, ε(∅, ∅) + s_I (ε(∅, I) − ε(∅, ∅)) + γ (ε(T, I) − ε(∅, I)) (Brooks et al.
+            2023, eq. 3). All are evaluated in one batch, and none whose coefficient is 0, as where
+            two scales in a row are equal.
         rescale: φ of ``rescaled``.
         interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one
             evaluation, with the condition (γ = 1), or with the null condition if γ = 0.
@@ -66,6 +71,7 @@ class Guidance:
     target: str
     learned_variance: bool = False
     scale: float = 1.0
+    between: tuple[tuple[Condition, float], ...] = ()
     rescale: float = 0.0
     interval: tuple[float, float] = EVERYWHERE
     guide: Denoise | None = None
@@ -76,24 +82,35 @@ class Guidance:
     def __call__(self, x_t: Float[Tensor, "b *d"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b *o"]:
         """The guided prediction; 2c channels where the model has learned the reverse variance."""
         inside = guides(self.schedule, self.interval, t)
-        if inside and self.scale not in (0.0, 1.0):
-            uncond, cond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self._both).chunk(2)
-        else:
-            uncond = cond = self.model(x_t, t, self.cond if self.scale else self.null_cond)
+        count = len(self._terms) if inside else 1
+        preds = self.model(_repeated(x_t, count), _repeated(t, count), self._batch(inside)).chunk(count)
         if self.learned_variance:
-            uncond, (cond, variance) = uncond.chunk(2, dim=1)[0], cond.chunk(2, dim=1)
-            return torch.cat([self._guided(uncond, cond, x_t, t, inside), variance], dim=1)
-        return self._guided(uncond, cond, x_t, t, inside)
+            halves = [pred.chunk(2, dim=1) for pred in preds]
+            guided = self._guided([first for first, _ in halves], x_t, t, inside)
+            return torch.cat([guided, halves[-1][1]], dim=1)
+        return self._guided(preds, x_t, t, inside)
 
     @cached_property
-    def _both(self) -> Condition:
-        return concatenate(self.null_cond, self.cond)
+    def _terms(self) -> list[tuple[Condition, float]]:
+        """The conditions that are evaluated, from the null condition on, with coefficients that sum to 1."""
+        scales = [1.0, *(scale for _, scale in self.between), self.scale]
+        conditions = [self.null_cond, *(cond for cond, _ in self.between), self.cond]
+        weights = [here - after for here, after in zip(scales, [*scales[1:], 0.0], strict=True)]
+        return [(cond, weight) for cond, weight in zip(conditions, weights, strict=True) if weight]
 
-    def _guided(self, uncond: Tensor, cond: Tensor, x_t: Tensor, t: Tensor, inside: bool) -> Tensor:
-        pred = cond
+    def _batch(self, inside: bool) -> Condition:
+        return self._all if inside else self._terms[-1][0]
+
+    @cached_property
+    def _all(self) -> Condition:
+        return reduce(concatenate, [cond for cond, _ in self._terms])
+
+    def _guided(self, preds: Sequence[Tensor], x_t: Tensor, t: Tensor, inside: bool) -> Tensor:
+        base, cond = preds[0], preds[-1]
+        pred = base
         if inside:
-            if uncond is not cond:
-                pred = uncond + self.scale * (cond - uncond)
+            for other, (_, weight) in zip(preds[1:], self._terms[1:], strict=True):
+                pred = pred + weight * (other - base)
             if self.guide is not None and self.guide_scale != 1.0:
                 pred = pred + (self.guide_scale - 1) * (cond - self.guide(x_t, t))
             if self.rescale and pred is not cond:
@@ -104,6 +121,11 @@ class Guidance:
             x0 = thresholded(to_x0(self.schedule, self.target, pred, x_t, t), self.threshold)
             pred = from_x0(self.schedule, self.target, x0, x_t, t)
         return pred
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    """The tensor as a batch of so many, one after the other."""
+    return tensor if count == 1 else torch.cat([tensor] * count)
 
 
 def guides(schedule: Schedule, interval: tuple[float, float], t: Shaped[Tensor, " b"]) -> bool:

@@ -77,6 +77,43 @@ def test_classifier_free_is_its_formula_in_one_batch(scale: float) -> None:
     torch.testing.assert_close(out, (1 + w) * model(x, t, COND) - w * model(x, t, NULL))
 
 
+MIDDLE = Condition(vector=torch.full((3, 1), 0.25))  # the image of an instruction, without its text
+
+
+@pytest.mark.parametrize(("image", "text"), [(1.5, 7.5), (0.4, 2.0), (3.0, 1.0)])
+def test_two_scales_are_instruct_pix2pix_in_one_batch(image: float, text: float) -> None:
+    model, x = Counted(), sample()
+    out = stack(model, scale=text, between=((MIDDLE, image),))(x, AT)
+    assert model.calls == [[0, 0, 0, 0.25, 0.25, 0.25, 1, 1, 1]]
+    none, some, whole = (model(x, AT, cond) for cond in (NULL, MIDDLE, COND))
+    torch.testing.assert_close(out, none + image * (some - none) + text * (whole - some))
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "asked"),
+    [
+        (3.0, 3.0, [0, 1]),
+        (1.0, 3.0, [0.25, 1]),
+        (1.0, 1.0, [1]),
+        (1.0, 0.0, [0.25]),
+        (0.0, 0.0, [0]),
+        (2.0, 0.0, [0, 0.25]),
+    ],
+)
+def test_what_counts_nothing_is_not_evaluated(image: float, text: float, asked: list[float]) -> None:
+    model, x = Counted(), sample()
+    out = stack(model, scale=text, between=((MIDDLE, image),))(x, AT)
+    assert model.calls == [[value for value in asked for _ in range(3)]]
+    none, some, whole = (model(x, AT, cond) for cond in (NULL, MIDDLE, COND))
+    torch.testing.assert_close(out, none + image * (some - none) + text * (whole - some))
+
+
+def test_without_a_step_in_between_not_a_bit_changes() -> None:
+    model, x = Counted(), sample()
+    with_, without = model(x, AT, COND), model(x, AT, NULL)
+    assert torch.equal(stack(model, scale=7.5)(x, AT), without + 7.5 * (with_ - without))
+
+
 def test_guidance_is_the_same_in_every_prediction() -> None:
     t, x = torch.tensor([100, 800]), torch.randn(2, 4, dtype=torch.float64)
     halves = [torch.randn(2, 4, dtype=torch.float64) for _ in range(2)]  # x̂_0 without and with the condition
