@@ -38,7 +38,7 @@ DATA: dict[str, list[Row]] = {
         ("pictures are cut, not rounded", "* 127.5).round().byte()", "* 127.5).byte()", "images::test_levels_go_there_and_back"),
         ("mirrored top to bottom", "image[:, ::-1]", "image[::-1]", "streams::test_flips_are_half_and_crops_even"),
         ("the last place of a crop never occurs", "int(u * (surplus + 1))", "int(u * surplus)", "streams::test_flips_are_half_and_crops_even"),
-        ("the long side is fitted", "scale = size / min(height, width)", "scale = size / max(height, width)", "images::test_the_short_side_is_fitted_and_the_middle_is_cut"),
+        ("the long side is fitted", "scale = max(down / height", "scale = min(down / height", "images::test_the_short_side_is_fitted_and_the_middle_is_cut"),
     ],
     "ldm/data/shapes.py": [
         ("combinations that were held out are trained on", 'combinations(objects, split == "held_out")', 'combinations(objects, False) + combinations(objects, True)', "shapes::test_splits_draw_from_their_own"),
@@ -361,7 +361,7 @@ AROUND: dict[str, list[Row]] = {
         ("what is refused counts as right", 'row["all"] and not verdict.refused', 'row["all"]', "strict::test_wrong_outlines_are_refused"),
     ],
     "ldm/pipeline/habits.py": [
-        ("height and width may differ", "if height != width:", "if False:", "habits::test_what_is_wrong_is_named"),
+        ("height and width exchanged", 'sides.get("height", sample_size), sides.get("width", sample_size)', 'sides.get("width", sample_size), sides.get("height", sample_size)', "habits::test_a_height_that_is_the_models_own_may_stand_alone"),
         ("what a callback returns is lost", "return latents.to(x)", "return None", "habits::test_the_callback_after_each_step_is_theirs"),
         ("arrays in [−1, 1]", "(images * 0.5 + 0.5).clamp(0, 1)", "images.clamp(-1, 1)", "habits::test_types_of_output"),
     ],
