@@ -145,6 +145,8 @@ def main() -> None:
 
     wanted = [name for name in options.only or plan["rows"] if name not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
+        if wanted:  # both at once, since every row waits for them
+            list(pool.map(lambda kind: bench.stage(kind, {}), ("autoencoder", "text")))
         list(pool.map(work, wanted))
     print(table(results))
 
