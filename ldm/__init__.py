@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoencoder.config import AutoencoderConfig as AutoencoderConfig
     from autoencoder.model import AutoencoderKL as AutoencoderKL
+    from ldm.config import ConditionConfig as ConditionConfig
     from ldm.config import ConfigError as ConfigError
     from ldm.config import ObjectiveConfig as ObjectiveConfig
     from ldm.config import UNetConfig as UNetConfig
     from ldm.config import load_any as load_config
     from ldm.diffusion.condition import Condition as Condition
+    from ldm.diffusion.conditioner import Conditioner as Conditioner
     from ldm.diffusion.denoiser import Denoiser as Denoiser
     from ldm.diffusion.guidance import Guidance as Guidance
     from ldm.diffusion.objective import Objective as Objective
@@ -32,6 +34,8 @@ _HOMES = {
     "AutoencoderConfig": ("autoencoder.config", "AutoencoderConfig"),
     "AutoencoderKL": ("autoencoder.model", "AutoencoderKL"),
     "Condition": ("ldm.diffusion.condition", "Condition"),
+    "ConditionConfig": ("ldm.config", "ConditionConfig"),
+    "Conditioner": ("ldm.diffusion.conditioner", "Conditioner"),
     "ConfigError": ("ldm.config", "ConfigError"),
     "Denoiser": ("ldm.diffusion.denoiser", "Denoiser"),
     "Guidance": ("ldm.diffusion.guidance", "Guidance"),
@@ -50,6 +54,8 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
     "Condition",
+    "ConditionConfig",
+    "Conditioner",
     "ConfigError",
     "Denoiser",
     "Guidance",

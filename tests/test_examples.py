@@ -30,6 +30,11 @@ def test_an_own_training_step_learns(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a.png").width == 8 * 64
 
 
+def test_labels_and_numbers_are_drawn(tmp_path: Path) -> None:
+    correlation = example("labels_and_numbers").main(2, str(tmp_path / "a.png"))
+    assert -1 <= correlation <= 1 and Image.open(tmp_path / "a.png").size == (8 * 48, 480)
+
+
 def test_previews_end_at_the_picture(stages: Stages, tmp_path: Path) -> None:
     run, prompt = str(stages.folder / "ldm"), "a small red circle on a white background"
     example("sample_with_previews").main(run, prompt, 3, str(tmp_path / "p.png"))

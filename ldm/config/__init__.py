@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoencoder.config import ConfigError
+from ldm.config.conditions import ConditionConfig
 from ldm.config.data import CAPTIONS, SOURCES, AugmentConfig, DataConfig
 from ldm.config.figure import Figure
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
@@ -60,6 +61,7 @@ __all__ = [
     "ClassifierTrainingConfig",
     "ClipConfig",
     "ClipTrainingConfig",
+    "ConditionConfig",
     "ConfigError",
     "DataConfig",
     "DiffusionTrainingConfig",

@@ -1,0 +1,30 @@
+"""Named conditions of a model beside its caption. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoencoder.config import ConfigError, between, one_of
+
+KINDS = ("class", "scalar", "vector")
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """One condition: a column of the data, and how often training drops it."""
+
+    name: str
+    kind: str  # class: one of several values; scalar: a number; vector: several numbers
+    column: str | None = None  # of the data; null: that of the same name
+    dropout: float = 0.1  # share of samples from which it is dropped, for guidance
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(f"name must be a word of letters, digits and _, got {self.name!r}")
+        one_of(self, KINDS, "kind")
+        between(self, 0.0, 1.0, "dropout")
+
+    @property
+    def source(self) -> str:
+        """The column that it is read from."""
+        return self.name if self.column is None else self.column
