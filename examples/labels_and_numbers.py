@@ -57,16 +57,8 @@ def main(updates: int, out: str) -> float:
     asked = [(digit, level) for digit in range(10) for level in levels]
     values = {"digit": [digit for digit, _ in asked], "ink": [level for _, level in asked]}
     cond, without_digit = (conditioner(given, len(asked)) for given in (values, {"ink": values["ink"]}))
-    x = ldm.sample(
-        unet,
-        schedule,
-        "v",
-        (len(asked), 1, SIDE, SIDE),
-        steps=15,
-        cond=cond,
-        null_cond=without_digit,
-        guidance_scale=2.0,
-    )
+    guidance = {"cond": cond, "null_cond": without_digit, "guidance_scale": 2.0}
+    x = ldm.sample(unet, schedule, "v", (len(asked), 1, SIDE, SIDE), steps=15, **guidance)
     Image.fromarray(grid(to_uint8(x), columns=INKS)).resize((INKS * 48, 480), Image.Resampling.NEAREST).save(out)
     drawn = x.clamp(-1, 1).mean((1, 2, 3))
     correlation = float(torch.corrcoef(torch.stack([torch.tensor(values["ink"]), drawn]))[0, 1])

@@ -164,13 +164,11 @@ class Conditioner:
         """The vector of one sample, from its columns: null where a value is None. Raises ConfigError."""
         return self({config.name: columns[config.source] for config in self.configs}, 1).vector[0]  # type: ignore[index]
 
-    def __call__(
-        self, values: Values, count: int, dropped: Mapping[str, Bool[Tensor, " b"]] | None = None
-    ) -> Condition:
+    def __call__(self, values: Values, count: int) -> Condition:
         """The condition of ``count`` samples, on the CPU; conditions without a value are null.
 
-        ``dropped``: samples whose condition of a name is null all the same. Raises ConfigError for an
-        unknown name, another number of values than 1 or ``count``, or a value of another kind.
+        Raises ConfigError for an unknown name, another number of values than 1 or ``count``, or a
+        value of another kind.
         """
         names = [config.name for config in self.configs]
         if unknown := [name for name in values if name not in names]:
@@ -181,8 +179,7 @@ class Conditioner:
                 given = self._several(config, values.get(config.name), count)
                 rows = [torch.zeros(part.width) if value is None else part.encode(value) for value in given]
             parts.append(torch.stack(rows) if rows else torch.zeros(0, part.width))
-        vector = torch.cat(parts, dim=1) if parts else torch.zeros(count, 0)
-        return Condition(vector=self.dropping(vector, dropped or {}))
+        return Condition(vector=torch.cat(parts, dim=1) if parts else torch.zeros(count, 0))
 
     def dropping(self, vector: Float[Tensor, "b w"], dropped: Mapping[str, Bool[Tensor, " b"]]) -> Float[Tensor, "b w"]:
         """The vector with the slices of some conditions null in some samples."""
@@ -199,14 +196,11 @@ class Conditioner:
     @staticmethod
     def _several(config: ConditionConfig, given: Any, count: int) -> Sequence[Any]:
         """A value for each sample."""
-        nested = (list, tuple) if config.kind != "vector" else (list,)
-        if not isinstance(given, nested) or (
-            config.kind == "vector" and given and not isinstance(given[0], (list, tuple))
-        ):
-            return [given] * count
-        if len(given) != count:
+        first = given[0] if isinstance(given, (list, tuple)) and given else None
+        several = isinstance(first, (list, tuple)) if config.kind == "vector" else isinstance(given, (list, tuple))
+        if several and len(given) != count:
             raise ConfigError(f"{len(given)} values for {count} samples: give one for all, or one for each")
-        return given
+        return given if several else [given] * count
 
     def to_dict(self) -> list[dict[str, Any]]:
         """JSON from which ``from_dict`` makes it again."""

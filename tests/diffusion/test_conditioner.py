@@ -156,7 +156,7 @@ def test_settings_out_of_range(settings: tuple, message: str) -> None:
 
 
 def test_a_network_learns_both_and_interpolates_the_number() -> None:
-    """Regression of f(class, number) through the U-Net's own embedding; the middle third of the numbers is never seen."""
+    """Regression of f(class, number) through the U-Net's embedding; the middle third of the numbers is never seen."""
     from ldm.models.layers import TimestepMLP
 
     torch.manual_seed(0)
@@ -166,9 +166,11 @@ def test_a_network_learns_both_and_interpolates_the_number() -> None:
     inks = [3.0 + 0.01 * i for i in range(300) if not 100 <= i < 200]
     seen = [(digit, ink) for digit in range(4) for ink in inks]
     unseen = [(digit, 4.0 + 0.05 * i) for digit in range(4) for i in range(20)]
-    encode = lambda pairs: (
-        conditioner({"digit": [d for d, _ in pairs], "ink": [i for _, i in pairs]}, len(pairs)).vector
-    )
+
+    def encode(pairs: list[tuple[int, float]]) -> torch.Tensor:
+        digits, numbers = zip(*pairs, strict=True)
+        return conditioner({"digit": digits, "ink": numbers}, len(pairs)).vector
+
     x, y = encode(seen), torch.tensor([[truth(*pair)] for pair in seen])
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=1e-2)
     for _ in range(400):
