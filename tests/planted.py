@@ -94,6 +94,12 @@ DIFFUSION: dict[str, list[Row]] = {
         ("the way back without noise", " + like(variance.sqrt(), x) * noise", " + 0 * noise", "completion::test_the_way_back_has_the_variance_of_the_process"),
         ("a jump too few", "repeats - 1)", "repeats - 2)", "completion::test_the_path_is_the_published_one"),
     ],
+    "ldm/diffusion/conditioner.py": [
+        ("a class counts little", "= math.sqrt(self.width)", "= 1.0", "conditioner::test_slices_are_their_formulas"),
+        ("a number is not standardised", "(_number(value) - self.mean) / self.std", "_number(value)", "conditioner::test_units_do_not_matter"),
+        ("a number at its mean looks dropped", "torch.cat([torch.ones(1), (omega", "torch.cat([torch.zeros(1), (omega", "conditioner::test_no_value_is_encoded_as_none"),
+        ("a dropped condition takes the next one along", "at : at + part.width], zeros)", "at : at + part.width], zeros + 1)", "conditioner::test_each_condition_is_dropped_alone"),
+    ],
     "ldm/pipeline/given.py": [
         ("a stroke falls between two cells", "max_pool2d(masks, factor)", "masks[..., ::factor, ::factor]", "editing::test_a_thin_stroke_is_not_lost"),
         ("images are not those of their pictures", "torch.as_tensor(places)", "torch.arange(len(places))", "editing::test_each_picture_may_have_an_image_of_its_own"),
