@@ -41,7 +41,7 @@ SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
     "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
     "classifier", "classifier_scale", "classifier_form",
-    "strength", "strength_by", "invert", "source_prompt", "completion", "repaint_jump", "repaint_repeats", "paste",
+    "strength", "strength_by", "extend", "invert", "source_prompt", "completion", "repaint_jump", "repaint_repeats", "paste",
     "window", "window_stride", "circular", "strips",
 )  # fmt: skip
 
@@ -102,6 +102,8 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     source = "with --invert: the caption of the image as it is (default: none)"
     group.add_argument("--source-prompt", metavar="PROMPT", help=source)
     group.add_argument("--mask", metavar="FILE", help="white where --image is drawn, black where it is kept")
+    beyond = "draw so many pixels beyond each side of the image"
+    group.add_argument("--extend", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=beyond)
     how = f"one of {', '.join(COMPLETIONS)} (default blend; repaint makes several times as many steps)"
     group.add_argument("--completion", metavar="NAME", help=how)
     group.add_argument("--repaint-jump", type=int, metavar="N", help="steps that repaint goes back (default 5)")
@@ -183,7 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
     start = {name: path for name in ("image", "mask") if (path := getattr(arguments, name)) is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # drawing says it again
-        read_given(arguments.image, arguments.mask, sides, pipe.image_channels, len(prompts))
+        read_given(arguments.image, arguments.mask, sides, pipe.image_channels, len(prompts), settings.extend)
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
     origin = Provenance(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant,

@@ -125,7 +125,7 @@ class DiffusionTrainingConfig:
             raise ConfigError("train.lora needs init: the run or folder whose U-Net it changes")
         if self.distill is not None:
             self._check_distillation(self.distill)
-        for name in ("lora", "strength", "strength_by", "invert", "completion", "paste"):
+        for name in ("lora", "strength", "strength_by", "extend", "invert", "completion", "paste"):
             if getattr(self.sample, name) != getattr(SampleConfig, name):
                 raise ConfigError(f"sample.{name} is for drawing (ldm sample): leave it out")
         _comparable(self.figure, self.train, "with schedule.name learned the losses of two updates cannot be compared")

@@ -51,6 +51,7 @@ class SampleConfig:
     lora: tuple[str, ...] = ()  # LoRA files, folders or runs on top of the model, each PATH or PATH:SCALE
     strength: float | None = None  # with an image: share of the noise levels drawn anew; null: 0.8, or 1 with a mask
     strength_by: str = "levels"  # or steps: only the last share of the steps of a whole grid is made, as in diffusers
+    extend: tuple[int, int, int, int] | None = None  # with an image: pixels drawn beyond its left, top, right, bottom
     invert: bool = False  # with an image: begin at the noise that DDIM inversion finds for it, not at drawn noise
     source_prompt: str = ""  # with invert: the caption of the image as it is
     completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (slower, fewer seams)
@@ -92,6 +93,14 @@ class SampleConfig:
         self._check_owned("completion repaint", self.completion == "repaint", "repaint_jump", "repaint_repeats")
         if self.window is not None and self.window_stride is not None and self.window_stride > self.window:
             raise ConfigError(f"window_stride must be at most window {self.window}, got {self.window_stride}")
+
+        if self.extend is not None and not (min(self.extend) >= 0 < max(self.extend) <= 2**14):
+            raise ConfigError(f"extend must be pixels beyond left, top, right and bottom, got {list(self.extend)}")
+
+    def canvas(self, sides: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that are drawn, from those of the image, or of the picture where nothing is extended."""
+        left, top, right, bottom = self.extend or (0, 0, 0, 0)
+        return sides[0] + top + bottom, sides[1] + left + right
 
     def _check_owned(self, owner: str, there: bool, *names: str) -> None:
         """Raise ConfigError for settings that are given although nothing reads them."""

@@ -198,9 +198,10 @@ def prepare(
             " (docs/samplers.md)",
             stacklevel=3,
         )
-    shape = (model.unet.in_channels, sides[0] // model.factor, sides[1] // model.factor)
+    height, width = (side // model.factor for side in settings.canvas(sides))
     numbers = range(len(prompts)) if numbers is None else numbers
-    given = read_given(image, mask, sides, model.image_channels, len(prompts), stacklevel=3)
+    given = read_given(image, mask, sides, model.image_channels, len(prompts), settings.extend, stacklevel=3)
+    shape = (model.unet.in_channels, height, width)
     return Drawing(model, guides, settings, prompts, numbers, together, shape, grid, given)
 
 

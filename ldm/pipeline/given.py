@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool2d, pad
 
 from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig
@@ -51,6 +51,12 @@ class Given:
 
         return Given(chosen(self.images), None if self.masks is None else chosen(self.masks))
 
+    def extended(self, left: int, top: int, right: int, bottom: int) -> Given:
+        """On a larger canvas, whose new part repeats the edges and is to be drawn."""
+        sides = (left, right, top, bottom)
+        masks = torch.zeros_like(self.images[:1, :1]) if self.masks is None else self.masks
+        return Given(pad(self.images, sides, mode="replicate"), pad(masks, sides, value=1.0))
+
     def known(self, codec: LatentCodec | None, device: torch.device, strips: int | None = None) -> Known:
         """The images as they are diffused; a latent is drawn if any pixel of its cell is."""
         images = self.images.to(device)
@@ -67,12 +73,19 @@ class Given:
 
 
 def read_given(
-    image: Any, mask: Any, sides: tuple[int, int], channels: int, count: int, stacklevel: int = 1
+    image: Any,
+    mask: Any,
+    sides: tuple[int, int],
+    channels: int,
+    count: int,
+    extend: tuple[int, int, int, int] | None = None,
+    stacklevel: int = 1,
 ) -> Given | None:
     """The image and the mask of a call: each a file, a picture, an array uint8 [h, w, c], or one of these per picture.
 
     What has another size is resized until it covers ``sides`` and cut to its middle, with a warning
-    naming ``image``. Raises ConfigError.
+    naming ``image``. ``extend``: pixels added beyond left, top, right and bottom, all of them to be
+    drawn. Raises ConfigError.
     """
     if image is None:
         if mask is not None:
@@ -87,10 +100,13 @@ def read_given(
             " size for another",
             stacklevel=stacklevel + 1,
         )
-    if mask is None:
-        return Given(torch.stack(images))
-    masks = [(prepare(one, sides) >= HALF / 127.5 - 1).float() for one in _arrays(mask, "mask", 1, count)]
-    return Given(torch.stack(images), torch.stack(masks))
+    masks = None
+    if mask is not None:
+        masks = torch.stack(
+            [(prepare(one, sides) >= HALF / 127.5 - 1).float() for one in _arrays(mask, "mask", 1, count)]
+        )
+    given = Given(torch.stack(images), masks)
+    return given if extend is None else given.extended(*extend)
 
 
 def _arrays(value: Any, name: str, channels: int, count: int) -> list[UInt8[np.ndarray, "h w c"]]:
@@ -127,10 +143,12 @@ def started(settings: SampleConfig, image: bool, mask: bool) -> SampleConfig:
     Raises ConfigError for settings of an image or a mask that is not given, or that a sampler
     cannot follow.
     """
+    mask = mask or settings.extend is not None
     for name, there, owner in (
         ("strength", image, "image"),
         ("strength_by", image, "image"),
         ("invert", image, "image"),
+        ("extend", image, "image"),
         ("completion", mask, "mask"),
         ("paste", mask, "mask"),
     ):

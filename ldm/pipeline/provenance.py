@@ -87,7 +87,7 @@ class Provenance:
     @property
     def sides(self) -> tuple[int, int]:
         """Height and width of an image."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return self.settings.canvas((self.size, self.size) if isinstance(self.size, int) else self.size)
 
     def _named(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

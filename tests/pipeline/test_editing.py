@@ -179,6 +179,19 @@ def test_each_picture_may_have_an_image_of_its_own(pipe: Pipeline) -> None:
         assert np.abs(together[i] - to_uint8(alone)[0].astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("mask", [None, HOLE])
+def test_a_picture_is_drawn_beyond_its_edges(pipe: Pipeline, mask: np.ndarray | None) -> None:
+    (drawn,) = array(pipe("x", image=IMAGE, mask=mask, extend=(4, 2, 8, 0), steps=3))
+    kept = np.zeros((18, 28), bool)
+    kept[2:, 4:20] = True if mask is None else mask == 0
+    inside = IMAGE if mask is None else IMAGE[mask == 0]
+    assert drawn.shape == (18, 28, 3) and (drawn[kept] == inside.reshape(-1, 3)).all()
+    assert (drawn[~kept] != np.pad(IMAGE, ((2, 0), (4, 8), (0, 0)), mode="edge")[~kept]).any(1).mean() > 0.8
+    one, other = (array(pipe("x", image=IMAGE, extend=(0, 0, 16, 0), completion="repaint", steps=8, repaint_jump=3,
+                  sampler="ddpm", seed=seed))[0] for seed in (1, 2))  # fmt: skip
+    assert (one[:, :16] == IMAGE).all() and (one != other).any()
+
+
 def test_callbacks_of_repaint_have_the_time_of_their_step(pipe: Pipeline) -> None:
     times: list[float] = []
     pipe("x", image=IMAGE, mask=HOLE, steps=6, completion="repaint", repaint_jump=2, repaint_repeats=2, sampler="ddim",
@@ -256,6 +269,13 @@ def test_strips_are_the_whole_picture(pipe: Pipeline, monkeypatch: pytest.Monkey
         ({"image": IMAGE, "source_prompt": "a"}, "source_prompt is for invert: give it, or leave source_prompt out"),
         ({"image": IMAGE, "invert": True, "sampler": "ddpm"}, "invert is not for ddpm with eta 0, which draws noise"),
         ({"image": IMAGE, "invert": True, "mask": HOLE}, "invert is not for a mask: take sampler ddim with eta 0"),
+        ({"extend": (0, 0, 8, 0)}, "extend is for a call with image: give image, or leave extend out"),
+        (
+            {"image": IMAGE, "extend": (0, 0, 0, 0)},
+            "extend must be pixels beyond left, top, right and bottom, got [0, 0",
+        ),
+        ({"image": IMAGE, "extend": (0, 0, 0, 7)}, "extend must be a multiple of 2 (the autoencoder's factor), got 7"),
+        ({"image": IMAGE, "extend": (0, 0, 4)}, "extend must be 4 values, got [0, 0, 4]"),
         ({"circular": "x"}, "circular is for window: give it, or leave circular out"),
         ({"window": 15}, "window must be a multiple of 2 (the autoencoder's factor), got 15"),
         ({"window": 8, "window_stride": 10}, "window_stride must be at most window 8, got 10"),

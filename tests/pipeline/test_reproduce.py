@@ -186,6 +186,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "mask": MASK,
     "strength": (*IMAGE, "--strength", "0.3"),
     "strength_by": (*IMAGE, "--strength", "0.3", "--strength-by", "steps", "--steps", "4"),
+    "extend": (*IMAGE, "--extend", "4", "0", "16", "8"),
     "invert": (*IMAGE, "--invert", "--sampler", "ddim"),
     "source_prompt": (*IMAGE, "--invert", "--sampler", "ddim", "--source-prompt", "two blue stars"),
     "completion": (*MASK, "--completion", "repaint", "--steps", "6"),
