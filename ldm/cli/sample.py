@@ -41,8 +41,8 @@ SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
     "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
     "classifier", "classifier_scale", "classifier_form",
-    "strength", "strength_by", "extend", "invert", "source_prompt", "completion", "repaint_jump", "repaint_repeats", "paste",
-    "window", "window_stride", "circular", "strips",
+    "strength", "strength_by", "extend", "invert", "source_prompt", "completion", "repaint_jump", "repaint_repeats",
+    "paste", "window", "window_stride", "circular", "strips",
 )  # fmt: skip
 
 if TYPE_CHECKING:
