@@ -211,7 +211,7 @@ class Conditioner:
 
     @classmethod
     def from_dict(cls, described: Sequence[Mapping[str, Any]]) -> Conditioner:
-        """What ``to_dict`` wrote."""
+        """The conditioner that ``to_dict`` described."""
         configs, slices = [], []
         for entry in described:
             rest = dict(entry)

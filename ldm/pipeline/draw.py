@@ -303,7 +303,7 @@ def windows_of(model: Model, settings: SampleConfig) -> Windows | None:
 
 
 def circular_axes(settings: SampleConfig) -> tuple[bool, bool]:
-    """Whether (top and bottom, left and right) meet."""
+    """True for the axes along which opposite edges meet: (height, width)."""
     return settings.circular in ("y", "xy"), settings.circular in ("x", "xy")
 
 

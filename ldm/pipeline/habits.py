@@ -46,6 +46,8 @@ ANSWERS = {
     "clip_skip": "a model's text encoder is used whole: leave it out",
     "ip_adapter_image": "IP adapters are not supported",
     "ip_adapter_image_embeds": "IP adapters are not supported",
+    "masked_image_latents": "give image and mask",
+    "padding_mask_crop": "give the part of the image and of the mask that is to be drawn",
     "cross_attention_kwargs": 'the scale of a LoRA stands behind its path: lora=("PATH:0.8",)',
     "callback_steps": "callback(done, total) is called after each batch, callback_on_step_end after each step",
 }
@@ -94,7 +96,8 @@ def _check_names(given: Iterable[str]) -> None:
     settings = [field.name for field in dataclasses.fields(SampleConfig)]
     own = [*OF_THE_CALL, "batch_size", "callback", "progress", *RENAMED, *TAKEN]
     for name in given:
-        near = difflib.get_close_matches(str(name), [*settings, *own], n=1)
+        begun = [full for full in (*settings, *own) if full.startswith(str(name))]
+        near = begun or difflib.get_close_matches(str(name), [*settings, *own], n=1)
         if name not in (*settings, *own) and near and near[0] in own:
             raise ConfigError(f"unknown key {name}: did you mean {near[0]}?")
 

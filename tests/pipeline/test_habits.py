@@ -34,7 +34,9 @@ def one_line(error: pytest.ExceptionInfo[Any]) -> str:
 
 
 def test_every_argument_of_theirs_is_taken_or_answered() -> None:
-    their_arguments = set(inspect.signature(THEIRS.__call__).parameters) - {"self", "kwargs"}
+    pipelines = (THEIRS, diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionInpaintPipeline)
+    their_arguments = {name for one in pipelines for name in inspect.signature(one.__call__).parameters}
+    their_arguments -= {"self", "kwargs"}
     same = their_arguments & {*inspect.signature(Pipeline.__call__).parameters, *SampleConfig.__dataclass_fields__}
     assert their_arguments == same | set(habits.RENAMED) | set(habits.TAKEN) | set(habits.ANSWERS) - {"callback_steps"}
     assert not same & set(habits.RENAMED) and not set(habits.TAKEN) & set(habits.ANSWERS)

@@ -290,12 +290,19 @@ def test_an_image_that_changed_is_named(call: Call, place: Path, tmp_path: Path,
     finally:
         (place / name).write_bytes(before)
     assert code == 4 and f"{name} has changed since it helped to draw {picture}" in error
+    (place / name).rename(tmp_path / name)
+    try:
+        assert call("reproduce", picture) == (4, f"{name} cannot be read: No such file or directory\n")
+        code, out = call("reproduce", picture, "--moved", f"{name}={tmp_path / name}")
+    finally:
+        (tmp_path / name).rename(place / name)
+    assert code == 0 and ": identical; model " in out
 
 
 @pytest.mark.parametrize(
     ("option", "old"),
-    [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge"), ("image", "start.png")],
-    ids=["lora", "weak", "judge", "image"],
+    [("lora", "style.safetensors"), ("autoguidance", "weak"), ("classifier", "judge")],
+    ids=["lora", "weak", "judge"],
 )
 def test_a_guide_that_moved_is_named_and_must_be_the_same(
     call: Call, place: Path, tmp_path: Path, option: str, old: str
