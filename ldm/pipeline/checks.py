@@ -84,15 +84,15 @@ def check_sampling(settings: SampleConfig, sides: tuple[int, int], num_steps: in
             )
     check_text(settings.negative_prompt, "negative_prompt")
     check_text(settings.source_prompt, "source_prompt")
+    pixels = [(name, getattr(settings, name) or 0) for name in ("window", "window_stride")]
+    for name, number in [*pixels, *(("extend", side) for side in settings.extend or ())]:
+        if number % factor:
+            raise ConfigError(f"{name} must be a multiple of {factor} (the autoencoder's factor), got {number}")
     for size in (*sides, *settings.canvas(sides)):
         if size > LARGEST:
             raise ConfigError(f"size must be at most {LARGEST} pixels, got {size}")
         if size < factor or size % factor:
             raise ConfigError(f"size must be a positive multiple of {factor} (the autoencoder's factor), got {size}")
-    pixels = [(name, getattr(settings, name) or 0) for name in ("window", "window_stride")]
-    for name, number in [*pixels, *(("extend", side) for side in settings.extend or ())]:
-        if number % factor:
-            raise ConfigError(f"{name} must be a multiple of {factor} (the autoencoder's factor), got {number}")
     if settings.window is not None and settings.classifier is not None:
         raise ConfigError("window: a classifier sees pictures of its own size only: leave one of them out")
 
