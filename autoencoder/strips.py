@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autoencoder.blocks import DownLevel, ResBlock, UpLevel
+from autoencoder.blocks import DownLevel, Downsample, ResBlock, UpLevel, Upsample
 from autoencoder.model import AutoencoderKL
 from autoencoder.posterior import DiagonalGaussian
 
@@ -38,6 +38,7 @@ def decode_in_strips(
         assert isinstance(level, UpLevel)
         source = _blocks(source, level, rows)
         for up in level.upsamplers:
+            assert isinstance(up, Upsample)
             source = source.doubled().convolved(up.conv)
     return source.normed(decoder.conv_norm_out, rows).convolved(decoder.conv_out).whole(rows)
 
@@ -51,6 +52,7 @@ def encode_in_strips(autoencoder: AutoencoderKL, image: Float[Tensor, "b C H W"]
         assert isinstance(level, DownLevel)
         source = _blocks(source, level, rows)
         for down in level.downsamplers:
+            assert isinstance(down, Downsample)
             source = source.halved(down.conv)
     x = encoder.mid_block(source.whole(rows))
     x = encoder.conv_out(F.silu(encoder.conv_norm_out(x)))
@@ -120,7 +122,8 @@ class _Rows:
 
     def normed(self, norm: nn.GroupNorm, rows: int) -> _Rows:
         """After GroupNorm, with the statistics of all rows in float64, and SiLU."""
-        count, first_moment, second_moment = 0, 0.0, 0.0
+        count, first_moment = 0, torch.zeros((), dtype=torch.float64)
+        second_moment = first_moment
         for first, end in self.strips(rows):
             x = self.read(first, end).unflatten(1, (norm.num_groups, -1)).flatten(2).double()
             count, first_moment = count + x.shape[2], first_moment + x.sum(2)

@@ -216,7 +216,7 @@ class Conditioner:
         for entry in described:
             rest = dict(entry)
             configs.append(ConditionConfig(*(rest.pop(name) for name in ("name", "kind", "column", "dropout"))))
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in rest.items()}
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
             slices.append(KINDS[configs[-1].kind](**values))
         return cls(tuple(configs), tuple(slices))
 

@@ -80,7 +80,7 @@ class Provenance:
         return self._named("vae", "text")
 
     @property
-    def start(self) -> dict[str, str]:
+    def start(self) -> dict[str, Any]:
         """Those of ``image`` and ``mask`` that were given."""
         return self._named("image", "mask")
 
