@@ -1,6 +1,6 @@
 """Condition on a class and a number, without text: handwritten digits, given which one and how much ink.
 
-python examples/labels_and_numbers.py --updates 1500      (four minutes on one core)
+python examples/labels_and_numbers.py --updates 600      (seven minutes on one core)
 
 Draws every digit with little to much ink, and prints how well the ink follows. Each condition is dropped alone from a
 tenth of the samples, so that each can be guided alone: here the digit with a scale of 2 and the ink with 1.
@@ -68,7 +68,7 @@ def main(updates: int, out: str) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--out", default="samples.png")
     arguments = parser.parse_args()
     main(arguments.updates, arguments.out)

@@ -292,7 +292,7 @@ def test_an_image_that_changed_is_named(call: Call, place: Path, tmp_path: Path,
     assert code == 4 and f"{name} has changed since it helped to draw {picture}" in error
     (place / name).rename(tmp_path / name)
     try:
-        assert call("reproduce", picture) == (4, f"{name} cannot be read: No such file or directory\n")
+        assert call("reproduce", picture) == (4, f"ldm reproduce: {name} cannot be read: No such file or directory\n")
         code, out = call("reproduce", picture, "--moved", f"{name}={tmp_path / name}")
     finally:
         (tmp_path / name).rename(place / name)
