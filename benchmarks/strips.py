@@ -1,6 +1,6 @@
 """Decoding in strips beside decoding whole: peak memory, seconds and largest difference, of random weights.
 
-    python benchmarks/strips.py [--sizes 512 1024] [--rows 64]
+    python benchmarks/strips.py [--sizes 512 1024] [--rows 16]
 
 The autoencoder has the sizes of Stable Diffusion's. Each decode is a process of its own; its memory is the peak of what
 is resident, less that of a process that only makes the weights and the latent. Prints a table in markdown.
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="sides in pixels (default 512 1024)")
-    parser.add_argument("--rows", type=int, default=64, help="rows of a strip (default 64)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a strip (default 16)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.way:

@@ -206,7 +206,7 @@ ATTRIBUTES = {
     ),
     **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"), _OFFLOAD),
     "enable_vae_slicing": "give the call batch_size=1 to need less memory",
-    "enable_vae_tiling": "give the call strips=64, which is exact, to need less memory",
+    "enable_vae_tiling": "give the call strips=16, which is exact, to need less memory",
     **dict.fromkeys(("enable_freeu", "disable_freeu"), "FreeU is not supported"),
     "fuse_qkv_projections": "not needed: torch.compile(pipe.unet) is faster",
     "load_lora_weights": "pipe.load_lora(path, scale)",
