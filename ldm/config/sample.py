@@ -54,7 +54,7 @@ class SampleConfig:
     extend: tuple[int, int, int, int] | None = None  # with an image: pixels drawn beyond its left, top, right, bottom
     invert: bool = False  # with an image: begin at the noise that DDIM inversion finds for it, not at drawn noise
     source_prompt: str = ""  # with invert: the caption of the image as it is
-    completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (slower, fewer seams)
+    completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (several times as slow)
     repaint_jump: int = 5  # steps that repaint goes back
     repaint_repeats: int = 5  # times that repaint goes through them
     paste: bool = True  # with a mask: keep the pixels outside it as they are
