@@ -122,8 +122,8 @@ def test_each_script_is_its_command(script: Path) -> None:
 
 def test_there_is_a_script_for_each_command() -> None:
     names = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    # commands that only look need no launcher, and scripts/inspect.py would hide Python's own inspect
-    assert names == set(COMMANDS) - {"inspect", "reproduce", "replay", "status", "diff", "checkpoints"}
+    # those that look, or draw one picture, need no launcher, and scripts/inspect.py would hide Python's own inspect
+    assert names == set(COMMANDS) - {"inspect", "invert", "reproduce", "replay", "status", "diff", "checkpoints"}
 
 
 def test_a_fault_in_a_script_is_one_line_and_its_code(tmp_path: Path) -> None:

@@ -560,9 +560,9 @@ def test_a_bad_option_is_refused(solver: Callable[..., Tensor], options: dict[st
 
 def test_too_few_steps_for_a_sampler_are_refused_before_sampling() -> None:
     for name, sampler in SAMPLERS.items():
-        check_sampling(SampleConfig(name, sampler.fewest), 64, 1000, 8)
+        check_sampling(SampleConfig(name, sampler.fewest), (64, 64), 1000, 8)
     with pytest.raises(ConfigError, match="steps must be at least 2 for the plms sampler, got 1"):
-        check_sampling(SampleConfig("plms", 1), 64, 1000, 8)
+        check_sampling(SampleConfig("plms", 1), (64, 64), 1000, 8)
 
 
 def check_ddim_calls(numbers: Iterable[int], schedule: Schedule) -> None:

@@ -256,7 +256,7 @@ def test_autoguidance_starts_where_classifier_free_guidance_does(written: Path, 
         settings = dataclasses.replace(pipe.defaults, guidance_scale=scale, negative_prompt=negative)
         x_t, t = torch.randn(2, *LATENT), torch.full((2,), 500)
         with torch.no_grad():
-            pred = weak.guide(pipe, str(written), PROMPTS[:2], settings)(x_t, t)
+            pred = weak.guide(pipe, str(written), PROMPTS[:2], settings, None)(x_t, t)
             expected, other = (
                 pipe.unet(x_t, t, pipe.condition(given)) for given in (captions, ["a green square on white"] * 2)
             )

@@ -52,7 +52,7 @@ OF_THE_CALL: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": "4"}, "batch_size must be an integer, got '4'"),
     ({"batch_size": 4.0}, "batch_size must be an integer, got 4.0"),
     ({"size": 64.0}, "size must be an integer, got 64.0"),
-    ({"size": (64, 64)}, "size must be an integer, got (64, 64)"),
+    ({"size": (64, 64.0)}, "size[1] must be an integer, got 64.0"),
     ({"size": 10**12}, "size must be at most 16384 pixels, got 1000000000000"),
     ({"negative_prompt": "caf\udce9"}, "negative_prompt must be text without NUL and in UTF-8, got 'caf\\udce9'"),
 ]
