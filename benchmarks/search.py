@@ -4,10 +4,10 @@ python benchmarks/search.py benchmarks/search.yaml                   every row, 
 python benchmarks/search.py benchmarks/search.yaml --only eps x0     these rows
 
 A row names the settings of the autoencoder, the text encoder and the diffusion model in which it differs from the
-file's configurations, and from the file's `base`, which holds settings of every row. A diffusion model is timed by a
-short run and then given as many updates as fit into --seconds; an autoencoder that differs likewise, with the seconds
-that the unchanged one took. Rows share stages that are equal. Every command has one thread, so two rows train side by
-side without disturbing each other; beside other work the table means nothing. Finished rows are not repeated:
+file's configurations, and from the file's `base`, which holds settings of every row. First every row is timed by short
+runs, with as many rows at a time as will train, and one thread each; nothing else may run meanwhile ("timed" is printed
+when that is over). A diffusion model then gets as many updates as fit into --seconds, an autoencoder that differs as
+many as fit into the time of the unchanged one. Rows share stages that are equal. Finished rows are not repeated:
 results.jsonl of --out keeps them.
 """
 
@@ -29,10 +29,12 @@ from typing import Any
 import yaml
 
 COMMANDS = {"autoencoder": "train-autoencoder", "text": "train-clip", "ldm": "train-ldm"}
-TRIAL = 40  # updates of the run that is timed
+INPUTS = {"autoencoder": (), "text": (), "ldm": ("autoencoder", "text")}
+TRIAL = 60  # updates of a run that is timed, of which the second half counts
 NEVER = 10**6
 
 Changes = Mapping[str, Any]
+Row = Mapping[str, Changes]  # by stage
 
 
 def ldm(*arguments: str) -> None:
@@ -57,38 +59,59 @@ class Bench:
     locks: dict[Path, Lock] = field(default_factory=dict)
     guard: Lock = field(default_factory=Lock)
 
-    def stage(self, kind: str, changes: Changes, *inputs: str) -> Path:
-        """The finished run of a stage with these changes."""
-        every = {**self.base.get(kind, {}), **changes}
-        settings = [*inputs, *(f"{name}={json.dumps(value)}" for name, value in every.items())]
-        digest = hashlib.sha256("\n".join([self.configs[kind], *settings]).encode()).hexdigest()[:8]
-        run = self.root / f"{kind}-{digest}"
+    def run(self, kind: str, row: Row) -> Path:
+        """Where a stage of this row is, named by all that it is made from."""
+        made = {each: [self.configs[each], self.changes(each, row)] for each in (*INPUTS[kind], kind)}
+        return self.root / f"{kind}-{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]}"
+
+    def changes(self, kind: str, row: Row) -> Changes:
+        return {**self.base.get(kind, {}), **row.get(kind, {})}
+
+    def timed(self, kind: str, row: Row) -> bool:
+        """Whether this stage is trained for a time: not the text encoder, nor the autoencoder that rows share."""
+        return kind == "ldm" or (kind == "autoencoder" and self.run(kind, row) != self.run(kind, {}))
+
+    def stage(self, kind: str, row: Row, trial: bool = False) -> Path:
+        """The finished run of a stage of this row; with ``trial`` a short run of it that tells its rate."""
+        run = self.run(kind, row)
+        target = run.with_name(f"{run.name}-timed") if trial else run
         with self.guard:
-            lock = self.locks.setdefault(run, Lock())
+            lock = self.locks.setdefault(target, Lock())
         with lock:
-            if not (run / "model").exists():
-                if kind == "ldm":
-                    settings += self.steps(kind, settings, run, self.seconds)
-                elif kind == "autoencoder" and changes:
-                    status = self.stage(kind, {}) / "status.json"
-                    settings += self.steps(kind, settings, run, json.loads(status.read_text())["seconds"])
-                ldm(COMMANDS[kind], self.configs[kind], f"run={run}", *settings)
-        return run
+            if not (target / "model").exists():
+                settings = [f"{name}={json.dumps(value)}" for name, value in self.changes(kind, row).items()]
+                inputs = (f"{each}={self.stage(each, row, trial and self.timed(each, row))}" for each in INPUTS[kind])
+                if trial or self.timed(kind, row):
+                    updates = TRIAL if trial else self.updates(kind, row)
+                    quiet = (f"train.{name}={NEVER}" for name in ("validate_every", "sample_every", "checkpoint_every"))
+                    settings += [f"train.steps={updates}", *quiet]
+                if trial:
+                    settings += [f"train.log_every={TRIAL // 2}", "train.validation_size=1"]
+                ldm(COMMANDS[kind], self.configs[kind], f"run={target}", *inputs, *settings)
+        return target
 
-    def steps(self, kind: str, settings: list[str], run: Path, seconds: float) -> list[str]:
-        """The updates that fit into the seconds, as settings."""
-        trial = run.with_name(f"{run.name}-timed")
-        quiet = [f"train.{name}={NEVER}" for name in ("validate_every", "sample_every", "checkpoint_every")]
-        short = [f"train.steps={TRIAL}", f"train.log_every={TRIAL // 2}", "train.validation_size=1", *quiet]
-        ldm(COMMANDS[kind], self.configs[kind], f"run={trial}", *settings, *short)
-        rate = logged(trial)[-1]["updates_per_second"]
-        return [f"train.steps={max(TRIAL, round(rate * seconds))}", *quiet]
+    def rate(self, kind: str, row: Row) -> float:
+        """Updates a second."""
+        return logged(self.stage(kind, row, trial=True))[-1]["updates_per_second"]
 
-    def row(self, name: str, row: Mapping[str, Changes], images: int) -> dict[str, Any]:
+    def updates(self, kind: str, row: Row) -> int:
+        """As many as fit into the time of this stage."""
+        seconds = self.seconds
+        if kind == "autoencoder":
+            seconds = logged(self.stage(kind, {}))[-1]["step"] / self.rate(kind, {})
+        return max(TRIAL, round(self.rate(kind, row) * seconds))
+
+    def time(self, row: Row) -> None:
+        """Make the short runs that this row needs."""
+        for kind in COMMANDS:
+            if self.timed(kind, row):
+                self.rate(kind, row)
+        if self.timed("autoencoder", row):
+            self.rate("autoencoder", {})
+
+    def judged(self, name: str, row: Row, images: int) -> dict[str, Any]:
         """Train and evaluate one row."""
-        autoencoder = self.stage("autoencoder", row.get("autoencoder", {}))
-        text = self.stage("text", row.get("text", {}))
-        run = self.stage("ldm", row.get("ldm", {}), f"autoencoder={autoencoder}", f"text={text}")
+        run = self.stage("ldm", row)
         ldm("evaluate", str(run), "--images", str(images))
         report, last = json.loads((run / "report.json").read_text()), logged(run)[-1]
         (scores,) = report["judge"].values()
@@ -125,6 +148,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="training of the diffusion model (default 200)")
     parser.add_argument("--images", type=int, default=800, help="judged for each set of captions (default 800)")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default 2)")
+    parser.add_argument(
+        "--only-time", action="store_true", help="stop when every row is timed; the same command goes on"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     options = parser.parse_args()
     plan = yaml.safe_load(options.file.read_text())
@@ -135,19 +161,23 @@ def main() -> None:
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     bench = Bench(plan["configs"], options.out, options.seconds, base=plan.get("base", {}))
     done = {result["name"] for result in results}
+    rows = {name: plan["rows"][name] or {} for name in options.only or plan["rows"] if name not in done}
 
     def work(name: str) -> None:
-        result = bench.row(name, plan["rows"][name] or {}, options.images)
+        result = bench.judged(name, rows[name], options.images)
         results.append(result)
         with file.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)
 
-    wanted = [name for name in options.only or plan["rows"] if name not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
-        if wanted:  # both at once, since every row waits for them
+        if rows:  # the stages that rows share, at once; then the times, with nothing beside them but another row's
             list(pool.map(lambda kind: bench.stage(kind, {}), ("autoencoder", "text")))
-        list(pool.map(work, wanted))
+            list(pool.map(bench.time, [{}, *rows.values()]))
+            print("timed", flush=True)
+        if options.only_time:
+            return
+        list(pool.map(work, rows))
     print(table(results))
 
 

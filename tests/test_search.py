@@ -36,8 +36,8 @@ def test_rows_share_stages_and_get_equal_seconds(
         settings = dict(argument.split("=", 1) for argument in arguments[1:])
         run, steps = Path(settings["run"]), int(settings.get("train.steps", 3000))
         (run / "model").mkdir(parents=True)
-        (run / "status.json").write_text(json.dumps({"seconds": 150.0}))
-        last = {"step": steps, "updates_per_second": RATE[command], "validation/loss": 0.25}
+        rate = RATE[command] / (2 if "loss.kl=0.01" in arguments else 1)
+        last = {"step": steps, "updates_per_second": rate, "validation/loss": 0.25}
         (run / "metrics.jsonl").write_text(json.dumps(last) + "\n")
 
     monkeypatch.setattr(search, "ldm", ldm)
@@ -47,11 +47,14 @@ def test_rows_share_stages_and_get_equal_seconds(
     monkeypatch.setattr(sys, "argv", ["search.py", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")])
     search.main()
 
-    trained = [call for call in called if not any(part.startswith("train.log_every") for part in call)]
+    short = ["train.log_every=30" in call for call in called]
+    begin, end = short.index(True), len(short) - 1 - short[::-1].index(True)
+    assert all(short[begin : end + 1]) and sum(short) == 5  # 3 of the diffusion model, 2 autoencoders; nothing beside
+    trained = [call for call, brief in zip(called, short, strict=True) if not brief]
     of = {command: [call for call in trained if call[0] == command] for command in (*RATE, "evaluate")}
     assert {command: len(calls) for command, calls in of.items()} == dict(zip(of, (2, 1, 3, 3), strict=True))
     steps = lambda call: [part for part in call if part.startswith("train.steps=")]  # noqa: E731
-    assert sorted(map(steps, of["train-autoencoder"])) == [[], ["train.steps=3000"]]  # 150 s at 20 a second
+    assert sorted(map(steps, of["train-autoencoder"])) == [[], ["train.steps=1500"]]  # half as fast
     assert [steps(call) for call in of["train-ldm"]] == [["train.steps=800"]] * 3  # 200 s at 4
     assert sum('train.optimizer="adamw"' in call for call in of["train-ldm"]) == 1
     assert "| KL | 800 | 0.250 | 0.500 |" in capsys.readouterr().out
