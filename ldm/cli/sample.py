@@ -4,6 +4,7 @@
   ldm sample runs/demo --prompts-file captions.txt --sampler ddim --steps 50 --seed 7
   ldm sample runs/demo --image start.png --strength 0.6 --prompt "a small red star on a white background"
   ldm sample runs/demo --image start.png --mask hole.png --prompt "a small red star on a white background"
+  ldm sample runs/digits-class --value "digit=[0,1,2,3]" --count 4
   ldm sample runs/demo --size 32x128 --window 32 --circular x --prompt "a large blue square on a gray background"
 
 Settings left out are the model's own. Each PNG carries all of them in its metadata (key `ldm`), from
@@ -19,6 +20,7 @@ import dataclasses
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_parts(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts-file", metavar="FILE", help="a text file with one caption per line")
+    value = "of a condition of the model, for all captions, or [one, for, each]; may be given several times"
+    parser.add_argument("--value", action="append", default=[], type=value_of, metavar="NAME=VALUE", help=value)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="images per caption (default 1)")
     sides = "side of the images in pixels, or HEIGHTxWIDTH, multiples of the autoencoder's factor"
     parser.add_argument("--size", type=size_of, metavar="PIXELS", help=sides)
@@ -77,6 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampler(parser)
     _add_guidance(parser)
     _add_image(parser)
+
+
+def value_of(text: str) -> tuple[str, Any]:
+    """A condition's name and value, which is read as in a configuration."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    try:
+        if equals and name:
+            return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as digit=7 or digit=[1,2,3], got {text!r}")
 
 
 def size_of(text: str) -> int | tuple[int, int]:
@@ -161,6 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm.pipeline import Pipeline
     from ldm.pipeline.checks import check_drawable, check_guidance, check_sampling, check_start, sides_of
     from ldm.pipeline.given import read_given, started
+    from ldm.pipeline.prompts import asked, texts_of
     from ldm.pipeline.provenance import Provenance, other_hashes, part_hashes, surroundings
 
     # everything that can be refused from configurations alone, before the weights are read
@@ -171,9 +189,12 @@ def run(arguments: argparse.Namespace) -> None:
     settings = started(settings, arguments.image is not None, arguments.mask is not None)
     check_sampling(settings, sides, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
-    check_drawable(info.unet.config)
+    check_drawable(info.unet.config, info.conditioner is not None)
     check_start(info.schedule, info.target, settings)
-    prompts = _fitting(prompts, info, settings) or [""] * arguments.count
+    values = _values(arguments)
+    captions = _fitting(prompts, info, settings) or (None if values else [""])
+    wanted = asked(captions, values or None, info.conditioner, arguments.count)
+    prompts = texts_of(wanted)
 
     console = Console()
     processes, device = devices(arguments.device)
@@ -187,10 +208,11 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")  # drawing says it again
         read_given(arguments.image, arguments.mask, sides, pipe.image_channels, len(prompts), settings.extend)
     work = {"images": len(prompts), "batch_size": arguments.batch_size, "processes": processes.count}
+    given_values = tuple(prompt.values for prompt in wanted) if values else ()
     origin = Provenance(
         tuple(prompts), None, settings, size, pipe.hash, arguments.model, arguments.variant,
         part_hashes(info), other_hashes(settings, start.values()), {**surroundings(device), **work},
-        **parts(arguments), **start,
+        **parts(arguments), **start, values=given_values,
     )  # fmt: skip
     images = processes.over(len(prompts), lambda share: _draw(pipe, origin, share, first, out, console))
     if processes.main and len(prompts) > 1:
@@ -203,6 +225,14 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings given on the command line."""
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of conditions. Raises ConfigError for one that is given twice."""
+    names = [name for name, _ in arguments.value]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ConfigError(f"--value {twice} is given twice: several values are a list, such as {twice}=[1,2]")
+    return dict(arguments.value)
 
 
 def _model_info(arguments: argparse.Namespace) -> ModelInfo:
@@ -225,9 +255,8 @@ def _fitting(prompts: list[str], info: ModelInfo, settings: SampleConfig) -> lis
     """The prompts, checked against the model and its classifier; raises ConfigError where they do not fit."""
     captioned = info.has_text or settings.classifier is not None
     if prompts and not captioned:
-        raise ConfigError(
-            "this model is unconditional: it draws without captions, leave --prompt and --prompts-file out"
-        )
+        what = "is unconditional: it draws" if info.conditioner is None else "has conditions for --value and draws"
+        raise ConfigError(f"this model {what} without captions, leave --prompt and --prompts-file out")
     if captioned and not prompts:
         raise ConfigError("--prompt or --prompts-file is needed: this model draws what a caption says")
     if settings.classifier is not None:
@@ -240,7 +269,7 @@ def _fitting(prompts: list[str], info: ModelInfo, settings: SampleConfig) -> lis
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    """All prompts, each ``--count`` times. Raises ConfigError for a file that cannot be read or holds none."""
+    """The prompts. Raises ConfigError for a file that cannot be read or holds none."""
     for name in ("count", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(arguments, name)}")
@@ -254,7 +283,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         if not captions:
             raise ConfigError(f"--prompts-file {arguments.prompts_file} holds no caption")
         prompts += captions
-    return [prompt for prompt in prompts for _ in range(arguments.count)]
+    return prompts
 
 
 def devices(name: str | None) -> tuple[Processes, torch.device]:
@@ -294,12 +323,15 @@ def _draw(pipe: Any, whole: Provenance, share: range, first: int, out: Path, con
     drawn: list[np.ndarray] = []
     prompts, batch_size = whole.prompts, whole.drawn["batch_size"]
     captions = [prompts[i] for i in share]
-    how = {"size": whole.size, "batch_size": batch_size, "indices": share, **whole.start}
+    how: dict[str, Any] = {"size": whole.size, "batch_size": batch_size, "indices": share, **whole.start}
+    if whole.values:
+        how["values"] = [whole.values[i] for i in share]
     for images in pipe.sample(captions, whole.settings, **how):
         arrays = to_uint8(images)
         for picture, i in zip(to_pil(arrays), share[len(drawn) :], strict=False):
-            origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i)
-            write_png(picture, out / f"{first + i:05d}-{_slug(prompts[i])}.png", origin.png())
+            values = whole.values[i : i + 1]
+            origin = dataclasses.replace(whole, prompts=(prompts[i],), index=i, values=values)
+            write_png(picture, out / f"{first + i:05d}-{_slug(prompts[i], *values)}.png", origin.png())
         drawn += list(arrays)
         console.progress(len(drawn), len(share), {})
     return drawn
@@ -315,5 +347,6 @@ def _save_grid(images: list[np.ndarray], columns: int, origin: Provenance, file:
     write_png(Image.fromarray(grid(np.stack(images), columns)), file, origin.png())
 
 
-def _slug(text: str) -> str:
+def _slug(text: str, values: Mapping[str, Any] | None = None) -> str:
+    text = " ".join([text, *(f"{name} {value}" for name, value in (values or {}).items())])
     return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "empty"

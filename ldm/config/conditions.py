@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autoencoder.config import ConfigError, between, one_of
@@ -28,3 +29,10 @@ class ConditionConfig:
     def source(self) -> str:
         """The column that it is read from."""
         return self.name if self.column is None else self.column
+
+
+def check_names(conditions: Iterable[ConditionConfig]) -> None:
+    """Raise ConfigError where two conditions have one name."""
+    names = [condition.name for condition in conditions]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ConfigError(f"conditions: two are called {twice}")

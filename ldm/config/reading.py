@@ -51,12 +51,16 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """The value of a field: a dataclass from its mapping, anything else by ``typed``."""
+    """The value of a field: a dataclass from its mapping, several from a list, anything else by ``typed``."""
     inner = hint
     if isinstance(hint, types.UnionType) and value is not None:
         (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
     if dataclasses.is_dataclass(inner):
         return build(inner, value, name + ".")  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(part := typing.get_args(hint)[0]):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} must be a list, got {shown(value)}")
+        return tuple(build(part, item, f"{name}[{i}].") for i, item in enumerate(value))  # type: ignore[arg-type]
     for text in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and "${" in text:
             raise ConfigError(f"{name}: interpolation (${{…}}) is not offered, write the value itself")
@@ -203,4 +207,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

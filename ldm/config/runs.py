@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
+from ldm.config.conditions import ConditionConfig, check_names
 from ldm.config.data import AugmentConfig, DataConfig
 from ldm.config.figure import Figure
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
@@ -88,6 +89,8 @@ class DiffusionTrainingConfig:
     cache_latents: bool = True  # encode posterior moments once, into the run
     cache_captions: int = 20_000  # encode captions once if there are at most so many; 0: in every step
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    conditions: tuple[ConditionConfig, ...] = ()  # columns of the data that it is given beside the caption
+    joint_dropout: float = 0.05  # with conditions: share of samples that lose the caption and all of them at once
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -98,8 +101,9 @@ class DiffusionTrainingConfig:
 
     def __post_init__(self) -> None:
         _named(self.run)
-        between(self, 0.0, 1.0, "caption_dropout")
+        between(self, 0.0, 1.0, "caption_dropout", "joint_dropout")
         between(self, 0, 10**7, "cache_captions")
+        check_names(self.conditions)
         if self.data.captions == "none" and self.text != NONE:
             raise ConfigError("data.captions none: set text: none, or say where the captions are")
         if self.cache_latents and self.autoencoder != NONE and self.data.crop == "random":
@@ -109,7 +113,7 @@ class DiffusionTrainingConfig:
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
-                raise ConfigError(f"unet.{name}: captioned images give no such condition, leave it unset")
+                raise ConfigError(f"unet.{name} follows from the conditions: leave it out")
         if self.schedule.blind_at_the_end(self.objective.target):
             raise ConfigError(
                 f"objective.target {self.objective.target} does not determine the image where the schedule leaves no"
@@ -140,17 +144,20 @@ class DiffusionTrainingConfig:
             raise ConfigError("distill needs init: the run or folder whose model is the teacher")
         if self.objective.weighting != "simple" or self.objective.learned_variance:
             raise ConfigError("distill has a loss of its own: leave objective.weighting and learned_variance out")
-        if self.text == NONE and distill.guidance_scale != 1.0:
+        if self.text == NONE and not self.conditions and distill.guidance_scale != 1.0:
             raise ConfigError("distill.guidance_scale: a model without captions is not guided: set it to 1")
-        wanted = {
+        wanted: dict[str, tuple[Any, Any]] = {
             "sample.sampler": (self.sample.sampler, "lcm"),
             "sample.guidance_scale": (self.sample.guidance_scale, 1),
         }
         if self.text != NONE:
             wanted["caption_dropout"] = self.caption_dropout, 0
+        if self.conditions:
+            wanted["joint_dropout"] = self.joint_dropout, 0
+            wanted |= {f"dropout of condition {c.name}": (c.dropout, 0) for c in self.conditions}
         for name, (found, value) in wanted.items():
             if found != value:
-                reason = "guidance is learned, and every caption kept"
+                reason = "guidance is learned, and nothing dropped"
                 raise ConfigError(f"{name} must be {value} with distill ({reason}), got {found}")
 
     def _check_learned_schedule(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ SUBSTITUTES = 100  # samples tried in place of an unreadable one before the run 
 DIRECTION = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 Batch = dict[str, Any]  # tensors by name, and `text`: the captions
+Encode = Callable[[Mapping[str, Any]], Tensor]  # a sample's columns to a vector
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Stream(Dataset[Batch]):
 
     Everything random about one is a function of (seed, stream name, position). A sample holds
     ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``,
-    ``position`` and the draws. ``validation`` reads the source in order, centre-cropped and
+    ``position`` and the draws, and with ``encode`` what that makes of the sample's columns, as
+    ``vector``. ``validation`` reads the source in order, centre-cropped and
     unmirrored, with random streams of its own. The substitute for an unreadable sample is a
     function of the position too; ``skipped`` lists the unreadable ones so far, in order of
     appearance.
@@ -56,8 +58,10 @@ class Stream(Dataset[Batch]):
         draws: RandomFields,
         cache: LatentCache | None = None,
         validation: bool = False,
+        encode: Encode | None = None,
     ) -> None:
         self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
+        self.encode = encode
         self.prefix = "validation/" if validation else ""
         self.validation = validation
         self.order = streams.ShuffledOrder(seed, source.length)
@@ -74,7 +78,7 @@ class Stream(Dataset[Batch]):
         for index in self._candidates(position):
             try:
                 found = self._cached(index, position) if self.cache is not None else self._prepared(index, position)
-                return found | self._drawn(position), skipped
+                return found | self._encoded(index) | self._drawn(position), skipped
             except BadSample as bad:
                 skipped.append(bad.skipped)
         last = skipped[-1].file
@@ -86,6 +90,9 @@ class Stream(Dataset[Batch]):
         if not isinstance(source, FolderSource):
             return f"position {position}"
         return f"position {position} ({source.folder / source.rows[self.order[position]].file_name})"
+
+    def _encoded(self, index: int) -> Batch:
+        return {} if self.encode is None else {"vector": self.encode(self.source.columns(index))}
 
     def _drawn(self, position: int) -> Batch:
         """Random numbers of a position, and the position itself."""

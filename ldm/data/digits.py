@@ -65,6 +65,10 @@ class DigitsSource:
         """The caption of a sample."""
         return caption(int(self._labels[index]))
 
+    def columns(self, index: int) -> dict[str, int]:
+        """The ``digit``."""
+        return {"digit": int(self._labels[index])}
+
     def captions(self, limit: int) -> list[str] | None:
         """The ten captions, sorted, or None if ``limit`` is below ten."""
         return sorted(caption(digit) for digit in range(10)) if limit >= 10 else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ldm.config import DataConfig
 from ldm.data.captions import read_rows
@@ -57,6 +58,10 @@ class FolderSource:
     def text(self, index: int) -> str:
         """The caption of an image; the image is not read."""
         return self.rows[index].text
+
+    def columns(self, index: int) -> Mapping[str, Any]:
+        """The other columns of a row of the metadata, or `class`, where captions are made of folder names."""
+        return self.rows[index].columns
 
     def captions(self, limit: int) -> list[str] | None:
         """The distinct captions, sorted, or None if there are more than ``limit``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,6 +67,10 @@ class Source(Protocol):
 
     def text(self, index: int) -> str:
         """The caption of a sample; its image is not read."""
+        ...
+
+    def columns(self, index: int) -> Mapping[str, Any]:
+        """What else is known of a sample, by name, for conditions; its image is not read."""
         ...
 
     def captions(self, limit: int) -> list[str] | None:

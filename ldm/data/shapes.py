@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -290,6 +291,14 @@ class ShapesSource:
     def text(self, index: int) -> str:
         """The caption of a scene, which is not drawn."""
         return caption(self._scene(index))
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """The scene's background and relation, and what its objects are; of the second with `2` after each name."""
+        scene = self._scene(index)
+        found: dict[str, Any] = {"background": scene.background, "relation": scene.relation}
+        for number, thing in zip(("", "2"), scene.objects, strict=False):
+            found |= {f"{name}{number}": value for name, value in asdict(thing).items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def captions(self, limit: int) -> list[str] | None:
         """All captions of this split, sorted, or None if there are more than ``limit``."""

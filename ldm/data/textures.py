@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,10 @@ class TexturesSource:
     def text(self, index: int) -> str:
         """The caption of a pattern."""
         return self[index].text
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """The fields of the Texture."""
+        return asdict(self[index].truth)
 
     def captions(self, limit: int) -> list[str] | None:
         """All captions, sorted, or None if there are more than ``limit``."""

@@ -19,6 +19,7 @@ from ldm.config import ConfigError, DataConfig, DiffusionTrainingConfig, SampleC
 from ldm.data.sample import Source
 from ldm.data.sources import open_source
 from ldm.data.transforms import to_uint8
+from ldm.diffusion.conditioner import Conditioner
 from ldm.distributed.processes import ALONE, Processes
 from ldm.evaluation.figures import plots
 from ldm.evaluation.judges import strict
@@ -26,6 +27,7 @@ from ldm.evaluation.metrics import proportion
 from ldm.evaluation.reconstructions import reconstructed
 from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
+from ldm.pipeline.prompts import Prompt, texts_of
 from ldm.runs.records import read_metrics, read_status, scalar_series
 
 EVALUATION_SEED = 1000  # of the samples in a report; tuning uses the next one
@@ -151,22 +153,22 @@ def evaluate(
     pipe.check(settings)
     tried = None
     given = any(override.startswith(f"{SCALE}=") for override in overrides)
-    if tune and not given and pipe.caption_dropout != 0.0:
+    if tune and not given and pipe.null_share != 0.0:
         seen = open_source(data, judge.splits[0][1])
         settings, tried = tuned(pipe, config.sample, judge, seen, tune, batch_size, say, processes)
     report: dict[str, Any] = {"judge": {judge.name: {}}, "settings": dataclasses.asdict(settings), "images": images}
     if tried is not None:
         report["tuned_on_seen"] = tried
     for i, (name, split) in enumerate(judge.splits):
-        captions = first_captions(open_source(data, split), images)
+        prompts = first_prompts(open_source(data, split), images, pipe.conditioner)
         chosen = dataclasses.replace(settings, seed=EVALUATION_SEED)
-        found, shown = judged(pipe, captions, chosen, judge, batch_size, progress, processes, first=i * images)
+        found, shown = judged(pipe, prompts, chosen, judge, batch_size, progress, processes, first=i * images)
         rows = [each.row for each in found]
         report["judge"][judge.name][name] = _proportions(rows)
         report.setdefault("confusion", {})[name] = strict.confusion([pair for each in found for pair in each.seen])
         report.setdefault("refusals", {})[name] = strict.reasons([each.refused for each in found])
         if i == len(judge.splits) - 1 and processes.main:
-            _picture(out, shown, captions, rows, name, chosen)
+            _picture(out, shown, texts_of(prompts), rows, name, chosen)
     report |= getattr(judge, "about", {})
     if pipe.codec is not None:
         report["autoencoder"] = _reconstructions(pipe, judge, data, images, batch_size, processes)
@@ -188,30 +190,33 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def first_captions(source: Source, n: int) -> list[str]:
-    """The captions of the first ``n`` samples, repeated if there are fewer."""
-    return [source.text(i % (source.length or n)) for i in range(n)]
+def first_prompts(source: Source, n: int, conditioner: Conditioner | None) -> list[Prompt]:
+    """Captions and values of the first ``n`` samples, repeated if there are fewer."""
+    places = [i % (source.length or n) for i in range(n)]
+    return [Prompt(source.text(i), conditioner.values(source.columns(i)) if conditioner else {}) for i in places]
 
 
 def judged(
-    pipe: Pipeline, captions: list[str], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
+    pipe: Pipeline, prompts: list[Prompt], settings: SampleConfig, judge: Judge, batch: int, progress: Progress | None,
     processes: Processes, first: int = 0,
 ) -> tuple[list[Examined], list[np.ndarray]]:  # fmt: skip
-    """Draw and judge one image of each caption; returns all judgements and the first SHOWN images.
+    """Draw and judge one image of each prompt; returns all judgements and the first SHOWN images.
 
     ``first``: index of the first image among those of the seed.
     """
 
     def work(share: range) -> list[tuple[Examined, np.ndarray | None]]:
-        texts, drawn = [captions[i] for i in share], []
-        for images in pipe.sample(texts, settings, batch_size=batch, indices=[first + i for i in share]):
+        texts, drawn = texts_of([prompts[i] for i in share]), []
+        values = [prompts[i].values for i in share] if pipe.conditioner else None
+        numbers = [first + i for i in share]
+        for images in pipe.sample(texts, settings, batch_size=batch, indices=numbers, values=values):
             drawn += list(to_uint8(images))
             if progress:
                 progress(len(drawn), len(share), {})
         found = judge.examine(np.stack(drawn), texts)
         return [(each, image if i < SHOWN else None) for i, each, image in zip(share, found, drawn, strict=True)]
 
-    pairs = processes.over(len(captions), work)
+    pairs = processes.over(len(prompts), work)
     return [found for found, _ in pairs], [image for _, image in pairs if image is not None]
 
 
@@ -222,10 +227,10 @@ def tuned(
 
     The seed is one that the report does not use.
     """
-    captions, tried = first_captions(seen, n), []
-    for scale in GUIDANCE_SCALES if pipe.text else (1.0,):
+    prompts, tried = first_prompts(seen, n, pipe.conditioner), []
+    for scale in GUIDANCE_SCALES if pipe.guidable else (1.0,):
         settings = dataclasses.replace(start, guidance_scale=scale, seed=EVALUATION_SEED + 1)
-        found, _ = judged(pipe, captions, settings, judge, batch, None, processes)
+        found, _ = judged(pipe, prompts, settings, judge, batch, None, processes)
         tried.append({"guidance_scale": scale, "all": sum(each.row["all"] for each in found) / n})
         say(f"guidance {scale:g}: {tried[-1]['all']:.3f} of {n} seen captions right")
     best = max(tried, key=lambda row: row["all"])  # of equals the first, so the weakest guidance

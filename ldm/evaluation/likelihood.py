@@ -41,6 +41,7 @@ from ldm.evaluation.figures import plots
 from ldm.files.json import read_json, write_json
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec
+from ldm.pipeline.prompts import Prompt
 
 SEED = 2000
 SPLIT = "validation"
@@ -142,13 +143,19 @@ def likelihood(
         raise DataError(f"{run}: none of its {SPLIT} images can be read")
     found = summary(pipe, config.data, rows, variances, chosen)
     found |= {"variance": chosen, "timesteps": timesteps or last, "images": len(rows), "split": SPLIT, "seed": seed}
-    found |= {"given": "caption" if pipe.text else "nothing", "model": pipe.hash}
+    found |= {"given": _given(pipe), "model": pipe.hash}
     found |= ({"decoder_std": std} if std else {}) | {"seconds": round(time.monotonic() - started, 1)}
     if processes.main:
         file = run / "report.json"
         write_json(file, (read_json(file) if file.is_file() else {}) | {"likelihood": found})
         plots.likelihood(found, run / "likelihood.png")
     return found
+
+
+def _given(pipe: Pipeline) -> str:
+    """What the likelihood is conditional on."""
+    names = (["caption"] if pipe.text else []) + list(pipe.conditioner.names if pipe.conditioner else ())
+    return ", ".join(names) or "nothing"
 
 
 def _timesteps(wanted: int | None, last: int) -> int:
@@ -192,8 +199,9 @@ def measure(
         standard = _summed(posterior.kl().double()).cpu()
 
     # the bound of the latent, at the same steps for every variance
-    captions = [sample.text for _, sample in read]
-    denoiser = pipe.denoiser(captions, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
+    conditioner = pipe.conditioner
+    prompts = [Prompt(sample.text, conditioner.values(source.columns(i)) if conditioner else {}) for i, sample in read]
+    denoiser = pipe.denoiser(prompts, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
     steps = all_steps(pipe.schedule, len(x0))
     if timesteps:
         uniform = np.stack([rng.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])

@@ -35,10 +35,18 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
     if bundle.tokenizer:
         about["tokenizer"] = sorted(bundle.tokenizer)
     if bundle.extra:
-        about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key != "sha256"}
+        about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key not in ("sha256", "conditions")}
+    if conditions := bundle.extra.get("conditions"):
+        about["conditions"] = {part["name"]: _condition(part) for part in conditions["parts"]}
     if bundle.unused:
         about["unused"] = dict(Counter(bundle.unused.values()))
     return about
+
+
+def _condition(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A condition's kind, and what it was measured to be."""
+    settings = ("name", "column")
+    return {key: value for key, value in part.items() if key not in settings}
 
 
 def part_hash(part: Part) -> str:

@@ -49,6 +49,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "caption_dropout": (_is_share, "a number from 0 to 1, or null"),
     "sample_size": (lambda v: type(v) is int and 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}"),
     "defaults": (lambda v: isinstance(v, dict), "a mapping of settings"),
+    "conditions": (lambda v: isinstance(v, dict), "a mapping of conditions"),
     HASHES: (
         lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()),
         "the hash of each file of weights",

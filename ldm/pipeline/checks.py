@@ -142,14 +142,14 @@ def check_device(device: Any) -> torch.device:
     return place
 
 
-def check_drawable(unet: UNetConfig) -> None:
-    """Raise ConfigError for a U-Net that needs more than a caption."""
+def check_drawable(unet: UNetConfig, conditioned: bool = False) -> None:
+    """Raise ConfigError for a U-Net that needs more than a caption and, if ``conditioned``, values of conditions."""
     if unet.concat_channels:
         raise ConfigError(
             f"this model takes {unet.concat_channels} further channels (a mask, an image):"
             " it cannot draw from a caption alone"
         )
-    if unet.class_embedded:
+    if unet.class_embedded and not conditioned:
         raise ConfigError("this model takes a class label or vector too: it cannot draw from a caption alone")
 
 

@@ -32,7 +32,7 @@ from ldm.pipeline.checks import LONG_STEP, first_step, grid_of, sides_of
 from ldm.pipeline.given import Given, read_given, started
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.model import Model
-from ldm.pipeline.prompts import check_prompts
+from ldm.pipeline.prompts import Prompt, asked, texts_of
 from ldm.pipeline.watch import Watch, unseen
 
 MARGIN = 8  # latents that a circular picture is decoded with at each end, beyond the reach of most decoders
@@ -111,7 +111,7 @@ class Drawing:
     """A call that was checked: its model, its settings and its images.
 
     Attributes:
-        prompts, numbers: the caption of each image, and its number within the seed, which determines
+        prompts, numbers: what each image is to show, and its number within the seed, which determines
             its noise.
         batch_size: images computed together.
         shape: [c, h, w] of one image as it is diffused.
@@ -122,7 +122,7 @@ class Drawing:
     model: Model
     guides: Guides
     settings: SampleConfig
-    prompts: list[str]
+    prompts: list[Prompt]
     numbers: Sequence[int]
     batch_size: int
     shape: tuple[int, int, int]
@@ -152,9 +152,9 @@ class Drawing:
 
 
 class Batch(NamedTuple):
-    """Captions, numbers and given images of images that are computed together."""
+    """Prompts, numbers and given images of images that are computed together."""
 
-    captions: list[str]
+    prompts: list[Prompt]
     numbers: list[int]
     given: Given | None
 
@@ -169,27 +169,31 @@ def prepare(
     numbers: Sequence[int] | None = None,
     image: Any = None,
     mask: Any = None,
+    values: Any = None,
+    copies: int = 1,
 ) -> Drawing:
     """Check a call before anything slow. Raises ConfigError; warnings point at the caller's caller."""
     sides = sides_of(size, model.sample_size)
     together: int = typed(int, batch_size, "batch_size")
-    prompts = check_prompts(prompts)
+    prompts = asked(prompts, values, model.conditioner, copies)
+    captions = texts_of(prompts)
     settings = started(settings, image is not None, mask is not None)
     model.check(settings, sides)
     if together < 1:
         raise ConfigError(f"batch_size must be at least 1, got {together}")
     if numbers is not None and len(numbers) != len(prompts):
         raise ConfigError(f"indices must number the {len(prompts)} prompts, got {len(numbers)}")
-    if model.caption_dropout == 0.0 and settings.guidance_scale not in (0.0, 1.0):
+    if model.guidable and model.null_share == 0.0 and settings.guidance_scale not in (0.0, 1.0):
         warnings.warn(
-            "this model was trained without caption dropout: guidance has no unconditional model to lean on",
+            f"this model was trained without {'caption dropout' if model.conditioner is None else 'joint_dropout'}:"
+            " guidance has no unconditional model to lean on",
             stacklevel=3,
         )
     if settings.classifier is not None:  # every caption is one of its classes, before the first is drawn
         classes, _ = guides.classifier(model, settings.classifier)
-        for caption in prompts:
+        for caption in captions:
             classes.label(caption)
-    model.warn_cut(prompts, settings, stacklevel=4)
+    model.warn_cut(captions, settings, stacklevel=4)
     grid = grid_of(model.schedule, settings)
     if SAMPLERS[settings.sampler].looks_ahead and (ratio := first_step(model.schedule, grid)) > LONG_STEP:
         warnings.warn(
@@ -208,17 +212,17 @@ def prepare(
 def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) -> Float[Tensor, "b c h w"]:
     """One batch from noise to clean samples, as diffused. Raises NonFiniteError naming the part and the step."""
     model, settings, watch = drawing.model, drawing.settings, Watch(drawing.steps, drawing.model.dtype)
-    captions = batch.captions
+    prompts = batch.prompts
     options = {name: getattr(settings, name) for name in SAMPLERS[settings.sampler].options}
-    gradient = drawing.guides.gradient(model, captions, settings, "mean")
+    gradient = drawing.guides.gradient(model, texts_of(prompts), settings, "mean")
     if gradient is not None:
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
-    guided, after = denoiser(model, drawing.guides, captions, settings, watch), watch.after_step(callback)
+    guided, after = denoiser(model, drawing.guides, prompts, settings, watch), watch.after_step(callback)
     known = batch.given and batch.given.known(model.codec, model.device, settings.strips)
     noise = _noise(settings.seed, batch.numbers, drawing.shape, model.schedule)
     if settings.invert and known is not None and drawing.steps:
-        x = ddim_inversion(_source(drawing, captions, watch), known.x0, drawing.grid)
+        x = ddim_inversion(_source(drawing, prompts, watch), known.x0, drawing.grid)
         x = SAMPLERS[settings.sampler].function(guided, x, drawing.grid, callback=after, **options)
     else:
         x = _sampled(drawing, guided, known, noise, after, options)
@@ -226,10 +230,10 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
     return x
 
 
-def _source(drawing: Drawing, captions: list[str], watch: Watch) -> Denoiser:
+def _source(drawing: Drawing, prompts: list[Prompt], watch: Watch) -> Denoiser:
     """The denoiser for the images' own caption, without guidance, which an inversion could not undo."""
     plain = dataclasses.replace(drawing.settings, guidance_scale=1.0, autoguidance=None, classifier=None)
-    return denoiser(drawing.model, drawing.guides, [plain.source_prompt] * len(captions), plain, watch)
+    return denoiser(drawing.model, drawing.guides, [plain.source_prompt] * len(prompts), plain, watch)
 
 
 def _sampled(
@@ -308,20 +312,20 @@ def circular_axes(settings: SampleConfig) -> tuple[bool, bool]:
 
 
 def denoiser(
-    model: Model, guides: Guides, captions: list[str], settings: SampleConfig, watch: Watch | None = None
+    model: Model, guides: Guides, prompts: Sequence[Prompt | str], settings: SampleConfig, watch: Watch | None = None
 ) -> Denoiser:
-    """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
+    """The denoiser for these prompts, with guidance and LoRAs. ``watch``: sees what each part computes."""
     changed = model.with_loras(settings)
-    cond = changed.condition(captions)
-    null_cond = changed.condition([settings.negative_prompt or model.null_caption] * len(captions))
+    cond = changed.condition(prompts)
+    null_cond = changed.condition([settings.negative_prompt or model.null_caption] * len(prompts))
     for context in (cond.context, null_cond.context):
         if watch and context is not None:
             watch.see("what the text encoder says of the caption", context, at_step=False)
     seen = watch.watched if watch else unseen
-    gradient = guides.gradient(model, captions, settings, "score")
+    gradient = guides.gradient(model, texts_of(prompts), settings, "score")
     guide, windows = None, windows_of(model, settings)
     if settings.autoguidance is not None:
-        guide = guides.guide(model, settings.autoguidance, captions, settings, windows)
+        guide = guides.guide(model, settings.autoguidance, prompts, settings, windows)
     guidance = Guidance(
         seen("the U-Net's prediction", windowed(changed.predict, windows) if windows else changed.predict),
         cond,
@@ -329,7 +333,7 @@ def denoiser(
         model.schedule,
         model.target,
         model.learned_variance,
-        scale=settings.guidance_scale if model.text else 1.0,
+        scale=settings.guidance_scale if model.guidable else 1.0,
         rescale=settings.guidance_rescale,
         interval=settings.guidance_interval or EVERYWHERE,
         guide=guide and seen(f"the prediction of autoguidance {settings.autoguidance}", guide),

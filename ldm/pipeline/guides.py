@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 
@@ -16,6 +17,7 @@ from ldm.errors import FolderError
 from ldm.interop.classifier import ClassifierInfo, load_classifier
 from ldm.models.classifier import NoisyClassifier
 from ldm.pipeline.model import Model
+from ldm.pipeline.prompts import Prompt, texts_of
 
 _READING = RLock()  # a network that several threads ask for at once is read once
 
@@ -37,13 +39,13 @@ class Guides:
             classifier.to(device)
 
     def guide(
-        self, model: Model, path: str, captions: list[str], settings: SampleConfig, windows: Windows | None
+        self, model: Model, path: str, prompts: Sequence[Prompt | str], settings: SampleConfig, windows: Windows | None
     ) -> Denoise:
         """The model at ``path``, conditioned as autoguidance starts. Raises ConfigError where it does not fit."""
         guide = self._open_guide(model, path)
-        guide.warn_cut(captions, settings, stacklevel=1)
+        guide.warn_cut(texts_of(prompts), settings, stacklevel=1)
         null = settings.negative_prompt or guide.null_caption
-        cond = guide.condition(captions if settings.guidance_scale else [null] * len(captions))
+        cond = guide.condition(prompts if settings.guidance_scale else [null] * len(prompts))
         predict = windowed(guide.predict, windows) if windows else guide.predict
         return lambda x_t, t: predict(x_t, t, cond)[:, : model.unet.in_channels]
 
@@ -63,6 +65,10 @@ class Guides:
                     )
                 if (guide.text is None) != (model.text is None):
                     raise ConfigError(f"{name}: one of the models has a text encoder and the other has none")
+                conditions = [one.conditioner.names if one.conditioner else () for one in (guide, model)]
+                if conditions[0] != conditions[1]:
+                    theirs, mine = (", ".join(names) or "none" for names in conditions)
+                    raise ConfigError(f"{name}: its conditions are {theirs}, this model's {mine}: they must be equal")
                 self.models[path] = guide
             return self.models[path]
 

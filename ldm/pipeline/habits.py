@@ -32,6 +32,7 @@ TAKEN = (  # under their name; height and width become size
 OUTPUTS = ("pil", "np", "pt", "latent")
 OF_THE_CALL = (  # not of SampleConfig
     "prompts", "size", "output_type", "num_images_per_prompt", "callback_on_step_end", "image", "mask",
+    "values",
 )  # fmt: skip
 _FROM_TEXT = "the text encoder reads prompts: give prompts and negative_prompt"
 _FROM_GRID = "steps and grid say where the steps lie (docs/samplers.md)"

@@ -13,6 +13,7 @@ from typing import Any
 
 from autoencoder.layout import from_diffusers as autoencoder_from_diffusers
 from ldm.config import ConfigError, SampleConfig, ScheduleConfig, build
+from ldm.diffusion.conditioner import Conditioner
 from ldm.errors import FolderError
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle
 from ldm.interop.complete import check_complete
@@ -20,6 +21,7 @@ from ldm.interop.diffusers import schedulers
 from ldm.interop.diffusers.folder import find_model
 from ldm.interop.diffusers.lora_folder import REFERENCE, Reference
 from ldm.interop.diffusers.unet import sample_side, unet_from_diffusers
+from ldm.interop.intact import EXTRA
 from ldm.interop.open import read_model
 from ldm.interop.weights import fill
 from ldm.models.unet import NetworkSpec, UNet
@@ -103,6 +105,22 @@ class ModelInfo:
     def has_text(self) -> bool:
         """True if the model has a text encoder."""
         return TEXT in self.bundle.parts
+
+    @property
+    def conditioner(self) -> Conditioner | None:
+        """Encodes values of its conditions beside the caption; None: it has none. Raises FolderError."""
+        if "conditions" not in self.extra:
+            return None
+        try:
+            conditioner = Conditioner.from_dict(self.extra["conditions"])
+        except ConfigError as error:
+            raise FolderError(f"{self.path}: {EXTRA}: {error}") from None
+        if conditioner.width != self.unet.config.vector_dim:
+            raise FolderError(
+                f"{self.path}: {EXTRA}: its conditions are a vector of {conditioner.width}, and the U-Net takes"
+                f" {self.unet.config.vector_dim or 'none'}"
+            )
+        return conditioner
 
     @property
     def hash(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from autoencoder.layout import to_diffusers as autoencoder_to_diffusers
 from ldm.config import NULL_CAPTION, ConfigError, SampleConfig, ScheduleConfig
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.conditioner import Conditioner
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.bundle import TEXT, UNET, VAE, Bundle, Part
 from ldm.interop.diffusers import index as layout
@@ -38,7 +40,7 @@ from ldm.pipeline.checks import (
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 from ldm.pipeline.loras import Loras
-from ldm.pipeline.prompts import cut_prompts
+from ldm.pipeline.prompts import Prompt, cut_prompts, texts_of
 
 if TYPE_CHECKING:
     from typing import Self, TypeAlias
@@ -66,6 +68,7 @@ class Model:
         null_caption: the caption that means no condition.
         caption_dropout: share of captions dropped in training; None where unknown.
         files: of the weights; none before saving.
+        conditioner: encodes values of the conditions beside the caption; None: there are none.
     """
 
     unet: UNet
@@ -78,6 +81,7 @@ class Model:
     null_caption: str = NULL_CAPTION
     caption_dropout: float | None = None
     files: tuple[Path, ...] = ()
+    conditioner: Conditioner | None = None
     _loras: Loras = field(default_factory=Loras, init=False, repr=False)
     _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
 
@@ -149,11 +153,29 @@ class Model:
 
     # ------------------------------------------------------------ what the networks compute
 
-    def condition(self, captions: list[str]) -> Condition:
-        """The condition for these captions. Any other kind (labels, numbers, images) would be encoded here too."""
-        if self.text is None:
-            return Condition()
-        return Condition(context=self.text.encode(captions).to(self.device, self.dtype))
+    def condition(self, prompts: Sequence[Prompt | str]) -> Condition:
+        """The condition for these captions, and for the values of those that are a Prompt."""
+        context = vector = None
+        if self.text is not None:
+            context = self.text.encode(texts_of(prompts)).to(self.device, self.dtype)
+        if self.conditioner is not None:
+            values = [{} if isinstance(prompt, str) else prompt.values for prompt in prompts]
+            vector = self.conditioner.encode(values).to(self.device, self.dtype)
+        return Condition(context, vector)
+
+    @property
+    def guidable(self) -> bool:
+        """True if there is a condition to guide by."""
+        return self.text is not None or self.conditioner is not None
+
+    @property
+    def null_share(self) -> float | None:
+        """Share of samples that training showed without any condition, to lean on in guidance; None where unknown."""
+        shares = [] if self.text is None else [self.caption_dropout]
+        joint = 0.0
+        if self.conditioner is not None:
+            joint, shares = self.conditioner.joint_dropout, [*shares, *(c.dropout for c in self.conditioner.configs)]
+        return None if None in shares else joint + (1 - joint) * math.prod(shares)  # type: ignore[arg-type]
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The U-Net's prediction, computed in its own precision and returned in float32, the sampler's."""
@@ -168,7 +190,7 @@ class Model:
                 "variance learned: this model has not learned the reverse variance, take posterior or beta"
             )
         check_guidance(settings, self.codec is not None)
-        check_drawable(self.unet.config)
+        check_drawable(self.unet.config, self.conditioner is not None)
         check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():
             self._loras.read(path, self.networks)
@@ -252,6 +274,7 @@ class Model:
         model = cls(
             load_unet(info).to(dtype), info.schedule, info.target, codec, encoder, info.sample_size, info.defaults,
             info.extra.get("null_caption", NULL_CAPTION), info.extra.get("caption_dropout"), info.bundle.files,
+            info.conditioner,
         )  # fmt: skip
         if info.lora is not None:
             model.load_lora(info.lora.folder)
@@ -294,5 +317,7 @@ class Model:
             "sample_size": self.sample_size,
             "defaults": dataclasses.asdict(self.defaults),
         }
+        if self.conditioner is not None:
+            extra["conditions"] = self.conditioner.to_dict()
         scheduler = schedulers.scheduler_to_diffusers(self.schedule_config, self.target, self.defaults)
         return Bundle(parts, scheduler, tokenizer, extra)

@@ -23,7 +23,7 @@ from ldm.pipeline import draw, habits
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.habits import Pictures
 from ldm.pipeline.model import Device, Dtype, Model, Place, Self, Text
-from ldm.pipeline.prompts import check_prompts
+from ldm.pipeline.prompts import Prompt
 from ldm.pipeline.watch import Watch
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Pipeline(Model):
         size: Whole | tuple[Whole, Whole] | None = None,
         image: Any = None,
         mask: Any = None,
+        values: Any = None,
         batch_size: Whole = 16,
         output_type: Text = "pil",
         callback: Callable[[int, int], None] | None = None,
@@ -75,6 +76,8 @@ class Pipeline(Model):
             image: a picture to start from, or one for each prompt: files, pictures of Pillow or arrays uint8
                 [h, w, c]. ``strength`` says how much of it is drawn anew (docs/editing.md).
             mask: white where ``image`` is drawn, black where it is kept; likewise.
+            values: of the model's conditions beside the caption: ``{"digit": 7, "size": [0.2, 0.3]}``, one for all
+                prompts or a list of theirs; or such a mapping for each (docs/conditions.md).
             batch_size: pictures computed together.
             output_type: pil; np or pt, in [0, 1]; latent, not decoded. ``.images`` of the list is then
                 the whole array, [n, h, w, c] of np and [n, c, h, w] of the others.
@@ -89,15 +92,17 @@ class Pipeline(Model):
         """
         named = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "seed": seed, "eta": eta}
         named |= {"prompts": prompts, "negative_prompt": negative_prompt, "size": size, "output_type": output_type}
-        named |= {"image": image, "mask": mask}
+        named |= {"image": image, "mask": mask, "values": values}
         given = habits.in_our_words({**named, **further}, self.sample_size)
-        prompts, size, kind, copies, step_end, image, mask = (given.pop(name, None) for name in habits.OF_THE_CALL)
+        prompts, size, kind, copies, step_end, image, mask, values = (
+            given.pop(name, None) for name in habits.OF_THE_CALL
+        )
         settings = changed(self.defaults, given)
-        texts = [text for text in check_prompts(prompts) for _ in range(copies)]
         for name, function in (("callback", callback), ("callback_on_step_end", step_end)):
             if function is not None and not callable(function):
                 raise ConfigError(f"{name} must be a function, got {shown(function)}")
-        drawing = draw.prepare(self, self._guides, texts, settings, size, batch_size, image=image, mask=mask)
+        start = {"image": image, "mask": mask, "values": values, "copies": copies}
+        drawing = draw.prepare(self, self._guides, prompts, settings, size, batch_size, **start)
         replaced = habits.step_end(self, step_end, drawing.times) if step_end else None
 
         with self._progress(drawing, progress) as bar:
@@ -111,7 +116,7 @@ class Pipeline(Model):
                 batches.append(habits.finished(kind, images))
                 done += len(images)
                 if callback:
-                    callback(done, len(texts))
+                    callback(done, len(drawing.prompts))
         return habits.together(kind, batches)
 
     def sample(
@@ -125,6 +130,7 @@ class Pipeline(Model):
         callback: StepCallback | None = None,
         image: Any = None,
         mask: Any = None,
+        values: Any = None,
     ) -> Iterator[Float[Tensor, "b C H W"]]:
         """Batches of images in about [−1, 1], in the order of the prompts. Arguments are checked at once.
 
@@ -132,14 +138,14 @@ class Pipeline(Model):
         0, 1, …); a process that draws a share of the images passes theirs.
         ``callback(step, x, x0)``: after each step of each batch, with the sample and the x̂_0 that the
         step used, both as diffused; its return value, unless None, replaces the sample.
-        ``size``, ``image``, ``mask``: as in a call.
+        ``size``, ``image``, ``mask``, ``values``: as in a call.
         """
-        drawing = draw.prepare(self, self._guides, prompts, settings, size, batch_size, indices, image, mask)
+        drawing = draw.prepare(self, self._guides, prompts, settings, size, batch_size, indices, image, mask, values)
         return draw.draw(drawing, callback)
 
-    def denoiser(self, captions: list[str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
-        """The denoiser for these captions, with guidance and LoRAs. ``watch``: sees what each part computes."""
-        return draw.denoiser(self, self._guides, captions, settings, watch)
+    def denoiser(self, prompts: Sequence[Prompt | str], settings: SampleConfig, watch: Watch | None = None) -> Denoiser:
+        """The denoiser for these prompts, with guidance and LoRAs. ``watch``: sees what each part computes."""
+        return draw.denoiser(self, self._guides, prompts, settings, watch)
 
     def to(self, *place: Device | Dtype | None, device: Device | None = None, dtype: Dtype | None = None) -> Self:
         """As ``Model.to``, with the guides."""

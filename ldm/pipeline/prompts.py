@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoencoder.config import shown
 from ldm.config import ConfigError
 from ldm.config.values import plain
+from ldm.diffusion.conditioner import Conditioner
 
 if TYPE_CHECKING:
     from ldm.models.text import TextEncoder
 
 SHOWN = 3  # prompts that a warning quotes
 QUOTED = 200  # characters quoted of the dropped end of one
+
+
+class Prompt(NamedTuple):
+    """What one picture is to show: a caption, and values of the model's conditions by name."""
+
+    text: str
+    values: Mapping[str, Any]
+
+
+def asked(prompts: Any, values: Any, conditioner: Conditioner | None, copies: int = 1) -> list[Prompt]:
+    """A Prompt for each picture, ``copies`` of each prompt. Raises ConfigError.
+
+    Args:
+        prompts: one text or several; None: none, where values say what is drawn.
+        values: of the conditions (``Conditioner.each``), for each prompt; None: none are given.
+    """
+    if values is None:
+        return [Prompt(text, {}) for text in check_prompts(prompts) for _ in range(copies)]
+    if conditioner is None:
+        raise ConfigError("values: this model has no conditions beside its caption, leave them out")
+    several = isinstance(values, (list, tuple)) and all(isinstance(row, Mapping) for row in values)
+    if not (several or isinstance(values, Mapping)):
+        raise ConfigError(f"values must be a mapping of conditions, or one for each prompt, got {shown(values)}")
+    texts = None if prompts is None else check_prompts(prompts)
+    rows = conditioner.each(values, None if texts is None else len(texts))
+    conditioner.encode(rows)  # refuses values that it cannot
+    captions = [""] * len(rows) if texts is None else texts
+    return [Prompt(text, row) for text, row in zip(captions, rows, strict=True) for _ in range(copies)]
+
+
+def texts_of(prompts: Sequence[Prompt | str]) -> list[str]:
+    """The captions."""
+    return [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts]
 
 
 def check_prompts(prompts: Any) -> list[str]:

@@ -53,6 +53,7 @@ class Provenance:
         size: side in pixels, or height and width.
         vae, text: the autoencoder and the text encoder that were named in the place of the model's own.
         image, mask: the files that the images start from.
+        values: of the model's conditions, for each prompt; empty: none were given.
         parts: a hash of each thing of the model that decides pixels and is not a weight.
         others: a hash of each LoRA, guide and given image, by the name that the settings or the call give it.
         drawn: versions, device, and how the images were shared out; these change a pixel by at most
@@ -73,6 +74,7 @@ class Provenance:
     text: str | None = None
     image: str | None = None
     mask: str | None = None
+    values: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def given(self) -> dict[str, Any]:
@@ -115,6 +117,8 @@ class Provenance:
             about = {"prompt": self.prompts[0], "index": self.index}
         rest = {name: getattr(self, name) for name in ("size", "model", "path", "variant", "parts", "others", "drawn")}
         values = {**about, **dataclasses.asdict(self.settings), **rest, **self.given, **self.start}
+        if self.values:
+            values["values"] = self.values
         info = PngInfo()
         info.add_itxt(KEY, json.dumps(values, ensure_ascii=False))
         return info
@@ -165,6 +169,9 @@ def _parsed(about: Any) -> Provenance:
     prompts = tuple(about.pop("prompts")) if "prompts" in about else (about.pop("prompt"),)
     index, size, model = about.pop("index", None), about.pop("size"), about.pop("model")
     rest = {name: about.pop(name) for name in (*_NAMED, *_TABLES) if name in about}
+    rest["values"] = tuple(about.pop("values", ()))
+    if len(rest["values"]) not in (0, len(prompts)) or not all(isinstance(one, dict) for one in rest["values"]):
+        raise ValueError("values must be an object for each prompt")
     if about:
         raise ValueError(f"unknown: {', '.join(about)}")
     if wrong := [name for name in _NAMED if not isinstance(rest.get(name), (str, NoneType))]:
@@ -193,6 +200,8 @@ def part_hashes(info: ModelInfo) -> dict[str, str]:
         "process": [dataclasses.asdict(info.schedule), info.target],
         "null_caption": info.extra.get("null_caption", NULL_CAPTION),
     }
+    if info.conditioner is not None:
+        about["conditions"] = info.conditioner.to_dict()
     if info.autoencoder is not None:
         about[VAE] = [dataclasses.asdict(autoencoder_from_diffusers(info.autoencoder)), *latent_scale(info.autoencoder)]
     if info.has_text:

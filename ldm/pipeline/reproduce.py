@@ -77,14 +77,16 @@ def redraw(pipe: Pipeline, origin: Provenance, width: int, together: bool) -> UI
     places of others, whose captions a PNG does not hold; otherwise each image alone.
     """
     captions = dict(zip(origin.numbers, origin.prompts, strict=True))
+    values = dict(zip(origin.numbers, origin.values, strict=False))
     alone = [range(i, i + 1) for i in origin.numbers]
     batches = (origin.batches() if together else alone) or alone
     images: dict[int, np.ndarray] = {}
     for numbers in batches:
         prompts = [captions.get(i, origin.prompts[0]) for i in numbers]
-        (drawn,) = pipe.sample(
-            prompts, origin.settings, size=origin.size, batch_size=len(numbers), indices=numbers, **origin.start
-        )
+        how: dict[str, Any] = {"size": origin.size, "batch_size": len(numbers), "indices": numbers, **origin.start}
+        if values:
+            how["values"] = [values.get(i, origin.values[0]) for i in numbers]
+        (drawn,) = pipe.sample(prompts, origin.settings, **how)
         images |= {i: image for i, image in zip(numbers, to_uint8(drawn), strict=True) if i in captions}
     stack = np.stack([images[i] for i in origin.numbers])
     if origin.index is not None:

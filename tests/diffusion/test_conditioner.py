@@ -108,16 +108,23 @@ def test_text_classes_and_numbers_of_numpy() -> None:
 @pytest.mark.parametrize(
     ("configs", "rows", "message"),
     [
-        ([("a", "class")], [{"b": 1}], "a: a sample has no column a, its columns are b"),
+        ([("a", "class")], [{"b": 1}, {"c": 1}], "a: there is no column a, the columns are: b, c"),
         ([("a", "class")], [{"a": None}], "a: no sample has a value in column a"),
-        ([("a", "class")], [{"a": 1.5}], "a: a class must be text or an integer, got 1.5"),
-        ([("a", "class")], [{"a": 1}, {"a": "1"}], "a: classes must be all text or all integers"),
-        ([("a", "scalar")], [{"a": "1"}], "a: a finite number is needed, got '1'"),
+        ([("a", "class")], [{"a": 1.5}], "a: a class must be text, an integer, true or false, got 1.5"),
+        (
+            [("a", "class")],
+            [{"a": 1}, {"a": "1"}],
+            "a: classes must all be text, or all integers, or all true or false",
+        ),
+        ([("a", "class")], [{"a": 1}, {"a": True}], "a: classes must all be text, or all integers"),
+        ([("a", "scalar")], [{"a": "one"}], "a: a finite number is needed, got 'one'"),
+        ([("a", "scalar")], [{"a": "NaN"}], "a: a finite number is needed, got nan"),
+        ([("a", "vector")], [{"a": "[1, 2"}], "a: a list of numbers is needed, got '[1, 2'"),
         ([("a", "scalar")], [{"a": math.nan}], "a: a finite number is needed, got nan"),
         ([("a", "scalar")], [{"a": 2}] * 3, "a: it is [2.0] in every sample, so there is nothing to learn of it"),
         ([("a", "vector")], [{"a": [1, 2]}, {"a": [1]}], "a: vectors must have the same number of components"),
         ([("a", "vector")], [{"a": 3}], "a: a list of numbers is needed, got 3"),
-        ([("a", "class"), ("a", "scalar")], [{"a": 1}], "conditions: two have one name"),
+        ([("a", "class"), ("a", "scalar")], [{"a": 1}], "conditions: two are called a"),
     ],
 )
 def test_columns_that_cannot_be_conditions(configs: list, rows: list, message: str) -> None:
@@ -129,9 +136,9 @@ def test_columns_that_cannot_be_conditions(configs: list, rows: list, message: s
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"colour": 1}, "no condition colour: there are digit, ink, place"),
+        ({"colour": 1}, "no condition colour, the conditions are: digit, ink, place"),
         ({"digit": 7}, "digit: 7 is not one of its 4 classes: 0, 1, 2, 3"),
-        ({"digit": [1, 2, 3]}, "digit: 3 values for 2 samples: give one for all, or one for each"),
+        ({"digit": [1, 2, 3]}, "digit: 3 values for 2 samples: give one for all, or for each"),
         ({"ink": "dark"}, "ink: a finite number is needed, got 'dark'"),
         ({"place": [1, 2, 3]}, "place: it has 2 components, got 3"),
     ],

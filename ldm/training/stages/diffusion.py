@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from ldm.data.sample import Source
 from ldm.data.sources import open_source
 from ldm.data.transforms import grid, to_uint8
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.conditioner import Conditioner
 from ldm.diffusion.guidance import Model
 from ldm.diffusion.objective import Objective, Terms
 from ldm.diffusion.schedule import Schedule
@@ -27,6 +29,7 @@ from ldm.errors import FolderError
 from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
 from ldm.pipeline.codec import LatentCodec, autoencoder_config, load_codec
+from ldm.training.stages.finetune import initial_conditioner
 from ldm.training.stages.latents import diffused, ensure_cache
 from ldm.training.stages.trained import Trained, make_trained
 from ldm.training.task import Networks
@@ -36,6 +39,8 @@ T = TypeVar("T", bound="DiffusionTask")
 PICTURES = 8
 COUNTED = 20_000  # captions checked for length at most, if they are encoded in the step
 BINS = 10  # equal parts of 1…T with a validation loss of their own
+MEASURED = 10_000  # samples of an endless source whose columns are measured
+JOINT = "drop/all"  # stream of the draws that drop everything at once
 
 
 class Noising(NamedTuple):
@@ -56,6 +61,7 @@ class DiffusionTask:
         text: the frozen text encoder; None: unconditional.
         cache: latents of the training split; None: they are encoded in the step.
         say: prints one line for the user.
+        conditioner: encodes the columns that are conditions; None: there are none.
     """
 
     averaged = "unet"
@@ -70,18 +76,23 @@ class DiffusionTask:
         validation: Source,
         cache: LatentCache | None,
         say: Callable[[str], None],
+        conditioner: Conditioner | None = None,
     ) -> None:
         self.config, self.trained, self.codec, self.text, self.source = config, trained, codec, text, source
         self._say, self._frozen = say, {"autoencoder": codec and codec.hash, "text": text and text.hash}
+        self.conditioner, encode, drops = conditioner, None, ["drop"]
+        if conditioner is not None:
+            encode, drops = conditioner.row, ["drop", JOINT, *(f"drop/{name}" for name in conditioner.names)]
         self._table: Any = None  # made in `to`, on the device
         self.networks: dict[str, nn.Module] = {"unet": trained.network}
         self._set_process(Schedule.from_config(self._schedule_config()), torch.device("cpu"))
         data, seed, shape = config.data, config.train.seed, _shape(config, codec)
         normals = {"eps": shape} | ({"posterior": shape} if codec else {})
-        self.stream = Stream(source, data, seed, RandomFields(normals, ("t", "drop")), cache)
-        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True)
+        self.stream = Stream(source, data, seed, RandomFields(normals, ("t", *drops)), cache, encode=encode)
+        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True, encode=encode)
         shown = range(min(PICTURES, validation.length or PICTURES))
         self.prompts = list(config.prompts) or [validation.text(i) for i in shown]
+        self._check_validation()
 
     @classmethod
     def from_config(cls: type[T], config: DiffusionTrainingConfig, say: Callable[[str], None]) -> T:
@@ -92,15 +103,28 @@ class DiffusionTask:
             codec = load_codec(config.autoencoder)
         text = _text_encoder(config.text)
         source, validation = (open_source(config.data, split) for split in ("train", "validation"))
+        conditioner = _conditioner(config, source)
+        unet = replace(config.unet, vector_dim=conditioner.width) if conditioner else config.unet
         channels = _shape(config, codec)[0]
         out_channels = 2 * channels if config.objective.learned_variance else channels
-        trained = make_trained(
-            config, NetworkSpec(config.unet, channels, out_channels, text.width if text else None), text
-        )
+        trained = make_trained(config, NetworkSpec(unet, channels, out_channels, text.width if text else None), text)
         cache = None
         if codec is not None and config.cache_latents:
             cache = ensure_cache(config, codec.autoencoder, source, say, *launched())
-        return cls(config, trained, codec, text, source, validation, cache, say)
+        return cls(config, trained, codec, text, source, validation, cache, say, conditioner)
+
+    def _check_validation(self) -> None:
+        """Raise ConfigError for a value of the validation images that training images do not have."""
+        if self.conditioner is None:
+            return
+        source, most = self.validation.source, self.config.train.validation_size
+        for i in range(min(most, source.length or most)):
+            try:
+                self.conditioner.row(source.columns(i))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"conditions: in the validation split, not among the training images: {error}"
+                ) from None
 
     def _caption_table(self) -> Any:
         """Text states of all captions of a small set, encoded once; None if captions are encoded in the step."""
@@ -161,11 +185,15 @@ class DiffusionTask:
         return self._descend(noising, terms, batch["position"], backward)
 
     def _noising(self, batch: Batch) -> Noising:
-        """x_0, ε and t of a batch, and its condition: a share of the captions is dropped for guidance."""
+        """x_0, ε and t of a batch, and its condition: some captions and values are dropped for guidance."""
         t, weight = self.timesteps.draw(batch["t"], batch["position"])
-        dropped = (batch["drop"] < self.config.caption_dropout).tolist()
-        captions = [NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped, strict=True)]
-        return Noising(diffused(self.codec, batch), batch["eps"], t, weight, self._condition(captions))
+        dropped, vector = batch["drop"] < self.config.caption_dropout, None
+        if self.conditioner is not None:
+            joint = batch[JOINT] < self.conditioner.joint_dropout
+            each = {c.name: joint | (batch[f"drop/{c.name}"] < c.dropout) for c in self.conditioner.configs}
+            dropped, vector = dropped | joint, self.conditioner.dropping(batch["vector"], each)
+        captions = [NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped.tolist(), strict=True)]
+        return Noising(diffused(self.codec, batch), batch["eps"], t, weight, self._condition(captions, vector))
 
     def _terms(self, unet: Model, noising: Noising) -> Terms:
         """The loss of each sample (L1, and L4 with a learned variance)."""
@@ -181,10 +209,11 @@ class DiffusionTask:
         vlb = {} if terms.vlb is None else {"vlb": (noising.weight * terms.vlb).mean().detach()}
         return {"loss": loss.detach(), **vlb}
 
-    def _condition(self, captions: list[str]) -> Condition:
+    def _condition(self, captions: list[str], vector: Tensor | None) -> Condition:
         if self.text is None:
-            return Condition()
-        return Condition(context=self._table[captions] if self._table is not None else self.text.encode(captions))
+            return Condition(vector=vector)
+        context = self._table[captions] if self._table is not None else self.text.encode(captions)
+        return Condition(context=context, vector=vector)
 
     def initialize(self) -> None:
         self.trained.initialize()
@@ -194,7 +223,8 @@ class DiffusionTask:
         self.timesteps.after_update(reduce, finite)
 
     def state(self) -> dict[str, Any]:
-        return {"timesteps": self.timesteps.state(), **self._frozen, **self.trained.state()}
+        conditions = {} if self.conditioner is None else {"conditions": self.conditioner.to_dict()}
+        return {"timesteps": self.timesteps.state(), **self._frozen, **conditions, **self.trained.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, value in self._frozen.items():  # older checkpoints lack them
@@ -204,8 +234,25 @@ class DiffusionTask:
                     f"{name} {path}: its weights have changed since this run began: bring them back, or use another"
                     " run:"
                 )
+        if self.conditioner is not None:
+            self._keep_conditions(self.conditioner, state["conditions"])
         self.timesteps.load_state(state.get("timesteps", {}))  # older checkpoints lack it
         self.trained.load_state(state)
+
+    def _keep_conditions(self, measured: Conditioner, described: Mapping[str, Any]) -> None:
+        """Go on with what values meant when the run began, where the data have changed since.
+
+        Raises ConfigError for values that it cannot encode.
+        """
+        if described == measured.to_dict():
+            return
+        self.conditioner = kept = measured.kept(Conditioner.from_dict(described))
+        self.stream.encode = self.validation.encode = kept.row
+        try:
+            for i in range(self.source.length or MEASURED):
+                kept.row(self.source.columns(i))
+        except ConfigError as error:
+            raise ConfigError(f"conditions: new in the data since this run began: {error}") from None
 
     def validate(self, update: int, gather: Callable[[Tensor], Tensor], rank: int, processes: int) -> dict[str, Any]:
         """Unweighted loss and its standard error on fixed noise and stratified timesteps, and by tenths of 1…T."""
@@ -215,7 +262,7 @@ class DiffusionTask:
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
-            cond = Condition(context=self.text.encode(moved["text"])) if self.text else Condition()
+            cond = Condition(self.text.encode(moved["text"]) if self.text else None, moved.get("vector"))
             x0 = diffused(self.codec, moved)
             noising = Noising(x0, moved["eps"], t, torch.ones_like(t), cond)
             loss = self._terms(self.networks["unet"], noising).error.double()
@@ -239,19 +286,35 @@ class DiffusionTask:
             config.data.image_size,
             config.sample,
             caption_dropout=config.caption_dropout if self.text else None,
+            conditioner=self.conditioner,
         ).to(self.device)
 
     def _schedule_config(self) -> ScheduleConfig:
         return self.config.schedule
 
     def previews(self) -> dict[str, np.ndarray]:
-        """Samples of fixed prompts from fixed noise."""
-        images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample)))
+        """Samples of fixed prompts, and the values of the first validation images, from fixed noise."""
+        values = None
+        if self.conditioner is not None:
+            source = self.validation.source
+            rows = (source.columns(i % (source.length or PICTURES)) for i in range(len(self.prompts)))
+            values = [self.conditioner.values(row) for row in rows]
+        images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample, values=values)))
         return {"samples": grid(to_uint8(images), PICTURES)}
 
     def export(self, folder: Path) -> None:
         """Write a model folder: the whole pipeline, or a LoRA and the name of its base."""
         self.trained.export(folder, self.pipeline)
+
+
+def _conditioner(config: DiffusionTrainingConfig, source: Source) -> Conditioner | None:
+    """Encodes the conditions, as measured on the training split, or as the model of ``init`` was trained with them."""
+    if not config.conditions:
+        return None
+    if config.init is not None:
+        return initial_conditioner(config)
+    rows = (source.columns(i) for i in range(source.length or MEASURED))
+    return Conditioner.measured(config.conditions, rows, config.joint_dropout)
 
 
 def _check_data(data: DataConfig, model: AutoencoderConfig) -> None:

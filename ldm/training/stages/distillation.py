@@ -63,7 +63,8 @@ class DistillationTask(DiffusionTask):
 
         In validation the student is the average.
         """
-        null_cond = self._condition([NULL_CAPTION] * len(noising.t))
+        vector = noising.cond.vector
+        null_cond = self._condition([NULL_CAPTION] * len(noising.t), None if vector is None else vector * 0)
         guidance = Guidance(
             self._teach, noising.cond, null_cond, self.schedule, self.config.objective.target,
             scale=self.distill.guidance_scale,

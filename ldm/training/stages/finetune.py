@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldm.config import NONE, ConfigError, DiffusionTrainingConfig, ScheduleConfig, UNetConfig
+from ldm.diffusion.conditioner import Conditioner
 from ldm.diffusion.schedule import Schedule
 from ldm.interop.bundle import VAE
 from ldm.models.unet import NetworkSpec, UNet
@@ -35,6 +36,7 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
         raise ConfigError(
             f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}"
         )
+    _check_conditions(config, info)
     _check_unet(config.init, info.unet, spec)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
@@ -60,6 +62,18 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
                 f" write text: {config.init}"
             )
     return info
+
+
+def initial_conditioner(config: DiffusionTrainingConfig) -> Conditioner:
+    """The conditioner of the model of ``config.init``: what a value meant there, it means here.
+
+    Columns and dropout are the configuration's. Raises ConfigError where the model has other conditions.
+    """
+    assert config.init is not None
+    info = ModelInfo.read(config.init)
+    _check_conditions(config, info)
+    assert info.conditioner is not None
+    return dataclasses.replace(info.conditioner, configs=config.conditions, joint_dropout=config.joint_dropout)
 
 
 def initial_unet(info: ModelInfo, mixed_precision: str) -> UNet:
@@ -94,6 +108,15 @@ def _check_unet(init: str, base: NetworkSpec, wanted: NetworkSpec) -> None:
     ):
         if found != expected:
             _differ(init, name, found, expected)
+
+
+def _check_conditions(config: DiffusionTrainingConfig, info: ModelInfo) -> None:
+    """Raise ConfigError unless the model has the conditions of the configuration, in its order."""
+    known = info.conditioner.configs if info.conditioner else ()
+    theirs, mine = ([(c.name, c.kind) for c in configs] for configs in (known, config.conditions))
+    if theirs != mine:
+        named = (", ".join(f"{name} ({kind})" for name, kind in several) or "none" for several in (theirs, mine))
+        _differ(config.init, "conditions", *named)
 
 
 def _spread(config: UNetConfig, name: str) -> Any:
