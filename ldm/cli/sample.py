@@ -41,7 +41,7 @@ from ldm.files.text import lines, read_text
 
 SETTINGS = (  # of a SampleConfig, that an option of the same name replaces
     "steps", "sampler", "grid", "eta", "variance", "seed", "negative_prompt", "dynamic_threshold", "lora",
-    "guidance_scale", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
+    "guidance_scale", "guidance_alone", "guidance_rescale", "guidance_interval", "autoguidance", "autoguidance_scale",
     "classifier", "classifier_scale", "classifier_form",
     "strength", "strength_by", "extend", "invert", "source_prompt", "completion", "repaint_jump", "repaint_repeats",
     "paste", "window", "window_stride", "circular", "strips",
@@ -156,6 +156,8 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("guidance", "default: the model's own settings (docs/guidance.md)")
     closer = "1: the conditional model; above: closer to the caption"
     group.add_argument("--guidance-scale", type=float, metavar="SCALE", help=closer)
+    alone = "guide one condition of the model, or caption, beside --guidance-scale; may be given several times"
+    group.add_argument("--guidance-alone", action="append", metavar="NAME:SCALE", help=alone)
     group.add_argument("--negative-prompt", metavar="PROMPT", help="a caption to steer away from")
     rescale = "0 to 1: how much of the standard deviation added by guidance is removed"
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help=rescale)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from autoencoder.config import ConfigError, between, one_of
 
 KINDS = ("class", "scalar", "vector")
+RESERVED = ("caption", "all")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class ConditionConfig:
     dropout: float = 0.1  # share of samples from which it is dropped, for guidance
 
     def __post_init__(self) -> None:
+        if self.name in RESERVED:
+            raise ConfigError(f"name must not be one of {', '.join(RESERVED)}, got {self.name}")
         if not self.name.isidentifier():
             raise ConfigError(f"name must be a word of letters, digits and _, got {self.name!r}")
         one_of(self, KINDS, "kind")

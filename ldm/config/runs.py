@@ -132,6 +132,9 @@ class DiffusionTrainingConfig:
         for name in ("lora", "strength", "strength_by", "extend", "invert", "completion", "paste"):
             if getattr(self.sample, name) != getattr(SampleConfig, name):
                 raise ConfigError(f"sample.{name} is for drawing (ldm sample): leave it out")
+        known = [*(["caption"] if self.text != NONE else []), *(condition.name for condition in self.conditions)]
+        if unknown := [name for name in self.sample.alone() if name not in known]:
+            raise ConfigError(f"sample.guidance_alone {unknown[0]}: the conditions are: {', '.join(known) or 'none'}")
         _comparable(self.figure, self.train, "with schedule.name learned the losses of two updates cannot be compared")
 
     @property

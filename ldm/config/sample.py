@@ -24,6 +24,7 @@ STRENGTHS = ("levels", "steps")
 COMPLETIONS = ("blend", "repaint")
 CIRCULAR = ("none", "x", "y", "xy")
 LORA_SCALE = 100  # largest magnitude
+ALONE = 100  # largest scale of one condition
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SampleConfig:
     end_clean: bool = True  # false: the last step ends at the noise of t = 0, as in Stable Diffusion's own schedulers
     variance: str | None = None  # ddpm: posterior, beta or learned; null: learned if the model has it, else posterior
     guidance_rescale: float = 0.0  # 0: not at all; 1: back to the conditional output's standard deviation
+    guidance_alone: tuple[str, ...] = ()  # NAME:SCALE: guides one condition, or the caption, beside guidance_scale
     guidance_interval: tuple[float, float] | None = None  # lowest and highest σ = s/a with guidance
     dynamic_threshold: float | None = None  # pixel models: the quantile of |x̂_0| at which it is clipped
     autoguidance: str | None = None  # a run or folder: a weaker model of the same latents, target and schedule
@@ -66,6 +68,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self.loras()
+        self.alone()
         one_of(self, SAMPLERS, "sampler")
         one_of(self, GRIDS, "grid")
         one_of(self, CLASSIFIER_FORMS, "classifier_form")
@@ -107,6 +110,21 @@ class SampleConfig:
         for name in names:
             if not there and getattr(self, name) != getattr(SampleConfig, name):
                 raise ConfigError(f"{name} is for {owner}: give it, or leave {name} out")
+
+    def alone(self) -> dict[str, float]:
+        """The scale of each condition that is guided alone."""
+        scales: dict[str, float] = {}
+        for entry in self.guidance_alone:
+            name, _, scale = entry.rpartition(":")
+            try:
+                scales[name], again = float(scale), name in scales
+            except ValueError:
+                name, again = "", False
+            if not name or again or not 0 <= scales[name] <= ALONE:
+                raise ConfigError(
+                    f"guidance_alone must be NAME:SCALE, each name once, with a scale from 0 to {ALONE}, got {entry!r}"
+                )
+        return scales
 
     def loras(self) -> list[tuple[str, float]]:
         """Path and scale of each LoRA; a number after the last colon is the scale."""

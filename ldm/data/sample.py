@@ -70,7 +70,7 @@ class Source(Protocol):
         ...
 
     def columns(self, index: int) -> Mapping[str, Any]:
-        """What else is known of a sample, by name, for conditions; its image is not read."""
+        """Further facts of a sample by name, for conditions; its image is not read."""
         ...
 
     def captions(self, limit: int) -> list[str] | None:

@@ -174,7 +174,7 @@ class Conditioner:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the conditions, in their order."""
+        """Names of the conditions, in their order."""
         return tuple(config.name for config in self.configs)
 
     @property
@@ -289,7 +289,7 @@ def _number(value: Any) -> float:
 
 
 def _read(value: Any) -> Any:
-    """What a text says in JSON, since a table in CSV knows text alone; anything else, and other text, as it is."""
+    """A text that is JSON as its value, since a table in CSV knows text alone; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:

@@ -6,8 +6,8 @@ The steps in their order, each applied to the result of the one before; a step t
 nothing:
 
 1. interval: outside it the plain model is called alone, and steps 2 to 5 are left out;
-2. classifier-free guidance (a negative prompt takes the place of the null condition), in one step
-   or through conditions in between, and autoguidance, as a sum of differences;
+2. classifier-free guidance (a negative prompt takes the place of the null condition), from the null
+   condition and from any other ones, and autoguidance, as a sum of differences;
 3. rescale;
 4. the classifier's gradient, in the form that any sampler can use;
 5. (its other form belongs to the sampler: ``mean_shift``);
@@ -50,11 +50,11 @@ class Guidance:
             second half is that of the evaluation with the condition.
         scale: γ of classifier-free guidance. 1 is the conditional model and 0 the unconditional
             one, each with one evaluation, from which the steps below then start.
-        between: conditions on the way from ``null_cond`` to ``cond``, each with the scale of the
-            step to it; ``scale`` is that of the last step. With s_I for an image and γ for a text
-            on top of it, ε(∅, ∅) + s_I (ε(∅, I) − ε(∅, ∅)) + γ (ε(T, I) − ε(∅, I)) (Brooks et al.
-            2023, eq. 3). All are evaluated in one batch, and none whose coefficient is 0, as where
-            two scales in a row are equal.
+        away: further conditions to steer away from, each with a weight: c for S adds
+            c (ε(cond) − ε(S)). With S lacking one part of the condition, that part is guided alone.
+            Guidance of an image by s_I and of a text on top of it by s_T, ε(∅, ∅) + s_I (ε(∅, I) −
+            ε(∅, ∅)) + s_T (ε(T, I) − ε(∅, I)) (Brooks et al. 2023, eq. 3), has γ = s_I, S = (∅, I)
+            and c = s_T − s_I. All are evaluated in one batch, and none whose coefficient is 0.
         rescale: φ of ``rescaled``.
         interval: (lo, hi) of σ = s/a, both included. Outside it there is no guidance: one
             evaluation, with the condition (γ = 1), or with the null condition if γ = 0.
@@ -71,7 +71,7 @@ class Guidance:
     target: str
     learned_variance: bool = False
     scale: float = 1.0
-    between: tuple[tuple[Condition, float], ...] = ()
+    away: tuple[tuple[Condition, float], ...] = ()
     rescale: float = 0.0
     interval: tuple[float, float] = EVERYWHERE
     guide: Denoise | None = None
@@ -92,14 +92,17 @@ class Guidance:
 
     @cached_property
     def _terms(self) -> list[tuple[Condition, float]]:
-        """The conditions that are evaluated, from the null condition on, with coefficients that sum to 1."""
-        scales = [1.0, *(scale for _, scale in self.between), self.scale]
-        conditions = [self.null_cond, *(cond for cond, _ in self.between), self.cond]
-        weights = [here - after for here, after in zip(scales, [*scales[1:], 0.0], strict=True)]
-        return [(cond, weight) for cond, weight in zip(conditions, weights, strict=True) if weight]
+        """The conditions that are evaluated, the whole one last, with coefficients that sum to 1."""
+        terms = [(self.null_cond, 1.0 - self.scale), *((cond, -weight) for cond, weight in self.away)]
+        last = self.scale + sum(weight for _, weight in self.away)
+        kept = [(cond, weight) for cond, weight in terms if weight]
+        compared = bool(self.rescale) or self.guide is not None
+        return [*kept, (self.cond, last)] if last or (self.away and compared) else kept
 
     def _batch(self, inside: bool) -> Condition:
-        return self._all if inside else self._terms[-1][0]
+        if inside:
+            return self._all
+        return self.null_cond if self.scale == 0 and not self.away else self.cond
 
     @cached_property
     def _all(self) -> Condition:

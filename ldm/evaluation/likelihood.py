@@ -153,7 +153,7 @@ def likelihood(
 
 
 def _given(pipe: Pipeline) -> str:
-    """What the likelihood is conditional on."""
+    """The conditions of the likelihood."""
     names = (["caption"] if pipe.text else []) + list(pipe.conditioner.names if pipe.conditioner else ())
     return ", ".join(names) or "nothing"
 

@@ -32,7 +32,7 @@ from ldm.pipeline.checks import LONG_STEP, first_step, grid_of, sides_of
 from ldm.pipeline.given import Given, read_given, started
 from ldm.pipeline.guides import Guides
 from ldm.pipeline.model import Model
-from ldm.pipeline.prompts import Prompt, asked, texts_of
+from ldm.pipeline.prompts import Prompt, asked, texts_of, without
 from ldm.pipeline.watch import Watch, unseen
 
 MARGIN = 8  # latents that a circular picture is decoded with at each end, beyond the reach of most decoders
@@ -189,6 +189,12 @@ def prepare(
             " guidance has no unconditional model to lean on",
             stacklevel=3,
         )
+    for name, scale in settings.alone().items():
+        if scale != 1 and model.dropout_of(name) == 0:
+            warnings.warn(
+                f"guidance_alone {name}: this model was trained without dropping it alone: there is nothing to lean on",
+                stacklevel=3,
+            )
     if settings.classifier is not None:  # every caption is one of its classes, before the first is drawn
         classes, _ = guides.classifier(model, settings.classifier)
         for caption in captions:
@@ -323,6 +329,11 @@ def denoiser(
             watch.see("what the text encoder says of the caption", context, at_step=False)
     seen = watch.watched if watch else unseen
     gradient = guides.gradient(model, texts_of(prompts), settings, "score")
+    away = tuple(
+        (changed.condition(without(prompts, name, settings.negative_prompt or model.null_caption)), scale - 1)
+        for name, scale in settings.alone().items()
+        if scale != 1
+    )
     guide, windows = None, windows_of(model, settings)
     if settings.autoguidance is not None:
         guide = guides.guide(model, settings.autoguidance, prompts, settings, windows)
@@ -334,6 +345,7 @@ def denoiser(
         model.target,
         model.learned_variance,
         scale=settings.guidance_scale if model.guidable else 1.0,
+        away=away,
         rescale=settings.guidance_rescale,
         interval=settings.guidance_interval or EVERYWHERE,
         guide=guide and seen(f"the prediction of autoguidance {settings.autoguidance}", guide),

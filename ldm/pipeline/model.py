@@ -40,7 +40,7 @@ from ldm.pipeline.checks import (
 from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
 from ldm.pipeline.info import ModelInfo, load_unet
 from ldm.pipeline.loras import Loras
-from ldm.pipeline.prompts import Prompt, cut_prompts, texts_of
+from ldm.pipeline.prompts import CAPTION, Prompt, cut_prompts, texts_of
 
 if TYPE_CHECKING:
     from typing import Self, TypeAlias
@@ -168,6 +168,15 @@ class Model:
         """True if there is a condition to guide by."""
         return self.text is not None or self.conditioner is not None
 
+    def dropout_of(self, name: str) -> float | None:
+        """Share of samples that lost this condition alone in training; None where unknown. Raises ConfigError."""
+        shares: dict[str, float | None] = {} if self.text is None else {CAPTION: self.caption_dropout}
+        if self.conditioner is not None:
+            shares |= {config.name: config.dropout for config in self.conditioner.configs}
+        if name not in shares:
+            raise ConfigError(f"guidance_alone {name}: this model's conditions are: {', '.join(shares) or 'none'}")
+        return shares[name]
+
     @property
     def null_share(self) -> float | None:
         """Share of samples that training showed without any condition, to lean on in guidance; None where unknown."""
@@ -190,6 +199,8 @@ class Model:
                 "variance learned: this model has not learned the reverse variance, take posterior or beta"
             )
         check_guidance(settings, self.codec is not None)
+        for name in settings.alone():
+            self.dropout_of(name)
         check_drawable(self.unet.config, self.conditioner is not None)
         check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():

@@ -13,12 +13,13 @@ from ldm.diffusion.conditioner import Conditioner
 if TYPE_CHECKING:
     from ldm.models.text import TextEncoder
 
+CAPTION = "caption"  # the name of the caption among the conditions
 SHOWN = 3  # prompts that a warning quotes
 QUOTED = 200  # characters quoted of the dropped end of one
 
 
 class Prompt(NamedTuple):
-    """What one picture is to show: a caption, and values of the model's conditions by name."""
+    """The request for one picture: a caption, and values of the model's conditions by name."""
 
     text: str
     values: Mapping[str, Any]
@@ -48,6 +49,14 @@ def asked(prompts: Any, values: Any, conditioner: Conditioner | None, copies: in
 def texts_of(prompts: Sequence[Prompt | str]) -> list[str]:
     """The captions."""
     return [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts]
+
+
+def without(prompts: Sequence[Prompt | str], name: str, null_caption: str) -> list[Prompt]:
+    """The prompts without one condition: `caption`, or a value."""
+    whole = [Prompt(prompt, {}) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if name == CAPTION:
+        return [prompt._replace(text=null_caption) for prompt in whole]
+    return [prompt._replace(values={k: v for k, v in prompt.values.items() if k != name}) for prompt in whole]
 
 
 def check_prompts(prompts: Any) -> list[str]:

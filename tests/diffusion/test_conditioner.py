@@ -153,6 +153,7 @@ def test_values_that_do_not_fit(conditioner: Conditioner, values: dict, message:
     ("settings", "message"),
     [
         (("a b", "class"), "name must be a word"),
+        (("caption", "class"), "name must not be one of caption, all"),
         (("a", "colour"), "kind must be one of class, scalar, vector"),
         (("a", "class", None, 1.5), "dropout must lie between"),
     ],

@@ -83,7 +83,7 @@ MIDDLE = Condition(vector=torch.full((3, 1), 0.25))  # the image of an instructi
 @pytest.mark.parametrize(("image", "text"), [(1.5, 7.5), (0.4, 2.0), (3.0, 1.0)])
 def test_two_scales_are_instruct_pix2pix_in_one_batch(image: float, text: float) -> None:
     model, x = Counted(), sample()
-    out = stack(model, scale=text, between=((MIDDLE, image),))(x, AT)
+    out = stack(model, scale=image, away=((MIDDLE, text - image),))(x, AT)
     assert model.calls == [[0, 0, 0, 0.25, 0.25, 0.25, 1, 1, 1]]
     none, some, whole = (model(x, AT, cond) for cond in (NULL, MIDDLE, COND))
     torch.testing.assert_close(out, none + image * (some - none) + text * (whole - some))
@@ -98,20 +98,46 @@ def test_two_scales_are_instruct_pix2pix_in_one_batch(image: float, text: float)
         (1.0, 0.0, [0.25]),
         (0.0, 0.0, [0]),
         (2.0, 0.0, [0, 0.25]),
+        (0.0, 3.0, [0, 0.25, 1]),
     ],
 )
 def test_what_counts_nothing_is_not_evaluated(image: float, text: float, asked: list[float]) -> None:
     model, x = Counted(), sample()
-    out = stack(model, scale=text, between=((MIDDLE, image),))(x, AT)
+    out = stack(model, scale=image, away=((MIDDLE, text - image),))(x, AT)
     assert model.calls == [[value for value in asked for _ in range(3)]]
     none, some, whole = (model(x, AT, cond) for cond in (NULL, MIDDLE, COND))
     torch.testing.assert_close(out, none + image * (some - none) + text * (whole - some))
 
 
-def test_without_a_step_in_between_not_a_bit_changes() -> None:
+def test_with_nothing_else_to_steer_away_from_not_a_bit_changes() -> None:
     model, x = Counted(), sample()
     with_, without = model(x, AT, COND), model(x, AT, NULL)
     assert torch.equal(stack(model, scale=7.5)(x, AT), without + 7.5 * (with_ - without))
+
+
+def test_each_of_several_parts_is_guided_alone() -> None:
+    """γ and one weight for each part: the sum of the differences, the whole condition last."""
+    model, x = Counted(), sample()
+    parts = [Condition(vector=torch.full((3, 1), value)) for value in (0.25, 0.5)]
+    out = stack(model, scale=1.5, away=((parts[0], 2.0), (parts[1], -0.5)))(x, AT)
+    none, first, second, whole = (model(x, AT, cond) for cond in (NULL, *parts, COND))
+    expected = whole + 0.5 * (whole - none) + 2.0 * (whole - first) - 0.5 * (whole - second)
+    torch.testing.assert_close(out, expected)
+    assert model.calls[0] == [value for value in (0, 0.25, 0.5, 1) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("scale", "which"), [(0.0, COND), (1.0, COND), (2.0, COND)])
+def test_outside_the_interval_the_whole_condition_is_called_alone(scale: float, which: Condition) -> None:
+    model, x = Counted(), sample()
+    out = stack(model, scale=scale, away=((MIDDLE, 2.0),), interval=(1e6, 1e7))(x, AT)
+    assert len(model.calls) == 1 and torch.equal(out, model(x, AT, which))
+
+
+def test_a_condition_without_weight_is_called_where_the_rescale_compares_with_it() -> None:
+    model, x = Counted(), sample()
+    out = stack(model, scale=1.0, away=((MIDDLE, -1.0),), rescale=1.0)(x, AT)
+    some, whole = (model(x, AT, cond) for cond in (MIDDLE, COND))
+    torch.testing.assert_close(out, rescaled(some, whole, 1.0))
 
 
 def test_guidance_is_the_same_in_every_prediction() -> None:

@@ -23,7 +23,8 @@ from support.stages import Stages
 
 from ldm.cli import sample
 from ldm.cli.main import main
-from ldm.config import ClassifierConfig, LoraConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import ClassifierConfig, ConditionConfig, LoraConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.diffusion.conditioner import Conditioner
 from ldm.interop.bundle import UNET
 from ldm.interop.classifier import ClassifierInfo
 from ldm.interop.lora import write_lora
@@ -45,7 +46,7 @@ def stir(file: Path, amount: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained `run` with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model."""
+    """The trained `run` with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model of classes."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
     other = here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
@@ -77,11 +78,13 @@ def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data += 0.3 * torch.randn_like(parameter)
     info.save(network, here / "judge/classifier")
     torch.manual_seed(1)
-    small = UNet(UNetConfig((8,), 1, (), (1,), groups=4), 3, 3, None)
+    kinds = Conditioner.measured([ConditionConfig("kind", "class")], [{"kind": kind} for kind in "abc"])
+    small = UNet(UNetConfig((8,), 1, (), (1,), groups=4, vector_dim=kinds.width), 3, 3, None)
     for parameter in small.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     defaults = SampleConfig(steps=2)
-    Pipeline(small, ScheduleConfig(num_steps=20), "x0", None, None, 16, defaults).save_pretrained(here / "pixels")
+    given = Pipeline(small, ScheduleConfig(num_steps=20), "x0", None, None, 16, defaults, conditioner=kinds)
+    given.save_pretrained(here / "pixels")
     (here / "prompts.txt").write_text("a blue star ${x} “○”\n", encoding="utf-8")
     levels, hole = np.random.default_rng(0).integers(0, 256, (16, 16, 3)), np.zeros((16, 16))
     hole[4:12, 2:10] = 255
@@ -169,6 +172,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "negative_prompt": ("--negative-prompt", "two ${x} “○” blue stars", "--guidance-scale", "30"),
     "guidance_rescale": ("--guidance-scale", "30", "--guidance-rescale", "0.7"),
     "guidance_interval": ("--guidance-scale", "30", "--steps", "4", "--guidance-interval", "0.1", "2.5"),
+    "value": ("--value", "kind=[a,b]"),
+    "guidance_alone": ("--value", "kind=b", "--guidance-alone", "kind:9"),
     "dynamic_threshold": ("--dynamic-threshold", "0.5"),
     "autoguidance": ("--autoguidance", "weak"),
     "autoguidance_scale": ("--autoguidance", "weak", "--autoguidance-scale", "4"),
@@ -198,6 +203,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "strips": ("--strips", "3"),
     "circular": ("--size", "16x40", "--window", "16", "--circular", "x", "--count", "3"),
 }  # fmt: skip
+OF_PIXELS = ("dynamic_threshold", "value", "guidance_alone")  # of the model of pixels, which knows a class
 SAME = ("device", "strips")  # as without it
 
 
@@ -210,7 +216,7 @@ def test_every_option_has_a_case() -> None:
 @pytest.mark.parametrize("option", CASES)
 def test_every_option_survives(call: Call, plain: dict[str, Path], tmp_path: Path, option: str) -> None:
     """The picture is another with the option than without it, and what the PNG says is enough to draw it again."""
-    model = "pixels" if option == "dynamic_threshold" else "run"
+    model = "pixels" if option in OF_PIXELS else "run"
     files = drawn(call, tmp_path, *CASES[option], model=model)
     last = [file for file in files if not file.name.startswith("grid")][-1]
     mine, other = pixels(last), pixels(plain[model])

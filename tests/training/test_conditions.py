@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,6 @@ def test_guidance_leans_on_no_condition_at_all(pipe: Pipeline) -> None:
     """γ cond + (1 − γ) null, with the slices of a null condition zero."""
     prompts = [Prompt("", {"kind": "dog", "height": 2.5, "place": [0.0, 1.0]})]
     x, t = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([700])
-    from dataclasses import replace
-
     settings = replace(pipe.defaults, guidance_scale=3.0)
     denoiser: Denoiser = pipe.denoiser(prompts, settings)
     with torch.no_grad():
@@ -296,6 +295,36 @@ def test_guidance_leans_on_no_condition_at_all(pipe: Pipeline) -> None:
         cond, null = (pipe.predict(x, t, pipe.condition(each)) for each in (prompts, [""]))
     assert not pipe.condition([""]).vector.any()  # type: ignore[union-attr]
     torch.testing.assert_close(guided, 3.0 * cond - 2.0 * null, atol=1e-5, rtol=1e-4)
+
+
+def test_one_condition_is_guided_alone(runs: Path) -> None:
+    """It steers away from the same condition without that one: the caption or a value."""
+    pipe = Pipeline.from_pretrained(runs / "captioned", "cpu")
+    values = {"kind": "dog", "height": 2.5, "place": [0.0, 1.0]}
+    prompts = [Prompt("animal 3", values)]
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([700])
+    settings = replace(pipe.defaults, guidance_scale=1.5, guidance_alone=("height:3", "caption:0.5", "kind:1"))
+    with torch.no_grad():
+        guided = pipe.denoiser(prompts, settings)(x, t).raw
+        lacking = [Prompt("animal 3", {k: v for k, v in values.items() if k != "height"}), Prompt("", values)]
+        whole, none, no_height, no_caption = (
+            pipe.predict(x, t, pipe.condition([prompt])) for prompt in (prompts[0], "", *lacking)
+        )
+    expected = whole + 0.5 * (whole - none) + 2.0 * (whole - no_height) - 0.5 * (whole - no_caption)
+    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=1e-4)
+    drawn = pipe("animal 3", values=values, guidance_alone="height:3", steps=2, output_type="pt")
+    assert not torch.equal(drawn[0], pipe("animal 3", values=values, steps=2, output_type="pt")[0])
+
+
+def test_guidance_of_a_condition_that_was_never_dropped_warns(pipe: Pipeline) -> None:
+    call = {"values": {"place": [1.0, 2.0]}, "steps": 1}
+    with pytest.warns(UserWarning, match="guidance_alone place: this model was trained without dropping it alone"):
+        pipe(guidance_alone="place:2", **call)
+    for name in ("caption", "size"):
+        with pytest.raises(
+            ConfigError, match=f"guidance_alone {name}: this model's conditions are: kind, height, place"
+        ):
+            pipe(guidance_alone=f"{name}:2", **call)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +412,8 @@ def test_bits_are_given_the_values(runs: Path) -> None:
         ({"conditions": [{"kind": "class"}]}, "missing key conditions[0].name"),
         ({"conditions": {"name": "kind"}}, "conditions must be a list"),
         ({"conditions": [CONDITIONS[0], CONDITIONS[0]]}, "conditions: two are called kind"),
+        ({"sample": {"guidance_alone": ["caption:2"]}}, "sample.guidance_alone caption: the conditions are: kind"),
+        ({"sample": {"guidance_alone": ["kind"]}}, "sample.guidance_alone must be NAME:SCALE, each name once"),
         ({"joint_dropout": 1.5}, "joint_dropout must lie between 0.0 and 1.0"),
         ({"unet": {"vector_dim": 7}}, "unet.vector_dim follows from the conditions: leave it out"),
     ],
