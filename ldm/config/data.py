@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autoencoder.config import MOST_CHANNELS, MOST_SIDE, ConfigError, between, one_of, shown
 
-SOURCES = ("folder", "shapes", "shapes-two", "shapes-striped", "digits", "textures")
+SOURCES = ("folder", "shapes", "shapes-two", "shapes-striped", "shapes-columns", "digits", "textures")
 CAPTIONS = ("metadata", "sidecar", "class", "none")
 
 

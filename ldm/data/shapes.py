@@ -44,6 +44,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RADII: dict[str | None, float] = {"small": 9.5 / 32, "large": 12.5 / 32, None: 7 / 48}
 OFF_CENTRE = 1 / 8  # of the side: largest offset of a single object from the centre of the canvas, along either axis
 SIZES = ("small", "large")
+RADIUS_RANGE = (0.22, 0.4)  # of radii that are a number, as shares of the side
+RADIUS_GAP = (0.29, 0.33)  # radii of that range that are held out
 # Direction (x, y) from the first object to the second.
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 SMALLEST_SIDE = 24
@@ -53,7 +55,11 @@ OFFSETS = {"train": 0, "validation": 2**40, "held_out": 2**41}  # positions of t
 
 @dataclass(frozen=True)
 class Object:
-    """One shape, centred on pixel (x, y); ``size`` is None if its caption names none."""
+    """One shape, centred on pixel (x, y).
+
+    ``size`` is None if its caption names none. ``radius``: a share of the side, in the place of a
+    size; the caption then says nothing of stripes either.
+    """
 
     size: str | None
     colour: str
@@ -61,6 +67,11 @@ class Object:
     x: int = 0
     y: int = 0
     striped: bool = False
+    radius: float | None = None
+
+    def reach(self, side: int) -> float:
+        """The radius in pixels."""
+        return (RADII[self.size] if self.radius is None else self.radius) * side
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Scene:
 def caption(scene: Scene) -> str:
     """The one English sentence of a scene."""
     names = []
-    if len(scene.objects) == 1 and scene.objects[0].striped:
+    if len(scene.objects) == 1 and scene.objects[0].striped and scene.objects[0].radius is None:
         o = scene.objects[0]
         # Short: the demo's text encoder reads 12 tokens, and `striped` takes four of them.
         return f"a {o.size} striped {o.colour} {o.shape} on {scene.background}"
@@ -90,6 +101,7 @@ def _one(words: tuple[str, ...] | dict[str, tuple[int, ...]]) -> str:
 
 
 _THING = rf"an? {_one(COLOURS)} {_one(SHAPES)}"
+_PLAIN = re.compile(rf"{_THING} on a {_one(BACKGROUNDS)} background")
 _SINGLE = re.compile(rf"a {_one(SIZES)} {_one(COLOURS)} {_one(SHAPES)} on a {_one(BACKGROUNDS)} background")
 _STRIPED = re.compile(rf"a {_one(SIZES)} striped {_one(COLOURS)} {_one(SHAPES)} on {_one(BACKGROUNDS)}")
 _DOUBLE = re.compile(rf"{_THING} {_one(RELATIONS)} {_THING} on a {_one(BACKGROUNDS)} background")
@@ -104,6 +116,9 @@ def parse(text: str) -> Scene:
     if match := _SINGLE.fullmatch(text):
         size, colour, shape, background = match.groups()
         scene = Scene(background, (Object(size, colour, shape),))
+    elif match := _PLAIN.fullmatch(text):
+        colour, shape, background = match.groups()
+        scene = Scene(background, (Object(None, colour, shape),))
     elif match := _STRIPED.fullmatch(text):
         size, colour, shape, background = match.groups()
         scene = Scene(background, (Object(size, colour, shape, striped=True),))
@@ -171,7 +186,7 @@ def draw(scene: Scene, side: int) -> np.ndarray:
     image = np.empty((side, side, 3), dtype=np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
-        mask = coverage(o.shape, RADII[o.size] * side, STRIPE * side if o.striped else None)[..., None]
+        mask = coverage(o.shape, o.reach(side), STRIPE * side if o.striped else None)[..., None]
         half = mask.shape[0] // 2
         if min(o.x, o.y) < half or max(o.x, o.y) >= side - half:
             raise ValueError(f"the {o.shape} at ({o.x}, {o.y}) leaves the canvas of {side} pixels")
@@ -180,9 +195,9 @@ def draw(scene: Scene, side: int) -> np.ndarray:
     return np.rint(image).astype(np.uint8)
 
 
-def margin(size: str | None, side: int) -> int:
+def margin(thing: Object, side: int) -> int:
     """Smallest coordinate of an object wholly on the canvas; the largest is side − 1 − margin."""
-    return math.ceil(RADII[size] * side - 0.5)
+    return math.ceil(thing.reach(side) - 0.5)
 
 
 # Held out: one value in seven of a weighted sum of the attributes' indices. 7 is prime and the weights are not
@@ -199,6 +214,16 @@ def _held_out_single(colour: str, shape: str, background: str) -> bool:
 def _held_out_pair(first: Look, second: Look) -> bool:
     """True if a pair is held out. Symmetric: A left of B shows the same as B right of A."""
     return sum(list(COLOURS).index(c) + 2 * SHAPES.index(s) for c, s in (first, second)) % 7 == 0
+
+
+@lru_cache
+def looks(held_out: bool) -> tuple[Scene, ...]:
+    """Scenes of one object without size, of the same combinations."""
+    found = {}
+    for scene in combinations(1, held_out):
+        thing = replace(scene.objects[0], size=None)
+        found[scene.background, thing] = Scene(scene.background, (thing,))
+    return tuple(found.values())
 
 
 @lru_cache
@@ -223,7 +248,7 @@ def combinations(objects: int, held_out: bool) -> tuple[Scene, ...]:
 
 def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
     """Draw positions: one object near the centre, two apart along the relation's axis."""
-    low = margin(scene.objects[0].size, side)
+    low = margin(scene.objects[0], side)
     high = side - 1 - low
     if len(scene.objects) == 1:
         first = max(low, math.ceil((side - 1) / 2 - OFF_CENTRE * side))
@@ -243,6 +268,17 @@ def place(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
     return Scene(scene.background, (_at(scene.objects[0], *near), _at(scene.objects[1], *far)), scene.relation)
 
 
+def _sized(scene: Scene, rng: np.random.Generator, everywhere: bool) -> Scene:
+    """The scene with a radius, in RADIUS_GAP only if ``everywhere``, and striped in every second case, on average."""
+    (low, high), (begin, end) = RADIUS_RANGE, RADIUS_GAP
+    radius = low + float(rng.random()) * (high - low - (0 if everywhere else end - begin))
+    if not everywhere and radius >= begin:
+        radius += end - begin
+    return Scene(
+        scene.background, (replace(scene.objects[0], radius=round(radius, 4), striped=bool(rng.random() < 0.5)),)
+    )
+
+
 def stripe(scene: Scene) -> Scene:
     """The scene with every object striped."""
     return replace(scene, objects=tuple(replace(o, striped=True) for o in scene.objects))
@@ -256,9 +292,11 @@ class ShapesSource:
     """Scenes by index, of side ``data.image_size``, with 1 or 2 ``objects``. Raises DataError.
 
     ``striped``: half of the scenes, on average, have striped objects, and their captions say so.
+    ``sized``: that, with a number as radius, and both are columns of which the captions say
+    nothing. Radii in RADIUS_GAP are in the held-out split only.
     """
 
-    def __init__(self, data: DataConfig, split: str, objects: int, striped: bool = False) -> None:
+    def __init__(self, data: DataConfig, split: str, objects: int, striped: bool = False, sized: bool = False) -> None:
         if data.image_channels != 3:
             raise DataError(f"{data.source} are drawn in colour: image_channels must be 3, got {data.image_channels}")
         if data.image_size < SMALLEST_SIDE:
@@ -276,6 +314,10 @@ class ShapesSource:
             self._name += "-striped"
         facts = [VERSION, COLOURS, BACKGROUNDS, SHAPES, RADII["small"], RADII["large"], RADII[None], OFF_CENTRE]
         facts += [self.side, objects, split, self.length] + ([STRIPE] if striped else [])
+        self._sized, self._held_out = sized, split == "held_out"
+        if sized:
+            self._combinations, self._name = looks(self._held_out), "shapes-columns"
+            facts += [STRIPE, RADIUS_RANGE, RADIUS_GAP, "columns"]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
@@ -286,7 +328,8 @@ class ShapesSource:
         if index < 0 or (self.length is not None and index >= self.length):
             raise IndexError(f"index {index} is outside 0 to {self.length}")
         rng = generator(0, self._name, self._offset + index)  # not the run's seed: the data set is fixed
-        return place(self._combinations[int(rng.integers(len(self._combinations)))], self.side, rng)
+        scene = self._combinations[int(rng.integers(len(self._combinations)))]
+        return place(_sized(scene, rng, self._held_out) if self._sized else scene, self.side, rng)
 
     def text(self, index: int) -> str:
         """The caption of a scene, which is not drawn."""

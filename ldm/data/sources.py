@@ -27,6 +27,12 @@ def _shapes_striped(data: DataConfig, split: str) -> Source:
     return ShapesSource(data, split, objects=1, striped=True)
 
 
+def _shapes_columns(data: DataConfig, split: str) -> Source:
+    from ldm.data.shapes import ShapesSource
+
+    return ShapesSource(data, split, objects=1, sized=True)
+
+
 def _digits(data: DataConfig, split: str) -> Source:
     from ldm.data.digits import DigitsSource
 
@@ -50,6 +56,7 @@ OPENERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "shapes": _shapes,
     "shapes-two": _shapes_two,
     "shapes-striped": _shapes_striped,
+    "shapes-columns": _shapes_columns,
     "digits": _digits,
     "textures": _textures,
 }

@@ -25,6 +25,7 @@ from ldm.data.shapes import (
     combinations,
     coverage,
     draw,
+    inside,
     margin,
     parse,
 )
@@ -75,7 +76,7 @@ def test_parse_inverts_caption(objects, held_out):
         "a small red circle on a white background.",
         "a orange star above a pink cross on a navy background",
         "a red circle beside a green square on a white background",
-        "a red circle on a white background",
+        "a big red circle on a white background",
     ],
 )
 def test_parse_refuses_other_text(text):
@@ -167,7 +168,7 @@ def test_every_permitted_position_occurs():
         o = data[i].truth.objects[0]
         seen[o.size] |= {("x", o.x), ("y", o.y)}
     for size in SIZES:
-        assert margin(size, 32) <= 12
+        assert margin(Object(size, "red", "star"), 32) <= 12
         assert seen[size] == {
             (axis, v) for axis in "xy" for v in range(12, 20)
         }  # at most 4 pixels from the middle, 15.5
@@ -277,3 +278,37 @@ def test_striped_scenes_say_so_and_show_the_background_between_their_stripes():
         gaps = [bool(same[o.y + d]) for d in (-4, -3, 3, 4)]  # stripes are 4 pixels high, one across the middle
         assert all(gaps) == o.striped
     assert open_source(DataConfig(source="shapes", image_size=32), "validation").fingerprint != data.fingerprint
+
+
+def test_columns_say_what_captions_of_sized_scenes_do_not() -> None:
+    """Radii fill their range but for the gap, half of the objects are striped, and pictures are as the columns say."""
+    found = {
+        split: open_source(DataConfig(source="shapes-columns", image_size=32), split) for split in ("train", "held_out")
+    }
+    columns = {split: [source.columns(i) for i in range(600)] for split, source in found.items()}
+    radii = {split: np.array([row["radius"] for row in rows]) for split, rows in columns.items()}
+    assert not ((radii["train"] > 0.29) & (radii["train"] < 0.33)).any()
+    inside = ((radii["held_out"] >= 0.29) & (radii["held_out"] <= 0.33)).mean()
+    assert inside == pytest.approx(0.04 / 0.18, abs=0.05)
+    for split, (low, high) in (("train", (0.22, 0.4)), ("held_out", (0.22, 0.4))):
+        assert low <= radii[split].min() < low + 0.005 and high - 0.005 < radii[split].max() <= high
+        assert np.mean([row["striped"] for row in columns[split]]) == pytest.approx(0.5, abs=0.08)
+    train, held_out = ({(row["colour"], row["shape"], row["background"]) for row in rows} for rows in columns.values())
+    assert not train & held_out
+    for i in range(40):
+        sample, row = found["train"][i], columns["train"][i]
+        article = "an" if row["colour"] == "orange" else "a"
+        assert sample.text == f"{article} {row['colour']} {row['shape']} on a {row['background']} background"
+        assert parse(sample.text).objects[0].shape == row["shape"] and "size" not in row
+        ground, paint = (
+            np.array(table[row[name]], float) for table, name in ((BACKGROUNDS, "background"), (COLOURS, "colour"))
+        )
+        covered = ((sample.image - ground) @ (paint - ground)).sum() / ((paint - ground) ** 2).sum()
+        area = inside_share(row["shape"]) * (2 * row["radius"] * 32) ** 2
+        assert covered == pytest.approx(area, rel=0.02) if not row["striped"] else covered < 0.8 * area
+
+
+def inside_share(shape: str) -> float:
+    """The share of its bounding box that a shape covers."""
+    points = (np.arange(400) + 0.5) / 200 - 1
+    return float(inside(shape, points[None, :], points[:, None]).mean())

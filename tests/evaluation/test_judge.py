@@ -77,7 +77,7 @@ def test_the_reading_is_the_nearest_of_all_drawings():
     paints = np.array([COLOURS[c] for _, c in names])[:, None, None] / 255
     least, best = np.full(len(images), np.inf), [Scene("", ())] * len(images)
     for size, shape in itertools.product(SIZES, SHAPES):
-        low = margin(size, side)
+        low = margin(Object(size, "red", shape), side)
         for x, y in itertools.product(range(low, side - low), repeat=2):
             mask = np.zeros((side, side, 1))
             mask[y - low : y + low + 1, x - low : x + low + 1, 0] = coverage(shape, RADII[size] * side)

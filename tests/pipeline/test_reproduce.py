@@ -46,7 +46,7 @@ def stir(file: Path, amount: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained `run` with a variant, a weaker model, a LoRA and a classifier of its latents; a pixel model of classes."""
+    """The trained `run` with a variant, a weaker model, a LoRA, a classifier of its latents; `pixels` of a class."""
     here = tmp_path_factory.mktemp("place")
     shutil.copytree(stages.folder / "ldm", here / "run")
     other = here / "run/model/unet/diffusion_pytorch_model.other.safetensors"
