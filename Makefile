@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora demo-lcm digits demo-two textures photos test slow signals torture fuzz mutants check format release clean
+.PHONY: help install demo demo-pixels demo-lora demo-lcm digits digits-class conditions demo-two textures photos test slow signals torture fuzz mutants check format release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -55,6 +55,14 @@ digits: $(READY) ## the demo on handwritten digits
 	$(LDM) train-clip configs/digits/clip.yaml
 	$(LDM) train-ldm configs/digits/ldm.yaml
 	$(LDM) evaluate runs/digits
+
+digits-class: $(READY) ## digits by their class, without text (after digits)
+	$(LDM) train-ldm configs/digits-class/ldm.yaml
+	$(LDM) evaluate runs/digits-class
+
+conditions: $(READY) ## a caption, a number and a class at once, and each guided alone (after demo)
+	$(LDM) train-ldm configs/shapes-columns/ldm.yaml
+	$(PY) benchmarks/conditions.py runs/shapes-columns
 
 demo-two: $(READY) ## the demo on scenes of two shapes
 	$(LDM) train-autoencoder configs/demo-two/autoencoder.yaml

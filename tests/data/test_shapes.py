@@ -304,4 +304,4 @@ def test_columns_say_what_captions_of_sized_scenes_do_not() -> None:
         )
         covered = ((sample.image - ground) @ (paint - ground)).sum() / ((paint - ground) ** 2).sum()
         area = AREAS[row["shape"]] * (row["radius"] * 32) ** 2
-        assert covered == pytest.approx(area, rel=0.02) if not row["striped"] else covered < 0.95 * area
+        assert covered == pytest.approx(area, rel=0.03) if not row["striped"] else covered < 0.65 * area
