@@ -272,6 +272,41 @@ def test_the_folder_keeps_what_the_values_mean(runs: Path, pipe: Pipeline, tmp_p
     assert torch.equal(a, b) and not torch.equal(a[0], a[1])
 
 
+def test_a_single_file_keeps_them_too(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "one.safetensors"
+    assert main(["convert", str(runs / "captioned"), str(file)]) == 0
+    one, folder = (Pipeline.from_pretrained(path, "cpu") for path in (file, runs / "captioned"))
+    assert one.conditioner == folder.conditioner is not None
+    call = {"values": {"kind": "fox", "place": [1.0, 2.0]}, "steps": 2, "output_type": "pt"}
+    assert torch.equal(one("animal 2", **call)[0], folder("animal 2", **call)[0])
+    with pytest.raises(ConfigError, match="with a vector, label or concatenated condition cannot be expressed"):
+        folder.save_pretrained(tmp_path / "theirs", for_diffusers=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": {"name": "learned"}},
+        {"init": "plain", "train": {**TRAIN, "steps": 2, "lora": {"rank": 2}}},
+        {
+            "init": "plain", "distill": {"guidance_scale": 2.0, "intervals": 10}, "joint_dropout": 0.0,
+            "conditions": [{**condition, "dropout": 0.0} for condition in CONDITIONS],
+            "sample": {"sampler": "lcm", "grid": "lcm", "steps": 2, "guidance_scale": 1.0},
+        },
+    ],
+    ids=["learned schedule", "lora", "student"],
+)  # fmt: skip
+def test_every_way_of_training_takes_them(runs: Path, folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    start = {"init": str(runs / changes["init"])} if "init" in changes else {}
+    settings = tree(folder, tmp_path / "run", **{**changes, **start})
+    settings["train"] = {**settings["train"], "steps": 2, "sample_every": 2, "validate_every": 2}
+    assert main(["train-ldm", str(written(tmp_path / "a.yaml", settings))]) == 0
+    pipe = Pipeline.from_pretrained(tmp_path / "run", "cpu")
+    a, b = pipe(values={"kind": ["cat", "dog"]}, steps=2, guidance_scale=1.0, seed=1, output_type="pt")
+    again = pipe(values={"kind": ["cat", "cat"]}, steps=2, guidance_scale=1.0, seed=1, output_type="pt")
+    assert torch.equal(a, again[0]) and not torch.equal(b, again[1])
+
+
 def test_a_call_is_one_for_each_value(pipe: Pipeline) -> None:
     every = {"steps": 2, "output_type": "pt"}
     whole = pipe(values={"kind": ["cat", "dog", "fox"], "height": 1.5, "place": [1.0, 2.0]}, **every)
