@@ -121,7 +121,9 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask", metavar="FILE", help="white where --image is drawn, black where it is kept")
     beyond = "draw so many pixels beyond each side of the image"
     group.add_argument("--extend", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=beyond)
-    how = f"one of {', '.join(COMPLETIONS)} (default blend; repaint makes several times as many steps)"
+    how = (
+        f"one of {', '.join(COMPLETIONS)} (default blend, or what the model was trained for; repaint: many more steps)"
+    )
     group.add_argument("--completion", metavar="NAME", help=how)
     group.add_argument("--repaint-jump", type=int, metavar="N", help="steps that repaint goes back (default 5)")
     group.add_argument("--repaint-repeats", type=int, metavar="N", help="times that it goes through them (default 5)")
@@ -191,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = started(settings, arguments.image is not None, arguments.mask is not None)
     check_sampling(settings, sides, info.schedule.num_steps, info.factor)
     check_guidance(settings, info.autoencoder is not None)
-    check_drawable(info.unet.config, info.conditioner is not None)
+    check_drawable(info.unet, info.conditioner is not None)
     check_start(info.schedule, info.target, settings)
     values = _values(arguments)
     captions = _fitting(prompts, info, settings) or (None if values else [""])

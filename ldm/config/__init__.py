@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoencoder.config import ConfigError
-from ldm.config.conditions import ConditionConfig
+from ldm.config.conditions import ConditionConfig, InpaintConfig
 from ldm.config.data import CAPTIONS, SOURCES, AugmentConfig, DataConfig
 from ldm.config.figure import Figure
 from ldm.config.networks import VECTOR_MAPS, ClassifierConfig, ClipConfig, UNetConfig
@@ -69,6 +69,7 @@ __all__ = [
     "Figure",
     "GIVEN",
     "GRIDS",
+    "InpaintConfig",
     "LEARNED",
     "LR_SCHEDULES",
     "LoraConfig",

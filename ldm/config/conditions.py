@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from autoencoder.config import ConfigError, between, one_of
 
 KINDS = ("class", "scalar", "vector")
+MASKS = ("strokes", "boxes", "sides")
 RESERVED = ("caption", "all")
 
 
@@ -32,6 +33,19 @@ class ConditionConfig:
     def source(self) -> str:
         """The column that it is read from."""
         return self.name if self.column is None else self.column
+
+
+@dataclass(frozen=True)
+class InpaintConfig:
+    """Training to fill masked parts of an image: the mask and the rest of the image are further input channels."""
+
+    everything: float = 0.25  # share of samples whose whole image is masked, so that it draws without an image too
+    masks: tuple[str, ...] = MASKS  # of the other samples, each as often
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 1.0, "everything")
+        if not self.masks or not set(self.masks) <= set(MASKS):
+            raise ConfigError(f"masks must be some of {', '.join(MASKS)}, got {', '.join(self.masks) or 'none'}")
 
 
 def check_names(conditions: Iterable[ConditionConfig]) -> None:

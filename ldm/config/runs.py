@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoder.config import AutoencoderConfig, ConfigError, LossConfig, between
-from ldm.config.conditions import ConditionConfig, check_names
+from ldm.config.conditions import ConditionConfig, InpaintConfig, check_names
 from ldm.config.data import AugmentConfig, DataConfig
 from ldm.config.figure import Figure
 from ldm.config.networks import ClassifierConfig, ClipConfig, UNetConfig
@@ -90,6 +90,7 @@ class DiffusionTrainingConfig:
     cache_captions: int = 20_000  # encode captions once if there are at most so many; 0: in every step
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     conditions: tuple[ConditionConfig, ...] = ()  # columns of the data that it is given beside the caption
+    inpaint: InpaintConfig | None = None  # fill masked parts of images: the mask and the rest are given too
     joint_dropout: float = 0.05  # with conditions: share of samples that lose the caption and all of them at once
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -113,7 +114,7 @@ class DiffusionTrainingConfig:
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
-                raise ConfigError(f"unet.{name} follows from the conditions: leave it out")
+                raise ConfigError(f"unet.{name} follows from conditions and inpaint: leave it out")
         if self.schedule.blind_at_the_end(self.objective.target):
             raise ConfigError(
                 f"objective.target {self.objective.target} does not determine the image where the schedule leaves no"

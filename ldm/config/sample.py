@@ -56,7 +56,9 @@ class SampleConfig:
     extend: tuple[int, int, int, int] | None = None  # with an image: pixels drawn beyond its left, top, right, bottom
     invert: bool = False  # with an image: begin at the noise that DDIM inversion finds for it, not at drawn noise
     source_prompt: str = ""  # with invert: the caption of the image as it is
-    completion: str = "blend"  # with a mask: blend, or repaint, which goes back and forth (several times as slow)
+    completion: str | None = (
+        None  # with a mask: blend; repaint, several times as slow; null: blend unless trained for it
+    )
     repaint_jump: int = 5  # steps that repaint goes back
     repaint_repeats: int = 5  # times that repaint goes through them
     paste: bool = True  # with a mask: keep the pixels outside it as they are
@@ -86,7 +88,8 @@ class SampleConfig:
         between(self, 0.0, 1.0, "eta")
         between(self, 0, 2**63 - 1, "seed")
         one_of(self, STRENGTHS, "strength_by")
-        one_of(self, COMPLETIONS, "completion")
+        if self.completion is not None:
+            one_of(self, COMPLETIONS, "completion")
         one_of(self, CIRCULAR, "circular")
         between(self, 0.0, 1.0, "strength")
         between(self, 1, 1000, "repaint_jump", "repaint_repeats")

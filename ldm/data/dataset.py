@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import ConfigError, DataConfig
+from ldm.config import ConfigError, DataConfig, InpaintConfig
 from ldm.data import rng as streams
 from ldm.data.folder import FolderSource
 from ldm.data.latent_cache import LatentCache
+from ldm.data.masks import draw_mask
 from ldm.data.sample import BadSample, Skipped, Source
 from ldm.data.transforms import prepare
 from ldm.data.workers import Workers
@@ -43,8 +44,9 @@ class Stream(Dataset[Batch]):
 
     Everything random about one is a function of (seed, stream name, position). A sample holds
     ``image`` [c, s, s] in [−1, 1] (or ``moments`` [2c, h, w] from the cache), ``text``,
-    ``position`` and the draws, and with ``encode`` what that makes of the sample's columns, as
-    ``vector``. ``validation`` reads the source in order, centre-cropped and
+    ``position`` and the draws; with ``encode`` what that makes of the sample's columns, as
+    ``vector``; with ``masks`` a ``mask`` [1, s, s], 1 where the image is to be filled, and always
+    the image. ``validation`` reads the source in order, centre-cropped and
     unmirrored, with random streams of its own. The substitute for an unreadable sample is a
     function of the position too; ``skipped`` lists the unreadable ones so far, in order of
     appearance.
@@ -59,9 +61,10 @@ class Stream(Dataset[Batch]):
         cache: LatentCache | None = None,
         validation: bool = False,
         encode: Encode | None = None,
+        masks: InpaintConfig | None = None,
     ) -> None:
         self.source, self.data, self.seed, self.draws, self.cache = source, data, seed, draws, cache
-        self.encode = encode
+        self.encode, self.masks = encode, masks
         self.prefix = "validation/" if validation else ""
         self.validation = validation
         self.order = streams.ShuffledOrder(seed, source.length)
@@ -78,7 +81,7 @@ class Stream(Dataset[Batch]):
         for index in self._candidates(position):
             try:
                 found = self._cached(index, position) if self.cache is not None else self._prepared(index, position)
-                return found | self._encoded(index) | self._drawn(position), skipped
+                return found | self._encoded(index) | self._masked(index, position) | self._drawn(position), skipped
             except BadSample as bad:
                 skipped.append(bad.skipped)
         last = skipped[-1].file
@@ -93,6 +96,14 @@ class Stream(Dataset[Batch]):
 
     def _encoded(self, index: int) -> Batch:
         return {} if self.encode is None else {"vector": self.encode(self.source.columns(index))}
+
+    def _masked(self, index: int, position: int) -> Batch:
+        """The mask, and the image that a cache does not hold."""
+        if self.masks is None:
+            return {}
+        rng = streams.generator(self.seed, self.prefix + "mask", position)
+        mask = torch.from_numpy(draw_mask(rng, self.data.image_size, self.masks)).float()[None]
+        return {"mask": mask} if self.cache is None else {"mask": mask, **self._prepared(index, position)}
 
     def _drawn(self, position: int) -> Batch:
         """Random numbers of a position, and the position itself."""

@@ -43,6 +43,11 @@ class NetworkSpec:
         """True if the second half of the output channels is the reverse variance."""
         return self.out_channels == 2 * self.in_channels
 
+    @property
+    def fills(self) -> bool:
+        """True if the further channels are a mask and a masked image, as of a model that fills parts of images."""
+        return self.config.concat_channels == self.in_channels + 1
+
     def make(self) -> UNet:
         """A UNet with fresh weights."""
         return UNet(self.config, self.in_channels, self.out_channels, self.context_dim)

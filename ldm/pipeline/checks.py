@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from autoencoder.config import shown
-from ldm.config import ConfigError, SampleConfig, ScheduleConfig, UNetConfig
+from ldm.config import ConfigError, SampleConfig, ScheduleConfig
 from ldm.config.values import typed
 from ldm.diffusion.samplers.grids import CLEAN, check_steps, make_grid
 from ldm.diffusion.samplers.registry import SAMPLERS
 from ldm.diffusion.schedule import Schedule
+from ldm.models.unet import NetworkSpec
 from ldm.pipeline.prompts import check_text
 
 LARGEST = 2**14  # pixels a side: the noise of one larger image would not fit into memory
@@ -142,11 +143,12 @@ def check_device(device: Any) -> torch.device:
     return place
 
 
-def check_drawable(unet: UNetConfig, conditioned: bool = False) -> None:
-    """Raise ConfigError for a U-Net that needs more than a caption and, if ``conditioned``, values of conditions."""
-    if unet.concat_channels:
+def check_drawable(spec: NetworkSpec, conditioned: bool = False) -> None:
+    """Raise ConfigError for a U-Net that needs more than captions, masked images and, if ``conditioned``, values."""
+    unet = spec.config
+    if unet.concat_channels and not spec.fills:
         raise ConfigError(
-            f"this model takes {unet.concat_channels} further channels (a mask, an image):"
+            f"this model takes {unet.concat_channels} further channels, which are no mask and masked image:"
             " it cannot draw from a caption alone"
         )
     if unet.class_embedded and not conditioned:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from autoencoder.config import AutoencoderConfig
 from autoencoder.layout import from_diffusers, latent_scale
@@ -60,6 +61,28 @@ class LatentCodec:
         if next(self.autoencoder.parameters()).dtype == torch.float32:
             return self.autoencoder
         return copy.deepcopy(self.autoencoder).float()
+
+
+def masked_condition(
+    codec: LatentCodec | None,
+    images: Float[Tensor, "b C H W"],
+    masks: Float[Tensor, "b 1 H W"],
+    strips: int | None = None,
+) -> Float[Tensor, "b k h w"]:
+    """The further channels of a U-Net that fills masked parts: the mask, and what is diffused of the rest.
+
+    Stable Diffusion's order and values: 1 where the image is to be drawn, and a known image that is
+    gray (0) there. A cell of the latent is to be drawn if any of its pixels is.
+    """
+    known = images * (1 - masks)
+    known = known if codec is None else codec.encode(known, strips)
+    return torch.cat([cells(masks, known), known], dim=1)
+
+
+def cells(masks: Float[Tensor, "b 1 H W"], diffused: Float[Tensor, "n c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Masks at the size of what is diffused: 1 where any pixel of a cell is."""
+    factor = masks.shape[-1] // diffused.shape[-1]
+    return max_pool2d(masks, factor) if factor > 1 else masks
 
 
 def codec_of(part: Part) -> LatentCodec:

@@ -224,7 +224,11 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
     if gradient is not None:
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
-    guided, after = denoiser(model, drawing.guides, prompts, settings, watch), watch.after_step(callback)
+    fills, concat = model.unet.spec.fills, None
+    if fills and batch.given is not None:
+        concat = batch.given.condition(model.codec, model.device, settings.strips)
+    guided = denoiser(model, drawing.guides, prompts, settings, watch, concat)
+    after = watch.after_step(callback)
     known = batch.given and batch.given.known(model.codec, model.device, settings.strips)
     noise = _noise(settings.seed, batch.numbers, drawing.shape, model.schedule)
     if settings.invert and known is not None and drawing.steps:
@@ -260,6 +264,8 @@ def _sampled(
         return known.x0
     if settings.strength != 1.0 or (settings.strength_by == "steps" and bool((known.mask == 1).all())):
         x = denoiser.schedule.add_noise(known.x0, eps, grid[0].expand(len(eps)))
+    if model_fills(drawing.model, settings):
+        return sampler(denoiser, x, grid, lambda step: noise(f"step {step}"), callback=callback, **options)
     if settings.completion == "repaint":
         jump, repeats = settings.repaint_jump, settings.repaint_repeats
         return repaint(
@@ -267,6 +273,11 @@ def _sampled(
         )
     keep = blended(known, denoiser.schedule, grid, eps, callback)
     return sampler(denoiser, x, grid, lambda step: noise(f"step {step}"), callback=keep, **options)
+
+
+def model_fills(model: Model, settings: SampleConfig) -> bool:
+    """True if the model completes an image by itself, as it was trained to."""
+    return model.unet.spec.fills and settings.completion is None
 
 
 def decode(model: Model, latent: Float[Tensor, "b c h w"], settings: SampleConfig) -> Float[Tensor, "b C H W"]:
@@ -318,25 +329,33 @@ def circular_axes(settings: SampleConfig) -> tuple[bool, bool]:
 
 
 def denoiser(
-    model: Model, guides: Guides, prompts: Sequence[Prompt | str], settings: SampleConfig, watch: Watch | None = None
+    model: Model,
+    guides: Guides,
+    prompts: Sequence[Prompt | str],
+    settings: SampleConfig,
+    watch: Watch | None = None,
+    concat: Tensor | None = None,
 ) -> Denoiser:
-    """The denoiser for these prompts, with guidance and LoRAs. ``watch``: sees what each part computes."""
+    """The denoiser for these prompts, with guidance and LoRAs.
+
+    ``watch``: sees what each part computes. ``concat``: further channels, of every condition.
+    """
     changed = model.with_loras(settings)
-    cond = changed.condition(prompts)
-    null_cond = changed.condition([settings.negative_prompt or model.null_caption] * len(prompts))
+    cond = changed.condition(prompts, concat)
+    null_cond = changed.condition([settings.negative_prompt or model.null_caption] * len(prompts), concat)
     for context in (cond.context, null_cond.context):
         if watch and context is not None:
             watch.see("what the text encoder says of the caption", context, at_step=False)
     seen = watch.watched if watch else unseen
     gradient = guides.gradient(model, texts_of(prompts), settings, "score")
     away = tuple(
-        (changed.condition(without(prompts, name, settings.negative_prompt or model.null_caption)), scale - 1)
+        (changed.condition(without(prompts, name, settings.negative_prompt or model.null_caption), concat), scale - 1)
         for name, scale in settings.alone().items()
         if scale != 1
     )
     guide, windows = None, windows_of(model, settings)
     if settings.autoguidance is not None:
-        guide = guides.guide(model, settings.autoguidance, prompts, settings, windows)
+        guide = guides.guide(model, settings.autoguidance, prompts, settings, windows, concat)
     guidance = Guidance(
         seen("the U-Net's prediction", windowed(changed.predict, windows) if windows else changed.predict),
         cond,

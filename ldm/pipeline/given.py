@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import max_pool2d, pad
+from torch.nn.functional import pad
 
 from autoencoder.config import shown
 from ldm.config import ConfigError, SampleConfig
@@ -24,7 +24,7 @@ from ldm.data.sample import BadSample
 from ldm.data.transforms import prepare
 from ldm.diffusion.completion import Known
 from ldm.diffusion.samplers.registry import SAMPLERS
-from ldm.pipeline.codec import LatentCodec
+from ldm.pipeline.codec import LatentCodec, cells, masked_condition
 
 STRENGTH = 0.8  # of an image without a mask, where none is given; diffusers' too
 HALF = 128  # the grey from which a mask's pixel is to be drawn
@@ -62,8 +62,13 @@ class Given:
         images = self.images.to(device)
         x0 = images if codec is None else codec.encode(images, strips)
         masks = torch.ones_like(images[:, :1]) if self.masks is None else self.masks.to(device)
-        factor = images.shape[-1] // x0.shape[-1]
-        return Known(x0, max_pool2d(masks, factor) if factor > 1 else masks)
+        return Known(x0, cells(masks, x0))
+
+    def condition(self, codec: LatentCodec | None, device: torch.device, strips: int | None) -> Tensor | None:
+        """The further channels of a model that was trained to fill masks; None without a mask."""
+        if self.masks is None:
+            return None
+        return masked_condition(codec, self.images.to(device), self.masks.to(device), strips)
 
     def pasted(self, drawn: Float[Tensor, "b C H W"]) -> Float[Tensor, "b C H W"]:
         """The pictures with the known pixels of their images."""

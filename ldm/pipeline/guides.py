@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import RLock
 
 import torch
+from torch import Tensor
 
 from ldm.config import ConfigError, SampleConfig
 from ldm.diffusion.denoiser import Denoise
@@ -39,13 +40,19 @@ class Guides:
             classifier.to(device)
 
     def guide(
-        self, model: Model, path: str, prompts: Sequence[Prompt | str], settings: SampleConfig, windows: Windows | None
+        self,
+        model: Model,
+        path: str,
+        prompts: Sequence[Prompt | str],
+        settings: SampleConfig,
+        windows: Windows | None,
+        concat: Tensor | None = None,
     ) -> Denoise:
         """The model at ``path``, conditioned as autoguidance starts. Raises ConfigError where it does not fit."""
         guide = self._open_guide(model, path)
         guide.warn_cut(texts_of(prompts), settings, stacklevel=1)
         null = settings.negative_prompt or guide.null_caption
-        cond = guide.condition(prompts if settings.guidance_scale else [null] * len(prompts))
+        cond = guide.condition(prompts if settings.guidance_scale else [null] * len(prompts), concat)
         predict = windowed(guide.predict, windows) if windows else guide.predict
         return lambda x_t, t: predict(x_t, t, cond)[:, : model.unet.in_channels]
 
@@ -65,6 +72,8 @@ class Guides:
                     )
                 if (guide.text is None) != (model.text is None):
                     raise ConfigError(f"{name}: one of the models has a text encoder and the other has none")
+                if guide.unet.spec.fills != model.unet.spec.fills:
+                    raise ConfigError(f"{name}: one of the models fills masked parts of images and the other does not")
                 conditions = [one.conditioner.names if one.conditioner else () for one in (guide, model)]
                 if conditions[0] != conditions[1]:
                     theirs, mine = (", ".join(names) or "none" for names in conditions)

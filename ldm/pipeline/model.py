@@ -37,7 +37,7 @@ from ldm.pipeline.checks import (
     check_start,
     sides_of,
 )
-from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash
+from ldm.pipeline.codec import LatentCodec, codec_of, joined_hash, masked_condition
 from ldm.pipeline.info import ModelInfo, load_unet
 from ldm.pipeline.loras import Loras
 from ldm.pipeline.prompts import CAPTION, Prompt, cut_prompts, texts_of
@@ -83,6 +83,7 @@ class Model:
     files: tuple[Path, ...] = ()
     conditioner: Conditioner | None = None
     _loras: Loras = field(default_factory=Loras, init=False, repr=False)
+    _blank: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _cut: set[str] = field(default_factory=set, init=False, repr=False)  # prompts whose cut was warned about
 
     def __post_init__(self) -> None:
@@ -153,15 +154,15 @@ class Model:
 
     # ------------------------------------------------------------ what the networks compute
 
-    def condition(self, prompts: Sequence[Prompt | str]) -> Condition:
-        """The condition for these captions, and for the values of those that are a Prompt."""
+    def condition(self, prompts: Sequence[Prompt | str], concat: Tensor | None = None) -> Condition:
+        """The condition for these captions, for the values of those that are a Prompt, and for further channels."""
         context = vector = None
         if self.text is not None:
             context = self.text.encode(texts_of(prompts)).to(self.device, self.dtype)
         if self.conditioner is not None:
             values = [{} if isinstance(prompt, str) else prompt.values for prompt in prompts]
             vector = self.conditioner.encode(values).to(self.device, self.dtype)
-        return Condition(context, vector)
+        return Condition(context, vector, None if concat is None else concat.to(self.device, self.dtype))
 
     @property
     def guidable(self) -> bool:
@@ -187,8 +188,23 @@ class Model:
         return None if None in shares else joint + (1 - joint) * math.prod(shares)  # type: ignore[arg-type]
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The U-Net's prediction, computed in its own precision and returned in float32, the sampler's."""
+        """The U-Net's prediction, computed in its own precision and returned in float32, the sampler's.
+
+        A model that fills masked parts, and is given none, draws everything.
+        """
+        if self.unet.spec.fills and cond.concat is None:
+            cond = dataclasses.replace(cond, concat=self._everything(x_t))
         return self.unet(x_t.to(self.dtype), t, cond).float()
+
+    @torch.no_grad()
+    def _everything(self, x_t: Tensor) -> Tensor:
+        """The further channels for a mask of everything, computed once for each size."""
+        size = tuple(x_t.shape[-2:])
+        if size not in self._blank:
+            height, width = (self.factor * side for side in size)
+            image, mask = torch.zeros(1, self.image_channels, height, width), torch.ones(1, 1, height, width)
+            self._blank[size] = masked_condition(self.codec, image.to(self.device), mask.to(self.device))
+        return self._blank[size].to(self.device, self.dtype).expand(len(x_t), -1, -1, -1)
 
     def check(self, settings: SampleConfig, sides: tuple[int, int] | None = None) -> None:
         """Raise ConfigError where the settings do not fit this model; ``sides`` left out are those of training."""
@@ -201,7 +217,7 @@ class Model:
         check_guidance(settings, self.codec is not None)
         for name in settings.alone():
             self.dropout_of(name)
-        check_drawable(self.unet.config, self.conditioner is not None)
+        check_drawable(self.unet.spec, self.conditioner is not None)
         check_start(self.schedule_config, self.target, settings)
         for path, _ in settings.loras():
             self._loras.read(path, self.networks)

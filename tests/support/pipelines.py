@@ -43,13 +43,15 @@ def text_encoder() -> TextEncoder:
 
 
 def make(
-    target: str = "v", *, codec: bool = True, text: bool = True, steps: int = 1000, channels: tuple[int, ...] = (32, 64)
-) -> Pipeline:
+    target: str = "v", *, codec: bool = True, text: bool = True, steps: int = 1000,
+    channels: tuple[int, ...] = (32, 64), fills: bool = False,
+) -> Pipeline:  # fmt: skip
     torch.manual_seed(0)
     encoder = text_encoder() if text else None
     latent = LatentCodec(AutoencoderKL(AutoencoderConfig(3, 4, (16, 32), 1, 8))) if codec else None
     c = 4 if codec else 3
-    unet = UNet(UNetConfig(channels, 1, (1,), (2,), groups=8), c, c, encoder.width if encoder else None)
+    config = UNetConfig(channels, 1, (1,), (2,), groups=8, concat_channels=1 + c if fills else 0)
+    unet = UNet(config, c, c, encoder.width if encoder else None)
     stir(unet, 0.05)
     if latent:
         stir(latent.autoencoder, 0.05)

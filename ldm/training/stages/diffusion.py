@@ -28,7 +28,7 @@ from ldm.distributed.launch import launched
 from ldm.errors import FolderError
 from ldm.models.unet import NetworkSpec
 from ldm.pipeline import Pipeline
-from ldm.pipeline.codec import LatentCodec, autoencoder_config, load_codec
+from ldm.pipeline.codec import LatentCodec, autoencoder_config, load_codec, masked_condition
 from ldm.training.stages.finetune import initial_conditioner
 from ldm.training.stages.latents import diffused, ensure_cache
 from ldm.training.stages.trained import Trained, make_trained
@@ -88,8 +88,9 @@ class DiffusionTask:
         self._set_process(Schedule.from_config(self._schedule_config()), torch.device("cpu"))
         data, seed, shape = config.data, config.train.seed, _shape(config, codec)
         normals = {"eps": shape} | ({"posterior": shape} if codec else {})
-        self.stream = Stream(source, data, seed, RandomFields(normals, ("t", *drops)), cache, encode=encode)
-        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True, encode=encode)
+        more: dict[str, Any] = {"encode": encode, "masks": config.inpaint}
+        self.stream = Stream(source, data, seed, RandomFields(normals, ("t", *drops)), cache, **more)
+        self.validation = Stream(validation, data, seed, RandomFields(normals), validation=True, **more)
         shown = range(min(PICTURES, validation.length or PICTURES))
         self.prompts = list(config.prompts) or [validation.text(i) for i in shown]
         self._check_validation()
@@ -106,6 +107,7 @@ class DiffusionTask:
         conditioner = _conditioner(config, source)
         unet = replace(config.unet, vector_dim=conditioner.width) if conditioner else config.unet
         channels = _shape(config, codec)[0]
+        unet = replace(unet, concat_channels=1 + channels) if config.inpaint else unet
         out_channels = 2 * channels if config.objective.learned_variance else channels
         trained = make_trained(config, NetworkSpec(unet, channels, out_channels, text.width if text else None), text)
         cache = None
@@ -193,7 +195,9 @@ class DiffusionTask:
             each = {c.name: joint | (batch[f"drop/{c.name}"] < c.dropout) for c in self.conditioner.configs}
             dropped, vector = dropped | joint, self.conditioner.dropping(batch["vector"], each)
         captions = [NULL_CAPTION if drop else text for text, drop in zip(batch["text"], dropped.tolist(), strict=True)]
-        return Noising(diffused(self.codec, batch), batch["eps"], t, weight, self._condition(captions, vector))
+        return Noising(
+            diffused(self.codec, batch), batch["eps"], t, weight, self._condition(captions, vector, self._concat(batch))
+        )
 
     def _terms(self, unet: Model, noising: Noising) -> Terms:
         """The loss of each sample (L1, and L4 with a learned variance)."""
@@ -209,11 +213,16 @@ class DiffusionTask:
         vlb = {} if terms.vlb is None else {"vlb": (noising.weight * terms.vlb).mean().detach()}
         return {"loss": loss.detach(), **vlb}
 
-    def _condition(self, captions: list[str], vector: Tensor | None) -> Condition:
-        if self.text is None:
-            return Condition(vector=vector)
-        context = self._table[captions] if self._table is not None else self.text.encode(captions)
-        return Condition(context=context, vector=vector)
+    def _condition(self, captions: list[str], vector: Tensor | None, concat: Tensor | None) -> Condition:
+        context = None
+        if self.text is not None:
+            context = self._table[captions] if self._table is not None else self.text.encode(captions)
+        return Condition(context, vector, concat)
+
+    @torch.no_grad()
+    def _concat(self, batch: Batch) -> Tensor | None:
+        """The masks, and the parts of the images that they leave; None where nothing is to be filled."""
+        return masked_condition(self.codec, batch["image"], batch["mask"]) if "mask" in batch else None
 
     def initialize(self) -> None:
         self.trained.initialize()
@@ -262,7 +271,8 @@ class DiffusionTask:
         for positions, batch in validation_batches(self.validation, total, train.batch_size, rank, processes):
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             t = uniform_timesteps(scattered(positions, total), self.schedule.num_steps).to(self.device)
-            cond = Condition(self.text.encode(moved["text"]) if self.text else None, moved.get("vector"))
+            context = self.text.encode(moved["text"]) if self.text else None
+            cond = Condition(context, moved.get("vector"), self._concat(moved))
             x0 = diffused(self.codec, moved)
             noising = Noising(x0, moved["eps"], t, torch.ones_like(t), cond)
             loss = self._terms(self.networks["unet"], noising).error.double()
@@ -299,8 +309,22 @@ class DiffusionTask:
             source = self.validation.source
             rows = (source.columns(i % (source.length or PICTURES)) for i in range(len(self.prompts)))
             values = [self.conditioner.values(row) for row in rows]
-        images = torch.cat(list(self.pipeline().sample(self.prompts, self.config.sample, values=values)))
-        return {"samples": grid(to_uint8(images), PICTURES)}
+        pipe, settings = self.pipeline(), self.config.sample
+        images = torch.cat(list(pipe.sample(self.prompts, settings, values=values)))
+        grids = {"samples": grid(to_uint8(images), PICTURES)}
+        return grids if self.config.inpaint is None else {**grids, "filled": self._filled(pipe)}
+
+    def _filled(self, pipe: Pipeline) -> np.ndarray:
+        """The first validation images: as they are given, with gray to be filled, and filled."""
+        source = self.validation.source
+        places = range(min(PICTURES, source.length or PICTURES))
+        samples = [self.validation[i] for i in places]
+        images, masks = (torch.stack([sample[name] for sample in samples]) for name in ("image", "mask"))
+        given: dict[str, Any] = {"image": list(to_uint8(images)), "mask": list(to_uint8(2 * masks - 1))}
+        if self.conditioner is not None:
+            given["values"] = [self.conditioner.values(source.columns(i)) for i in places]
+        filled = torch.cat(list(pipe.sample([sample["text"] for sample in samples], self.config.sample, **given)))
+        return grid(to_uint8(torch.cat([images * (1 - masks), filled.cpu()])), PICTURES)
 
     def export(self, folder: Path) -> None:
         """Write a model folder: the whole pipeline, or a LoRA and the name of its base."""

@@ -63,8 +63,9 @@ class DistillationTask(DiffusionTask):
 
         In validation the student is the average.
         """
-        vector = noising.cond.vector
-        null_cond = self._condition([NULL_CAPTION] * len(noising.t), None if vector is None else vector * 0)
+        vector, concat = noising.cond.vector, noising.cond.concat
+        nothing = None if vector is None else torch.zeros_like(vector)
+        null_cond = self._condition([NULL_CAPTION] * len(noising.t), nothing, concat)
         guidance = Guidance(
             self._teach, noising.cond, null_cond, self.schedule, self.config.objective.target,
             scale=self.distill.guidance_scale,

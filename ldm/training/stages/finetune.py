@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.config import NONE, ConfigError, DiffusionTrainingConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.conditioner import Conditioner
@@ -14,6 +16,8 @@ from ldm.interop.bundle import VAE
 from ldm.models.unet import NetworkSpec, UNet
 from ldm.pipeline.codec import autoencoder_hash, files_hash
 from ldm.pipeline.info import ModelInfo, load_unet
+
+FIRST = "conv_in.weight"  # of a U-Net: the convolution that reads its input channels
 
 
 def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any) -> ModelInfo:
@@ -37,11 +41,11 @@ def check_initial(config: DiffusionTrainingConfig, spec: NetworkSpec, text: Any)
             f"init {config.init} is a LoRA, which is not a U-Net: name the model that it changes, {info.lora.base}"
         )
     _check_conditions(config, info)
-    _check_unet(config.init, info.unet, spec)
+    whole = config.train.lora is None and config.distill is None
+    _check_unet(config.init, info.unet, spec, may_grow=whole)
     if info.target != config.objective.target:
         _differ(config.init, "objective.target", info.target, config.objective.target)
     _check_latents(config, info)
-    whole = config.train.lora is None and config.distill is None
     if not same_schedule(info.schedule, _unscaled(config.schedule) if whole else config.schedule):
         also = "; zero_terminal_snr and shift may differ" if whole else ""
         raise ConfigError(
@@ -82,6 +86,14 @@ def initial_unet(info: ModelInfo, mixed_precision: str) -> UNet:
     return unet if mixed_precision != "no" else unet.float()
 
 
+def grown(weights: Mapping[str, Tensor], unet: UNet) -> dict[str, Tensor]:
+    """The weights with zeros for input channels that the U-Net has in addition, so that it computes the same."""
+    first = weights[FIRST]
+    more = unet.conv_in.weight.shape[1] - first.shape[1]
+    zeros = first.new_zeros(first.shape[0], more, *first.shape[2:])
+    return {**weights, FIRST: torch.cat([first, zeros], dim=1)}
+
+
 def same_schedule(one: ScheduleConfig, other: ScheduleConfig) -> bool:
     """True if two schedules describe the same process, whatever their names."""
     a, b = (Schedule.from_config(config).alphas_cumprod for config in (one, other))
@@ -93,8 +105,15 @@ def _unscaled(schedule: ScheduleConfig) -> ScheduleConfig:
     return dataclasses.replace(schedule, zero_terminal_snr=False, shift=1.0)
 
 
-def _check_unet(init: str, base: NetworkSpec, wanted: NetworkSpec) -> None:
-    """Raise ConfigError naming the first difference between the U-Net of ``init`` and the configuration's."""
+def _check_unet(init: str, base: NetworkSpec, wanted: NetworkSpec, may_grow: bool) -> None:
+    """Raise ConfigError naming the first difference between the U-Net of ``init`` and the configuration's.
+
+    ``may_grow``: the configuration's may have further input channels, where that of ``init`` has none.
+    """
+    if may_grow and not base.config.concat_channels:
+        base = dataclasses.replace(
+            base, config=dataclasses.replace(base.config, concat_channels=wanted.config.concat_channels)
+        )
     for field in dataclasses.fields(UNetConfig):
         if field.name == "upcast_attention":  # only matters in half precision
             continue

@@ -23,7 +23,7 @@ from ldm.pipeline import Pipeline
 from ldm.pipeline.info import load_unet
 from ldm.runs.checkpoints import folder as shelf
 from ldm.training.placement import place
-from ldm.training.stages.finetune import check_initial, initial_unet
+from ldm.training.stages.finetune import check_initial, grown, initial_unet
 from ldm.training.task import seeded
 
 
@@ -80,7 +80,7 @@ class AllWeights:
         if self._read_init is None:
             return
         initial = self._initial or self._read_init()
-        self.unet.load_state_dict(load_unet(initial).state_dict())
+        self.unet.load_state_dict(grown(load_unet(initial).state_dict(), self.unet))
         self._initial_hash = initial.hash
 
     def state(self) -> dict[str, Any]:
