@@ -16,7 +16,7 @@ endif
 LDM := $(PY) -m ldm.cli.main
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-pixels demo-lora demo-lcm digits digits-class conditions demo-two textures photos test slow signals torture fuzz mutants check format release clean
+.PHONY: help install demo demo-pixels demo-lora demo-lcm digits digits-class conditions demo-inpaint demo-two textures photos test slow signals torture fuzz mutants check format release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -63,6 +63,11 @@ digits-class: $(READY) ## digits by their class, without text (after digits)
 conditions: $(READY) ## a caption, a number and a class at once, and each guided alone (after demo)
 	$(LDM) train-ldm configs/shapes-columns/ldm.yaml
 	$(PY) benchmarks/conditions.py runs/shapes-columns
+
+demo-inpaint: $(READY) ## the demo given masked images, to fill what is masked (after demo)
+	$(LDM) train-ldm configs/demo-inpaint/ldm.yaml
+	$(LDM) evaluate runs/demo-inpaint
+	$(PY) benchmarks/editing.py runs/demo-inpaint
 
 demo-two: $(READY) ## the demo on scenes of two shapes
 	$(LDM) train-autoencoder configs/demo-two/autoencoder.yaml

@@ -33,10 +33,15 @@ from ldm.pipeline import Pipeline
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MARGIN = 2  # pixels of a hole beyond a small object
+FILLED: dict[str, dict[str, Any]] = {  # by a model that was trained to fill masks
+    "as trained": {},
+    "as trained, with blend": {"completion": "blend"},
+    "as trained, 50 steps": {"steps": 50},
+}
 COMPLETIONS: dict[str, dict[str, Any]] = {
-    "blend": {},
-    "blend, 50 steps": {"steps": 50},
-    "blend, ddpm, 50 steps": {"steps": 50, "sampler": "ddpm"},
+    "blend": {"completion": "blend"},
+    "blend, 50 steps": {"completion": "blend", "steps": 50},
+    "blend, ddpm, 50 steps": {"completion": "blend", "steps": 50, "sampler": "ddpm"},
     "repaint, ddim, 10 steps": {"completion": "repaint", "sampler": "ddim", "steps": 10, "repaint_jump": 3},
     "repaint, ddim": {"completion": "repaint", "sampler": "ddim", "steps": 25},
     "repaint, ddpm": {"completion": "repaint", "sampler": "ddpm", "steps": 25},
@@ -147,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{asked.run} was trained on {config.data.source}: the judge of this benchmark is for shapes")
     pipe, judge = Pipeline.from_pretrained(asked.run), JUDGES["shapes"](config.data.image_size)
     task = tasks(open_source(config.data, "held_out"), open_source(config.data, "validation"), asked.images)
+    if pipe.unet.spec.fills:
+        print(completion(pipe, judge, task, FILLED))
+        return
     print(image_to_image(pipe, judge, task, STRENGTHS), flush=True)
     print("\n" + completion(pipe, judge, task, COMPLETIONS))
 

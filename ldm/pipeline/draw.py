@@ -276,7 +276,7 @@ def _sampled(
 
 
 def model_fills(model: Model, settings: SampleConfig) -> bool:
-    """True if the model completes an image by itself, as it was trained to."""
+    """True if the model completes an image as it was trained to, without help."""
     return model.unet.spec.fills and settings.completion is None
 
 
