@@ -16,7 +16,13 @@ DATA: dict[str, list[Row]] = {
         ("positions share their numbers", "[0, 0, position, 0]", "[position, 0, 0, 0]", "streams::test_positions_do_not_overlap_however_much_is_drawn"),
         ("the same order in each epoch", '"order", epoch', '"order", 0', "streams::test_order_is_a_permutation_in_each_epoch_and_another_in_the_next"),
     ],
+    "ldm/data/masks.py": [
+        ("nothing is masked where everything should be", "return np.ones((side, side), np.uint8)", "return np.zeros((side, side), np.uint8)", "masks::test_shares_of_the_kinds"),
+        ("no side at all", "chosen[int(rng.integers(4))] = True", "", "masks::test_each_kind_leaves_something_and_fills_something"),
+    ],
     "ldm/data/dataset.py": [
+        ("masks of validation are those of training", 'self.prefix + "mask"', '"mask"', "inpaint::test_a_step_is_given_the_mask_and_the_rest_of_its_image"),
+        ("values of the position, not of the image", "self._encoded(index)", "self._encoded(position % 8)", "conditions::test_samples_carry_the_values_of_their_own_row"),
         ("mirroring is drawn from the drop stream", 'self.seed, "flip"', 'self.seed, "drop"', "streams::test_each_choice_has_draws_of_its_own"),
         ("one in four is mirrored", '"flip", position) < 0.5', '"flip", position) < 0.25', "streams::test_flips_are_half_and_crops_even"),
         ("left becomes right under its caption", " or DIRECTION.search(text)", "", "streams::test_a_caption_that_says_left_or_right_is_never_mirrored"),
@@ -101,7 +107,6 @@ DIFFUSION: dict[str, list[Row]] = {
         ("a dropped condition takes the next one along", "at : at + part.width], zeros)", "at : at + part.width], zeros + 1)", "conditioner::test_each_condition_is_dropped_alone"),
     ],
     "ldm/pipeline/given.py": [
-        ("a stroke falls between two cells", "max_pool2d(masks, factor)", "masks[..., ::factor, ::factor]", "editing::test_a_thin_stroke_is_not_lost"),
         ("images are not those of their pictures", "torch.as_tensor(places)", "torch.arange(len(places))", "editing::test_each_picture_may_have_an_image_of_its_own"),
         ("nothing is pasted", "return torch.lerp(self.images.to(drawn), drawn, self.masks.to(drawn))", "return drawn", "editing::test_known_pixels_are_kept"),
     ],
@@ -113,8 +118,10 @@ DIFFUSION: dict[str, list[Row]] = {
     "ldm/diffusion/guidance.py": [
         ("scale counted from the conditional model", "pred = base\n", "pred = cond\n", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
         ("with and without exchanged", "base, cond = preds[0], preds[-1]", "cond, base = preds[0], preds[-1]", "guidance::test_classifier_free_is_its_formula_in_one_batch"),
-        ("what counts nothing is evaluated", "strict=True) if weight]", "strict=True)]", "guidance::test_one_and_zero_are_the_model_itself_in_one_evaluation"),
-        ("a step in between counts whole", "weights = [here - after for", "weights = [here for", "guidance::test_two_scales_are_instruct_pix2pix_in_one_batch"),
+        ("what counts nothing is evaluated", "in terms if weight]", "in terms]", "guidance::test_one_and_zero_are_the_model_itself_in_one_evaluation"),
+        ("what is steered away from counts the other way", "((cond, -weight) for", "((cond, weight) for", "guidance::test_two_scales_are_instruct_pix2pix_in_one_batch"),
+        ("the whole condition leaves out what the others add", "last = self.scale + sum(weight for _, weight in self.away)", "last = self.scale", "guidance::test_each_of_several_parts_is_guided_alone"),
+        ("outside the interval nothing is asked for", "if self.scale == 0 and not self.away else", "if self.scale == 0 else", "guidance::test_outside_the_interval_the_whole_condition_is_called_alone"),
         ("the interval without its lower end", "(interval[0] <= ratio)", "(interval[0] < ratio)", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
         ("the interval without its upper end", "(ratio <= interval[1])", "(ratio < interval[1])", "guidance::test_outside_the_interval_there_is_one_evaluation_and_no_guidance"),
         ("rescale by what is left of phi", "keepdim=True) + 1 - phi)", "keepdim=True) + 1)", "guidance::test_rescale_is_that_of_diffusers_on_the_networks_own_output"),
@@ -198,13 +205,22 @@ DIFFUSION: dict[str, list[Row]] = {
 
 TRAINING: dict[str, list[Row]] = {
     "ldm/training/stages/diffusion.py": [
-        ("1 − p of the captions are dropped", '(batch["drop"] < self.config.caption_dropout)', '(batch["drop"] > self.config.caption_dropout)', "training::test_captions_are_dropped_where_their_draw_says"),
+        ("1 − p of the captions are dropped", 'batch["drop"] < self.config.caption_dropout', 'batch["drop"] > self.config.caption_dropout', "training::test_captions_are_dropped_where_their_draw_says"),
+        ("one draw drops all conditions", 'batch[f"drop/{c.name}"]', 'batch["drop"]', "conditions::test_each_condition_is_dropped_by_draws_of_its_own"),
+        ("the caption is kept where all is dropped", "dropped | joint, self", "dropped, self", "conditions::test_each_condition_is_dropped_by_draws_of_its_own"),
+        ("other data move what values mean", "self.stream.encode = self.validation.encode = kept.row", "self.conditioner = measured", "conditions::test_a_run_goes_on_with_what_values_meant_when_it_began"),
+        ("validation has no values", 'Condition(context, moved.get("vector"), self._concat(moved))', 'Condition(context, None, self._concat(moved))', "conditions::test_previews_and_validation_know_the_values"),
         ("the others are dropped", "NULL_CAPTION if drop else text", "text if drop else NULL_CAPTION", "training::test_captions_are_dropped_where_their_draw_says"),
         ("loss_by_t: tenths in reverse", "bins = t * BINS // self.schedule.num_steps", "bins = BINS - 1 - t * BINS // self.schedule.num_steps", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("loss_by_t: shifted by half a tenth", "bins = t * BINS // self.schedule.num_steps", "bins = (t * BINS + BINS * 50) // self.schedule.num_steps % BINS", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("validation adds the weights", "noising).error.double()", "noising).total.double()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("the error of one image for the mean's", ".clamp(min=0) / n).sqrt()", ".clamp(min=0)).sqrt()", "training::test_validation_is_the_mean_error_whole_and_by_tenths"),
         ("importance without its weights", "loss = (noising.weight * terms.total).mean()", "loss = terms.total.mean()", "objective::test_the_training_step_weighs_by_importance_and_remembers_without"),
+    ],
+    "ldm/training/stages/finetune.py": [
+        ("new channels come first", "torch.cat([first, zeros], dim=1)", "torch.cat([zeros, first], dim=1)", "inpaint::test_a_text_model_with_new_channels_is_that_model_at_first"),
+        ("a start with other conditions", "    if theirs != mine:\n", "    if False:\n", "conditions::test_a_start_must_have_the_same_conditions"),
+        ("values mean what the new data say", "dataclasses.replace(info.conditioner, configs=config.conditions", "dataclasses.replace(info.conditioner, slices=info.conditioner.slices[::-1], configs=config.conditions", "conditions::test_a_start_keeps_what_values_meant"),
     ],
     "ldm/training/stages/distillation.py": [
         ("the teacher is not guided", "scale=self.distill.guidance_scale,", "", "initial::test_a_student_begins_as_its_teacher_which_stays"),
@@ -371,21 +387,27 @@ AROUND: dict[str, list[Row]] = {
         ("what a callback returns is lost", "return latents.to(x)", "return None", "habits::test_the_callback_after_each_step_is_theirs"),
         ("arrays in [−1, 1]", "(images * 0.5 + 0.5).clamp(0, 1)", "images.clamp(-1, 1)", "habits::test_types_of_output"),
     ],
-    "ldm/pipeline/pipeline.py": [
-        ("the prompts are repeated as a whole", "[text for text in check_prompts(prompts) for _ in range(copies)]", "check_prompts(prompts) * copies", "habits::test_a_call_of_theirs_draws_what_it_draws_there"),
+    "ldm/pipeline/prompts.py": [
+        ("the prompts are repeated as a whole", "[Prompt(text, {}) for text in check_prompts(prompts) for _ in range(copies)]", "[Prompt(text, {}) for text in check_prompts(prompts) * copies]", "habits::test_a_call_of_theirs_draws_what_it_draws_there"),
+        ("a condition guided alone is not left out", "if k != name}", "if True}", "conditions::test_one_condition_is_guided_alone"),
     ],
     "ldm/pipeline/draw.py": [
+        ("a model that fills is helped", "spec.fills and settings.completion is None", "spec.fills and False", "filling::test_stable_diffusions_inpainting_is_diffusers filling::test_known_pixels_are_kept_and_blending_can_be_added"),
         ("a warning points into the library", "settings, stacklevel=4)", "settings, stacklevel=3)", "habits::test_warnings_point_at_the_line_that_calls"),
     ],
     "ldm/pipeline/model.py": [
+        ("nothing is masked without a mask", "torch.ones(1, 1, height, width)", "torch.zeros(1, 1, height, width)", "filling::test_without_a_mask_everything_is_drawn"),
         ("the text encoder is not cast", "self.text.model.to(dtype)", "self.text.model.to(self.device)", "habits::test_every_network_is_cast_and_pictures_stay_pictures"),
     ],
     "ldm/pipeline/guides.py": [
-        ("the weak model is conditioned at scale 0", "captions if settings.guidance_scale else [null] * len(captions)", "captions", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
+        ("the weak model is conditioned at scale 0", "prompts if settings.guidance_scale else [null] * len(prompts)", "prompts", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
         ("the weak model has no negative prompt", "settings.negative_prompt or guide.null_caption", "guide.null_caption", "pipeline::test_autoguidance_starts_where_classifier_free_guidance_does"),
         ("a guide of other latents", "if autoencoder != own:", "if False:", "classifier::test_a_classifier_of_other_latents_or_schedule_is_refused"),
     ],
     "ldm/pipeline/codec.py": [
+        ("a stroke falls between two cells", "max_pool2d(masks, factor)", "masks[..., ::factor, ::factor]", "editing::test_a_thin_stroke_is_not_lost filling::test_a_cell_is_filled_if_any_of_its_pixels_is"),
+        ("what is to be drawn is shown", "known = images * (1 - masks)", "known = images", "filling::test_the_channels_are_the_mask_and_the_rest_of_the_image"),
+        ("the mask comes last", "torch.cat([cells(masks, known), known], dim=1)", "torch.cat([known, cells(masks, known)], dim=1)", "filling::test_stable_diffusions_inpainting_is_diffusers"),
         ("latents are shifted after the scale", "(posterior.sample(noise) - self.shift) * self.scale", "posterior.sample(noise) * self.scale - self.shift", "pipeline::test_a_foreign_autoencoder_keeps_its_scale_and_shift"),
         ("decoding shifts before the scale", "latent.float() / self.scale + self.shift", "(latent.float() + self.shift) / self.scale", "pipeline::test_a_foreign_autoencoder_keeps_its_scale_and_shift"),
     ],
