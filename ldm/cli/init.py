@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ldm.cli.recipe import Plan
     from ldm.data.survey import Survey
 
+COLUMNS = 8  # of the metadata that are named
 NAMED = 20  # skipped files named on the terminal; the list has all
 CPU_SIZE, GPU_SIZES = 32, (64, 256)
 GPU_MEMORY = 12e9  # bytes from which the GPU recipe is offered
@@ -206,6 +207,11 @@ def _lines(looked: Survey, longest: int) -> list[str]:
         lines.append("  also      " + ", ".join(f"{n} {what}" for what, n in special.items() if n))
     if data.captions != "none":
         lines.append(f"  captions  {_caption_facts([row.text for row in looked.rows], longest)}")
+    if columns := list(dict.fromkeys(name for row in looked.rows for name in row.columns if data.captions != "class")):
+        named = ", ".join(columns[:COLUMNS]) + (", …" if len(columns) > COLUMNS else "")
+        lines.append(
+            f"  columns   {named}: a model can be given these too, by conditions: in ldm.yaml (docs/conditions.md)"
+        )
     train, validation = looked.split
     by_name = "by a hash of the name, so adding files moves none"
     lines.append(f"  split     {train} for training, {validation} for validation ({by_name})")

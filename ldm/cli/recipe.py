@@ -12,9 +12,9 @@ from ldm.config import ClipConfig, DataConfig
 TEMPLATES = Path(__file__).with_name("recipes")
 COMMENTS = 34  # column of the comments
 
-# Seconds of one update on two CPU cores at 32 px, from the status.json files of `make demo`:
-# 225 s / 3000 updates of 8 images, 28 s / 300 of 64, 429 s / 1900 of 32. They grow with the number of pixels.
-CPU_SECONDS = {"autoencoder": 0.075, "clip": 0.093, "ldm": 0.226}
+# Seconds of one update on two CPU cores at 32 px, from the status.json files of `make demo` (docs/results.md):
+# 153 s / 3000 updates of 8 images, 24 s / 300 of 64, 368 s / 2200 of 32. They grow with the number of pixels.
+CPU_SECONDS = {"autoencoder": 0.051, "clip": 0.08, "ldm": 0.167}
 
 # (passes over the data, the template's batch size, fewest and most updates)
 LENGTHS = {

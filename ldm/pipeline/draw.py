@@ -175,7 +175,7 @@ def prepare(
     """Check a call before anything slow. Raises ConfigError; warnings point at the caller's caller."""
     sides = sides_of(size, model.sample_size)
     together: int = typed(int, batch_size, "batch_size")
-    prompts = asked(prompts, values, model.conditioner, copies)
+    prompts = asked(prompts, values, model.conditioner, copies, model.text is not None)
     captions = texts_of(prompts)
     settings = started(settings, image is not None, mask is not None)
     model.check(settings, sides)

@@ -25,12 +25,15 @@ class Prompt(NamedTuple):
     values: Mapping[str, Any]
 
 
-def asked(prompts: Any, values: Any, conditioner: Conditioner | None, copies: int = 1) -> list[Prompt]:
+def asked(
+    prompts: Any, values: Any, conditioner: Conditioner | None, copies: int = 1, captioned: bool = False
+) -> list[Prompt]:
     """A Prompt for each picture, ``copies`` of each prompt. Raises ConfigError.
 
     Args:
-        prompts: one text or several; None: none, where values say what is drawn.
+        prompts: one text or several; None: none, where values say what is drawn by a model without text.
         values: of the conditions (``Conditioner.each``), for each prompt; None: none are given.
+        captioned: the model has text, so that prompts are needed.
     """
     if values is None:
         return [Prompt(text, {}) for text in check_prompts(prompts) for _ in range(copies)]
@@ -39,7 +42,7 @@ def asked(prompts: Any, values: Any, conditioner: Conditioner | None, copies: in
     several = isinstance(values, (list, tuple)) and all(isinstance(row, Mapping) for row in values)
     if not (several or isinstance(values, Mapping)):
         raise ConfigError(f"values must be a mapping of conditions, or one for each prompt, got {shown(values)}")
-    texts = None if prompts is None else check_prompts(prompts)
+    texts = None if prompts is None and not captioned else check_prompts(prompts)
     rows = conditioner.each(values, None if texts is None else len(texts))
     conditioner.encode(rows)  # refuses values that it cannot
     captions = [""] * len(rows) if texts is None else texts

@@ -315,6 +315,20 @@ def test_the_next_line_can_be_pasted(run: Call, tmp_path: Path) -> None:
     assert shlex.split(sample) == ["ldm", "sample", "runs/none", "--count", "8"]
 
 
+def test_columns_that_can_be_conditions_are_named(run: Call, tmp_path: Path) -> None:
+    names = paint(tmp_path / "things", 20)
+    rows = [
+        json.dumps({"file_name": name, "text": "a thing", "kind": "hat", "year": 2000 + i})
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "things/metadata.jsonl").write_text("\n".join(rows))
+    code, out, _ = run("init", "things")
+    assert code == 0 and "  columns   kind, year: a model can be given these too, by conditions: in ldm.yaml" in out
+    paint(tmp_path / "classes/hats", 12)
+    paint(tmp_path / "classes/cats", 12)
+    assert "columns" not in run("init", "classes")[1]
+
+
 def test_what_to_expect_is_said_before_with_a_better_way_that_starts(run: Call, tmp_path: Path) -> None:
     """The command that is named is read by the configuration that it names, with the data that were found."""
     paint(tmp_path / "my cats/red_fox", 20, side=90)

@@ -383,6 +383,11 @@ def test_values_that_cannot_be_drawn(pipe: Pipeline, call: dict[str, Any], messa
     assert str(raised.value).startswith(message)
 
 
+def test_a_model_of_captions_needs_one_beside_values(runs: Path) -> None:
+    with pytest.raises(ConfigError, match="prompts must be a text or several, got None"):
+        Pipeline.from_pretrained(runs / "captioned", "cpu")(values={"kind": "cat"})
+
+
 def test_a_model_without_conditions_takes_no_values(stages: Stages) -> None:
     with pytest.raises(ConfigError, match="this model has no conditions beside its caption"):
         Pipeline.from_pretrained(stages.folder / "ldm", "cpu")("a", values={"kind": "cat"})
