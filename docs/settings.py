@@ -10,9 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
-    "ldm/config/runs.py", "ldm/config/conditions.py", "ldm/config/data.py", "autoencoder/config.py", "ldm/config/networks.py",
-    "ldm/config/process.py",
-    "ldm/config/train.py", "ldm/config/sample.py",
+    "ldm/config/runs.py", "ldm/config/conditions.py", "ldm/config/data.py", "autoencoder/config.py",
+    "ldm/config/networks.py", "ldm/config/process.py", "ldm/config/train.py", "ldm/config/sample.py",
 )  # fmt: skip
 TITLE = """# Settings
 
