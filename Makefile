@@ -60,7 +60,9 @@ digits-class: $(READY) ## digits by their class, without text (after digits)
 	$(LDM) train-ldm configs/digits-class/ldm.yaml
 	$(LDM) evaluate runs/digits-class
 
-conditions: $(READY) ## a caption, a number and a class at once, and each guided alone (after demo)
+conditions: $(READY) ## a caption, a number and a class at once, and each guided alone
+	$(LDM) train-autoencoder configs/shapes-columns/autoencoder.yaml
+	$(LDM) train-clip configs/shapes-columns/clip.yaml
 	$(LDM) train-ldm configs/shapes-columns/ldm.yaml
 	$(PY) benchmarks/conditions.py runs/shapes-columns
 

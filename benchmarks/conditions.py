@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm import config as configuration
 from ldm.config import DiffusionTrainingConfig
@@ -25,7 +26,7 @@ from ldm.config.values import changed
 from ldm.data.sample import Source
 from ldm.data.shapes import BACKGROUNDS, COLOURS, RADIUS_GAP, STRIPE, Scene, coverage
 from ldm.data.sources import open_source
-from ldm.data.transforms import to_uint8
+from ldm.data.transforms import prepare, to_uint8
 from ldm.evaluation.judges.strict import StrictJudge
 from ldm.pipeline import Pipeline
 
@@ -61,6 +62,13 @@ def drawn(pipe: Pipeline, source: Source, count: int, settings: dict[str, Any], 
     return np.concatenate([to_uint8(images) for images in batches])
 
 
+def reconstructed(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+    """The images encoded and decoded."""
+    prepared = torch.stack([prepare(image, images.shape[1]) for image in images])
+    with torch.no_grad():
+        return to_uint8(prepared if pipe.codec is None else pipe.codec.decode(pipe.codec.encode(prepared)))
+
+
 def measured(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
     """Shares of attributes as asked; of pictures of the shape asked for, correlation and error of the radius."""
     verdicts = StrictJudge(images.shape[1], 1, striped=True).read(images)
@@ -94,12 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = configuration.load(DiffusionTrainingConfig, configuration.model_config_file(options.run)).data
     pipe, source = Pipeline.from_pretrained(options.run), open_source(data, "held_out")
     scenes = [source[i].truth for i in range(options.images)]
-    real = measured(np.stack([source[i].image for i in range(options.images)]), scenes)
+    images = np.stack([source[i].image for i in range(options.images)])
+    real, decoded = measured(images, scenes), measured(reconstructed(pipe, images), scenes)
     titles = ("given", *real)
     print(f"| {' | '.join(titles)} |\n| {' | '.join('---' for _ in titles)} |")
     drawings = ((name, drawn(pipe, source, len(scenes), *row)) for name, row in ROWS.items())
     rows = ((name, measured(images, scenes)) for name, images in drawings)
-    for name, row in itertools.chain([("(the drawn scenes themselves)", real)], rows):
+    known = [("(the scenes themselves)", real), ("(the same through the autoencoder)", decoded)]
+    for name, row in itertools.chain(known, rows):
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in row.values())} |", flush=True)
 
 

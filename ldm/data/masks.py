@@ -27,7 +27,7 @@ def draw_mask(rng: np.random.Generator, side: int, config: InpaintConfig) -> UIn
     kind = config.masks[int(rng.integers(len(config.masks)))]
     mask = Image.new("L", (side, side))
     {"strokes": _strokes, "boxes": _boxes, "sides": _sides}[kind](rng, side, ImageDraw.Draw(mask))
-    return np.asarray(mask)
+    return np.array(mask)
 
 
 def _strokes(rng: np.random.Generator, side: int, canvas: ImageDraw.ImageDraw) -> None:

@@ -10,7 +10,9 @@ from ldm.data.masks import draw_mask
 
 def masks(count: int, side: int, **settings: object) -> np.ndarray:
     config = InpaintConfig(**settings)  # type: ignore[arg-type]
-    return np.stack([draw_mask(np.random.default_rng([side, i]), side, config) for i in range(count)])
+    drawn = [draw_mask(np.random.default_rng([side, i]), side, config) for i in range(count)]
+    assert all(mask.flags.writeable for mask in drawn)  # as torch.from_numpy wants it
+    return np.stack(drawn)
 
 
 @pytest.mark.parametrize("side", [16, 32, 96])
