@@ -325,9 +325,9 @@ def judged(bench: Bench, pipe: Pipeline, held_out: bool) -> Record:
         )
         found: Record = {"guidance_scale": settings.guidance_scale, "seen": max(row["all"] for row in tried)}
         if held_out:
-            captions = evaluate.first_captions(other, bench.images)
+            prompts = evaluate.first_prompts(other, bench.images, None)
             settings = replace(settings, seed=evaluate.EVALUATION_SEED)
-            rows = [each.row for each in evaluate.judged(pipe, captions, settings, judge, BATCH, None, ALONE)[0]]
+            rows = [each.row for each in evaluate.judged(pipe, prompts, settings, judge, BATCH, None, ALONE)[0]]
             found["held_out"] = {name: mean(row[name] for row in rows) for name in rows[0]}
     except NonFiniteError as error:  # the training diverged: nothing is drawn right
         found = {"guidance_scale": 1.0, "seen": 0.0, "diverged": str(error)}

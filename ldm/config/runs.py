@@ -114,7 +114,7 @@ class DiffusionTrainingConfig:
             raise ConfigError("cache_latents needs a finite set: set data.size or cache_latents=false")
         for name in ("vector_dim", "num_labels", "sinusoidal_labels", "concat_channels"):
             if getattr(self.unet, name) != getattr(UNetConfig, name):
-                raise ConfigError(f"unet.{name} follows from conditions and inpaint: leave it out")
+                raise ConfigError(f"unet.{name} is set where conditions or inpaint need it: leave it out")
         if self.schedule.blind_at_the_end(self.objective.target):
             raise ConfigError(
                 f"objective.target {self.objective.target} does not determine the image where the schedule leaves no"

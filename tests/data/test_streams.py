@@ -55,6 +55,9 @@ class Ramp:
     def text(self, index: int) -> str:
         return f"number {index}"
 
+    def columns(self, index: int) -> dict[str, int]:
+        return {}
+
     def captions(self, limit: int) -> list[str] | None:
         return None
 

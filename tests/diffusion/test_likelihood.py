@@ -497,6 +497,9 @@ class OneImage:
     def text(self, index: int) -> str:
         return ""
 
+    def columns(self, index: int) -> dict[str, int]:
+        return {}
+
     def captions(self, limit: int) -> list[str] | None:
         return [""]
 

@@ -217,23 +217,26 @@ def test_the_old_names_of_the_autoencoders_attention(tmp_path: Path) -> None:
     )  # who also knows them
 
 
-def test_an_inpainting_folder_opens_and_says_what_it_needs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channels", "name"), [(5, "StableDiffusionInpaintPipeline"), (1, "LatentDiffusionPipeline")])
+def test_further_channels_are_an_inpainting_model_or_said_to_be_unknown(
+    tmp_path: Path, channels: int, name: str
+) -> None:
     from ldm.config import UNetConfig
     from ldm.models.unet import UNet
 
     pipe = make("eps")
-    pipe.unet = UNet(
-        UNetConfig((32, 64), 1, (1,), (2,), groups=8, concat_channels=5), 4, 4, pipe.unet.context_dim
-    ).eval()
+    config = UNetConfig((32, 64), 1, (1,), (2,), groups=8, concat_channels=channels)
+    pipe.unet = UNet(config, 4, 4, pipe.unet.context_dim).eval()
     pipe.save_pretrained(tmp_path / "model")
-    assert (
-        json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    )
-    diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model/model_index.json").read_text())["_class_name"] == name
     again = Pipeline.from_pretrained(tmp_path / "model")
-    assert again.unet.conv_in.weight.shape[1] == 9
-    with pytest.raises(ConfigError, match="5 further channels"):
-        again(PROMPTS)
+    assert again.unet.conv_in.weight.shape[1] == 4 + channels
+    if channels == 5:
+        diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "model")
+        assert len(again(PROMPTS)) == len(PROMPTS)
+        return
+    with pytest.raises(ConfigError, match="1 further channels, which are no mask and masked image"):
+        again(PROMPTS)  # as of a model of depth
 
 
 # ---------------------------------------------------------------- the commands

@@ -455,7 +455,7 @@ def test_bits_are_given_the_values(runs: Path) -> None:
         ({"sample": {"guidance_alone": ["caption:2"]}}, "sample.guidance_alone caption: the conditions are: kind"),
         ({"sample": {"guidance_alone": ["kind"]}}, "sample.guidance_alone must be NAME:SCALE, each name once"),
         ({"joint_dropout": 1.5}, "joint_dropout must lie between 0.0 and 1.0"),
-        ({"unet": {"vector_dim": 7}}, "unet.vector_dim follows from conditions and inpaint: leave it out"),
+        ({"unet": {"vector_dim": 7}}, "unet.vector_dim is set where conditions or inpaint need it: leave it out"),
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_be(folder: Path, tmp_path: Path, capsys: Any, changes: Any, message: str) -> None:

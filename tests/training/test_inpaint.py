@@ -151,7 +151,10 @@ def test_with_conditions_without_text_in_pixels(tmp_path: Path) -> None:
     [
         ({"inpaint": {"masks": ["dots"]}}, "inpaint.masks must be some of strokes, boxes, sides, got dots"),
         ({"inpaint": {"everything": 2}}, "inpaint.everything must lie between 0.0 and 1.0"),
-        ({"unet": {"concat_channels": 5}}, "unet.concat_channels follows from conditions and inpaint: leave it out"),
+        (
+            {"unet": {"concat_channels": 5}},
+            "unet.concat_channels is set where conditions or inpaint need it: leave it out",
+        ),
         ({"lora": True}, "unet.concat_channels: 0 in init"),
         ({"narrower": True}, "unet.concat_channels: 5 in init"),
     ],

@@ -32,6 +32,9 @@ class Folder:
     def text(self, index: int) -> str:
         return f"number {index}"
 
+    def columns(self, index: int) -> dict[str, int]:
+        return {}
+
     def captions(self, limit: int) -> list[str] | None:
         return None
 
