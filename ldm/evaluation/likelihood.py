@@ -201,7 +201,7 @@ def measure(
     # the bound of the latent, at the same steps for every variance
     conditioner = pipe.conditioner
     prompts = [Prompt(sample.text, conditioner.values(source.columns(i)) if conditioner else {}) for i, sample in read]
-    denoiser = pipe.denoiser(prompts, dataclasses.replace(pipe.defaults, guidance_scale=1.0))
+    denoiser = pipe.denoiser(prompts, dataclasses.replace(pipe.defaults, guidance_scale=1.0, guidance_alone=()))
     steps = all_steps(pipe.schedule, len(x0))
     if timesteps:
         uniform = np.stack([rng.generator(seed, "likelihood/t", i).random(timesteps) for i in numbers])

@@ -37,7 +37,8 @@ def describe(bundle: Bundle, weights: bool = True) -> dict[str, Any]:
     if bundle.extra:
         about["ldm.json"] = {key: value for key, value in bundle.extra.items() if key not in ("sha256", "conditions")}
     if conditions := bundle.extra.get("conditions"):
-        about["conditions"] = {part["name"]: _condition(part) for part in conditions["parts"]}
+        parts = {part["name"]: _condition(part) for part in conditions["parts"]}
+        about["conditions"] = {"joint_dropout": conditions.get("joint_dropout"), **parts}
     if bundle.unused:
         about["unused"] = dict(Counter(bundle.unused.values()))
     return about

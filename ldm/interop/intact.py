@@ -43,13 +43,18 @@ def _is_share(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value <= 1)
 
 
+def _are_conditions(value: Any) -> bool:
+    parts = value.get("parts") if isinstance(value, dict) else None
+    return isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("name"), str) for p in parts)
+
+
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda v: type(v) is int and v == FORMAT, f"{FORMAT}, the one that is read here"),
     "null_caption": (lambda v: isinstance(v, str), "text"),
     "caption_dropout": (_is_share, "a number from 0 to 1, or null"),
     "sample_size": (lambda v: type(v) is int and 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}"),
     "defaults": (lambda v: isinstance(v, dict), "a mapping of settings"),
-    "conditions": (lambda v: isinstance(v, dict), "a mapping of conditions"),
+    "conditions": (_are_conditions, "a mapping whose parts have a name each"),
     HASHES: (
         lambda v: isinstance(v, dict) and all(isinstance(one, str) for one in v.values()),
         "the hash of each file of weights",

@@ -224,8 +224,8 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
     if gradient is not None:
         gradient = watch.watched(f"the gradient of classifier {settings.classifier}", gradient)
         options["mean_shift"] = mean_shift(gradient, model.schedule, settings.guidance_interval or EVERYWHERE)
-    fills, concat = model.unet.spec.fills, None
-    if fills and batch.given is not None:
+    concat = None
+    if model.unet.spec.fills and batch.given is not None:
         concat = batch.given.condition(model.codec, model.device, settings.strips)
     guided = denoiser(model, drawing.guides, prompts, settings, watch, concat)
     after = watch.after_step(callback)
@@ -242,7 +242,8 @@ def denoise(drawing: Drawing, batch: Batch, callback: Callback | None = None) ->
 
 def _source(drawing: Drawing, prompts: list[Prompt], watch: Watch) -> Denoiser:
     """The denoiser for the images' own caption, without guidance, which an inversion could not undo."""
-    plain = dataclasses.replace(drawing.settings, guidance_scale=1.0, autoguidance=None, classifier=None)
+    off = {"guidance_scale": 1.0, "guidance_alone": (), "autoguidance": None, "classifier": None}
+    plain = dataclasses.replace(drawing.settings, **off)
     return denoiser(drawing.model, drawing.guides, [plain.source_prompt] * len(prompts), plain, watch)
 
 

@@ -433,6 +433,35 @@ def test_values_alone_are_drawn_by_a_model_without_text(
     assert "height               kind scalar, dropout 0.4, mean " in capsys.readouterr().out
 
 
+def test_bits_are_given_the_values_without_guidance(runs: Path, tmp_path: Path) -> None:
+    """Whatever the model's own settings of sampling are."""
+    measured = []
+    for name, alone in (("plain", []), ("guided", ["height:4"])):
+        run = shutil.copytree(runs / "captioned", tmp_path / name)
+        about = json.loads((run / "model/ldm.json").read_text())
+        about["defaults"]["guidance_alone"] = alone
+        (run / "model/ldm.json").write_text(json.dumps(about))
+        assert main(["evaluate", str(run), "--likelihood", "--images", "3", "--timesteps", "2"]) == 0
+        measured.append(json.loads((run / "report.json").read_text())["likelihood"]["bits_per_dim"])
+    assert measured[0] == measured[1]
+
+
+def test_an_inversion_is_not_guided(runs: Path) -> None:
+    pipe, image = Pipeline.from_pretrained(runs / "captioned", "cpu"), np.full((32, 32, 3), 90, np.uint8)
+    seen: list[tuple[int, ...]] = []
+    plain = pipe.unet.forward
+
+    def forward(x_t: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        seen.append(tuple(x_t.shape))
+        return plain(x_t, t, cond)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.unet, "forward", forward)
+        call = {"image": image, "invert": True, "sampler": "ddim", "steps": 3, "guidance_scale": 1.0}
+        pipe("animal 3", values={"height": 2.0}, guidance_alone="height:3", **call)
+    assert [shape[0] for shape in seen] == [1, 1, 1, 2, 2, 2]  # up to noise alone, and back with a term for height
+
+
 def test_bits_are_given_the_values(runs: Path) -> None:
     assert main(["evaluate", str(runs / "captioned"), "--likelihood", "--images", "3", "--timesteps", "2"]) == 0
     assert (
@@ -513,8 +542,9 @@ def test_damaged_conditions_of_a_folder(runs: Path, tmp_path: Path) -> None:
         (lambda c: c["parts"][0].pop("classes"), "conditions are damaged"),
         (lambda c: c["parts"].pop(), "its conditions are a vector of 36, and the U-Net takes 39"),
         (lambda c: c["parts"][0].update(kind="colour"), "kind must be one of class"),
-        (lambda c: c.clear(), "conditions are damaged: 'parts'"),
-        (lambda c: c.update(parts=3), "conditions are damaged"),
+        (lambda c: c.clear(), "conditions should be a mapping whose parts have a name each"),
+        (lambda c: c.update(parts=3), "conditions should be a mapping whose parts have a name each"),
+        (lambda c: c.pop("joint_dropout"), "conditions are damaged: 'joint_dropout'"),
     ):
         with pytest.raises(FolderError, match=message):
             Pipeline.from_pretrained(edited(change), "cpu")
